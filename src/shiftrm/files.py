@@ -1,0 +1,110 @@
+"""Reading and writing files so that nothing is ever half-written, and errors name the line."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from shiftrm.errors import UserError
+
+Row = dict[str, Any]
+"""One JSONL object."""
+
+
+def atomic_write_text(path: str | Path, text: str) -> Path:
+    """Write a text file whole or not at all: a temporary sibling, flushed to disk, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Row]) -> Path:
+    """Write rows as JSON lines, atomically. Keys keep their order; text stays readable UTF-8."""
+    return atomic_write_text(path, "".join(json_line(row) for row in rows))
+
+
+def json_line(row: Row) -> str:
+    """One JSON line. NaN and infinities are refused: other JSON readers would not accept them."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_jsonl(path: str | Path, *, required: tuple[str, ...] = ()) -> list[Row]:
+    """Read a JSONL file whole.
+
+    Args:
+        path: the file.
+        required: columns every row must have.
+
+    Raises:
+        UserError: missing file, empty file, a line that is no JSON object, bad UTF-8 or a missing
+            column; the message names file and line.
+    """
+    rows = [row for _, row in iterate_jsonl(path, required=required)]
+    if not rows:
+        raise UserError(f"{path}: the file has no rows; expected one JSON object a line")
+    return rows
+
+
+def iterate_jsonl(
+    path: str | Path, *, required: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Row]]:
+    """Yield `("file:line", row)` for every non-blank line; raises as `read_jsonl` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    with open(path, "rb") as handle:
+        for number, raw in enumerate(handle, start=1):
+            if not raw.strip():
+                continue
+            where = f"{path}:{number}"
+            row = _parse(raw, where)
+            for column in required:
+                if column not in row:
+                    raise UserError(
+                        f"{where}: column {column!r} is missing; the row has "
+                        f"{', '.join(map(repr, row)) or 'no columns'}"
+                    )
+            yield where, row
+
+
+def _parse(raw: bytes, where: str) -> Row:
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not valid UTF-8 at byte {error.start + 1}; save the file as UTF-8"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not valid JSON at column {error.colno} ({error.msg}); "
+            "each line must be one complete JSON object"
+        ) from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def replace_directory(temporary: Path, target: Path) -> None:
+    """Publish a finished folder under its name in one rename.
+
+    If another process published the same folder first, ours is discarded: both hold the same
+    content, since stages are deterministic.
+    """
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,129 @@
+"""Measurements as JSON lines: the one format between running something and showing it.
+
+A record is keyed by (stage, method, round, step, metric, seed), never by its position in the file.
+It holds no time of day, so that two runs of the same seed give identical files.
+"""
+
+import functools
+import importlib.metadata
+import math
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from shiftrm.errors import UserError
+from shiftrm.files import iterate_jsonl, write_jsonl
+
+Value = float | list[float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured number (or a list of them, for `*_values` metrics).
+
+    Attributes:
+        stage: what was running: "reward_model", "ppo", "evaluate", "compare", "world".
+        method: the arm of the comparison, such as "fixed" or "metarm_paper".
+        round: round of iterative RLHF, from 1; 0 is before the first.
+        step: optimizer or PPO step inside the stage; None for a final value.
+        metric: what was measured.
+        value: the number, or numbers.
+        n: how many samples stand behind it, if that is meaningful.
+        seed: the run's seed.
+        commit: git commit of the source tree, or "unknown".
+        versions: the library versions that matter, in words.
+    """
+
+    stage: str
+    method: str
+    round: int
+    metric: str
+    value: Value
+    step: int | None = None
+    n: int | None = None
+    seed: int = 0
+    commit: str = ""
+    versions: str = ""
+
+    def __post_init__(self) -> None:
+        values = self.value if isinstance(self.value, list) else [self.value]
+        if not all(math.isfinite(v) for v in values):
+            raise ValueError(
+                f"record {self.stage}/{self.method}/{self.metric}: value is not finite"
+            )
+
+
+class Recorder:
+    """Collects the records of one stage: constants are said once, numbers added one by one."""
+
+    def __init__(self, *, stage: str, method: str, round: int, seed: int) -> None:
+        self._base = dict(stage=stage, method=method, round=round, seed=seed)
+        self._base |= dict(commit=source_commit(), versions=library_versions())
+        self.records: list[Record] = []
+
+    def add(
+        self, metric: str, value: Value | None, *, step: int | None = None, n: int | None = None
+    ) -> None:
+        """Add one number. None or a non-finite number is left out: not measured is not a value."""
+        if value is None or (not isinstance(value, list) and not math.isfinite(value)):
+            return
+        if isinstance(value, list):
+            value = [round(float(v), 6) for v in value]
+        else:
+            value = round(float(value), 8)
+        self.records.append(
+            Record(metric=metric, value=value, step=step, n=n, **self._base)  # type: ignore[arg-type]
+        )
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> None:
+    """Write records as JSON lines, atomically."""
+    write_jsonl(path, (asdict(record) for record in records))
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Read a records file; an unknown or missing field is an error that names the line."""
+    names = [field.name for field in fields(Record)]
+    records = []
+    for where, row in iterate_jsonl(path, required=("stage", "method", "round", "metric", "value")):
+        unknown = set(row) - set(names)
+        if unknown:
+            raise UserError(f"{where}: unknown field {sorted(unknown)[0]!r} in a record")
+        try:
+            records.append(Record(**row))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: {error}") from None
+    return records
+
+
+@functools.cache
+def source_commit() -> str:
+    """The commit of the source tree this package runs from, or "unknown" when it has none."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+@functools.cache
+def library_versions() -> str:
+    """Versions of the libraries whose change could change a number."""
+    from shiftrm import __version__
+
+    parts = [f"shiftrm {__version__}"]
+    for name in ("torch", "transformers", "trl"):
+        try:
+            parts.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            parts.append(f"{name} missing")
+    return ", ".join(parts)
