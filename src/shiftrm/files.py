@@ -57,9 +57,7 @@ def read_jsonl(path: str | Path, *, required: tuple[str, ...] = ()) -> list[Row]
     return rows
 
 
-def iterate_jsonl(
-    path: str | Path, *, required: tuple[str, ...] = ()
-) -> Iterator[tuple[str, Row]]:
+def iterate_jsonl(path: str | Path, *, required: tuple[str, ...] = ()) -> Iterator[tuple[str, Row]]:
     """Yield `("file:line", row)` for every non-blank line; raises as `read_jsonl` does."""
     path = Path(path)
     if not path.is_file():

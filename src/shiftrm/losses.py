@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None
-) -> Tensor:
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of the preferred response (the papers' vanilla loss, Eq. 1).
 
     `L = -log sigmoid(r(x, y_w) - r(x, y_l) - margin)`, computed as softplus of the negated

@@ -58,8 +58,8 @@ class Recorder:
     """Collects the records of one stage: constants are said once, numbers added one by one."""
 
     def __init__(self, *, stage: str, method: str, round: int, seed: int) -> None:
-        self._base = dict(stage=stage, method=method, round=round, seed=seed)
-        self._base |= dict(commit=source_commit(), versions=library_versions())
+        self._base = {"stage": stage, "method": method, "round": round, "seed": seed}
+        self._base |= {"commit": source_commit(), "versions": library_versions()}
         self.records: list[Record] = []
 
     def add(
@@ -100,11 +100,13 @@ def read_records(path: str | Path) -> list[Record]:
 @functools.cache
 def source_commit() -> str:
     """The commit of the source tree this package runs from, or "unknown" when it has none."""
-    here = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed, not a source tree: its git is somebody else's
+        return "unknown"
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=here,
+            cwd=root,
             capture_output=True,
             text=True,
             timeout=10,

@@ -1,0 +1,95 @@
+"""Text to tokens, in one way, for training and for scoring.
+
+A prompt is a string or a list of chat messages; a response is a string or a list of messages. The
+token ids are the ones `trl.RewardTrainer` makes of the same row (a test holds the two together):
+strings are concatenated and closed with EOS, chats go through the tokenizer's template. Beyond TRL,
+a response that was cut off by a length limit can be rendered as what it is: left open, without
+EOS and without the template's end of turn.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from shiftrm.errors import UserError
+
+Messages = list[dict[str, str]]
+Text = str | Messages
+
+
+def is_conversational(text: Text | None) -> bool:
+    """Whether this is a list of chat messages rather than a string."""
+    return isinstance(text, list)
+
+
+def encode(
+    tokenizer: Any, prompt: Text | None, response: Text, *, finished: bool = True
+) -> list[int]:
+    """Token ids of a prompt with its response, as the reward model sees it.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with an EOS token (and a template, for chats).
+        prompt: string or messages; None when the response holds the whole conversation.
+        response: string (for a chat prompt: the assistant's answer) or messages.
+        finished: False for a response cut off by a length limit: it is not closed.
+
+    Returns:
+        Token ids without padding.
+
+    Raises:
+        UserError: a chat without a template, or no EOS token to close a string with.
+    """
+    if is_conversational(prompt) or is_conversational(response):
+        return _encode_chat(tokenizer, prompt, response, finished=finished)
+    text = (prompt or "") + str(response)
+    if finished:
+        if tokenizer.eos_token is None:
+            raise UserError("tokenizer has no EOS token: set tokenizer.eos_token before rendering")
+        if not text.endswith(tokenizer.eos_token):
+            text += tokenizer.eos_token
+    return list(tokenizer(text)["input_ids"])
+
+
+def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
+    """Token ids a policy continues: the prompt and, for a chat, the opening of its answer."""
+    if is_conversational(prompt):
+        _require_template(tokenizer)
+        return list(
+            tokenizer.apply_chat_template(
+                prompt, tokenize=True, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        )
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def decode_response(tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+    """The response's text, such that `prompt + text` reads as the sampled sequence.
+
+    Decoded together with its prompt, since decoding the response alone loses the space between
+    the two with most tokenizers.
+    """
+    whole = tokenizer.decode([*prompt_ids, *response_ids], skip_special_tokens=True)
+    opening = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
+    if whole.startswith(opening):
+        return str(whole[len(opening) :])
+    return str(tokenizer.decode(list(response_ids), skip_special_tokens=True))
+
+
+def _encode_chat(
+    tokenizer: Any, prompt: Text | None, response: Text, *, finished: bool
+) -> list[int]:
+    _require_template(tokenizer)
+    head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else (prompt or [])
+    tail = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+    options = {} if finished else {"continue_final_message": True}
+    rendered = tokenizer.apply_chat_template(
+        [*head, *tail], tokenize=True, return_dict=True, **options
+    )
+    return list(rendered["input_ids"])
+
+
+def _require_template(tokenizer: Any) -> None:
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the data is conversational but the tokenizer has no chat template: set "
+            "tokenizer.chat_template (or --chat_template_path), or use plain strings"
+        )
