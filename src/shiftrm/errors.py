@@ -1,7 +1,7 @@
 """The one exception that means: the input is at fault, and here is what to do."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Bad input, said to a person: one line that names what, where and what to do.
 
     The command line prints it without a traceback and exits with status 2; in Python it is an

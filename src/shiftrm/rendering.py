@@ -22,7 +22,12 @@ def is_conversational(text: Text | None) -> bool:
 
 
 def encode(
-    tokenizer: Any, prompt: Text | None, response: Text, *, finished: bool = True
+    tokenizer: Any,
+    prompt: Text | None,
+    response: Text,
+    *,
+    finished: bool = True,
+    template_options: dict[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt with its response, as the reward model sees it.
 
@@ -31,6 +36,7 @@ def encode(
         prompt: string or messages; None when the response holds the whole conversation.
         response: string (for a chat prompt: the assistant's answer) or messages.
         finished: False for a response cut off by a length limit: it is not closed.
+        template_options: what else the chat template takes (`tools`, `chat_template_kwargs`).
 
     Returns:
         Token ids without padding.
@@ -39,8 +45,11 @@ def encode(
         UserError: a chat without a template, or no EOS token to close a string with.
     """
     if is_conversational(prompt) or is_conversational(response):
-        return _encode_chat(tokenizer, prompt, response, finished=finished)
-    text = (prompt or "") + str(response)
+        options = dict(template_options or {})
+        if not finished:
+            options["continue_final_message"] = True
+        return _encode_chat(tokenizer, prompt, response, options)
+    text = str(prompt or "") + str(response)
     if finished:
         if tokenizer.eos_token is None:
             raise UserError("tokenizer has no EOS token: set tokenizer.eos_token before rendering")
@@ -75,12 +84,11 @@ def decode_response(tokenizer: Any, prompt_ids: Sequence[int], response_ids: Seq
 
 
 def _encode_chat(
-    tokenizer: Any, prompt: Text | None, response: Text, *, finished: bool
+    tokenizer: Any, prompt: Text | None, response: Text, options: dict[str, Any]
 ) -> list[int]:
     _require_template(tokenizer)
     head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else (prompt or [])
     tail = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
-    options = {} if finished else {"continue_final_message": True}
     rendered = tokenizer.apply_chat_template(
         [*head, *tail], tokenize=True, return_dict=True, **options
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shiftrm.errors import UserError
-from shiftrm.files import Row, json_line
+from shiftrm.files import Row, atomic_write_text, json_line
 from shiftrm.rendering import Text, decode_response, encode_prompt
 
 
@@ -176,9 +176,9 @@ def sample_groups(
     header = {"settings": _settings_key(prompts, config, num_responses, batch_size, seed)}
     done = _resume(partial, header, batch_size)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not partial.exists():
+        atomic_write_text(partial, json_line(header))
     with open(partial, "a", encoding="utf-8") as handle:
-        if done == 0:
-            handle.write(json_line(header))
         for start in range(done, len(prompts), batch_size):
             for row in _group_rows(
                 model,
@@ -193,9 +193,9 @@ def sample_groups(
             handle.flush()
             if progress:
                 progress(min(start + batch_size, len(prompts)), len(prompts))
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.rename(path)
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    atomic_write_text(path, "".join(lines[1:]))
+    partial.unlink()
     return path
 
 
@@ -239,7 +239,5 @@ def _resume(partial: Path, header: Row, batch_size: int) -> int:
             f"{partial}: begun with other prompts or settings; delete it, or repeat the old ones"
         )
     done = (len(lines) - 1) // batch_size * batch_size
-    temporary = partial.with_name(partial.name + ".tmp")
-    temporary.write_text("".join(lines[: done + 1]), encoding="utf-8")
-    temporary.replace(partial)
+    atomic_write_text(partial, "".join(lines[: done + 1]))
     return done

@@ -1,0 +1,1 @@
+"""Thin adapters over TRL and transformers; the mathematics is in `losses` and `meta`."""

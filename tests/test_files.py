@@ -1,0 +1,70 @@
+"""Files are whole or absent, and errors name file and line."""
+
+import os
+
+import pytest
+
+from shiftrm.errors import UserError, suggest
+from shiftrm.files import atomic_write_text, read_jsonl, replace_directory, write_jsonl
+
+
+def test_round_trip_keeps_unicode(tmp_path):
+    rows = [{"a": "über 🌹 שלום"}, {"a": [1, 2.5, None]}]
+    assert read_jsonl(write_jsonl(tmp_path / "x.jsonl", rows)) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n{"a": \n', r"x\.jsonl:2: not valid JSON at column"),
+        (b'{"a": 1}\n\n[1, 2]\n', r"x\.jsonl:3: expected a JSON object, found list"),
+        (b'{"a": "\xff"}\n', r"x\.jsonl:1: not valid UTF-8"),
+        (b'{"b": 1}\n', r"x\.jsonl:1: column 'a' is missing; the row has 'b'"),
+        (b"\n\n", r"x\.jsonl: the file has no rows"),
+        (b'{"a": 1}\n{"a": "cut of', r"x\.jsonl:2: not valid JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, content, message):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_jsonl(tmp_path / "x.jsonl", required=("a",))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_nan_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_jsonl(tmp_path / "x.jsonl", [{"a": float("nan")}])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = atomic_write_text(tmp_path / "x.txt", "old")
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_replace_directory_keeps_the_first(tmp_path):
+    for name, content in (("first", "1"), ("second", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(content)
+    replace_directory(tmp_path / "first", tmp_path / "done")
+    replace_directory(tmp_path / "second", tmp_path / "done")
+    assert (tmp_path / "done" / "x").read_text() == "1"
+    assert not (tmp_path / "second").exists()
+
+
+def test_messages_are_one_line():
+    assert str(UserError("first\n  second")) == "first second"
+    assert suggest("retraned", ["retrained", "fixed"]) == "; did you mean 'retrained'?"
+    assert suggest("xyz", ["b", "a"]) == "; known: a, b"

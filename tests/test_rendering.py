@@ -1,0 +1,54 @@
+"""What a row becomes, token by token."""
+
+import pytest
+
+from shiftrm.errors import UserError
+from shiftrm.rendering import decode_response, encode, encode_prompt
+
+
+def tokens(tokenizer, ids):
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+def test_text_is_concatenated_and_closed_once(tokenizer):
+    assert tokens(tokenizer, encode(tokenizer, "the red", " cat")) == ["the", "red", "cat", "</s>"]
+    closed = encode(tokenizer, "the red", " cat </s>")
+    assert closed == encode(tokenizer, "the red", " cat")
+
+
+def test_a_truncated_response_stays_open(tokenizer):
+    assert tokens(tokenizer, encode(tokenizer, "the", " cat", finished=False)) == ["the", "cat"]
+    chat = [{"role": "user", "content": "the cat"}]
+    closed = encode(tokenizer, chat, "runs")
+    opened = encode(tokenizer, chat, "runs", finished=False)
+    assert tokens(tokenizer, closed)[-2:] == ["runs", "</s>"]
+    assert tokens(tokenizer, opened)[-1] == "runs"
+
+
+def test_chat(tokenizer):
+    chat = [{"role": "user", "content": "the cat"}]
+    expected = ["<s>", "user", "the", "cat", "</s>", "<s>", "assistant", "runs", "</s>"]
+    assert tokens(tokenizer, encode(tokenizer, chat, "runs")) == expected
+    as_messages = [{"role": "assistant", "content": "runs"}]
+    assert tokens(tokenizer, encode(tokenizer, chat, as_messages)) == expected
+    assert encode_prompt(tokenizer, chat) == encode(tokenizer, chat, "runs")[:-2]
+
+
+def test_a_prompt_is_the_beginning_of_its_row(tokenizer):
+    prompt = encode_prompt(tokenizer, "the red")
+    assert encode(tokenizer, "the red", " cat runs")[: len(prompt)] == prompt
+
+
+def test_decoding_keeps_the_space(tokenizer):
+    whole = encode(tokenizer, "the red", " cat runs")
+    prompt = encode_prompt(tokenizer, "the red")
+    assert decode_response(tokenizer, prompt, whole[len(prompt) :]) == " cat runs"
+
+
+def test_chat_without_template_is_refused(tokenizer):
+    import copy
+
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        encode(plain, [{"role": "user", "content": "the"}], "cat")

@@ -1,0 +1,283 @@
+"""MetaRMTrainer: one optimizer step equals Algorithm 1 computed by plain autograd."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shiftrm.errors import UserError
+from shiftrm.rendering import encode
+from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
+from shiftrm.trainers.reward import RewardTrainer
+
+
+def plain_reward(model, parameters, sequence):
+    """One sequence alone, no padding, transformers' own pooling: the oracle's reward."""
+    ids = torch.tensor([sequence])
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    return torch.func.functional_call(model, parameters, (), call).logits[0, 0]
+
+
+def preference_loss(model, parameters, rows):
+    return torch.stack(
+        [
+            -F.logsigmoid(
+                plain_reward(model, parameters, row["chosen_ids"])
+                - plain_reward(model, parameters, row["rejected_ids"])
+            )
+            for row in rows
+        ]
+    ).mean()
+
+
+def difference_objective(model, parameters, groups):
+    """Eq. 2 with Python loops."""
+    values = []
+    for group in groups:
+        rewards = [plain_reward(model, parameters, sequence) for sequence in group]
+        K = len(rewards)
+        parts = [torch.sigmoid((rewards[i] - rewards[j]).abs()) for i in range(K) for j in range(i)]
+        values.append(2 / K**2 * sum(parts))
+    return torch.stack(values).mean()
+
+
+def gradient(function, model, parameters, data):
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in parameters.items()}
+    grads = torch.autograd.grad(
+        function(model, leaves, data), list(leaves.values()), materialize_grads=True
+    )
+    return dict(zip(leaves, grads, strict=True))
+
+
+def direction(grads, rule):
+    if rule == "normalized":
+        size = torch.sqrt(sum(g.pow(2).sum() for g in grads.values()))
+        return {k: g / size for k, g in grads.items()}
+    if rule == "adaptive":
+        return {k: g / (g.abs() + 1e-8) for k, g in grads.items()}
+    return grads
+
+
+def algorithm_1(model, rows, groups, *, eta, alpha, rule):
+    theta = {k: v.detach() for k, v in model.named_parameters()}
+    G = direction(gradient(difference_objective, model, theta, groups), rule)
+    shifted = {k: theta[k] + eta * G[k] for k in theta}
+    L = gradient(preference_loss, model, shifted, rows)
+    return {k: theta[k] - alpha * L[k] for k in theta}
+
+
+@pytest.mark.parametrize("rule", ["sgd", "normalized", "adaptive"])
+@pytest.mark.parametrize(("batch", "accumulation"), [(12, 1), (4, 3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_one_step_is_algorithm_1(
+    make_trainer, reward_model, groups, tokenizer, rule, batch, accumulation, dtype, tolerance
+):
+    model = reward_model.to(dtype)
+    original = copy.deepcopy(model)
+    eta = {"sgd": 3.0, "normalized": 0.3, "adaptive": 0.01}[rule]
+    trainer = make_trainer(
+        model,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        meta_step=rule,
+        meta_learning_rate=eta,
+        meta_batch_size=len(groups),  # every group once: the order does not matter
+    )
+    rows = list(trainer.train_dataset)
+    assert len(rows) == batch * accumulation
+    trainer.train()
+    encoded = [[encode(tokenizer, g["prompt"], r) for r in g["responses"]] for g in groups]
+    expected = algorithm_1(original, rows, encoded, eta=eta, alpha=0.1, rule=rule)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=tolerance, msg=name)
+    moved = max(
+        float((v - original.get_parameter(k)).detach().abs().max())
+        for k, v in model.named_parameters()
+    )
+    assert moved > 1e-3, "the test would pass if nothing happened"
+    vanilla = algorithm_1(original, rows, encoded, eta=0.0, alpha=0.1, rule=rule)
+    difference = max(float((vanilla[k] - expected[k]).abs().max()) for k in vanilla)
+    assert difference > 100 * tolerance, "the meta step must matter in this test"
+
+
+def test_deploy_adapted_is_one_further_ascent(make_trainer, reward_model, groups, tokenizer):
+    reward_model = reward_model.double()
+    config = {
+        "meta_step": "normalized",
+        "meta_learning_rate": 0.3,
+        "meta_batch_size": len(groups),
+        "max_steps": 3,
+    }
+    base, adapted = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
+    make_trainer(base, deploy="base", **config).train()
+    make_trainer(adapted, deploy="adapted", **config).train()
+    encoded = [[encode(tokenizer, g["prompt"], r) for r in g["responses"]] for g in groups]
+    theta = {k: v.detach() for k, v in base.named_parameters()}
+    G = direction(gradient(difference_objective, base, theta, encoded), "normalized")
+    for name, value in adapted.named_parameters():
+        torch.testing.assert_close(value, theta[name] + 0.3 * G[name], rtol=0, atol=1e-10)
+
+
+def test_zero_meta_learning_rate_is_the_plain_trainer_bit_for_bit(make_trainer, reward_model):
+    config = {
+        "max_steps": 6,
+        "gradient_accumulation_steps": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "linear",
+    }
+    plain, meta = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
+    make_trainer(plain, RewardTrainer, **config).train()
+    trainer = make_trainer(meta, meta_learning_rate=0.0, deploy="adapted", **config)
+    trainer.train()
+    for a, b in zip(plain.parameters(), meta.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(log["meta_influence"] == 0 for log in trainer.state.log_history if "loss" in log)
+
+
+def test_dropout_is_off_during_both_gradients(make_trainer, groups):
+    """attention_dropout is a number on the attention module, which TRL's switch does not reach."""
+    from transformers import LlamaForSequenceClassification
+
+    from tests.conftest import llama_config
+
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(llama_config(num_labels=1, attention_dropout=0.5))
+    runs = []
+    for seed in (0, 1):
+        copied = copy.deepcopy(model)
+        trainer = make_trainer(copied, meta_batch_size=len(groups), per_device_train_batch_size=12)
+        torch.manual_seed(seed)
+        trainer.train()
+        runs.append(copied)
+    for a, b in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+def test_parameters_return_when_the_loss_fails(make_trainer, reward_model, monkeypatch):
+    before = copy.deepcopy(reward_model)
+    trainer = make_trainer(reward_model, meta_learning_rate=0.5, meta_step="normalized")
+
+    def failing(*_args, **_kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(trainer, "_record_pair_metrics", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    for a, b in zip(before.parameters(), reward_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpoints_hold_theta_not_theta_prime(make_trainer, reward_model, tmp_path):
+    """A checkpoint written between steps equals the parameters the next step starts from."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = {"meta_step": "normalized", "meta_learning_rate": 0.5, "max_steps": 2}
+    straight, saved = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
+    make_trainer(straight, **config).train()
+    make_trainer(saved, save_strategy="steps", save_steps=2, **config).train()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "checkpoint-2")
+    for a, b in zip(straight.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_logs_say_what_the_meta_step_did(make_trainer, reward_model):
+    trainer = make_trainer(
+        reward_model, meta_step="normalized", meta_learning_rate=0.3, max_steps=3
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 3
+    for log in logs:
+        assert log["meta_objective_after"] > log["meta_objective"]  # it is an ascent
+        assert 0 < log["meta_influence"] < 10
+        assert log["meta_gradient_norm"] > 0
+        assert log["meta_skipped"] == 0
+
+
+def test_non_finite_meta_gradient_is_skipped_and_counted(make_trainer, reward_model, monkeypatch):
+    plain, meta = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
+    make_trainer(plain, RewardTrainer, max_steps=2).train()
+    trainer = make_trainer(meta, max_steps=2, meta_learning_rate=0.5)
+    monkeypatch.setattr(
+        "shiftrm.trainers.metarm.difference_loss",
+        lambda rewards, mask: rewards.sum(1) * float("nan"),
+    )
+    trainer.train()
+    assert [log["meta_skipped"] for log in trainer.state.log_history if "loss" in log] == [1, 1]
+    for a, b in zip(plain.parameters(), meta.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_group_is_seen_once_an_epoch(make_trainer, reward_model):
+    trainer = make_trainer(reward_model, meta_batch_size=2)
+    seen = []
+    for step in range(3):
+        trainer.state.global_step = step
+        seen += trainer._meta_batch()
+    assert sorted(map(str, seen)) == sorted(map(str, trainer._groups))
+
+
+@pytest.mark.parametrize(
+    ("preset", "meta_step", "eta", "deploy"),
+    [
+        ("paper", "sgd", 1e-4, "base"),
+        ("scale_free", "normalized", 0.5, "adapted"),
+        ("adaptive", "adaptive", 1e-4, "base"),
+    ],
+)
+def test_presets(preset, meta_step, eta, deploy, tmp_path):
+    config = MetaRMConfig(str(tmp_path), preset=preset, learning_rate=1e-4, use_cpu=True)
+    assert (config.meta_step, config.meta_learning_rate, config.deploy) == (meta_step, eta, deploy)
+
+
+def test_a_preset_gives_way_to_an_explicit_value(tmp_path):
+    config = MetaRMConfig(str(tmp_path), preset="scale_free", meta_learning_rate=0.2, use_cpu=True)
+    assert (config.meta_learning_rate, config.deploy) == (0.2, "adapted")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "scalefree"}, "did you mean 'scale_free'"),
+        ({"meta_step": "normalised"}, "did you mean 'normalized'"),
+        ({"deploy": "adapt"}, "did you mean 'adapted'"),
+        ({"meta_learning_rate": -1.0}, "must be >= 0"),
+        ({"meta_batch_size": 0}, "at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        MetaRMConfig(str(tmp_path), use_cpu=True, **options)
+
+
+def test_bad_groups_are_refused(make_trainer, reward_model, groups):
+    one = [*groups, {"prompt": "a", "responses": [" red"]}]
+    with pytest.raises(UserError, match="meta_dataset, row 6: the group has 1 response"):
+        make_trainer(reward_model, meta=one)
+    with pytest.raises(UserError, match="meta_dataset, row 0: column 'responses' is missing"):
+        make_trainer(reward_model, meta=[{"prompt": "a"}])
+    with pytest.raises(UserError, match="no group with two responses within max_length"):
+        make_trainer(
+            reward_model, meta=[{"prompt": "a", "responses": [" red" * 30] * 2}], max_length=20
+        )
+    with pytest.raises(UserError, match="dropout"):
+        make_trainer(reward_model, disable_dropout=False)
+
+
+def test_trains_by_name_like_trl(make_trainer, reward_model, tokenizer, tmp_path):
+    """A folder name instead of a model, and a result that loads through transformers alone."""
+    reward_model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    trainer = make_trainer(str(tmp_path / "start"), preset="scale_free", max_steps=1)
+    assert isinstance(trainer, MetaRMTrainer)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    from shiftrm.scoring import Scorer
+
+    scorer = Scorer.from_pretrained(tmp_path / "final")
+    from_memory = Scorer(trainer.model, tokenizer)
+    rows = (["the red", "a"], [" cat runs", " dog"])
+    assert scorer(*rows) == pytest.approx(from_memory(*rows), abs=1e-6)
