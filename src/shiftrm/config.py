@@ -1,0 +1,119 @@
+"""Typed configuration: one dataclass field per option, unknown keys refused with a suggestion."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from shiftrm.errors import UserError, suggest
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], mapping: dict[str, Any], *, where: str = "") -> T:
+    """Build a (nested) dataclass from plain data.
+
+    Raises:
+        UserError: an unknown key (the nearest known one is suggested) or a value of another type.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in mapping.items():
+        path = f"{where}{key}"
+        if key not in known:
+            raise UserError(f"unknown setting {path!r}{suggest(key, list(known))}")
+        values[key] = _convert(hints[key], value, path)
+    return cls(**values)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The configuration as plain data, every field said; `from_mapping` reads it back."""
+    return _plain(dataclasses.asdict(config))
+
+
+def apply_overrides(mapping: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Apply `a.b=value` words (values are YAML) to plain data, in order; returns a new mapping."""
+    result = _plain(mapping)
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not a setting; write key=value, such as ppo.steps=10")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{word!r}: the value is not valid YAML") from None
+        node = result
+        *parents, last = key.split(".")
+        for depth, parent in enumerate(parents):
+            if not isinstance(node.get(parent), dict):
+                known = [k for k, v in node.items() if isinstance(v, dict)]
+                path = ".".join(parents[: depth + 1])
+                raise UserError(f"unknown setting {path!r}{suggest(parent, known)}")
+            node = node[parent]
+        node[last] = value
+    return result
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected settings as `key: value`, found nothing of the kind")
+    return content
+
+
+def differences(old: Any, new: Any, *, where: str = "") -> list[str]:
+    """The settings that differ, as `a.b: 1 -> 2`, in the order of the new configuration."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*new, *(k for k in old if k not in new)]:
+            found += differences(old.get(key), new.get(key), where=f"{where}.{key}".lstrip("."))
+        return found
+    return [] if old == new else [f"{where}: {old} -> {new}"]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{path} is {value!r}; expected settings below it, as {path}.x=1")
+        return from_mapping(typing.cast(type, hint), value, where=f"{path}.")
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        return _convert(hint, value, path)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path} is {value!r}; expected a list, as {path}=[a, b]")
+        return tuple(_convert(typing.get_args(hint)[0], v, path) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:  # YAML reads 5e-4 as text
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(hint, type) and (
+        not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
+    ):
+        raise UserError(f"{path} is {value!r}; expected {hint.__name__}")
+    return value

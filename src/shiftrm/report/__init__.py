@@ -1,0 +1,6 @@
+"""Records -> plots -> one HTML page, and the summary a run prints at its end."""
+
+from shiftrm.report.narrative import terminal_summary
+from shiftrm.report.page import write_report
+
+__all__ = ["terminal_summary", "write_report"]

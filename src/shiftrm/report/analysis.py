@@ -1,0 +1,256 @@
+"""The comparisons behind tables and text: gold gaps, matched KL, what an adaptation changed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shiftrm.report.arms import FIXED, SFT
+from shiftrm.report.measurements import Estimate, Measurements, estimate
+
+KL_TOLERANCE = 0.25  # arms further apart than this are not "at matched KL"
+INFLUENCE_FLOOR = 1e-3  # a meta step that changes the gradient by less is too small to matter
+SPREAD_FACTOR = 1.25  # variance grown by more than this counts as "spread up"
+MINIMUM_ACCURACY_CHANGE = 0.02  # below this a change in accuracy is never called one
+
+
+def relative_gap(values: list[float]) -> float:
+    """Largest over smallest value, minus one; infinity if the smallest is not positive.
+
+    Values that are all equal have gap 0, also when they are 0.
+    """
+    low, high = min(values), max(values)
+    if low == high:
+        return 0.0
+    return high / low - 1 if low > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class GoldGap:
+    """Gold of `method` minus gold of `reference` after `round`, paired by seed.
+
+    `sampling_half_width`: 1.96 standard errors from the responses alone (None if gold_std or n is
+    missing); it says nothing about how much another seed would change.
+    `kl` and `reference_kl`: mean KL to SFT (None if not measured).
+    """
+
+    method: str
+    reference: str
+    round: int
+    gold: float
+    reference_gold: float
+    difference: Estimate
+    sampling_half_width: float | None
+    kl: float | None
+    reference_kl: float | None
+
+    @property
+    def matched(self) -> bool | None:
+        """Whether the two KLs lie within 25 % of each other; None if one was not measured."""
+        if self.kl is None or self.reference_kl is None:
+            return None
+        return relative_gap([self.kl, self.reference_kl]) <= KL_TOLERANCE
+
+
+def _sampling_half_width(m: Measurements, arms: tuple[str, str], round_: int) -> float | None:
+    """1.96 standard errors of the difference of two mean golds over all their responses."""
+    variance = 0.0
+    for arm in arms:
+        deviations = m.final("evaluate", arm, round_, "gold_std")
+        size = m.sample_size("evaluate", arm, round_, "gold_mean")
+        if not deviations or not size:
+            return None
+        mean_square = sum(value**2 for value in deviations.values()) / len(deviations)
+        variance += mean_square / size
+    return 1.96 * math.sqrt(variance)
+
+
+def gold_gap(m: Measurements, method: str, reference: str = FIXED) -> GoldGap | None:
+    """The gap after the last round that both arms have for at least one common seed."""
+    rounds = set(m.rounds(method, "evaluate", "gold_mean"))
+    for round_ in sorted(rounds & set(m.rounds(reference, "evaluate", "gold_mean")), reverse=True):
+        ours = m.final("evaluate", method, round_, "gold_mean")
+        theirs = m.final("evaluate", reference, round_, "gold_mean")
+        seeds = sorted(set(ours) & set(theirs))
+        difference = estimate({seed: ours[seed] - theirs[seed] for seed in seeds})
+        if difference is None:
+            continue
+        kl, reference_kl = (
+            estimate(m.final("evaluate", arm, round_, "kl")) for arm in (method, reference)
+        )
+        return GoldGap(
+            method=method,
+            reference=reference,
+            round=round_,
+            gold=sum(ours[seed] for seed in seeds) / len(seeds),
+            reference_gold=sum(theirs[seed] for seed in seeds) / len(seeds),
+            difference=difference,
+            sampling_half_width=_sampling_half_width(m, (method, reference), round_),
+            kl=kl.mean if kl else None,
+            reference_kl=reference_kl.mean if reference_kl else None,
+        )
+    return None
+
+
+def gold_gaps(m: Measurements) -> list[GoldGap]:
+    """Every arm of the loop against the reward model kept fixed, in the order of the demo."""
+    gaps = (gold_gap(m, arm) for arm in m.policy_arms() if arm != FIXED)
+    return [gap for gap in gaps if gap is not None]
+
+
+@dataclass(frozen=True)
+class KlSpread:
+    """The arms with the lowest and the highest KL after one round."""
+
+    round: int
+    lowest: str
+    lowest_kl: float
+    highest: str
+    highest_kl: float
+
+    @property
+    def gap(self) -> float:
+        """Highest over lowest, minus one."""
+        return relative_gap([self.lowest_kl, self.highest_kl])
+
+    @property
+    def matched(self) -> bool:
+        """Whether all arms of the round lie within 25 % of each other."""
+        return self.gap <= KL_TOLERANCE
+
+
+def kl_spreads(m: Measurements) -> list[KlSpread]:
+    """One entry for each round in which at least two arms have a KL."""
+    spreads = []
+    for round_ in m.all_rounds():
+        found = {arm: m.estimate("evaluate", arm, round_, "kl") for arm in m.policy_arms()}
+        means = {arm: value.mean for arm, value in found.items() if value is not None}
+        if len(means) < 2:
+            continue
+        lowest, highest = min(means, key=lambda a: means[a]), max(means, key=lambda a: means[a])
+        spreads.append(KlSpread(round_, lowest, means[lowest], highest, means[highest]))
+    return spreads
+
+
+def accuracy_noise(first: float, second: float, n_first: int | None, n_second: int | None) -> float:
+    """How far two accuracies must lie apart to be called different.
+
+    Two binomial standard errors of the difference, at least 0.02; 0.05 where a sample size is not
+    known.
+    """
+    if not n_first or not n_second:
+        return 0.05
+    variance = first * (1 - first) / n_first + second * (1 - second) / n_second
+    return max(MINIMUM_ACCURACY_CHANGE, 2 * math.sqrt(variance))
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What a round's adaptation changed, on responses of one and the same policy.
+
+    Before: the reward model of the previous round (round 1: the vanilla one) on the policy as it
+    stands; after: the adapted one. Any number may be None (not measured).
+    """
+
+    method: str
+    round: int
+    accuracy_old: float | None
+    accuracy_new: float | None
+    noise: float
+    relative_variance_old: float | None
+    relative_variance_new: float | None
+    variance_old: float | None
+    variance_new: float | None
+
+    @property
+    def spread_up(self) -> bool:
+        """Whether reward differences grew, relative to SFT samples or in raw units."""
+        pairs = (
+            (self.relative_variance_old, self.relative_variance_new),
+            (self.variance_old, self.variance_new),
+        )
+        return any(
+            old is not None and new is not None and new > SPREAD_FACTOR * old for old, new in pairs
+        )
+
+    @property
+    def reading(self) -> str:
+        """In words: sharper, louder not sharper, duller, no clear change, not measured."""
+        if self.accuracy_old is None or self.accuracy_new is None:
+            return "not measured"
+        change = self.accuracy_new - self.accuracy_old
+        if change > self.noise:
+            return "sharper"
+        if self.spread_up:
+            return "louder, not sharper"
+        return "duller" if change < -self.noise else "no clear change"
+
+
+def adaptation(m: Measurements, method: str, round_: int) -> Adaptation:
+    """Compare the reward model before and after the adaptation at the start of a round."""
+    if round_ > 1:
+        old_arm, old_round, when = method, round_ - 1, "after"
+    elif m.final("evaluate", FIXED, 1, "accuracy_policy_before"):
+        # The fixed arm starts round 1 with the vanilla reward model and the SFT policy.
+        old_arm, old_round, when = FIXED, 1, "before"
+    else:  # the evaluation of SFT itself, which has no PPO and stands under "after"
+        old_arm, old_round, when = SFT, 0, "after"
+
+    def mean(arm: str, at: int, metric: str) -> float | None:
+        found = m.estimate("evaluate", arm, at, metric)
+        return found.mean if found else None
+
+    accuracy_old = mean(old_arm, old_round, f"accuracy_policy_{when}")
+    accuracy_new = mean(method, round_, "accuracy_policy_before")
+    noise = math.inf
+    if accuracy_old is not None and accuracy_new is not None:
+        noise = accuracy_noise(
+            accuracy_old,
+            accuracy_new,
+            m.sample_size("evaluate", old_arm, old_round, f"accuracy_policy_{when}"),
+            m.sample_size("evaluate", method, round_, "accuracy_policy_before"),
+        )
+    return Adaptation(
+        method=method,
+        round=round_,
+        accuracy_old=accuracy_old,
+        accuracy_new=accuracy_new,
+        noise=noise,
+        relative_variance_old=mean(old_arm, old_round, f"relative_difference_variance_{when}"),
+        relative_variance_new=mean(method, round_, "relative_difference_variance_before"),
+        variance_old=mean(old_arm, old_round, f"difference_variance_{when}"),
+        variance_new=mean(method, round_, "difference_variance_before"),
+    )
+
+
+def adaptations(m: Measurements) -> list[Adaptation]:
+    """All rounds of all arms whose reward model is adapted (every arm of the loop but `fixed`)."""
+    return [
+        adaptation(m, arm, round_)
+        for arm in m.policy_arms()
+        if arm != FIXED
+        for round_ in m.rounds(arm)
+    ]
+
+
+def influence(m: Measurements, method: str, round_: int) -> Estimate | None:
+    """Mean over the steps of `||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`, by seed."""
+    curves = m.curve("reward_model", method, round_, "meta_influence")
+    return estimate(
+        {seed: sum(v for _, v in points) / len(points) for seed, points in curves.items()}
+    )
+
+
+def normalised_differences(m: Measurements, method: str, round_: int) -> list[float]:
+    """|r_i - r_j| on the policy's samples, to [0, 1] by the reward model's own maximum.
+
+    The maximum is taken over its differences on SFT and on policy samples, seed by seed (every seed
+    has a reward model of its own); the seeds are then pooled.
+    """
+    pooled: list[float] = []
+    policy = m.values("evaluate", method, round_, "difference_values_before")
+    sft = m.values("evaluate", method, round_, "difference_values_sft")
+    for seed, values in policy.items():
+        maximum = max(values + sft.get(seed, []))
+        pooled += [value / maximum if maximum > 0 else 0.0 for value in values]
+    return pooled

@@ -1,0 +1,100 @@
+"""Warnings about numbers that look better than they are: too small, loud, over-optimised."""
+
+from __future__ import annotations
+
+import math
+
+from shiftrm.report.analysis import INFLUENCE_FLOOR, adaptations, influence
+from shiftrm.report.arms import arm_name
+from shiftrm.report.measurements import Measurements, estimate
+from shiftrm.report.tables import fixed_point
+from shiftrm.report.wording import listing, rounds_text
+
+
+def flags(m: Measurements) -> list[str]:
+    """What a reader must know before believing a good-looking number."""
+    return [*_influence_flags(m), *_loud_flags(m), *_below_half_flags(m), *_proxy_flags(m)]
+
+
+def _influence_flags(m: Measurements) -> list[str]:
+    texts = []
+    for arm in m.methods():
+        found = {r: influence(m, arm, r) for r in m.rounds(arm, "reward_model", "meta_influence")}
+        small = {r: v.mean for r, v in found.items() if v is not None and v.mean < INFLUENCE_FLOOR}
+        if small:
+            texts.append(
+                f"{arm_name(arm)}: the meta step changed the gradient by at most "
+                f"{max(small.values()):.1e} of its length in {rounds_text(sorted(small))}: too "
+                "small to matter. While it trains, this arm is as good as plain retraining."
+            )
+    return texts
+
+
+def _loud_flags(m: Measurements) -> list[str]:
+    by_arm: dict[str, list[int]] = {}
+    for found in adaptations(m):
+        if found.reading == "louder, not sharper":
+            by_arm.setdefault(found.method, []).append(found.round)
+    if not by_arm:
+        return []
+    where = listing([f"{arm_name(arm)}, {rounds_text(rounds)}" for arm, rounds in by_arm.items()])
+    return [
+        "Louder, not sharper: the adaptation spread the rewards further apart but did not rank the "
+        f"same responses better in {where}."
+    ]
+
+
+def _below_half_flags(m: Measurements) -> list[str]:
+    texts = []
+    for arm in m.policy_arms():
+        lowest: tuple[float, int, str] | None = None
+        for round_ in m.rounds(arm):
+            for when in ("before", "after"):
+                found = m.estimate("evaluate", arm, round_, f"accuracy_policy_{when}")
+                if found is not None and found.mean < 0.5:
+                    lowest = min(lowest or (1.0, 0, ""), (found.mean, round_, when))
+        if lowest is not None:
+            value, round_, when = lowest
+            texts.append(
+                f"{arm_name(arm)}: accuracy on the policy's own pairs is below one half "
+                f"({fixed_point(value, 3)}, round {round_}, {when} PPO). There the reward model "
+                "prefers the worse response more often than not, and amplifying makes it worse."
+            )
+    return texts
+
+
+def _proxy_flags(m: Measurements) -> list[str]:
+    """Proxy up and gold down over one arm's rounds: over-optimisation."""
+    texts = []
+    for arm in m.policy_arms():
+        falls = [
+            (before, after)
+            for before, after in zip(m.rounds(arm), m.rounds(arm)[1:], strict=False)
+            if _moved(m, arm, "proxy_mean_standardised", before, after) > 0
+            and _moved(m, arm, "gold_mean", before, after) < 0
+        ]
+        if falls:
+            steps = listing([f"{before} to {after}" for before, after in falls])
+            texts.append(
+                f"{arm_name(arm)}: from round {steps} its own reward model scored the policy "
+                "higher while gold fell, the mark of over-optimisation."
+            )
+    return texts
+
+
+def _moved(m: Measurements, arm: str, metric: str, before: int, after: int) -> float:
+    """Mean change between two rounds; 0 where not measured or within the noise.
+
+    The noise: the interval over the seeds; with one seed the sampling error, where it is known.
+    """
+    old = m.final("evaluate", arm, before, metric)
+    new = m.final("evaluate", arm, after, metric)
+    change = estimate({seed: new[seed] - old[seed] for seed in old.keys() & new.keys()})
+    if change is None or (change.half_width is not None and not change.excludes_zero):
+        return 0.0
+    deviation = m.estimate("evaluate", arm, after, metric.replace("_mean", "_std"))
+    size = m.sample_size("evaluate", arm, after, metric)
+    if change.half_width is None and metric == "gold_mean" and deviation and size:
+        noise = 1.96 * deviation.mean * math.sqrt(2 / size)
+        return change.mean if abs(change.mean) > noise else 0.0
+    return change.mean

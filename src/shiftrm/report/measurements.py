@@ -1,0 +1,183 @@
+"""An index over records: what was measured, by stage, arm, round and metric, seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from shiftrm.records import Record
+from shiftrm.report.arms import SFT, in_order, is_policy_arm
+
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
+_T_95 = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
+)  # fmt: skip
+_Z_95 = 1.959964
+
+
+def t_quantile_95(degrees_of_freedom: int) -> float:
+    """The factor of a two-sided 95 % t-interval (to 1e-4); ValueError below one degree of freedom.
+
+    Beyond 30 degrees: the Cornish-Fisher expansion around the normal quantile.
+    """
+    if degrees_of_freedom < 1:
+        raise ValueError(f"a t-interval needs at least two values, got {degrees_of_freedom + 1}")
+    if degrees_of_freedom <= len(_T_95):
+        return _T_95[degrees_of_freedom - 1]
+    z, v = _Z_95, float(degrees_of_freedom)
+    return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds. `half_width`: of the 95 % t-interval, None with one seed."""
+
+    mean: float
+    half_width: float | None
+    count: int
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval (the mean itself with one seed)."""
+        return self.mean - (self.half_width or 0.0)
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval (the mean itself with one seed)."""
+        return self.mean + (self.half_width or 0.0)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True when there is an interval and zero lies outside it; never true with one seed."""
+        return self.half_width is not None and (self.low > 0 or self.high < 0)
+
+
+def estimate(values: Mapping[int, float]) -> Estimate | None:
+    """Mean and 95 % t-interval of one value per seed; None when there is none."""
+    numbers = list(values.values())
+    if not numbers:
+        return None
+    mean = sum(numbers) / len(numbers)
+    if len(numbers) == 1:
+        return Estimate(mean, None, 1)
+    variance = sum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1)
+    half_width = t_quantile_95(len(numbers) - 1) * math.sqrt(variance / len(numbers))
+    return Estimate(mean, half_width, len(numbers))
+
+
+_Key = tuple[str, str, int, str]  # stage, method, round, metric
+
+
+class Measurements:
+    """Records by (stage, method, round, metric) and seed.
+
+    Of two records with the same key the later one counts (a stage that was run again).
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._finals: dict[_Key, dict[int, float]] = defaultdict(dict)
+        self._sizes: dict[_Key, dict[int, int]] = defaultdict(dict)
+        self._curves: dict[_Key, dict[int, dict[int, float]]] = defaultdict(dict)
+        self._lists: dict[_Key, dict[int, list[float]]] = defaultdict(dict)
+        self.provenance: dict[tuple[str, str], set[int]] = defaultdict(set)
+        seeds: set[int] = set()
+        for record in records:
+            seeds.add(record.seed)
+            self.provenance[str(record.commit), str(record.versions)].add(record.seed)
+            self._add(record)
+        self.seeds: list[int] = sorted(seeds)
+
+    def _add(self, record: Record) -> None:
+        key = (record.stage, str(record.method), record.round, record.metric)
+        value = record.value
+        if isinstance(value, list):
+            self._lists[key][record.seed] = [float(number) for number in value]
+        elif record.step is not None:
+            self._curves[key].setdefault(record.seed, {})[record.step] = float(value)
+        else:
+            self._finals[key][record.seed] = float(value)
+            if record.n is not None:
+                self._sizes[key][record.seed] = record.n
+
+    def final(self, stage: str, method: str, round_: int, metric: str) -> dict[int, float]:
+        """The one value of each seed (step null), by seed."""
+        return dict(self._finals.get((stage, method, round_, metric), {}))
+
+    def estimate(self, stage: str, method: str, round_: int, metric: str) -> Estimate | None:
+        """Mean over seeds of `final`."""
+        return estimate(self.final(stage, method, round_, metric))
+
+    def sample_size(self, stage: str, method: str, round_: int, metric: str) -> int | None:
+        """Sample size summed over the seeds, None when a seed does not say its own."""
+        key = (stage, method, round_, metric)
+        sizes = self._sizes.get(key, {})
+        if not sizes or set(sizes) != set(self._finals.get(key, {})):
+            return None
+        return sum(sizes.values())
+
+    def curve(
+        self, stage: str, method: str, round_: int, metric: str
+    ) -> dict[int, list[tuple[int, float]]]:
+        """(step, value) in the order of the steps, by seed."""
+        by_seed = self._curves.get((stage, method, round_, metric), {})
+        return {seed: sorted(points.items()) for seed, points in sorted(by_seed.items()) if points}
+
+    def values(self, stage: str, method: str, round_: int, metric: str) -> dict[int, list[float]]:
+        """The list of each seed (`*_values` metrics), by seed; empty lists are left out."""
+        by_seed = self._lists.get((stage, method, round_, metric), {})
+        return {seed: list(values) for seed, values in sorted(by_seed.items()) if values}
+
+    def _keys(self) -> set[_Key]:
+        return {
+            key
+            for store in (self._finals, self._curves, self._lists)
+            for key, by_seed in store.items()
+            if by_seed
+        }
+
+    def methods(self) -> list[str]:
+        """All methods that have a result of their own, in the order of the demo."""
+        stages = ("reward_model", "ppo", "evaluate", "compare")
+        return in_order(method for stage, method, _, _ in self._keys() if stage in stages)
+
+    def policy_arms(self) -> list[str]:
+        """The arms of the loop (without SFT and DPO)."""
+        return [method for method in self.methods() if is_policy_arm(method)]
+
+    def rounds(self, method: str, stage: str = "evaluate", metric: str | None = None) -> list[int]:
+        """The rounds of which something is known, in order."""
+        return sorted(
+            {
+                round_
+                for key_stage, key_method, round_, key_metric in self._keys()
+                if key_stage == stage
+                and key_method == method
+                and (metric is None or key_metric == metric)
+            }
+        )
+
+    def all_rounds(self) -> list[int]:
+        """The evaluated rounds of all arms of the loop."""
+        return sorted({round_ for arm in self.policy_arms() for round_ in self.rounds(arm)})
+
+    def last_round(self, method: str, metric: str) -> int | None:
+        """The last evaluated round that has this metric."""
+        rounds = self.rounds(method, "evaluate", metric)
+        return rounds[-1] if rounds else None
+
+    def world(self) -> dict[str, Estimate]:
+        """What the stage "world" says, mean over seeds, by metric."""
+        merged: dict[str, dict[int, float]] = defaultdict(dict)
+        for (stage, _, _, metric), by_seed in self._finals.items():
+            if stage == "world":
+                merged[metric].update(by_seed)
+        found = {metric: estimate(by_seed) for metric, by_seed in sorted(merged.items())}
+        return {metric: value for metric, value in found.items() if value is not None}
+
+    def sft(self, metric: str) -> Estimate | None:
+        """A metric of the starting policy (round 0)."""
+        return self.estimate("evaluate", SFT, 0, metric)

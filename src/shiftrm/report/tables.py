@@ -1,0 +1,319 @@
+"""Records -> tables of text. Pure functions: the page and the terminal only print them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shiftrm.report.analysis import adaptations, influence
+from shiftrm.report.arms import DPO, FIXED, SFT, arm_name, in_order
+from shiftrm.report.measurements import Estimate, Measurements
+
+NOT_MEASURED = "not measured"
+OPPONENTS = (SFT, FIXED, DPO)
+
+# Win/tie/lose against SFT by round, as the paper prints them (GPT-4 as judge; arXiv 2405.00438).
+PAPER_ROUNDS = {
+    "Harmless": ("44 / 44 / 12", "65 / 31 / 4", "69 / 28 / 3", "64 / 31 / 5"),
+    "Helpful": ("39 / 52 / 9", "62 / 33 / 5", "73 / 23 / 4", "67 / 27 / 6"),
+    "Summary": ("51 / 11 / 38", "55 / 15 / 30", "67 / 14 / 19", "78 / 5 / 17", "72 / 8 / 20"),
+}
+PAPER_BEST = {  # its best round against vanilla PPO and DPO
+    "Harmless": ("54 / 31 / 15", "49 / 16 / 35"),
+    "Helpful": ("65 / 30 / 5", "58 / 35 / 7"),
+    "Summary": ("62 / 7 / 31", "59 / 6 / 35"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table ready to print. The first `text_columns` columns hold words, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    text_columns: int = 1
+
+
+def number(found: Estimate | None, digits: int = 2) -> str:
+    """`4.31`, with several seeds `4.31 ± 0.22` (95 % t-interval), else "not measured"."""
+    if found is None:
+        return NOT_MEASURED
+    text = fixed_point(found.mean, digits)
+    if found.half_width is None:
+        return text
+    return f"{text} ± {fixed_point(found.half_width, digits)}"
+
+
+def fixed_point(value: float, digits: int = 2, *, sign: bool = False) -> str:
+    """A number with so many decimals, never "-0.00"; scientific where it is too large to read."""
+    if abs(value) >= 1e6:
+        return f"{value:.2e}"
+    rounded = round(value, digits) + 0.0  # turns -0.0 into 0.0
+    return f"{rounded:+.{digits}f}" if sign else f"{rounded:.{digits}f}"
+
+
+def percent_triple(m: Measurements, stage: str, method: str, round_: int, opponent: str) -> str:
+    """`64 / 31 / 5`: win, tie, lose in per cent, mean over seeds; "not measured" if one lacks."""
+    shares = [
+        m.estimate(stage, method, round_, f"{outcome}_vs_{opponent}")
+        for outcome in ("win", "tie", "lose")
+    ]
+    if any(share is None for share in shares):
+        return NOT_MEASURED
+    return " / ".join(f"{100 * share.mean:.0f}" for share in shares if share is not None)
+
+
+def win_table(m: Measurements) -> Table:
+    """Win/tie/lose against SFT by round, one row per arm (the paper's Table 1)."""
+    rounds = m.all_rounds()
+    rows = [
+        (arm_name(arm), *(percent_triple(m, "evaluate", arm, r, SFT) for r in rounds))
+        for arm in m.policy_arms()
+    ]
+    if DPO in m.methods():
+        dpo = percent_triple(m, "evaluate", DPO, 1, SFT)
+        rows.append((f"{arm_name(DPO)} (has no rounds)", dpo, *("" for _ in rounds[1:])))
+    return Table(
+        "Win / tie / lose against SFT by round, in %",
+        ("Arm", *(f"Round {r}" for r in rounds)),
+        tuple(rows),
+        "By gold reward, on the same prompts." + _seed_note(m, "Means over the seeds."),
+    )
+
+
+def paper_table() -> Table:
+    """The paper's own results for MetaRM, to hold the two tables above against."""
+    width = max(len(rounds) for rounds in PAPER_ROUNDS.values())
+    rows = [
+        (f"MetaRM, {task}", *rounds, *("" for _ in range(width - len(rounds))), *PAPER_BEST[task])
+        for task, rounds in PAPER_ROUNDS.items()
+    ]
+    return Table(
+        "For comparison: the paper's MetaRM, win / tie / lose in %",
+        (
+            "Task",
+            *(f"Round {r}" for r in range(1, width + 1)),
+            "Best round vs PPO",
+            "Best round vs DPO",
+        ),
+        tuple(rows),
+        "Llama-2-7B judged by GPT-4 (arXiv 2405.00438): another world and another judge, so "
+        "compare the course over the rounds, not the numbers.",
+    )
+
+
+def best_round_table(m: Measurements) -> Table:
+    """The best round of every arm against SFT, vanilla PPO and DPO (the paper's Table 2)."""
+    rows = []
+    for method in in_order(method for method in m.methods() if method != SFT):
+        rounds = m.rounds(method, "compare")
+        if method == DPO and not rounds:
+            continue
+        by_seed = _best_round_by_seed(m, method, rounds)
+        best = ", ".join(str(r) for r in by_seed.values()) if by_seed else NOT_MEASURED
+        cells = ["—" if o == method else _pooled_triple(m, method, rounds, o) for o in OPPONENTS]
+        rows.append((arm_name(method), "—" if method == DPO else best, *cells))
+    return Table(
+        "Best round against SFT, vanilla PPO and DPO: win / tie / lose in %",
+        ("Arm", "Best round", *(f"vs {_opponent_name(o)}" for o in OPPONENTS)),
+        tuple(rows),
+        "How the best round was chosen, of an arm and of its opponent: by mean gold on one half of "
+        "the evaluation prompts; the rates are measured on the other half, so that choosing does "
+        "not flatter them. DPO's KL is not steered: see it in the table of KLs."
+        + _seed_note(m, "Best rounds are listed seed by seed, rates are means over the seeds."),
+    )
+
+
+def _opponent_name(opponent: str) -> str:
+    return "vanilla PPO" if opponent == FIXED else arm_name(opponent)
+
+
+def _best_round_by_seed(m: Measurements, method: str, rounds: list[int]) -> dict[int, int]:
+    """seed -> the round under which its "compare" records stand."""
+    found: dict[int, int] = {}
+    for round_ in rounds:
+        for opponent in (*OPPONENTS, *m.methods()):
+            for seed in m.final("compare", method, round_, f"win_vs_{opponent}"):
+                found[seed] = round_
+    return dict(sorted(found.items()))
+
+
+def _pooled_triple(m: Measurements, method: str, rounds: list[int], opponent: str) -> str:
+    """The triple over all seeds, whose best rounds may differ."""
+    shares = []
+    for outcome in ("win", "tie", "lose"):
+        values: dict[int, float] = {}
+        for round_ in rounds:
+            values |= m.final("compare", method, round_, f"{outcome}_vs_{opponent}")
+        if not values:
+            return NOT_MEASURED
+        shares.append(sum(values.values()) / len(values))
+    return " / ".join(f"{100 * share:.0f}" for share in shares)
+
+
+_METRICS = (  # column, metric, decimals
+    ("Gold", "gold_mean", 2),
+    ("KL to SFT", "kl", 2),
+    ("Proxy (standardised)", "proxy_mean_standardised", 2),
+    ("Accuracy, held-out pairs", "accuracy_heldout", 3),
+    ("Accuracy, policy's pairs, before PPO", "accuracy_policy_before", 3),
+    ("Accuracy, policy's pairs, after PPO", "accuracy_policy_after", 3),
+    ("Relative variance, before PPO", "relative_difference_variance_before", 2),
+    ("Relative variance, after PPO", "relative_difference_variance_after", 2),
+    ("Influence of the meta step", "", 4),
+    ("Length", "length_mean", 1),
+)
+
+
+def metrics_table(m: Measurements) -> Table:
+    """All final numbers of every arm and round."""
+    rows = []
+    for method in in_order(m.methods()):
+        for round_ in m.rounds(method):
+            cells = [
+                _metric_cell(m, (method, round_), metric, digits) for _, metric, digits in _METRICS
+            ]
+            rows.append((arm_name(method), str(round_), *cells))
+    return Table(
+        "All final numbers",
+        ("Arm", "Round", *(column for column, _, _ in _METRICS)),
+        tuple(rows),
+        "SFT (round 0) and DPO have no reward model of their own: theirs is the vanilla one. "
+        "“—”: does not apply (no PPO, no meta step)."
+        + _seed_note(m, "± is the 95 % t-interval over the seeds."),
+        text_columns=2,
+    )
+
+
+def _metric_cell(m: Measurements, key: tuple[str, int], metric: str, digits: int) -> str:
+    if not metric:
+        return _influence_cell(m, *key)
+    found = m.estimate("evaluate", *key, metric)
+    if found is None and key[0] == SFT and metric.endswith("_before"):
+        return "—"  # SFT has no PPO: its pairs stand under "after"
+    return number(found, digits)
+
+
+def _influence_cell(m: Measurements, method: str, round_: int) -> str:
+    found = influence(m, method, round_)
+    if found is None:
+        return NOT_MEASURED if method.startswith("metarm") else "—"
+    return f"{found.mean:.1e}" if abs(found.mean) < 1e-3 else number(found, 4)
+
+
+def kl_table(m: Measurements) -> Table:
+    """Achieved KL beside the gold number it was bought with."""
+    rounds = m.all_rounds()
+    methods = [*m.policy_arms(), *(method for method in (DPO,) if method in m.methods())]
+    rows = []
+    for method in methods:
+        cells: list[str] = []
+        for round_ in rounds:
+            known = round_ in m.rounds(method)
+            blank = "" if method == DPO else NOT_MEASURED
+            for metric in ("gold_mean", "kl"):
+                found = m.estimate("evaluate", method, round_, metric)
+                cells.append(number(found) if known else blank)
+        rows.append((arm_name(method), *cells))
+    columns = [f"{what}, round {r}" for r in rounds for what in ("Gold", "KL")]
+    return Table(
+        "Gold and the KL it was reached at",
+        ("Arm", *columns),
+        tuple(rows),
+        "Compare gold numbers of one round only where the KLs beside them agree; DPO's KL is "
+        "not steered.",
+    )
+
+
+def blindness_table(m: Measurements) -> Table:
+    """The reward model kept fixed: what it sees before and after every round."""
+    metrics = (
+        ("accuracy_policy_before", 3),
+        ("accuracy_policy_after", 3),
+        ("relative_difference_variance_before", 2),
+        ("relative_difference_variance_after", 2),
+    )
+    rows = tuple(
+        (str(r), *(number(m.estimate("evaluate", FIXED, r, name), d) for name, d in metrics))
+        for r in m.rounds(FIXED)
+    )
+    return Table(
+        f"{arm_name(FIXED)}: what the reward model still sees",
+        (
+            "Round",
+            "Accuracy on the policy's pairs, before PPO",
+            "Accuracy, after PPO",
+            "Relative variance of reward differences, before PPO",
+            "Relative variance, after PPO",
+        ),
+        rows,
+        "Accuracy 0.5 is a coin. Relative variance 1 is the spread on SFT samples.",
+    )
+
+
+def adaptation_table(m: Measurements) -> Table:
+    """What each adaptation changed on one and the same policy, and how to read it."""
+
+    def arrow(old: float | None, new: float | None, digits: int) -> str:
+        if old is None or new is None:
+            return NOT_MEASURED
+        return f"{fixed_point(old, digits)} → {fixed_point(new, digits)}"
+
+    rows = tuple(
+        (
+            arm_name(a.method),
+            str(a.round),
+            a.reading,
+            arrow(a.accuracy_old, a.accuracy_new, 3),
+            arrow(a.relative_variance_old, a.relative_variance_new, 2),
+            arrow(a.variance_old, a.variance_new, 3),
+        )
+        for a in adaptations(m)
+    )
+    return Table(
+        "What each adaptation changed (old → adapted reward model, same policy)",
+        ("Arm", "Round", "Reading", "Accuracy", "Relative variance", "Raw variance"),
+        rows,
+        "Old: the reward model of the round before (round 1: the vanilla one). A change of "
+        "accuracy counts beyond two standard errors and 0.02, more spread beyond a quarter.",
+        text_columns=3,
+    )
+
+
+def config_table(config: Mapping[str, Any]) -> Table:
+    """A configuration of any depth as dotted keys."""
+    rows: list[tuple[str, str]] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            rows.append((prefix, text))
+
+    walk("", config)
+    return Table("Configuration", ("Setting", "Value"), tuple(rows), text_columns=2)
+
+
+def versions_table(m: Measurements) -> Table:
+    """Which code and libraries the records came from."""
+    rows = tuple(
+        (commit or "unknown", versions or "unknown", ", ".join(str(s) for s in sorted(seeds)))
+        for (commit, versions), seeds in sorted(m.provenance.items())
+    )
+    return Table("Versions", ("Commit", "Versions", "Seeds"), rows, text_columns=3)
+
+
+def world_table(m: Measurements) -> Table:
+    """What the stage "world" recorded."""
+    rows = tuple((metric, f"{found.mean:.6g}") for metric, found in m.world().items())
+    return Table("The world", ("Quantity", "Value"), rows)
+
+
+def _seed_note(m: Measurements, text: str) -> str:
+    return f" {text}" if len(m.seeds) > 1 else ""

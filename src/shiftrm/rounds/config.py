@@ -1,0 +1,167 @@
+"""The settings of a gold-world run: one field per option, every default said here."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shiftrm.errors import UserError, suggest
+from shiftrm.testbed.world import WorldConfig
+from shiftrm.trainers.ppo_config import PPOConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get the round's reward model; the rest of a round is the same for all arms.
+
+    Attributes:
+        trains: whether a reward model is trained each round (otherwise the first one is kept).
+        preset: MetaRM preset, for the arms that use unlabelled groups.
+        fresh_labels: whether new gold labels are bought each round (the ceiling).
+    """
+
+    trains: bool
+    preset: str | None = None
+    fresh_labels: bool = False
+
+
+ARMS: dict[str, Arm] = {
+    "fixed": Arm(trains=False),
+    "retrained": Arm(trains=True),
+    "metarm_paper": Arm(trains=True, preset="paper"),
+    "metarm_scale_free": Arm(trains=True, preset="scale_free"),
+    "metarm_adaptive": Arm(trains=True, preset="adaptive"),
+    "fresh_labels": Arm(trains=True, fresh_labels=True),
+}
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """Supervised fine-tuning (TRL's SFTTrainer) of the random base model."""
+
+    epochs: float = 1.0
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Preference pairs drawn from the SFT policy and labelled with noise by the gold reward."""
+
+    pairs: int = 3000
+    heldout_pairs: int = 500
+    groups: int = 512
+    responses_per_group: int = 5
+    fresh_labels: int = 300
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Reward-model training; the same budget of optimizer steps for every arm and round."""
+
+    epochs: float = 2.0
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    meta_batch_size: int = 16
+    scale_free_step: float = 0.5
+    evaluations: int = 8
+
+
+@dataclass(frozen=True)
+class DPOSettings:
+    """The DPO baseline (TRL's DPOTrainer) on the same pairs."""
+
+    epochs: float = 2.0
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+    beta: float = 0.1
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What every round is measured on."""
+
+    prompts: int = 400
+    tie_margin: float = 0.25
+    kept_values: int = 300
+    kept_samples: int = 6
+
+
+def demo_ppo() -> PPOConfig:
+    """PPO settings of the gold world, where models are tiny and learn fast."""
+    from shiftrm.sampling import SamplingConfig
+
+    return PPOConfig(
+        steps=40,
+        prompts_per_step=64,
+        rollouts_per_prompt=4,
+        epochs=1,
+        minibatch_size=64,
+        learning_rate=5e-4,
+        critic_learning_rate=2e-3,
+        kl_coefficient=0.1,
+        kl_target=6.0,
+        kl_rate=0.2,
+        reward_clip=None,
+        value_clip=None,
+        sampling=SamplingConfig(max_new_tokens=21),
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: rounds of adapting the reward model and optimising the policy, per arm.
+
+    With `matched_kl` every arm steers to `ppo.kl_target`. Without, every arm uses the fixed
+    `ppo.kl_coefficient`, where a reward model with larger differences moves the policy further.
+    """
+
+    seed: int = 0
+    rounds: int = 3
+    methods: tuple[str, ...] = (
+        "fixed",
+        "retrained",
+        "metarm_paper",
+        "metarm_scale_free",
+        "fresh_labels",
+    )
+    dpo_baseline: bool = True
+    matched_kl: bool = True
+    world: WorldConfig = field(default_factory=WorldConfig)
+    sft: SFTSettings = field(default_factory=SFTSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    ppo: PPOConfig = field(default_factory=demo_ppo)
+    dpo: DPOSettings = field(default_factory=DPOSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in ARMS:
+                raise UserError(f"unknown method {method!r}{suggest(method, list(ARMS))}")
+        if len(set(self.methods)) < len(self.methods):
+            raise UserError(f"methods names an arm twice: {', '.join(self.methods)}")
+        if not self.methods:
+            raise UserError("methods is empty; name at least one, such as methods=[fixed]")
+        self._at_least(1, rounds=self.rounds)
+        self._at_least(2, responses_per_group=self.data.responses_per_group)
+        self._at_least(
+            1,
+            pairs=self.data.pairs,
+            heldout_pairs=self.data.heldout_pairs,
+            groups=self.data.groups,
+            fresh_labels=self.data.fresh_labels,
+            meta_batch_size=self.reward.meta_batch_size,
+        )
+        self._at_least(2, evaluation_prompts=self.evaluation.prompts)
+        if self.evaluation.prompts > self.world.eval_prompts:
+            raise UserError(
+                f"evaluation.prompts is {self.evaluation.prompts} but the world has "
+                f"{self.world.eval_prompts}; raise world.eval_prompts"
+            )
+        if self.matched_kl and self.ppo.kl_target is None:
+            raise UserError("matched_kl needs ppo.kl_target; set it, or matched_kl=false")
+
+    @staticmethod
+    def _at_least(least: int, **values: Any) -> None:
+        for name, value in values.items():
+            if value < least:
+                raise UserError(f"{name} is {value}; it must be at least {least}")

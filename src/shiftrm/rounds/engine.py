@@ -1,0 +1,277 @@
+"""Runs stages: each writes a folder whole or not at all, and is skipped when it is there.
+
+A stage's key is a hash of its settings and of the keys of the stages it reads. A finished stage
+whose key is unchanged is skipped; one whose key changed makes the run refuse to start. So a run
+that was killed at any moment continues when the same command is given again, and ends in the same
+files: every stage draws its random numbers from the run's seed, not from what ran before it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from shiftrm.config import differences
+from shiftrm.errors import UserError
+from shiftrm.files import atomic_write_text, replace_directory
+from shiftrm.records import Recorder, read_records, write_records
+
+STAGE_FILE = "stage.json"
+RECORDS_FILE = "records.jsonl"
+WORK_FOLDER = ".work"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resumable piece of work.
+
+    Attributes:
+        name: also its folder below the run's, such as "methods/fixed/round-1/ppo".
+        function: "module:function"; called with a `StageContext`.
+        settings: plain data; everything but the stages it reads that decides its result.
+        needs: names of the stages whose folders it reads.
+        record_as: stage, method and round of its records.
+    """
+
+    name: str
+    function: str
+    settings: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    record_as: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StageContext:
+    """What a stage function is given: where to read, where to write, what to record.
+
+    Attributes:
+        root: the run's folder, to read finished stages from (`context.folder(name)`).
+        out: a new folder that becomes the stage's own.
+        recorder: takes its numbers.
+    """
+
+    stage: Stage
+    root: Path
+    out: Path
+    seed: int
+    recorder: Recorder
+
+    def folder(self, name: str) -> Path:
+        """The folder of a stage this one needs; anything else is a mistake in the plan."""
+        if name not in self.stage.needs:
+            raise KeyError(f"stage {self.stage.name} reads {name} but does not name it in needs")
+        return self.root / name
+
+    def random_seed(self, role: str) -> int:
+        """A seed from the run's seed and a role. Arms that share a role share their draws."""
+        digest = hashlib.sha256(f"{self.seed}/{role}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") // 2  # fits every library's seed
+
+
+def stage_keys(stages: Sequence[Stage], seed: int) -> dict[str, str]:
+    """The key of every stage; `stages` must list needs before those that need them."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        content = {
+            "function": stage.function,
+            "settings": stage.settings,
+            "seed": seed,
+            "needs": {name: keys[name] for name in stage.needs},
+        }
+        text = json.dumps(content, sort_keys=True)
+        keys[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:20]
+    return keys
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    root: Path,
+    *,
+    seed: int,
+    workers: int = 1,
+    on_progress: Callable[[str, str], None] | None = None,
+) -> None:
+    """Run what is not finished, up to `workers` stages at a time, each on one thread.
+
+    Args:
+        stages: needs before those that need them.
+        root: the run's folder; created if missing.
+        workers: processes. The results do not depend on it.
+        on_progress: called with (event, stage name); events "start", "done", "skipped".
+
+    Raises:
+        UserError: the folder belongs to another configuration, or is in use.
+        RuntimeError: a stage failed; the message names it and its log.
+    """
+    keys = stage_keys(stages, seed)
+    finished = {stage.name for stage in stages if _is_finished(stage, root, keys, seed)}
+    root.mkdir(parents=True, exist_ok=True)
+    notify = on_progress or (lambda _event, _name: None)
+    with _exclusive(root):
+        shutil.rmtree(root / WORK_FOLDER, ignore_errors=True)
+        for stage in stages:
+            if stage.name in finished:
+                notify("skipped", stage.name)
+        waiting = [stage for stage in stages if stage.name not in finished]
+        if waiting:
+            _run_pool(waiting, finished, root, keys, seed, workers, notify)
+        shutil.rmtree(root / WORK_FOLDER, ignore_errors=True)
+        collect_records(stages, root)
+
+
+def collect_records(stages: Sequence[Stage], root: Path) -> Path:
+    """Write all stages' records into one file, in the order of the plan."""
+    records = []
+    for stage in stages:
+        path = root / stage.name / RECORDS_FILE
+        if path.exists() and path.stat().st_size:
+            records += read_records(path)
+    path = root / RECORDS_FILE
+    write_records(path, records)
+    return path
+
+
+def _run_pool(
+    waiting: list[Stage],
+    finished: set[str],
+    root: Path,
+    keys: dict[str, str],
+    seed: int,
+    workers: int,
+    notify: Callable[[str, str], None],
+) -> None:
+    running: dict[Future[None], Stage] = {}
+    pool = ProcessPoolExecutor(
+        max_workers=workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+    )
+    try:
+        while waiting or running:
+            ready = [s for s in waiting if finished.issuperset(s.needs)]
+            for stage in ready[: workers - len(running)]:
+                waiting.remove(stage)
+                future = pool.submit(execute, stage, root, keys[stage.name], seed)
+                running[future] = stage
+                notify("start", stage.name)
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                stage = running.pop(future)
+                future.result()
+                finished.add(stage.name)
+                notify("done", stage.name)
+    except BaseException:
+        # Stages under way are not waited for: what they leave is in the work folder only.
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
+def execute(stage: Stage, root: Path, key: str, seed: int) -> None:
+    """Run one stage in this process and publish its folder."""
+    out = root / WORK_FOLDER / f"{stage.name.replace('/', '.')}-{uuid.uuid4().hex[:8]}"
+    out.mkdir(parents=True)
+    recorder = Recorder(
+        **{"stage": stage.name, "method": "", "round": 0, **stage.record_as}, seed=seed
+    )
+    context = StageContext(stage=stage, root=root, out=out, seed=seed, recorder=recorder)
+    with open(out / "log.txt", "w", encoding="utf-8") as log:
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                _resolve(stage.function)(context)
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+        except Exception as error:
+            traceback.print_exc(file=log)
+            log.flush()
+            kept = root / f"failed-{stage.name.replace('/', '.')}.log"
+            shutil.copyfile(out / "log.txt", kept)
+            raise RuntimeError(
+                f"stage {stage.name} failed: {type(error).__name__}: {error}; see {kept}"
+            ) from None
+    write_records(out / RECORDS_FILE, recorder.records)
+    about = {
+        "name": stage.name,
+        "key": key,
+        "seed": seed,
+        "settings": stage.settings,
+        "needs": list(stage.needs),
+    }
+    atomic_write_text(out / STAGE_FILE, json.dumps(about, indent=1) + "\n")
+    target = root / stage.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_directory(out, target)
+
+
+def _resolve(name: str) -> Callable[[StageContext], None]:
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _is_finished(stage: Stage, root: Path, keys: dict[str, str], seed: int) -> bool:
+    folder = root / stage.name
+    if not folder.exists():
+        return False
+    try:
+        about = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise UserError(
+            f"{folder}: not a stage of a run ({STAGE_FILE} is missing or broken); "
+            "choose another output folder"
+        ) from None
+    if about["key"] == keys[stage.name]:
+        return True
+    changed = differences(
+        {"seed": about["seed"], **about["settings"]}, {"seed": seed, **stage.settings}
+    )
+    what = "; ".join(changed[:3]) or "a stage it builds on changed"
+    raise UserError(
+        f"{root}: stage {stage.name} was made with another configuration ({what}); "
+        "choose another output folder or delete this one"
+    )
+
+
+@contextlib.contextmanager
+def _exclusive(root: Path) -> Iterator[None]:
+    """Two runs must not share a folder; the lock goes with the process, however it ends."""
+    with open(root / ".lock", "w", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{root}: another run is using this folder; wait for it") from None
+        yield
+
+
+def _start_worker() -> None:
+    """One thread a worker, and an end when the parent ends.
+
+    More threads would make results depend on how many there are, and slow tiny models down. A
+    worker outlives a parent killed with -9 unless it watches for it.
+    """
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read when torch is imported
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - for the process's lifetime
