@@ -1,0 +1,66 @@
+"""The command line. Importing it loads neither torch nor transformers; commands do, when they run.
+
+Each command is a module with `register(subparsers)`, which declares its options, and `run(args)`.
+"""
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+
+from shiftrm import __version__
+from shiftrm.cli import demo, report
+from shiftrm.errors import UserError
+
+COMMANDS = (demo, report)
+
+EPILOG = """examples:
+  shiftrm demo                       the whole loop on the embedded gold world, in minutes
+  shiftrm demo --seed 1 --output runs/seed-1
+  shiftrm report runs/demo           make the page again from the run's records
+  shiftrm COMMAND --help             options of a command, with examples
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"shiftrm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("shiftrm: interrupted; give the same command again to continue", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        print(
+            f"shiftrm: error: {error.filename or 'output'}: {error.strerror}; free space or choose "
+            "another output folder, then give the same command again to continue",
+            file=sys.stderr,
+        )
+        return 2
+    except RuntimeError as error:
+        if not str(error).startswith("stage "):
+            raise
+        print(f"shiftrm: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="shiftrm",
+        description="Reward models that keep telling responses apart after the policy has moved.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"shiftrm {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.register(subparsers)
+    return parser

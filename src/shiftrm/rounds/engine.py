@@ -7,6 +7,7 @@ files: every stage draws its random numbers from the run's seed, not from what r
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -197,6 +198,13 @@ def execute(stage: Stage, root: Path, key: str, seed: int) -> None:
                 _resolve(stage.function)(context)
         except UserError as error:
             raise UserError(f"stage {stage.name}: {error}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"stage {stage.name}: the disk is full at {root}; free space, then give the same "
+                "command again: finished stages are kept"
+            ) from None
         except Exception as error:
             traceback.print_exc(file=log)
             log.flush()
@@ -264,7 +272,10 @@ def _start_worker() -> None:
     More threads would make results depend on how many there are, and slow tiny models down. A
     worker outlives a parent killed with -9 unless it watches for it.
     """
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read when torch is imported
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # for libraries loaded later
+    import torch
+
+    torch.set_num_threads(1)  # the parent's main module may have loaded torch already
     parent = multiprocessing.parent_process()
     if parent is None:
         return

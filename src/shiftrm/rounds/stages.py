@@ -210,7 +210,7 @@ def optimise_policy(context: StageContext) -> None:
     gold, recorder = GoldReward(), context.recorder
 
     def record(log: StepLog, rollouts: Rollouts) -> None:
-        golds = gold(rollouts.prompts, rollouts.responses, rollouts.finished)
+        golds = gold([str(p) for p in rollouts.prompts], rollouts.responses, rollouts.finished)
         numbers = {
             "proxy_mean": log.standardised_mean,
             "gold_mean": sum(golds) / len(golds),

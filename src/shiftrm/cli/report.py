@@ -1,0 +1,34 @@
+"""`shiftrm report`: the page of one or several runs, from their records alone."""
+
+import argparse
+from typing import Any
+
+EPILOG = """examples:
+  shiftrm report runs/demo
+  shiftrm report runs/seed-0 runs/seed-1 runs/seed-2 --output three-seeds.html
+"""
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="make the page of a run, or of several seeds together",
+        description="Reads the records of finished runs and writes one self-contained HTML page. "
+        "Runs of several seeds are shown together, with intervals.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="output folder of a run")
+    parser.add_argument(
+        "--output", default=None, metavar="FILE", help="default: report.html in the first folder"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from shiftrm.rounds.run import report
+
+    output = Path(args.output) if args.output else Path(args.runs[0]) / "report.html"
+    print(f"Page: {report([Path(run) for run in args.runs], output)}")

@@ -1,0 +1,177 @@
+"""A whole gold-world run: configuration, stages, records, page, and a summary in words."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from shiftrm.config import apply_overrides, differences, from_mapping, read_yaml, to_mapping
+from shiftrm.errors import UserError
+from shiftrm.files import atomic_write_text, read_jsonl
+from shiftrm.records import Record, read_records
+from shiftrm.rounds.config import RunConfig
+from shiftrm.rounds.engine import RECORDS_FILE, Stage, run_stages
+from shiftrm.rounds.plan import plan
+
+CONFIG_FILE = "config.yaml"
+PAGE_FILE = "report.html"
+
+FOLDER_README = """This folder holds one run of iterative RLHF on shiftrm's gold world.
+
+report.html     what happened, in words and pictures; open it in a browser
+records.jsonl   every measured number; the page is made from this file alone
+config.yaml     every setting of the run
+world/          the language: prompts, demonstrations, tokenizer, the random base model
+sft/            the policy after supervised fine-tuning (an ordinary transformers checkpoint)
+pairs/          preference pairs (TRL format), held-out pairs, samples of the SFT policy
+reward_model/   the first reward model (an ordinary sequence-classification checkpoint)
+evaluation/     the SFT policy's responses to the evaluation prompts, with their gold rewards
+methods/        per method and round: groups or labels, reward model, policy, evaluation
+comparison/     best rounds against each other
+
+Each folder with a stage.json is a finished stage: its settings, records.jsonl and log.txt stand in
+it. Give the same command again to continue an interrupted run, or to make the page anew.
+"""
+
+
+def configure(overrides: list[str]) -> RunConfig:
+    """The default run with `key=value` settings applied."""
+    return from_mapping(RunConfig, apply_overrides(to_mapping(RunConfig()), overrides))
+
+
+def run_and_report(config: RunConfig, output: Path, *, workers: int) -> Path:
+    """Run all stages that are not finished, write the page, print a summary; returns the page."""
+    started = time.monotonic()
+    stages = plan(config)
+    _claim_folder(output, config)
+    with _progress(stages, output) as on_progress:
+        run_stages(stages, output, seed=config.seed, workers=workers, on_progress=on_progress)
+    page = report([output], output / PAGE_FILE)
+    from shiftrm.report import terminal_summary
+
+    console = Console(soft_wrap=True)
+    console.print(
+        terminal_summary(read_records(output / RECORDS_FILE)), markup=False, highlight=False
+    )
+    console.print(
+        f"\n{(time.monotonic() - started) / 60:.1f} minutes. Page: {page}",
+        markup=False,
+        highlight=False,
+    )
+    return page
+
+
+def report(runs: list[Path], output: Path) -> Path:
+    """Write the page of one or several runs (seeds) from their records.
+
+    Raises:
+        UserError: a folder without records, or two runs of the same seed.
+    """
+    from shiftrm.report import write_report
+
+    records: list[Record] = []
+    seeds: dict[int, Path] = {}
+    for run in runs:
+        if not (run / RECORDS_FILE).is_file():
+            raise UserError(
+                f"{run}: no {RECORDS_FILE}; expected the output folder of a finished run"
+            )
+        found = read_records(run / RECORDS_FILE)
+        for seed in {record.seed for record in found}:
+            if seed in seeds:
+                raise UserError(f"{run} and {seeds[seed]} are both of seed {seed}; give one")
+            seeds[seed] = run
+        records += found
+    config = read_yaml(runs[0] / CONFIG_FILE) if (runs[0] / CONFIG_FILE).exists() else None
+    return write_report(records, output, config=config, samples=_samples(runs[0], config or {}))
+
+
+def _claim_folder(output: Path, config: RunConfig) -> None:
+    """Write the configuration, or check that the folder was made with the same one."""
+    settings = to_mapping(config)
+    path = output / CONFIG_FILE
+    if path.exists():
+        changed = differences(read_yaml(path), settings)
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{output}: made with another configuration ({'; '.join(changed[:3])}{more}); "
+                "choose another --output, or delete this folder"
+            )
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: not empty and not a run's folder; choose another --output")
+    atomic_write_text(output / "README.txt", FOLDER_README)
+    atomic_write_text(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+@contextmanager
+def _progress(stages: list[Stage], output: Path) -> Iterator[Any]:
+    """A bar over stages with what runs now; a plain line a stage where there is no terminal."""
+    if not sys.stderr.isatty():
+        count = [0]
+
+        def plain(event: str, name: str) -> None:
+            if event in ("done", "skipped"):
+                count[0] += 1
+                word = "already there" if event == "skipped" else "done"
+                print(f"[{count[0]}/{len(stages)}] {name} {word}", file=sys.stderr, flush=True)
+
+        yield plain
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=len(stages))
+        running: list[str] = []
+
+        def live(event: str, name: str) -> None:
+            if event == "start":
+                running.append(name)
+            else:
+                bar.advance(task)
+                if name in running:
+                    running.remove(name)
+            label = ", ".join(name.removeprefix("methods/") for name in running)
+            bar.update(task, description=label or "finishing")
+
+        yield live
+
+
+def _samples(run: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first few responses of SFT and of every arm's last round, for the page."""
+    kept = config.get("evaluation", {}).get("kept_samples", 6)
+    folders = [("sft", 0, run / "evaluation")]
+    folders += [("dpo", 1, run / "methods" / "dpo" / "evaluation")]
+    rounds = config.get("rounds", 0)
+    for method in config.get("methods", []):
+        path = run / "methods" / method / f"round-{rounds}" / "evaluation"
+        folders.append((method, rounds, path))
+    samples = []
+    for method, number, folder in folders:
+        path = folder / "responses.jsonl"
+        if not path.is_file():
+            continue
+        for row in read_jsonl(path)[:kept]:
+            samples.append(
+                {
+                    "method": method,
+                    "round": number,
+                    "prompt": row["prompt"],
+                    "response": row["responses"][0],
+                    "gold": row["gold"][0],
+                    "proxy": row["proxy"][0],
+                }
+            )
+    return samples
