@@ -131,8 +131,17 @@ def test_below_one_half_is_flagged(one_seed):
     records = change(one_seed, 0.46, metric="accuracy_policy_after", **where)
     found = [flag for flag in flags(Measurements(records)) if "below one half" in flag]
     assert len(found) == 1
-    assert "(0.460, round 2, after PPO)" in found[0]
+    assert "MetaRM, scale-free step, round 2 (0.460)" in found[0]
     assert "amplifying makes it worse" in found[0]
+
+
+def test_within_the_noise_of_one_half_is_a_coin(one_seed):
+    """0.49 of 400 pairs is within two standard errors (0.05) of 0.5."""
+    where = {"method": "metarm_scale_free", "round": 2, **EVALUATE}
+    found = flags(Measurements(change(one_seed, 0.49, metric="accuracy_policy_after", **where)))
+    assert not any("below one half" in flag for flag in found)
+    [coin] = [flag for flag in found if "no better than a coin" in flag]
+    assert "MetaRM, scale-free step, round 2" in coin
 
 
 def test_over_optimisation_is_flagged(one_seed):
@@ -140,7 +149,7 @@ def test_over_optimisation_is_flagged(one_seed):
     records = change(one_seed, 1.0, metric="gold_mean", **where)
     found = [flag for flag in flags(Measurements(records)) if "over-optimisation" in flag]
     assert len(found) == 1
-    assert "from round 2 to 3" in found[0]
+    assert "(vanilla PPO), round 2 to 3" in found[0]
 
 
 def test_listing():

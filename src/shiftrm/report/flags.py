@@ -45,41 +45,56 @@ def _loud_flags(m: Measurements) -> list[str]:
 
 
 def _below_half_flags(m: Measurements) -> list[str]:
-    texts = []
+    """Arms that rank their policy's pairs the wrong way round, and arms that toss a coin.
+
+    An accuracy counts as below one half beyond two standard errors of so many coin tosses.
+    """
+    worse: list[str] = []
+    coin: dict[str, list[int]] = {}
     for arm in m.policy_arms():
-        lowest: tuple[float, int, str] | None = None
         for round_ in m.rounds(arm):
-            for when in ("before", "after"):
-                found = m.estimate("evaluate", arm, round_, f"accuracy_policy_{when}")
-                if found is not None and found.mean < 0.5:
-                    lowest = min(lowest or (1.0, 0, ""), (found.mean, round_, when))
-        if lowest is not None:
-            value, round_, when = lowest
-            texts.append(
-                f"{arm_name(arm)}: accuracy on the policy's own pairs is below one half "
-                f"({fixed_point(value, 3)}, round {round_}, {when} PPO). There the reward model "
-                "prefers the worse response more often than not, and amplifying makes it worse."
-            )
+            found = m.estimate("evaluate", arm, round_, "accuracy_policy_after")
+            size = m.sample_size("evaluate", arm, round_, "accuracy_policy_after")
+            if found is None or not size:
+                continue
+            noise = 2 * math.sqrt(0.25 / (size * found.count))
+            if found.mean < 0.5 - noise:
+                worse.append(f"{arm_name(arm)}, round {round_} ({fixed_point(found.mean, 3)})")
+            elif found.mean < 0.5 + noise:
+                coin.setdefault(arm, []).append(round_)
+    texts = []
+    if worse:
+        texts.append(
+            f"Accuracy on the policy's own pairs after PPO is below one half in {listing(worse)}: "
+            "there the reward model prefers the worse response, and amplifying makes it worse."
+        )
+    if coin:
+        where = listing([f"{arm_name(arm)}, {rounds_text(rounds)}" for arm, rounds in coin.items()])
+        texts.append(
+            "After PPO the reward model ranks the policy's own pairs no better than a coin, within "
+            f"the noise, in {where}."
+        )
     return texts
 
 
 def _proxy_flags(m: Measurements) -> list[str]:
     """Proxy up and gold down over one arm's rounds: over-optimisation."""
-    texts = []
+    found = []
     for arm in m.policy_arms():
         falls = [
-            (before, after)
+            f"{before} to {after}"
             for before, after in zip(m.rounds(arm), m.rounds(arm)[1:], strict=False)
             if _moved(m, arm, "proxy_mean_standardised", before, after) > 0
             and _moved(m, arm, "gold_mean", before, after) < 0
         ]
         if falls:
-            steps = listing([f"{before} to {after}" for before, after in falls])
-            texts.append(
-                f"{arm_name(arm)}: from round {steps} its own reward model scored the policy "
-                "higher while gold fell, the mark of over-optimisation."
-            )
-    return texts
+            found.append(f"{arm_name(arm)}, round {listing(falls)}")
+    if not found:
+        return []
+    return [
+        "The mark of over-optimisation, its own reward model scoring the policy higher while gold "
+        f"fell: {listing(found)}."
+    ]
 
 
 def _moved(m: Measurements, arm: str, metric: str, before: int, after: int) -> float:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shiftrm.errors import UserError, suggest
+from shiftrm.sampling import SamplingConfig
+from shiftrm.testbed.language import MAX_RESPONSE_TOKENS
 from shiftrm.testbed.world import WorldConfig
 from shiftrm.trainers.ppo_config import PPOConfig
 
@@ -38,8 +40,9 @@ class SFTSettings:
     """Supervised fine-tuning (TRL's SFTTrainer) of the random base model."""
 
     epochs: float = 1.0
-    batch_size: int = 64
+    batch_size: int = 32
     learning_rate: float = 2e-3
+    warmup_steps: int = 20
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class RewardSettings:
 
     epochs: float = 2.0
     batch_size: int = 32
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     meta_batch_size: int = 16
     scale_free_step: float = 0.5
     evaluations: int = 8
@@ -86,23 +89,22 @@ class EvaluationSettings:
 
 
 def demo_ppo() -> PPOConfig:
-    """PPO settings of the gold world, where models are tiny and learn fast."""
-    from shiftrm.sampling import SamplingConfig
+    """PPO settings of the gold world, where models are tiny and learn fast.
 
+    Sampling is the policy's own distribution, so that the KL is that of what is optimised.
+    """
     return PPOConfig(
         steps=40,
-        prompts_per_step=64,
-        rollouts_per_prompt=4,
-        epochs=1,
+        prompts_per_step=16,
+        rollouts_per_prompt=16,
         minibatch_size=64,
-        learning_rate=5e-4,
-        critic_learning_rate=2e-3,
-        kl_coefficient=0.1,
+        learning_rate=1e-3,
+        critic_learning_rate=1e-3,
+        kl_coefficient=0.05,
         kl_target=6.0,
-        kl_rate=0.2,
-        reward_clip=None,
         value_clip=None,
-        sampling=SamplingConfig(max_new_tokens=21),
+        reward_clip=None,
+        sampling=SamplingConfig(max_new_tokens=MAX_RESPONSE_TOKENS),
     )
 
 

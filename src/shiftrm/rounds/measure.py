@@ -13,7 +13,13 @@ from shiftrm.files import Row, read_jsonl, write_jsonl
 from shiftrm.records import Recorder
 from shiftrm.rendering import encode, encode_prompt
 from shiftrm.rounds.engine import StageContext
-from shiftrm.rounds.stages import load_policy, reward_spread, sample_responses, score_rows
+from shiftrm.rounds.stages import (
+    load_policy,
+    load_scorer,
+    reward_spread,
+    sample_responses,
+    score_rows,
+)
 from shiftrm.sampling import Sample, SamplingConfig
 from shiftrm.scoring import Scorer
 from shiftrm.testbed.gold import GoldReward
@@ -48,7 +54,7 @@ def evaluate_round(context: StageContext) -> None:
     settings, recorder = context.stage.settings, context.recorder
     policy, tokenizer = load_policy(context.folder(settings["policy"]))
     reference, _ = load_policy(context.folder("sft"))
-    scorer = Scorer.from_pretrained(context.folder(settings["reward"]))
+    scorer = load_scorer(context, settings["reward"])
     after = _fresh_pairs(context, policy, tokenizer)
     before = read_jsonl(context.folder(settings["before"]) / RESPONSES)
     sft = read_jsonl(context.folder("evaluation") / RESPONSES)

@@ -45,6 +45,9 @@ from shiftrm.trainers.reward import RewardTrainer
 SPREAD_SAMPLES = 512
 """SFT responses on which a reward model's mean and spread are taken, before PPO."""
 
+GOLD = "gold"
+"""In place of a reward model's stage: the gold reward, for the controls that train on it."""
+
 
 def make_world(context: StageContext) -> None:
     """Language, prompts, demonstrations and a random base model, as ordinary files."""
@@ -66,6 +69,7 @@ def train_sft(context: StageContext) -> None:
         per_device_train_batch_size=settings["batch_size"],
         learning_rate=settings["learning_rate"],
         lr_scheduler_type="linear",
+        warmup_steps=settings["warmup_steps"],
         logging_steps=20,
         completion_only_loss=True,
     )
@@ -134,6 +138,15 @@ def train_reward(context: StageContext) -> None:
     for name in context.stage.needs:
         if name.endswith("/labels"):
             pairs += read_pairs(context.folder(name) / "labels.jsonl")
+    fit_reward(context, pairs, steps=steps)
+
+
+def fit_reward(context: StageContext, pairs: list[Row], *, steps: int) -> None:
+    """Train on these pairs for so many optimizer steps, with MetaRM if the settings name a preset.
+
+    Records accuracy on the held-out original pairs and saves the model.
+    """
+    settings = context.stage.settings
     heldout = read_pairs(context.folder("pairs") / "heldout.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(context.folder("sft"))
     seed = context.random_seed(f"reward/{settings['round']}")
@@ -195,7 +208,7 @@ def optimise_policy(context: StageContext) -> None:
     role = f"ppo/{settings['round']}"
     policy, tokenizer = load_policy(context.folder(settings["policy"]))
     reference, _ = load_policy(context.folder("sft"))
-    scorer = Scorer.from_pretrained(context.folder(settings["reward"]))
+    scorer = load_scorer(context, settings["reward"])
     spread = read_jsonl(context.folder("pairs") / "sft_samples.jsonl")
     mean, std, difference_variance = reward_spread(scorer, spread)
     config = from_mapping(
@@ -266,6 +279,11 @@ def load_policy(folder: Path) -> tuple[Any, Any]:
     """A causal language model and its tokenizer, in fp32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def load_scorer(context: StageContext, name: str) -> Any:
+    """The reward model of a stage, or the gold reward itself where a control names `GOLD`."""
+    return GoldReward() if name == GOLD else Scorer.from_pretrained(context.folder(name))
 
 
 def new_reward_model(folder: Path, *, seed: int) -> Any:

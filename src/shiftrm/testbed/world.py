@@ -35,7 +35,7 @@ class WorldConfig:
     """
 
     seed: int = 0
-    sft_examples: int = 25_600  # 400 steps of 64
+    sft_examples: int = 25_600
     train_prompts: int = 2_048
     eval_prompts: int = 400
     hidden_size: int = 64

@@ -1,0 +1,58 @@
+"""A whole gold-world run so small that it takes seconds, through the real command."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+TINY = [
+    "rounds=1",
+    "methods=[fixed, metarm_scale_free]",
+    "dpo_baseline=false",
+    "world.sft_examples=128",
+    "world.train_prompts=32",
+    "world.eval_prompts=12",
+    "world.hidden_size=16",
+    "world.intermediate_size=16",
+    "world.layers=1",
+    "world.heads=2",
+    "data.pairs=48",
+    "data.heldout_pairs=16",
+    "data.groups=8",
+    "data.responses_per_group=3",
+    "reward.epochs=1",
+    "reward.evaluations=1",
+    "ppo.steps=2",
+    "ppo.prompts_per_step=4",
+    "ppo.rollouts_per_prompt=4",
+    "evaluation.prompts=12",
+]
+
+
+def demo(output, *settings, workers=2, kill_after=None):
+    """Run `shiftrm demo`; returns (status, stderr).
+
+    `kill_after=(stages, seconds)`: kill -9 it that long after so many stages finished anew.
+    """
+    command = [sys.executable, "-m", "shiftrm", "demo", "--output", str(output)]
+    process = subprocess.Popen(
+        [*command, "--workers", str(workers), *TINY, *settings],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if kill_after is None:
+        _, errors = process.communicate(timeout=300)
+        return process.returncode, errors
+    stages, seconds = kill_after
+    while stages:
+        line = process.stderr.readline()
+        if not line:
+            break
+        stages -= line.rstrip().endswith(" done")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.stderr.close()
+    return process.wait(timeout=60), ""
