@@ -68,13 +68,18 @@ def iterate_jsonl(path: str | Path, *, required: tuple[str, ...] = ()) -> Iterat
                 continue
             where = f"{path}:{number}"
             row = _parse(raw, where)
-            for column in required:
-                if column not in row:
-                    raise UserError(
-                        f"{where}: column {column!r} is missing; the row has "
-                        f"{', '.join(map(repr, row)) or 'no columns'}"
-                    )
+            require_columns(row, required, where)
             yield where, row
+
+
+def require_columns(row: Row, columns: tuple[str, ...], where: str) -> None:
+    """Refuse a row that lacks a column; the message names what it has."""
+    for column in columns:
+        if column not in row:
+            raise UserError(
+                f"{where}: column {column!r} is missing; the row has "
+                f"{', '.join(map(repr, row)) or 'no columns'}"
+            )
 
 
 def _parse(raw: bytes, where: str) -> Row:

@@ -56,6 +56,39 @@ class Sample:
     finished: bool
 
 
+def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Weights are in fp32 unless `dtype` is given. A tokenizer without a pad token pads with EOS,
+    which is safe here: masks and lengths say what is padding, not the token.
+
+    Raises:
+        UserError: nothing there, not a causal language model, or a tokenizer without EOS.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path), output_loading_info=True, **{"dtype": torch.float32, **model_options}
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be loaded as a causal language model with its tokenizer "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    if info["missing_keys"]:
+        raise UserError(
+            f"{path}: not a causal language model ({sorted(info['missing_keys'])[0]} is missing); "
+            "give a policy, not a reward model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token; set one and save it again")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
 @torch.no_grad()
 def generate(
     model: Any,

@@ -7,7 +7,7 @@ own pooling looks for pad tokens instead, and reads the wrong one where pad equa
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,34 @@ def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     return collected[0]
 
 
+class Scorable(NamedTuple):
+    """One response to score, with its prompt; `finished` as in `rendering.encode`."""
+
+    prompt: Text | None
+    response: Text
+    finished: bool = True
+
+
+def scorable_texts(row: dict[str, Any], where: str) -> list[Scorable]:
+    """The responses of a row: `response`, `responses`, or `chosen` and `rejected`, in this order.
+
+    Raises:
+        UserError: the row has none of them.
+    """
+    prompt = row.get("prompt")
+    if "response" in row:
+        return [Scorable(prompt, row["response"], bool(row.get("finished", True)))]
+    if "responses" in row:
+        finished = row.get("finished") or [True] * len(row["responses"])
+        return [Scorable(prompt, r, f) for r, f in zip(row["responses"], finished, strict=True)]
+    if "chosen" in row and "rejected" in row:
+        return [Scorable(prompt, row["chosen"]), Scorable(prompt, row["rejected"])]
+    raise UserError(
+        f"{where}: nothing to score: expected a column 'response', 'responses', or 'chosen' and "
+        f"'rejected'; the row has {', '.join(map(repr, row)) or 'no columns'}"
+    )
+
+
 class Scorer:
     """A reward model with its tokenizer: text in, rewards out.
 
@@ -143,16 +171,23 @@ class Scorer:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            str(path), output_loading_info=True, **model_options
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                str(path), output_loading_info=True, **model_options
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be loaded as a reward model with its tokenizer "
+                f"({str(error).splitlines()[0]})"
+            ) from None
         missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
         if missing:
             raise UserError(
                 f"{path}: the checkpoint has no score head ({missing[0]} is missing), so it is not "
                 "a trained reward model; train one with RewardTrainer first"
             )
-        return cls(model, AutoTokenizer.from_pretrained(str(path)))
+        return cls(model, tokenizer)
 
     def __call__(
         self,

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from shiftrm import __version__
-from shiftrm.cli import demo, report
+from shiftrm.cli import demo, report, sample, score, train
 from shiftrm.errors import UserError
 
-COMMANDS = (demo, report)
+COMMANDS = (demo, report, sample, train, score)
 
 EPILOG = """examples:
   shiftrm demo                       the whole loop on the embedded gold world, in minutes

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from shiftrm.errors import UserError
-from shiftrm.files import Row, iterate_jsonl
+from shiftrm.files import Row, iterate_jsonl, require_columns
 
 __all__ = ["check_group", "read_groups"]
 
@@ -15,10 +15,7 @@ def read_groups(path: str | Path) -> list[Row]:
         UserError: missing or malformed file, a missing column, or a group with fewer than two
             responses; the message names file and line.
     """
-    rows = [
-        check_group(row, where)
-        for where, row in iterate_jsonl(path, required=("prompt", "responses"))
-    ]
+    rows = [check_group(row, where) for where, row in iterate_jsonl(path)]
     if not rows:
         raise UserError(f"{path}: the file has no groups")
     return rows
@@ -26,6 +23,7 @@ def read_groups(path: str | Path) -> list[Row]:
 
 def check_group(row: Row, where: str) -> Row:
     """Refuse a group without a pair of responses to tell apart; returns the row as it is."""
+    require_columns(row, ("prompt", "responses"), where)
     responses = row["responses"]
     if not isinstance(responses, list):
         raise UserError(

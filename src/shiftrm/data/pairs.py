@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from shiftrm.errors import UserError
-from shiftrm.files import Row, iterate_jsonl
+from shiftrm.files import Row, iterate_jsonl, require_columns
 
 __all__ = ["check_pair", "read_pairs"]
 
@@ -15,10 +15,7 @@ def read_pairs(path: str | Path) -> list[Row]:
         UserError: missing or malformed file, a missing column, or a pair whose sides are equal
             or empty; the message names file and line.
     """
-    rows = [
-        check_pair(row, where)
-        for where, row in iterate_jsonl(path, required=("chosen", "rejected"))
-    ]
+    rows = [check_pair(row, where) for where, row in iterate_jsonl(path)]
     if not rows:
         raise UserError(f"{path}: the file has no preference pairs")
     return rows
@@ -26,6 +23,7 @@ def read_pairs(path: str | Path) -> list[Row]:
 
 def check_pair(row: Row, where: str) -> Row:
     """Refuse a pair that cannot teach anything; returns the row as it is."""
+    require_columns(row, ("chosen", "rejected"), where)
     for column in ("chosen", "rejected"):
         value = row[column]
         if not isinstance(value, str | list):

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from shiftrm.records import Record
 from shiftrm.rounds.controls import ControlsConfig, at_kl
@@ -82,7 +83,10 @@ class Table:
         return self._finals["reward_model", seed, method, "eval_accuracy_final"][0]
 
     def gold_noise(self, seed: int, method: str) -> float:
-        """Noise of the difference between a method's evaluated gold and the SFT policy's."""
+        """Noise of the difference between a method's evaluated gold and the SFT policy's.
+
+        The two answer the same prompts; counting them as independent overstates it a little.
+        """
         variances = []
         for name in (method, "sft"):
             deviation, n = self._finals["evaluate", seed, name, "gold_std"]
@@ -98,7 +102,7 @@ def windows(curve: Sequence[float], width: int = WINDOW) -> list[float]:
 
 def curve_noise(curve: Sequence[float], width: int = WINDOW) -> float:
     """Noise of the difference of two window means, from the differences of neighbouring steps."""
-    squares = [(b - a) ** 2 for a, b in zip(curve, curve[1:], strict=False)]
+    squares = [(b - a) ** 2 for a, b in pairwise(curve)]
     if not squares:
         raise ValueError("a curve needs at least two steps")
     one_step = sum(squares) / len(squares) / 2
@@ -145,8 +149,11 @@ def proxy_without_penalty(table: Table, seed: int) -> list[Check]:
     thirds = [sum(proxy[i * third : (i + 1) * third]) / third for i in range(3)]
     fall, noise = largest_fall(means), curve_noise(proxy)
     sft, end = table.evaluated(seed, "sft"), table.evaluated(seed, name)
-    golds, gold_noise = windows(gold), curve_noise(gold)
+    golds = windows(gold)
     peak = max(golds)
+    # Until the peak: what the policy says after it differs ever more from prompt to prompt.
+    until = gold[: (golds.index(peak) + 1) * WINDOW]
+    gold_noise = math.hypot(curve_noise(until), table.gold_noise(seed, "sft"))
     return [
         Check(
             "a",
@@ -158,9 +165,9 @@ def proxy_without_penalty(table: Table, seed: int) -> list[Check]:
         Check(
             "a",
             "its gold peaks above the SFT policy and falls from there",
-            peak > sft + gold_noise and golds[-1] < peak - gold_noise,
+            peak > sft + gold_noise and golds[-1] < peak - curve_noise(gold),
             seed,
-            {"sft": sft, "peak": peak, "last": golds[-1], "noise": gold_noise},
+            {"sft": sft, "peak": peak, "noise": gold_noise, "last": golds[-1]},
         ),
         Check(
             "a",
@@ -229,7 +236,7 @@ def matched_kl(table: Table, target: float, counts: Sequence[int]) -> list[Check
     means = {name: sum(values) / len(values) for name, values in golds.items()}
     off = max(abs(kl / target - 1) for values in kls.values() for kl in values)
     by_size = [means[name] for name in names[:-1]]
-    rises = all(a < b for a, b in zip(by_size, by_size[1:], strict=False))
+    rises = all(a < b for a, b in pairwise(by_size))
     return [
         Check(
             "d",

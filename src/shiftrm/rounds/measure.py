@@ -14,13 +14,12 @@ from shiftrm.records import Recorder
 from shiftrm.rendering import encode, encode_prompt
 from shiftrm.rounds.engine import StageContext
 from shiftrm.rounds.stages import (
-    load_policy,
     load_scorer,
     reward_spread,
     sample_responses,
     score_rows,
 )
-from shiftrm.sampling import Sample, SamplingConfig
+from shiftrm.sampling import Sample, SamplingConfig, load_policy
 from shiftrm.scoring import Scorer
 from shiftrm.testbed.gold import GoldReward
 from shiftrm.testbed.world import PROMPTS_EVAL

@@ -10,7 +10,6 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PrinterCallback,
@@ -26,7 +25,7 @@ from shiftrm.files import Row, read_jsonl, write_jsonl
 from shiftrm.records import Recorder
 from shiftrm.rendering import decode_response, encode, encode_prompt
 from shiftrm.rounds.engine import StageContext
-from shiftrm.sampling import SamplingConfig, generate, sample_groups
+from shiftrm.sampling import SamplingConfig, generate, load_policy, sample_groups
 from shiftrm.scoring import Scorer, score_head
 from shiftrm.testbed.gold import GoldReward
 from shiftrm.testbed.world import (
@@ -273,12 +272,6 @@ def train_dpo(context: StageContext) -> None:
 
 
 # -- helpers that measure.py shares ----------------------------------------------------------
-
-
-def load_policy(folder: Path) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def load_scorer(context: StageContext, name: str) -> Any:

@@ -328,9 +328,6 @@ def _encode_groups(
     encoded: list[list[list[int]]] = []
     dropped = small = 0
     for index, row in enumerate(groups):
-        for column in ("prompt", "responses"):
-            if column not in row:
-                raise UserError(f"meta_dataset, row {index}: column {column!r} is missing")
         check_group(row, f"meta_dataset, row {index}")
         finished = row.get("finished") or [True] * len(row["responses"])
         sequences = [

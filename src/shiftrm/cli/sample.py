@@ -1,0 +1,71 @@
+"""`shiftrm sample`: K responses per prompt of a policy, as a group file."""
+
+import argparse
+from typing import Any
+
+EPILOG = """examples:
+  shiftrm sample --policy models/ppo-round-1 --prompts prompts.jsonl --output groups.jsonl
+  shiftrm sample --policy models/ppo-round-1 --prompts prompts.jsonl --output groups.jsonl \\
+      --responses 5 --temperature 0.8 --top-p 0.9 --repetition-penalty 1.1
+
+Each line of prompts.jsonl holds {"prompt": "text"} or {"prompt": [chat messages]}. Each line of the
+output holds {"prompt", "responses", "finished"}. An interrupted call continues when repeated.
+"""
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "sample",
+        help="sample K responses per prompt from a policy",
+        description="Samples several responses to each prompt from a causal language model and "
+        "writes them as groups, which `shiftrm train --groups` adapts a reward model to.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--policy", required=True, metavar="DIR", help="checkpoint or hub name")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL with `prompt`")
+    parser.add_argument("--output", required=True, metavar="FILE", help="group file to write")
+    parser.add_argument("--responses", type=int, default=5, metavar="K", help="default: 5")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1 (none)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts a batch")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from shiftrm.cli.progress import bar
+    from shiftrm.files import read_jsonl
+    from shiftrm.sampling import SamplingConfig, load_policy, sample_groups
+
+    output = Path(args.output)
+    if output.exists():
+        print(f"{output} is already there; nothing to do")
+        return
+    config = SamplingConfig(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    prompts = [row["prompt"] for row in read_jsonl(args.prompts, required=("prompt",))]
+    model, tokenizer = load_policy(args.policy)
+    with bar("sampling", len(prompts)) as advance:
+        sample_groups(
+            model,
+            tokenizer,
+            prompts,
+            output,
+            config=config,
+            num_responses=args.responses,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            progress=advance,
+        )
+    print(f"{len(prompts)} groups of {args.responses} responses: {output}")
