@@ -9,7 +9,7 @@ from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.scoring import Scorer
 
-QUICK = ["use_cpu=true", "max_steps=2", "logging_steps=1", "bf16=false", "disable_tqdm=true"]
+QUICK = ["max_steps=2", "logging_steps=1", "disable_tqdm=true"]
 
 
 @pytest.fixture

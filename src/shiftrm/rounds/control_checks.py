@@ -133,7 +133,9 @@ def check_controls(records: Sequence[Record], config: ControlsConfig) -> list[Ch
     for seed in table.seeds:
         checks += proxy_without_penalty(table, seed)
         checks += gold_as_reward(table, seed)
-        checks += shuffled_labels(table, seed, at_kl("shuffled", config.shuffled_kl))
+        checks += shuffled_labels(
+            table, seed, [at_kl("shuffled", config.shuffled_kl), "shuffled_no_kl"]
+        )
     for target in config.kl_targets:
         checks += matched_kl(table, target, config.pair_counts)
     for seed in table.seeds:
@@ -196,7 +198,7 @@ def gold_as_reward(table: Table, seed: int) -> list[Check]:
     ]
 
 
-def shuffled_labels(table: Table, seed: int, matched: str) -> list[Check]:
+def shuffled_labels(table: Table, seed: int, runs: Sequence[str]) -> list[Check]:
     """(c) Nothing is learned from coin tosses, and nothing is gained by optimising it."""
     accuracy = table.accuracy(seed, "shuffled")
     low, high = SHUFFLED_ACCURACY
@@ -210,12 +212,12 @@ def shuffled_labels(table: Table, seed: int, matched: str) -> list[Check]:
         )
     ]
     sft = table.evaluated(seed, "sft")
-    for name, where in ((matched, "at matched KL"), ("shuffled_no_kl", "without penalty")):
+    for name in runs:
         end, noise = table.evaluated(seed, name), table.gold_noise(seed, name)
         checks.append(
             Check(
                 "c",
-                f"PPO on that reward model gains no gold {where}",
+                f"PPO on that reward model gains no gold ({name})",
                 end <= sft + noise,
                 seed,
                 {"sft": sft, "end": end, "noise": noise},

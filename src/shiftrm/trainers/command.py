@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from trl import RewardConfig
@@ -94,6 +95,8 @@ def _trainer(
 def _arguments(settings: list[str], cls: type, work: Path) -> Any:
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     values: dict[str, Any] = {"output_dir": str(work), "save_strategy": "no", "report_to": "none"}
+    if torch.accelerator.current_accelerator() is None:  # TRL's bf16 default needs one
+        values |= {"use_cpu": True, "bf16": False}
     for word in settings:
         key, equals, text = word.partition("=")
         if not equals:
