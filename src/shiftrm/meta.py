@@ -36,6 +36,23 @@ class AdaptiveState:
     first: list[Tensor] = field(default_factory=list)
     second: list[Tensor] = field(default_factory=list)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in it by name, to be saved; `from_tensors` reads it back."""
+        named = {"steps": torch.tensor(self.steps)}
+        for kind, moments in (("first", self.first), ("second", self.second)):
+            named |= {f"{kind}.{i}": m for i, m in enumerate(moments)}
+        return named
+
+    @classmethod
+    def from_tensors(cls, named: dict[str, Tensor]) -> "AdaptiveState":
+        """The state that `tensors` gave."""
+        count = (len(named) - 1) // 2
+        return cls(
+            steps=int(named["steps"]),
+            first=[named[f"first.{i}"] for i in range(count)],
+            second=[named[f"second.{i}"] for i in range(count)],
+        )
+
 
 @dataclass(frozen=True)
 class MetaReport:

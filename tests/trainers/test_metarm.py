@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import TrainerCallback
 
 from shiftrm.errors import UserError
 from shiftrm.rendering import encode
@@ -181,6 +182,53 @@ def test_checkpoints_hold_theta_not_theta_prime(make_trainer, reward_model, tmp_
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "checkpoint-2")
     for a, b in zip(straight.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("rule", ["normalized", "adaptive"])
+@pytest.mark.parametrize("stop", [1, 3])
+def test_resuming_is_exact(make_trainer, reward_model, tmp_path, rule, stop):
+    """Stopped and resumed from the checkpoint: the same losses and weights as a straight run."""
+    config = {
+        "meta_step": rule,
+        "meta_learning_rate": 0.05,
+        "meta_batch_size": 4,
+        "deploy": "adapted",
+        "max_steps": 5,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 1.0,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    straight, resumed = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
+    first = make_trainer(straight, output_dir=str(tmp_path / "straight"), **config)
+    first.train()
+    stopped = make_trainer(
+        copy.deepcopy(reward_model), output_dir=str(tmp_path / "resumed"), **config
+    )
+    stopped.add_callback(StopAt(stop))
+    stopped.train()
+    second = make_trainer(resumed, output_dir=str(tmp_path / "resumed"), **config)
+    second.train(resume_from_checkpoint=str(tmp_path / "resumed" / f"checkpoint-{stop}"))
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    losses = [
+        [log["loss"] for log in t.state.log_history if "loss" in log] for t in (first, second)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 5
 
 
 def test_logs_say_what_the_meta_step_did(make_trainer, reward_model):

@@ -6,10 +6,12 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl import RewardConfig
 
@@ -31,6 +33,9 @@ from shiftrm.scoring import pad_right, sequence_rewards
 from shiftrm.trainers.reward import RewardTrainer
 
 logger = logging.getLogger(__name__)
+
+META_STATE_FILE = "meta_state.safetensors"
+"""Beside a checkpoint's optimizer state: Adam's moments of grad J (meta_step "adaptive")."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Algorithm 1 to the letter; eta = alpha is said by meta_learning_rate=None.
@@ -265,6 +270,23 @@ class MetaRMTrainer(RewardTrainer):
             epoch, place = divmod(position, n)
             chosen.append(self._groups[_permutation(n, self.args.seed, epoch)[place]])
         return chosen[rank::world]
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._adaptive_state.steps and self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self._step()}"
+            save_file(self._adaptive_state.tensors(), folder / META_STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """With the optimizer's state comes the meta step's own, so that resuming is exact."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint or "") / META_STATE_FILE
+        if checkpoint is not None and path.is_file():
+            self._adaptive_state = AdaptiveState.from_tensors(
+                load_file(path, device=str(self.args.device))
+            )
 
     # -- diagnostics -------------------------------------------------------------------------
 
