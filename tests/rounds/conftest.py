@@ -30,10 +30,10 @@ TINY = [
 ]
 
 
-def demo(output, *settings, workers=2, kill_after=None):
+def demo(output, *settings, workers=2, kill_after=None, how=signal.SIGKILL):
     """Run `shiftrm demo`; returns (status, stderr).
 
-    `kill_after=(stages, seconds)`: kill -9 it that long after so many stages finished anew.
+    `kill_after=(stages, seconds)`: kill (-9) it that long after so many stages finished anew.
     """
     command = [sys.executable, "-m", "shiftrm", "demo", "--output", str(output)]
     process = subprocess.Popen(
@@ -42,6 +42,7 @@ def demo(output, *settings, workers=2, kill_after=None):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
     if kill_after is None:
         _, errors = process.communicate(timeout=300)
@@ -53,6 +54,10 @@ def demo(output, *settings, workers=2, kill_after=None):
             break
         stages -= line.rstrip().endswith(" done")
     time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does
+    else:
+        process.send_signal(how)
+    errors = process.stderr.read()
     process.stderr.close()
-    return process.wait(timeout=60), ""
+    return process.wait(timeout=60), errors

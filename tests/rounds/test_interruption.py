@@ -64,6 +64,13 @@ def test_killed_in_random_places(straight, tmp_path):
     assert not list((tmp_path / "run").glob("**/*.tmp"))
 
 
+def test_control_c_is_one_line(tmp_path):
+    status, errors = demo(tmp_path / "run", kill_after=(1, 0.0), how=signal.SIGINT)
+    assert status == 130
+    lines = [line for line in errors.splitlines() if not line.startswith("[")]
+    assert lines == ["shiftrm: interrupted; give the same command again to continue"]
+
+
 def test_same_seed_same_records_whatever_the_workers(straight, tmp_path):
     status, errors = demo(tmp_path / "run", workers=1)
     assert status == 0, errors

@@ -49,20 +49,26 @@ class Table:
     """The records of one or several seeds, looked up by what they are.
 
     Raises:
+        ValueError: a step of a run is there twice, as when a run's records were given twice.
         KeyError: on look-up, something was not measured; the message names it.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
-        curves: dict[tuple[int, str, str], list[tuple[int, float]]] = defaultdict(list)
+        curves: dict[tuple[int, str, str], dict[int, float]] = defaultdict(dict)
         self._finals: dict[tuple[str, int, str, str], tuple[float, int]] = {}
         for r in records:
             if isinstance(r.value, list):
                 continue
             if r.stage == "ppo" and r.step is not None:
-                curves[r.seed, r.method, r.metric].append((r.step, r.value))
+                curve = curves[r.seed, r.method, r.metric]
+                if r.step in curve:
+                    raise ValueError(f"{r.method}, seed {r.seed}: step {r.step} is there twice")
+                curve[r.step] = r.value
             elif r.step is None:
                 self._finals[r.stage, r.seed, r.method, r.metric] = (r.value, r.n or 1)
-        self._curves = {key: [v for _, v in sorted(points)] for key, points in curves.items()}
+        self._curves = {
+            key: [v for _, v in sorted(points.items())] for key, points in curves.items()
+        }
         self.seeds = sorted({r.seed for r in records})
 
     def curve(self, seed: int, method: str, metric: str) -> list[float]:
@@ -236,15 +242,17 @@ def matched_kl(table: Table, target: float, counts: Sequence[int]) -> list[Check
         kls[name] = [table.at_end(seed, run, "kl") for seed, run in pairs]
         golds[name] = [table.at_end(seed, run, "gold_mean") for seed, run in pairs]
     means = {name: sum(values) / len(values) for name, values in golds.items()}
-    off = max(abs(kl / target - 1) for values in kls.values() for kl in values)
+    # Gold as reward may stop short: once it has what there is to gain, no more KL is worth having.
+    short = max(1 - kl / target for name in names[:-1] for kl in kls[name])
+    beyond = max(kl / target - 1 for values in kls.values() for kl in values)
     by_size = [means[name] for name in names[:-1]]
     rises = all(a < b for a, b in pairwise(by_size))
     return [
         Check(
             "d",
-            f"KL {target:g}: all runs are within {KL_TOLERANCE:.0%} of it",
-            off <= KL_TOLERANCE,
-            numbers={"largest deviation": off},
+            f"KL {target:g}: all runs are within {KL_TOLERANCE:.0%} (gold as reward: or below)",
+            max(short, beyond) <= KL_TOLERANCE,
+            numbers={"furthest short": short, "furthest beyond": beyond},
         ),
         Check(
             "d", f"KL {target:g}: gold rises with the number of pairs", rises, numbers=dict(means)

@@ -46,10 +46,18 @@ def controls_figure(records: Sequence[Record], config: ControlsConfig) -> Figure
     _dress(shuffled, "Shuffled labels (c): nothing learned, nothing gained", "PPO step", "gold")
     _sft_level(shuffled, table)
     accuracies = ", ".join(f"{table.accuracy(seed, 'shuffled'):.3f}" for seed in table.seeds)
-    note = f"held-out accuracy by seed:\n{accuracies}"
-    shuffled.annotate(note, (0.97, 0.72), xycoords="axes fraction", ha="right", fontsize=9)
-    for axes in (proxy, gold, shuffled):
-        axes.legend(frameon=False, fontsize=9, loc="lower right" if axes is proxy else "lower left")
+    proxy.legend(frameon=False, fontsize=9, loc="lower right")
+    gold.legend(frameon=False, fontsize=9, loc="lower left")
+    low, high = shuffled.get_ylim()
+    shuffled.set_ylim(low, high + 0.4 * (high - low))  # room for the legend above the curves
+    shuffled.legend(
+        frameon=False,
+        fontsize=9,
+        loc="upper right",
+        title=f"held-out accuracy by seed: {accuracies}",
+        title_fontsize=9,
+        alignment="left",
+    )
     return figure
 
 
@@ -212,16 +220,15 @@ def replace_block(path: Path, name: str, content: str) -> None:
     Raises:
         UserError: the markers are not there.
     """
-    begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
-    text = path.read_text(encoding="utf-8")
-    before, found, rest = text.partition(begin)
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{path}: no block {name!r}; restore its begin and end comments")
-    atomic_write_text(path, before + begin + content + end + after)
+    atomic_write_text(path, f"{before}{begin}\n{content}\n{end}{after}")
 
 
 def block(path: Path, name: str) -> str:
     """The generated text between the markers of a block of a document."""
-    text = path.read_text(encoding="utf-8")
-    return text.partition(f"<!-- {name}:begin -->\n")[2].partition(f"\n<!-- {name}:end -->")[0]
+    rest = path.read_text(encoding="utf-8").partition(f"<!-- {name}:begin -->")[2]
+    return rest.partition(f"<!-- {name}:end -->")[0].strip("\n")

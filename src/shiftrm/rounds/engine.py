@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import traceback
@@ -176,10 +177,9 @@ def _run_pool(
                 notify("done", stage.name)
     except BaseException:
         # Stages under way are not waited for: what they leave is in the work folder only.
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
+        for process in list((pool._processes or {}).values()):
             process.terminate()
+        pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
 
@@ -272,9 +272,12 @@ def _start_worker() -> None:
     More threads would make results depend on how many there are, and slow tiny models down. A
     worker outlives a parent killed with -9 unless it watches for it.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, once
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # for libraries loaded later
     import torch
+    import tqdm
 
+    tqdm.tqdm.set_lock(threading.RLock())  # its default is a semaphore that Ctrl-C would leak
     torch.set_num_threads(1)  # the parent's main module may have loaded torch already
     parent = multiprocessing.parent_process()
     if parent is None:
