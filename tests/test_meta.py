@@ -146,6 +146,22 @@ def test_non_finite_objective_gradient_skips_the_step():
     assert gradient[0].tolist() == [2.0, 4.0]
 
 
+def test_a_skipped_adaptive_step_does_not_move():
+    """Zeros fed to Adam would let its momentum move theta."""
+    theta, state = torch.tensor([1.0, 2.0], requires_grad=True), AdaptiveState()
+    ascent_direction([torch.ones(2)], meta_step="adaptive", state=state)
+    gradient, report = metarm_gradient(
+        [theta],
+        lambda: (theta * float("nan")).sum(),
+        lambda: theta.pow(2).sum(),
+        meta_learning_rate=0.1,
+        meta_step="adaptive",
+        state=state,
+    )
+    assert (report.skipped, report.step_norm, state.steps) == (True, 0.0, 1)
+    assert gradient[0].tolist() == [2.0, 4.0]
+
+
 def test_influence_limits():
     base = [torch.tensor([3.0, 4.0])]
     assert influence(base, base) == 0.0

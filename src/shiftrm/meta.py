@@ -61,7 +61,7 @@ class MetaReport:
     Attributes:
         objective_before: J at theta.
         objective_after: J at theta' on the same responses; None if not measured.
-        gradient_norm: `||grad J(theta)||`.
+        gradient_norm: `||grad J(theta)||`; NaN if the step was skipped.
         step_norm: `||theta' - theta||`.
         influence: `||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`; None if not measured.
             Near 0 the meta step changes nothing, whatever else was configured.
@@ -117,6 +117,18 @@ def ascent_direction(
     raise ValueError(f"meta_step is {meta_step!r}; expected one of {get_args(MetaStep)}")
 
 
+def meta_directions(
+    gradients: Sequence[Tensor], *, meta_step: MetaStep, state: AdaptiveState | None = None
+) -> tuple[list[Tensor], bool]:
+    """`ascent_direction`, or zeros and True if the gradient is not finite: a skipped meta step.
+
+    A skipped step leaves Adam's moments as they were.
+    """
+    if not math.isfinite(float(global_norm(gradients))):
+        return [torch.zeros_like(g) for g in gradients], True
+    return ascent_direction(gradients, meta_step=meta_step, state=state), False
+
+
 @torch.no_grad()
 def _adam_direction(gradients: Sequence[Tensor], state: AdaptiveState) -> list[Tensor]:
     if not state.first:
@@ -167,11 +179,6 @@ def ascend_(
         p.add_(direction, alpha=meta_learning_rate)  # Eq. 3
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no entry is NaN or infinite."""
-    return math.isfinite(float(global_norm(tensors)))
-
-
 def influence(shifted: Sequence[Tensor], base: Sequence[Tensor]) -> float:
     """`||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`; 0 if both gradients vanish."""
     change = float(global_norm([s - b for s, b in zip(shifted, base, strict=True)]))
@@ -207,10 +214,7 @@ def metarm_gradient(
         and a report.
     """
     objective_before, gradients = _value_and_gradient(objective, parameters)
-    skipped = not all_finite(gradients)
-    if skipped:
-        gradients = [torch.zeros_like(g) for g in gradients]
-    directions = ascent_direction(gradients, meta_step=meta_step, state=state)
+    directions, skipped = meta_directions(gradients, meta_step=meta_step, state=state)
     base = _value_and_gradient(loss, parameters)[1] if diagnose else None
     objective_after = None
     with look_ahead(parameters, directions, meta_learning_rate=meta_learning_rate):  # Eq. 3
@@ -221,7 +225,7 @@ def metarm_gradient(
     report = MetaReport(
         objective_before=objective_before,
         objective_after=objective_after,
-        gradient_norm=float(global_norm(gradients)),
+        gradient_norm=math.nan if skipped else float(global_norm(gradients)),
         step_norm=meta_learning_rate * float(global_norm(directions)),
         influence=None if base is None else influence(shifted, base),
         skipped=skipped,

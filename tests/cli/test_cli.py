@@ -84,6 +84,14 @@ def test_output_folder_that_is_not_a_run(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_killed_at_its_very_start_can_go_on(tmp_path):
+    from shiftrm.rounds.run import _claim_folder, configure
+
+    (tmp_path / ".config.yaml.0123.tmp").write_text("seed")
+    _claim_folder(tmp_path, configure([]))
+    assert (tmp_path / "config.yaml").exists()
+
+
 def test_a_broken_records_file_is_named(tmp_path, capsys):
     (tmp_path / "records.jsonl").write_text('{"stage": "ppo"\n')
     assert main(["report", str(tmp_path)]) == 2

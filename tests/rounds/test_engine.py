@@ -1,6 +1,10 @@
 """Stages: skipped when finished, refused when changed, published whole or not at all."""
 
 import json
+import logging
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +37,26 @@ def refuse(context):
 
 def fill_the_disk(context):
     raise OSError(28, "No space left on device")
+
+
+def lose_a_file(context):
+    raise FileNotFoundError("weights")
+
+
+def die(context):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def warn(context):
+    logger = logging.getLogger("library")
+    if not logger.handlers:  # as transformers does, once
+        logger.addHandler(logging.StreamHandler())
+    logger.warning("warning %s", context.stage.settings["text"])
+
+
+def fail_once(context):
+    if not Path(context.stage.settings["flag"]).exists():
+        raise ValueError("not yet")
 
 
 def peek(context):
@@ -116,6 +140,35 @@ def test_errors_for_people_pass_through(tmp_path, function, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", [Stage("a", f"{HERE}:{function}", {})])
     assert not (tmp_path / "run" / "a").exists()
+
+
+def test_a_missing_file_in_a_stage_is_kept_in_its_log(tmp_path):
+    with pytest.raises(RuntimeError, match="stage a failed: FileNotFoundError: weights"):
+        run(tmp_path / "run", [Stage("a", f"{HERE}:lose_a_file", {})])
+    assert "FileNotFoundError" in (tmp_path / "run" / "failed-a.log").read_text()
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    with pytest.raises(RuntimeError, match="stage a: the process was killed, perhaps for lack"):
+        run(tmp_path / "run", [Stage("a", f"{HERE}:die", {})])
+
+
+def test_every_stage_gets_its_own_log(tmp_path):
+    """Libraries keep the stderr they found first; a second stage in a worker must log as well."""
+    plan = [Stage(name, f"{HERE}:warn", {"text": name}) for name in ("a", "b")]
+    run(tmp_path / "run", plan)
+    for name in ("a", "b"):
+        assert f"warning {name}" in (tmp_path / "run" / name / "log.txt").read_text()
+
+
+def test_a_failure_log_goes_with_the_failure(tmp_path):
+    flag = tmp_path / "flag"
+    plan = [Stage("a", f"{HERE}:fail_once", {"flag": str(flag)})]
+    with pytest.raises(RuntimeError):
+        run(tmp_path / "run", plan)
+    flag.touch()
+    run(tmp_path / "run", plan)
+    assert not (tmp_path / "run" / "failed-a.log").exists()
 
 
 def test_reading_an_undeclared_stage_is_a_mistake(tmp_path):

@@ -223,7 +223,7 @@ SMALL = ControlsConfig(
     heldout_pairs=1_000,
     kl_targets=(),
     reward_steps=400,
-    free_steps=60,
+    free_steps=50,
     world=WorldConfig(sft_examples=19_200),
     ppo=replace(CONFIG.ppo, prompts_per_step=8),
 )

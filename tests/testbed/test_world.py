@@ -157,6 +157,8 @@ def test_labels_are_bradley_terry_draws_of_the_gold_difference(swap):
         "prompt": PROMPT,
         "chosen": rows[0]["chosen"],
         "rejected": a if rows[0]["chosen"] == b else b,
+        "chosen_finished": True,
+        "rejected_finished": True,
         "domain": "garden",
     }
 

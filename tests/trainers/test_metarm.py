@@ -263,9 +263,8 @@ def test_every_group_is_seen_once_an_epoch(make_trainer, reward_model):
     trainer = make_trainer(reward_model, meta_batch_size=2)
     seen = []
     for step in range(3):
-        trainer.state.global_step = step
-        seen += trainer._meta_batch()
-    assert sorted(map(str, seen)) == sorted(map(str, trainer._groups))
+        seen += trainer._groups.batch(step, 2)
+    assert sorted(map(str, seen)) == sorted(map(str, trainer._groups.groups))
 
 
 @pytest.mark.parametrize(
@@ -313,6 +312,70 @@ def test_bad_groups_are_refused(make_trainer, reward_model, groups):
         )
     with pytest.raises(UserError, match="dropout"):
         make_trainer(reward_model, disable_dropout=False)
+    with pytest.raises(UserError, match="bf16"):
+        make_trainer(reward_model, fp16=True)
+    with pytest.raises(UserError, match="meta_dataset is None"):
+        make_trainer(reward_model, meta=None)
+
+
+def test_a_plain_reward_config_is_refused(reward_model, tokenizer, pairs, groups, options):
+    from datasets import Dataset
+    from trl import RewardConfig
+
+    with pytest.raises(UserError, match="takes a MetaRMConfig"):
+        MetaRMTrainer(
+            reward_model,
+            RewardConfig(**options),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            meta_dataset=groups,
+        )
+
+
+def test_streamed_epochs_are_saved_and_evaluated_at_theta(
+    reward_model, tokenizer, pairs, groups, options, monkeypatch
+):
+    """An epoch of a stream can end in the middle of an accumulation."""
+    from datasets import Dataset
+
+    shifted, leaked = [], []
+
+    class Watched(MetaRMTrainer):
+        def _maybe_log_save_evaluate(self, *args, **kwargs):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            shifted.append(self._shift is not None)
+
+        def _objective_gradient(self, model):
+            before = [p.grad for p in self._trainable()]
+            result = super()._objective_gradient(model)
+            after = [p.grad for p in self._trainable()]
+            leaked.append(any(a is not b for a, b in zip(before, after, strict=True)))
+            return result
+
+    args = MetaRMConfig(
+        **{**options, "max_steps": 4, "gradient_accumulation_steps": 2, "eval_strategy": "epoch"},
+        preset="scale_free",
+    )
+    data = Dataset.from_list(pairs)
+    trainer = Watched(
+        reward_model,
+        args,
+        train_dataset=data.to_iterable_dataset(),
+        eval_dataset=data,
+        processing_class=tokenizer,
+        meta_dataset=groups,
+    )
+    trainer.train()
+    assert len(shifted) > 4, "epochs ended between steps"
+    assert not any(shifted)
+    assert not any(leaked), "gradients of the pairs stay theirs"
+
+
+def test_truncated_sides_are_left_open(make_trainer, reward_model, tokenizer, pairs):
+    row = {**pairs[0], "chosen_finished": False, "rejected_finished": True}
+    [encoded] = make_trainer(reward_model, RewardTrainer, train=[row]).train_dataset
+    assert encoded["chosen_ids"][-1] != tokenizer.eos_token_id
+    assert encoded["rejected_ids"][-1] == tokenizer.eos_token_id
 
 
 def test_trains_by_name_like_trl(make_trainer, reward_model, tokenizer, tmp_path):

@@ -1,6 +1,6 @@
 """The settings of a gold-world run: one field per option, every default said here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from shiftrm.errors import UserError, suggest
@@ -85,7 +85,7 @@ class EvaluationSettings:
     prompts: int = 400
     tie_margin: float = 0.25
     kept_values: int = 300
-    kept_samples: int = 6
+    kept_samples: int = 4
 
 
 def demo_ppo() -> PPOConfig:
@@ -104,6 +104,7 @@ def demo_ppo() -> PPOConfig:
         kl_target=6.0,
         value_clip=None,
         reward_clip=None,
+        truncation_penalty=1.0,  # one standard deviation, as TRL's missing_eos_penalty
         sampling=SamplingConfig(max_new_tokens=MAX_RESPONSE_TOKENS),
     )
 
@@ -139,31 +140,41 @@ class RunConfig:
         for method in self.methods:
             if method not in ARMS:
                 raise UserError(f"unknown method {method!r}{suggest(method, list(ARMS))}")
-        if len(set(self.methods)) < len(self.methods):
-            raise UserError(f"methods names an arm twice: {', '.join(self.methods)}")
-        if not self.methods:
-            raise UserError("methods is empty; name at least one, such as methods=[fixed]")
-        self._at_least(1, rounds=self.rounds)
-        self._at_least(2, responses_per_group=self.data.responses_per_group)
-        self._at_least(
-            1,
-            pairs=self.data.pairs,
-            heldout_pairs=self.data.heldout_pairs,
-            groups=self.data.groups,
-            fresh_labels=self.data.fresh_labels,
-            meta_batch_size=self.reward.meta_batch_size,
-        )
-        self._at_least(2, evaluation_prompts=self.evaluation.prompts)
-        if self.evaluation.prompts > self.world.eval_prompts:
+        if not self.methods or len(set(self.methods)) < len(self.methods):
             raise UserError(
-                f"evaluation.prompts is {self.evaluation.prompts} but the world has "
-                f"{self.world.eval_prompts}; raise world.eval_prompts"
+                f"methods is [{', '.join(self.methods)}]; name at least one arm, and none twice"
+            )
+        if self.rounds < 1:
+            raise UserError(f"rounds is {self.rounds}; it must be at least 1")
+        for section in ("sft", "data", "reward", "dpo", "evaluation"):
+            _check_numbers(section, getattr(self, section))
+        if self.data.responses_per_group < 2:
+            raise UserError("data.responses_per_group is 1; it must be at least 2")
+        if not 2 <= self.evaluation.prompts <= self.world.eval_prompts:
+            raise UserError(
+                f"evaluation.prompts is {self.evaluation.prompts}; it must be at least 2 and at "
+                f"most the world's {self.world.eval_prompts}: raise world.eval_prompts"
             )
         if self.matched_kl and self.ppo.kl_target is None:
             raise UserError("matched_kl needs ppo.kl_target; set it, or matched_kl=false")
+        self._refuse_what_the_run_sets()
 
-    @staticmethod
-    def _at_least(least: int, **values: Any) -> None:
-        for name, value in values.items():
-            if value < least:
-                raise UserError(f"{name} is {value}; it must be at least {least}")
+    def _refuse_what_the_run_sets(self) -> None:
+        """A value that would be recorded but not used must not be given."""
+        default = PPOConfig()
+        for name in ("seed", "reward_mean", "reward_std"):
+            if getattr(self.ppo, name) != getattr(default, name):
+                raise UserError(f"ppo.{name} is set by the run itself; leave it out")
+        if self.world.seed != WorldConfig().seed:
+            raise UserError("world.seed follows the run's seed; set seed instead")
+
+
+_MAY_BE_ZERO = ("warmup_steps", "tie_margin", "scale_free_step", "kept_values", "kept_samples")
+
+
+def _check_numbers(section: str, settings: Any) -> None:
+    for option in fields(settings):
+        value = getattr(settings, option.name)
+        if value < 0 or (value == 0 and option.name not in _MAY_BE_ZERO):
+            least = "at least 0" if option.name in _MAY_BE_ZERO else "above 0"
+            raise UserError(f"{section}.{option.name} is {value}; it must be {least}")

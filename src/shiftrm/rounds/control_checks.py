@@ -243,8 +243,8 @@ def matched_kl(table: Table, target: float, counts: Sequence[int]) -> list[Check
         golds[name] = [table.at_end(seed, run, "gold_mean") for seed, run in pairs]
     means = {name: sum(values) / len(values) for name, values in golds.items()}
     # Gold as reward may stop short: once it has what there is to gain, no more KL is worth having.
-    short = max(1 - kl / target for name in names[:-1] for kl in kls[name])
-    beyond = max(kl / target - 1 for values in kls.values() for kl in values)
+    short = max(0.0, *(1 - kl / target for name in names[:-1] for kl in kls[name]))
+    beyond = max(0.0, *(kl / target - 1 for values in kls.values() for kl in values))
     by_size = [means[name] for name in names[:-1]]
     rises = all(a < b for a, b in pairwise(by_size))
     return [

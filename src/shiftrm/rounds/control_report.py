@@ -30,12 +30,12 @@ def controls_figure(records: Sequence[Record], config: ControlsConfig) -> Figure
     runs = {"proxy_no_kl": ("proxy, no KL penalty (a)", _ORANGE), "proxy_kl": (penalty, _BLUE)}
     _lines(proxy, table, "proxy_mean", runs)
     _dress(
-        proxy, "Proxy: the reward model rises throughout", "PPO step", "reward, SFT standard dev."
+        proxy, "Proxy: what the reward model says (a, e)", "PPO step", "reward, SFT standard dev."
     )
     _lines(
         gold, table, "gold_mean", {**runs, "gold_no_kl": ("gold itself, no penalty (b)", _GREEN)}
     )
-    _dress(gold, "Gold: what the responses are worth", "PPO step", "gold reward")
+    _dress(gold, "Gold: what the responses are worth (a, b, e)", "PPO step", "gold reward")
     _sft_level(gold, table)
     _matched_panel(matched, table, config)
     free = {
@@ -43,7 +43,7 @@ def controls_figure(records: Sequence[Record], config: ControlsConfig) -> Figure
         "shuffled_no_kl": ("no KL penalty", _ORANGE),
     }
     _lines(shuffled, table, "gold_mean", free)
-    _dress(shuffled, "Shuffled labels (c): nothing learned, nothing gained", "PPO step", "gold")
+    _dress(shuffled, "Gold with a reward model on shuffled labels (c)", "PPO step", "gold reward")
     _sft_level(shuffled, table)
     accuracies = ", ".join(f"{table.accuracy(seed, 'shuffled'):.3f}" for seed in table.seeds)
     proxy.legend(frameon=False, fontsize=9, loc="lower right")
@@ -94,9 +94,9 @@ def _matched_panel(axes: Axes, table: Table, config: ControlsConfig) -> None:
         places = [x + 0.09 * (index - 1) for x in range(len(names))]
         axes.plot(places, means, color=colour, linewidth=1.6, marker=marker, label=f"KL {target:g}")
     axes.set_xticks(range(len(names)), labels)
-    _dress(axes, "Gold at matched KL (d): better rewards rank higher", "", "gold reward")
+    _dress(axes, "Gold at matched KL, by reward (d)", "", "gold reward")
     _sft_level(axes, table)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 def _dress(axes: Axes, title: str, x: str, y: str) -> None:

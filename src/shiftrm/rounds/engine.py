@@ -1,6 +1,7 @@
 """Runs stages: each writes a folder whole or not at all, and is skipped when it is there.
 
-A stage's key is a hash of its settings and of the keys of the stages it reads. A finished stage
+A stage's key is a hash of its settings, of the library versions, and of the keys of the stages it
+reads. A finished stage
 whose key is unchanged is skipped; one whose key changed makes the run refuse to start. So a run
 that was killed at any moment continues when the same command is given again, and ends in the same
 files: every stage draws its random numbers from the run's seed, not from what ran before it.
@@ -20,7 +21,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 from shiftrm.config import differences
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text, replace_directory
-from shiftrm.records import Recorder, read_records, write_records
+from shiftrm.records import Recorder, library_versions, read_records, write_records
 
 STAGE_FILE = "stage.json"
 RECORDS_FILE = "records.jsonl"
@@ -88,6 +89,7 @@ def stage_keys(stages: Sequence[Stage], seed: int) -> dict[str, str]:
     keys: dict[str, str] = {}
     for stage in stages:
         content = {
+            "versions": library_versions(),
             "function": stage.function,
             "settings": stage.settings,
             "seed": seed,
@@ -119,18 +121,19 @@ def run_stages(
         RuntimeError: a stage failed; the message names it and its log.
     """
     keys = stage_keys(stages, seed)
-    finished = {stage.name for stage in stages if _is_finished(stage, root, keys, seed)}
+    _finished(stages, root, keys, seed)  # refuses a folder of another configuration untouched
     root.mkdir(parents=True, exist_ok=True)
     notify = on_progress or (lambda _event, _name: None)
     with _exclusive(root):
-        shutil.rmtree(root / WORK_FOLDER, ignore_errors=True)
+        _discard_work(root)
+        finished = _finished(stages, root, keys, seed)
         for stage in stages:
             if stage.name in finished:
                 notify("skipped", stage.name)
         waiting = [stage for stage in stages if stage.name not in finished]
         if waiting:
             _run_pool(waiting, finished, root, keys, seed, workers, notify)
-        shutil.rmtree(root / WORK_FOLDER, ignore_errors=True)
+        _discard_work(root)
         collect_records(stages, root)
 
 
@@ -174,7 +177,14 @@ def _run_pool(
                 stage = running.pop(future)
                 future.result()
                 finished.add(stage.name)
+                _failure_log(root, stage.name).unlink(missing_ok=True)
                 notify("done", stage.name)
+    except BrokenExecutor:
+        names = ", ".join(stage.name for stage in [stage, *running.values()])
+        raise RuntimeError(
+            f"stage {names}: the process was killed, perhaps for lack of memory; give the same "
+            "command again to continue, with --workers 1 if memory is short"
+        ) from None
     except BaseException:
         # Stages under way are not waited for: what they leave is in the work folder only.
         for process in list((pool._processes or {}).values()):
@@ -192,32 +202,28 @@ def execute(stage: Stage, root: Path, key: str, seed: int) -> None:
         **{"stage": stage.name, "method": "", "round": 0, **stage.record_as}, seed=seed
     )
     context = StageContext(stage=stage, root=root, out=out, seed=seed, recorder=recorder)
-    with open(out / "log.txt", "w", encoding="utf-8") as log:
-        try:
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                _resolve(stage.function)(context)
-        except UserError as error:
-            raise UserError(f"stage {stage.name}: {error}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+    try:
+        with _output_to(out / "log.txt"):
+            _resolve(stage.function)(context)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"stage {stage.name}: the disk is full at {root}; free space, then give the same "
                 "command again: finished stages are kept"
             ) from None
-        except Exception as error:
-            traceback.print_exc(file=log)
-            log.flush()
-            kept = root / f"failed-{stage.name.replace('/', '.')}.log"
-            shutil.copyfile(out / "log.txt", kept)
-            raise RuntimeError(
-                f"stage {stage.name} failed: {type(error).__name__}: {error}; see {kept}"
-            ) from None
+        kept = _failure_log(root, stage.name)
+        shutil.copyfile(out / "log.txt", kept)
+        raise RuntimeError(
+            f"stage {stage.name} failed: {type(error).__name__}: {error}; see {kept}"
+        ) from None
     write_records(out / RECORDS_FILE, recorder.records)
     about = {
         "name": stage.name,
         "key": key,
         "seed": seed,
+        "versions": library_versions(),
         "settings": stage.settings,
         "needs": list(stage.needs),
     }
@@ -227,9 +233,57 @@ def execute(stage: Stage, root: Path, key: str, seed: int) -> None:
     replace_directory(out, target)
 
 
+def _failure_log(root: Path, name: str) -> Path:
+    return root / f"failed-{name.replace('/', '.')}.log"
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Everything printed inside goes to a file, tracebacks included.
+
+    At the level of file descriptors: libraries keep the stream they found when they were imported.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    try:
+        with open(path, "w", encoding="utf-8") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            try:
+                yield
+            except BaseException:
+                traceback.print_exc(file=log)
+                raise
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+    finally:
+        for number, descriptor in enumerate(saved, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
 def _resolve(name: str) -> Callable[[StageContext], None]:
     module, _, function = name.partition(":")
     return getattr(import_module(module), function)
+
+
+def _discard_work(root: Path) -> None:
+    """Remove what unfinished stages left.
+
+    It is renamed first: an orphan of a killed run then either has published its whole folder or
+    cannot any more, and never publishes one that is half removed.
+    """
+    if (root / WORK_FOLDER).exists():
+        aside = root / f"{WORK_FOLDER}-{uuid.uuid4().hex[:8]}"
+        os.rename(root / WORK_FOLDER, aside)
+    for folder in root.glob(f"{WORK_FOLDER}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finished(stages: Sequence[Stage], root: Path, keys: dict[str, str], seed: int) -> set[str]:
+    return {stage.name for stage in stages if _is_finished(stage, root, keys, seed)}
 
 
 def _is_finished(stage: Stage, root: Path, keys: dict[str, str], seed: int) -> bool:
@@ -246,7 +300,8 @@ def _is_finished(stage: Stage, root: Path, keys: dict[str, str], seed: int) -> b
     if about["key"] == keys[stage.name]:
         return True
     changed = differences(
-        {"seed": about["seed"], **about["settings"]}, {"seed": seed, **stage.settings}
+        {"seed": about["seed"], "versions": about["versions"], **about["settings"]},
+        {"seed": seed, "versions": library_versions(), **stage.settings},
     )
     what = "; ".join(changed[:3]) or "a stage it builds on changed"
     raise UserError(

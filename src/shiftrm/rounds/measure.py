@@ -164,8 +164,14 @@ def _record_sight(
 def _record_heldout(context: StageContext, scorer: Scorer) -> None:
     pairs = read_pairs(context.folder("pairs") / "heldout.jsonl")
     prompts = [pair["prompt"] for pair in pairs]
-    chosen = scorer(prompts, [pair["chosen"] for pair in pairs])
-    rejected = scorer(prompts, [pair["rejected"] for pair in pairs])
+    chosen, rejected = (
+        scorer(
+            prompts,
+            [pair[side] for pair in pairs],
+            finished=[pair[f"{side}_finished"] for pair in pairs],
+        )
+        for side in ("chosen", "rejected")
+    )
     differences = [a - b for a, b in zip(chosen, rejected, strict=True)]
     accuracy, n = pair_accuracy(differences, [1.0] * len(differences))
     context.recorder.add("accuracy_heldout", accuracy, n=n)

@@ -90,58 +90,8 @@ def _round(config: RunConfig, method: str, number: int) -> list[Stage]:
     before = f"methods/{method}/round-{number - 1}"
     policy = f"{before}/policy" if number > 1 else "sft"
     evaluated = f"{before}/evaluation" if number > 1 else "evaluation"
-    stages: list[Stage] = []
-    extra: tuple[str, ...] = ()
-
-    if arm.preset:
-        settings = {
-            **asdict(config.data),
-            "sampling": _sampling(config),
-            "policy": policy,
-            "round": number,
-        }
-        stages.append(
-            Stage(
-                f"{here}/groups",
-                f"{STAGES}:sample_groups_of_policy",
-                settings,
-                ("world", policy),
-                _record("groups", method, number),
-            )
-        )
-        extra = (f"{here}/groups",)
-    if arm.fresh_labels:
-        settings = {
-            "labels": config.data.fresh_labels,
-            "sampling": _sampling(config),
-            "policy": policy,
-            "round": number,
-        }
-        stages.append(
-            Stage(
-                f"{here}/labels",
-                f"{STAGES}:buy_labels",
-                settings,
-                ("world", policy),
-                _record("labels", method, number),
-            )
-        )
-        extra = tuple(f"methods/{method}/round-{k}/labels" for k in range(1, number + 1))
-
-    reward = "reward_model"
-    if arm.trains:
-        reward = f"{here}/reward_model"
-        settings = {**asdict(config.reward), "preset": arm.preset, "round": number}
-        stages.append(
-            Stage(
-                reward,
-                f"{STAGES}:train_reward",
-                settings,
-                ("sft", "pairs", *extra),
-                _record("reward_model", method, number),
-            )
-        )
-
+    reward = f"{here}/reward_model" if arm.trains else "reward_model"
+    stages = _adapt(config, method, number, policy) if arm.trains else []
     stages.append(
         Stage(
             f"{here}/policy",
@@ -164,6 +114,51 @@ def _round(config: RunConfig, method: str, number: int) -> list[Stage]:
             },
             _unique("world", "sft", "pairs", "evaluation", evaluated, reward, f"{here}/policy"),
             _record("evaluate", method, number),
+        )
+    )
+    return stages
+
+
+def _adapt(config: RunConfig, method: str, number: int, policy: str) -> list[Stage]:
+    """This round's reward model, and what it is made from beside the original pairs."""
+    arm = ARMS[method]
+    here = f"methods/{method}/round-{number}"
+    stages: list[Stage] = []
+    extra: tuple[str, ...] = ()
+    common = {"sampling": _sampling(config), "policy": policy, "round": number}
+    if arm.preset:
+        stages.append(
+            Stage(
+                f"{here}/groups",
+                f"{STAGES}:sample_groups_of_policy",
+                {
+                    "groups": config.data.groups,
+                    "responses_per_group": config.data.responses_per_group,
+                    **common,
+                },
+                ("world", policy),
+                _record("groups", method, number),
+            )
+        )
+        extra = (f"{here}/groups",)
+    if arm.fresh_labels:
+        stages.append(
+            Stage(
+                f"{here}/labels",
+                f"{STAGES}:buy_labels",
+                {"labels": config.data.fresh_labels, **common},
+                ("world", policy),
+                _record("labels", method, number),
+            )
+        )
+        extra = tuple(f"methods/{method}/round-{k}/labels" for k in range(1, number + 1))
+    stages.append(
+        Stage(
+            f"{here}/reward_model",
+            f"{STAGES}:train_reward",
+            {**asdict(config.reward), "preset": arm.preset, "round": number},
+            ("sft", "pairs", *extra),
+            _record("reward_model", method, number),
         )
     )
     return stages

@@ -105,10 +105,15 @@ def _claim_folder(output: Path, config: RunConfig) -> None:
                 "choose another --output, or delete this folder"
             )
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or any(map(_is_foreign, output.iterdir()))):
         raise UserError(f"{output}: not empty and not a run's folder; choose another --output")
+    atomic_write_text(path, yaml.safe_dump(settings, sort_keys=False))  # first: it claims
     atomic_write_text(output / "README.txt", FOLDER_README)
-    atomic_write_text(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether this is something else than what a run killed at its very start leaves behind."""
+    return not (path.name == ".lock" or (path.name[0] == "." and path.name.endswith(".tmp")))
 
 
 @contextmanager

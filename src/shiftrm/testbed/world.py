@@ -190,13 +190,13 @@ def label_pairs(
         prompts, first, second: one prompt and two responses a pair.
         seed: decides the draws; pair i always gets the i-th draw.
         first_finished, second_finished: whether each response ended by itself; None means all.
-            The gold reward sees it; a row does not hold it, as TRL ends every text with EOS.
+            The gold reward sees it, and the rows hold it.
         shuffle_labels: ignore the gold reward and toss a fair coin for every pair: the labels of
             the control in which nothing can be learned.
 
     Returns:
-        TRL preference rows `{prompt, chosen, rejected, domain}` in the order of the pairs. Pairs
-        of equal texts are left out; their number is `len(prompts) - len(rows)`.
+        TRL preference rows `{prompt, chosen, rejected, chosen_finished, rejected_finished,
+        domain}` in the order of the pairs; the two flags are `RewardTrainer`'s. Pairs of equal texts are left out; their number is `len(prompts) - len(rows)`.
 
     Raises:
         ValueError: sequences of different lengths.
@@ -216,12 +216,15 @@ def label_pairs(
         if a == b:
             continue
         chance = 0.5 if shuffle_labels else _sigmoid(difference)
-        chosen, rejected = (a, b) if draw < chance else (b, a)
+        sides = ((a, bool(a_ended)), (b, bool(b_ended)))
+        chosen, rejected = sides if draw < chance else sides[::-1]
         rows.append(
             {
                 "prompt": prompt,
-                "chosen": chosen,
-                "rejected": rejected,
+                "chosen": chosen[0],
+                "rejected": rejected[0],
+                "chosen_finished": chosen[1],
+                "rejected_finished": rejected[1],
                 "domain": parse_prompt(prompt).topic,
             }
         )

@@ -1,101 +1,36 @@
 """MetaRM as a drop-in for `trl.RewardTrainer`: preference pairs and unlabelled response groups."""
 
-import functools
 import logging
-import random
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from trl import RewardConfig
 
-from shiftrm.data.groups import check_group
-from shiftrm.errors import UserError, suggest
+from shiftrm.errors import UserError
 from shiftrm.losses import difference_loss
 from shiftrm.meta import (
     AdaptiveState,
-    MetaStep,
-    all_finite,
     ascend_,
-    ascent_direction,
     global_norm,
     influence,
     look_ahead,
+    meta_directions,
 )
-from shiftrm.rendering import encode
 from shiftrm.scoring import pad_right, sequence_rewards
+from shiftrm.trainers.meta_groups import MetaGroups, TokenGroup
+from shiftrm.trainers.metarm_config import PRESETS, MetaRMConfig
 from shiftrm.trainers.reward import RewardTrainer
+
+__all__ = ["PRESETS", "MetaRMConfig", "MetaRMTrainer"]
 
 logger = logging.getLogger(__name__)
 
 META_STATE_FILE = "meta_state.safetensors"
 """Beside a checkpoint's optimizer state: Adam's moments of grad J (meta_step "adaptive")."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # Algorithm 1 to the letter; eta = alpha is said by meta_learning_rate=None.
-    "paper": {"meta_step": "sgd", "meta_learning_rate": None, "deploy": "base"},
-    # Ours: a step of fixed length, and the shifted parameters are what is deployed.
-    "scale_free": {"meta_step": "normalized", "meta_learning_rate": 0.5, "deploy": "adapted"},
-    # Ours: the other reading of the paper's text, an Adam optimizer for the meta process.
-    "adaptive": {"meta_step": "adaptive", "meta_learning_rate": None, "deploy": "base"},
-}
-
-
-@dataclass
-class MetaRMConfig(RewardConfig):
-    """`trl.RewardConfig` and the meta step. Fields left at None are filled in by the preset."""
-
-    preset: str = field(
-        default="paper",
-        metadata={"help": "paper (Algorithm 1), scale_free or adaptive; fills the fields below."},
-    )
-    meta_step: str | None = field(
-        default=None,
-        metadata={"help": "How grad J becomes a step: sgd, normalized or adaptive (Adam)."},
-    )
-    meta_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "eta of Eq. 3. Default of paper and adaptive: the learning rate."},
-    )
-    meta_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Groups per optimizer step, over all processes. Default: as many as pairs."
-        },
-    )
-    deploy: str | None = field(
-        default=None,
-        metadata={
-            "help": "What train() leaves in the model: base (theta, as Algorithm 1 returns) or "
-            "adapted (one further ascent step)."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_choice("preset", self.preset, list(PRESETS))
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if self.meta_learning_rate is None:
-            self.meta_learning_rate = self.learning_rate  # the paper: eta = alpha
-        _require_choice("meta_step", self.meta_step, list(get_args(MetaStep)))
-        _require_choice("deploy", self.deploy, ["base", "adapted"])
-        if self.meta_learning_rate < 0:
-            raise UserError(f"meta_learning_rate is {self.meta_learning_rate}; it must be >= 0")
-        if self.meta_batch_size is not None and self.meta_batch_size < 1:
-            raise UserError(f"meta_batch_size is {self.meta_batch_size}; it must be at least 1")
-
-
-def _require_choice(name: str, value: str | None, choices: list[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}{suggest(str(value), choices)}")
 
 
 class MetaRMTrainer(RewardTrainer):
@@ -117,24 +52,21 @@ class MetaRMTrainer(RewardTrainer):
         self,
         model: Any,
         args: MetaRMConfig | None = None,
-        *,
-        meta_dataset: Dataset | Sequence[dict[str, Any]],
-        **kwargs: Any,
+        *trl_arguments: Any,
+        meta_dataset: Iterable[dict[str, Any]] | None,
+        **trl_keywords: Any,
     ) -> None:
         args = args if args is not None else MetaRMConfig("metarm-output")
-        if not args.disable_dropout:
-            raise UserError(
-                "disable_dropout=False: MetaRM compares gradients at theta and theta', so dropout "
-                "is off during both; leave disable_dropout at True"
-            )
-        super().__init__(model, args, **kwargs)
+        _check_arguments(args)
+        super().__init__(model, args, *trl_arguments, **trl_keywords)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError(
                 "MetaRMTrainer runs on one process or under DDP; with DeepSpeed or FSDP the "
                 "parameters are sharded while the meta step moves them, which is not supported yet"
             )
-        switch_off_dropout(self.model)
-        self._groups = _encode_groups(meta_dataset, self.processing_class, args.max_length)
+        self._groups = MetaGroups(
+            meta_dataset, self.processing_class, max_length=args.max_length, seed=args.seed
+        )
         self._shift: ExitStack | None = None
         self._adaptive_state = AdaptiveState()
         world = self.accelerator.num_processes
@@ -169,7 +101,8 @@ class MetaRMTrainer(RewardTrainer):
             self._return_to_theta()
             raise
         if base_gradient is not None:
-            self._record_influence(base_gradient)
+            change = influence(self._gradients(), base_gradient)
+            self._metrics["train"]["meta_influence"].append(change)
         if self.accelerator.sync_gradients:  # the last micro-batch: clip and step happen at theta
             self._return_to_theta()
         return loss
@@ -184,10 +117,26 @@ class MetaRMTrainer(RewardTrainer):
         return output
 
     def adapt_(self) -> None:
-        """One further ascent in place: theta becomes theta' for the next meta batch (Eq. 3)."""
+        """One further ascent in place: theta becomes theta' for the next meta batch (Eq. 3).
+
+        Logs J of that batch before and after. If grad J is not finite, theta stays, with a warning.
+        """
         directions = self._meta_directions(self.model_wrapped)
+        before = self._metrics["train"].pop("meta_objective", [])
         self._metrics["train"].clear()
         ascend_(self._trainable(), directions, meta_learning_rate=self.args.meta_learning_rate)
+        if before:
+            after = self._objective_only(self.model_wrapped)
+            self.log({"deploy_objective_before": before[0], "deploy_objective_after": after})
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is saved or evaluated at theta'.
+
+        Steps end at theta anyway; a streamed epoch can end in the middle of one. Its next
+        micro-batch then looks ahead again, from the same theta on the same groups.
+        """
+        self._return_to_theta()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _look_ahead(self, directions: list[Tensor]) -> None:
         self._shift = ExitStack()
@@ -207,37 +156,34 @@ class MetaRMTrainer(RewardTrainer):
     def _meta_directions(self, model: nn.Module) -> list[Tensor]:
         """grad J on this step's meta batch, turned into a direction; zeros if not finite."""
         objective, gradients = self._objective_gradient(model)
-        metrics = self._metrics["train"]
-        finite = all_finite(gradients)
-        metrics["meta_skipped"].append(0.0 if finite else 1.0)
-        if not finite:
-            logger.warning("step %d: grad J is not finite; meta step skipped", self._step())
-            return [torch.zeros_like(g) for g in gradients]
-        metrics["meta_objective"].append(objective)
-        metrics["meta_gradient_norm"].append(float(global_norm(gradients)))
-        return ascent_direction(
+        directions, skipped = meta_directions(
             gradients, meta_step=self.args.meta_step, state=self._adaptive_state
         )
+        metrics = self._metrics["train"]
+        metrics["meta_skipped"].append(float(skipped))
+        if skipped:
+            logger.warning("step %d: grad J is not finite; meta step skipped", self._step())
+        else:
+            metrics["meta_objective"].append(objective)
+            metrics["meta_gradient_norm"].append(float(global_norm(gradients)))
+        return directions
 
     def _objective_gradient(self, model: nn.Module) -> tuple[float, list[Tensor]]:
         """J and its gradient over the global meta batch, in micro-batches.
 
-        Backward runs into `.grad`, which is empty at this point, and is averaged over processes
-        by hand: under gradient accumulation DDP itself would not synchronise here.
+        The sum over processes is taken by hand: under gradient accumulation DDP itself would not
+        synchronise here.
         """
-        groups = self._meta_batch()
         total = 0.0
         model.train()  # as for the pairs; dropout is switched off
-        with _unsynchronised(model):
-            for micro_batch in self._micro_batches(groups):
+        with self._gradients_set_aside(), _unsynchronised(model):
+            for micro_batch in self._micro_batches():
                 with self.compute_loss_context_manager():
-                    objective = self._objective(model, micro_batch).sum() / len(groups)
+                    objective = self._objective(model, micro_batch).sum() / self.meta_batch_size
                 objective.backward()
                 total += float(objective.detach())
-        gradients = self._take_gradients()
-        if self.accelerator.num_processes > 1:
-            gradients = [self.accelerator.reduce(g, reduction="mean") for g in gradients]
-        return total, gradients
+            gradients = self._gradients()
+        return self._sum_over_processes(total), [self._reduce(g, "sum") for g in gradients]
 
     def _objective(self, model: nn.Module, groups: Sequence[list[list[int]]]) -> Tensor:
         """J of each group (Eq. 2), shape [B]."""
@@ -254,22 +200,12 @@ class MetaRMTrainer(RewardTrainer):
         rewards_BK = rewards.new_zeros(exists.shape).masked_scatter(exists, rewards)
         return difference_loss(rewards_BK, mask=exists)  # Eq. 2
 
-    def _micro_batches(self, groups: list[list[list[int]]]) -> list[list[list[list[int]]]]:
+    def _micro_batches(self) -> list[list[TokenGroup]]:
+        """This process's share of the step's groups, in micro-batches."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        groups = self._groups.batch(self._step(), self.meta_batch_size)[rank::world]
         size = self.args.per_device_train_batch_size
         return [groups[i : i + size] for i in range(0, len(groups), size)]
-
-    def _meta_batch(self) -> list[list[list[int]]]:
-        """This process's groups of the present step: a function of seed and step alone.
-
-        So a resumed run draws what a straight one would, and the global random state is untouched.
-        """
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        m, n = self.meta_batch_size, len(self._groups)
-        chosen = []
-        for position in range(self._step() * m, (self._step() + 1) * m):
-            epoch, place = divmod(position, n)
-            chosen.append(self._groups[_permutation(n, self.args.seed, epoch)[place]])
-        return chosen[rank::world]
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -297,34 +233,50 @@ class MetaRMTrainer(RewardTrainer):
 
     def _base_gradient(self, model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
         """grad L(theta) on the first micro-batch, to compare with grad L(theta')."""
-        with _unsynchronised(model), self.compute_loss_context_manager():
-            loss, _ = self._pair_loss(model, self._prepare_inputs(inputs))
+        with self._gradients_set_aside(), _unsynchronised(model):
+            with self.compute_loss_context_manager():
+                loss, _ = self._pair_loss(model, self._prepare_inputs(inputs))
             (loss / self.current_gradient_accumulation_steps).backward()
-        return self._take_gradients()
-
-    def _record_influence(self, base: list[Tensor]) -> None:
-        shifted = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trainable()]
-        self._metrics["train"]["meta_influence"].append(influence(shifted, base))
+            gradients = self._gradients()
+        if self.accelerator.sync_gradients:  # then the shifted gradient is an average, too
+            gradients = [self._reduce(g, "mean") for g in gradients]
+        return gradients
 
     @torch.no_grad()
     def _objective_only(self, model: nn.Module) -> float:
-        groups = self._meta_batch()
         with self.compute_loss_context_manager():
-            values = [self._objective(model, part).sum() for part in self._micro_batches(groups)]
-        return float(sum(values)) / len(groups)
+            values = [float(self._objective(model, part).sum()) for part in self._micro_batches()]
+        return self._sum_over_processes(sum(values) / self.meta_batch_size)
 
     # -- small helpers -----------------------------------------------------------------------
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _take_gradients(self) -> list[Tensor]:
-        """The parameters' gradients, which are then cleared; zeros where there is none."""
+    def _gradients(self) -> list[Tensor]:
+        """The parameters' gradients; zeros where there is none."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trainable()]
+
+    @contextmanager
+    def _gradients_set_aside(self) -> Iterator[None]:
+        """Inside, `.grad` is empty; outside it is what it was, whatever was accumulated."""
         parameters = self._trainable()
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        held = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        return gradients
+        try:
+            yield
+        finally:
+            for p, gradient in zip(parameters, held, strict=True):
+                p.grad = gradient
+
+    def _reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor, reduction=reduction)
+
+    def _sum_over_processes(self, value: float) -> float:
+        return float(self._reduce(torch.tensor(value, device=self.args.device), "sum"))
 
     def _step(self) -> int:
         return int(self.state.global_step)
@@ -336,55 +288,18 @@ def _unsynchronised(model: nn.Module) -> AbstractContextManager[None]:
     return no_sync()
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(n))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
-
-
-def _encode_groups(
-    groups: Dataset | Sequence[dict[str, Any]], tokenizer: Any, max_length: int | None
-) -> list[list[list[int]]]:
-    """Token ids of every response of every group; over-long responses are dropped and counted."""
-    encoded: list[list[list[int]]] = []
-    dropped = small = 0
-    for index, row in enumerate(groups):
-        check_group(row, f"meta_dataset, row {index}")
-        finished = row.get("finished") or [True] * len(row["responses"])
-        sequences = [
-            encode(tokenizer, row["prompt"], response, finished=done)
-            for response, done in zip(row["responses"], finished, strict=True)
-        ]
-        kept = [s for s in sequences if max_length is None or len(s) <= max_length]
-        dropped += len(sequences) - len(kept)
-        if len(kept) >= 2:
-            encoded.append(kept)
-        else:
-            small += 1
-    if dropped:
-        logger.warning(
-            "meta data: dropped %d responses longer than max_length=%s tokens, and %d groups left "
-            "with fewer than two; %d groups left",
-            dropped,
-            max_length,
-            small,
-            len(encoded),
+def _check_arguments(args: Any) -> None:
+    if not isinstance(args, MetaRMConfig):
+        raise UserError(
+            f"args is a {type(args).__name__}; MetaRMTrainer takes a MetaRMConfig, which has all "
+            "of RewardConfig's fields"
         )
-    if not encoded:
-        raise UserError("meta_dataset has no group with two responses within max_length")
-    return encoded
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to zero, also those that attention layers keep as plain numbers.
-
-    TRL's `disable_dropout` reaches `nn.Dropout` modules only; `attention_dropout` of Llama-like
-    models is a float passed to the attention function whenever the module is in training mode.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    if not args.disable_dropout:
+        raise UserError(
+            "disable_dropout=False: MetaRM compares gradients at theta and theta', so dropout "
+            "is off during both; leave disable_dropout at True"
+        )
+    if args.fp16:
+        raise UserError(
+            "fp16=True: the gradient of J would need loss scaling of its own; use bf16=True"
+        )

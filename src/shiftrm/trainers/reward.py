@@ -21,18 +21,22 @@ logger = logging.getLogger(__name__)
 
 
 class RewardTrainer(TRLRewardTrainer):
-    """`trl.RewardTrainer` with three differences; every argument keeps its meaning.
+    """`trl.RewardTrainer` with four differences; every argument keeps its meaning.
 
     - Rewards are read in fp32 at the last token the attention mask marks, not at the last token
       that differs from pad.
     - Text becomes tokens through `shiftrm.rendering`, the same function that scoring uses.
     - Pairs that are too long, or identical once tokenised, are dropped and counted in the log and
-      in `dropped_pairs`.
+      in `dropped_pairs`. A row may say that a side was cut off by a length limit
+      (`chosen_finished`, `rejected_finished`: false); it is then not closed with EOS.
+    - `disable_dropout` (on by default) reaches the attention modules' own rates, too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.dropped_pairs: dict[str, dict[str, int]] = {}
         super().__init__(*args, **kwargs)
+        if self.args.disable_dropout:
+            switch_off_dropout(self.model)
 
     def compute_loss(
         self,
@@ -80,7 +84,8 @@ class RewardTrainer(TRLRewardTrainer):
         args: RewardConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        if "chosen_ids" in (dataset.column_names or []):  # tokenised already: TRL's own filter
+        columns = dataset.column_names or []
+        if "chosen_ids" in columns or "chosen_input_ids" in columns:  # tokenised: TRL's filter
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise UserError(f"the {dataset_name} data set is empty; there is nothing to learn from")
@@ -127,7 +132,11 @@ def _encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> 
     }
     return {
         f"{side}_ids": encode(
-            tokenizer, row.get("prompt"), row[side], template_options=template_options
+            tokenizer,
+            row.get("prompt"),
+            row[side],
+            finished=row.get(f"{side}_finished", True),
+            template_options=template_options,
         )
         for side in ("chosen", "rejected")
     }
@@ -144,3 +153,17 @@ def _filters(max_length: int | None) -> dict[str, Any]:
         row["chosen_ids"] != row["rejected_ids"]
     )
     return filters
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to zero, also those that attention layers keep as plain numbers.
+
+    TRL's `disable_dropout` reaches `nn.Dropout` modules only; `attention_dropout` of Llama-like
+    models is a float passed to the attention function whenever the module is in training mode.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

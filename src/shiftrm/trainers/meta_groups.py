@@ -1,0 +1,86 @@
+"""The unlabelled groups of a MetaRM run as tokens, and which of them a step sees."""
+
+import functools
+import logging
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from shiftrm.data.groups import check_group
+from shiftrm.errors import UserError
+from shiftrm.rendering import encode
+
+logger = logging.getLogger(__name__)
+
+TokenGroup = list[list[int]]
+"""The token ids of every response of one group, prompt included."""
+
+
+class MetaGroups:
+    """Encoded groups, drawn as a function of seed and step alone.
+
+    So a resumed run draws what a straight one would, and the global random state is untouched.
+    Every group is seen once before any is seen twice.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]] | None,
+        tokenizer: Any,
+        *,
+        max_length: int | None,
+        seed: int,
+    ) -> None:
+        if groups is None:
+            raise UserError("meta_dataset is None; MetaRM needs groups of unlabelled responses")
+        self.groups = _encode_groups(groups, tokenizer, max_length)
+        self._seed = seed
+
+    def batch(self, step: int, size: int) -> list[TokenGroup]:
+        """The `size` groups of an optimizer step, over all processes together."""
+        n = len(self.groups)
+        chosen = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, place = divmod(position, n)
+            chosen.append(self.groups[_permutation(n, self._seed, epoch)[place]])
+        return chosen
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def _encode_groups(
+    groups: Iterable[dict[str, Any]], tokenizer: Any, max_length: int | None
+) -> list[TokenGroup]:
+    """Token ids of every response of every group; over-long responses are dropped and counted."""
+    encoded: list[TokenGroup] = []
+    dropped = small = 0
+    for index, row in enumerate(groups):
+        check_group(row, f"meta_dataset, row {index}")
+        finished = row.get("finished") or [True] * len(row["responses"])
+        sequences = [
+            encode(tokenizer, row["prompt"], response, finished=done)
+            for response, done in zip(row["responses"], finished, strict=True)
+        ]
+        kept = [s for s in sequences if max_length is None or len(s) <= max_length]
+        dropped += len(sequences) - len(kept)
+        if len(kept) >= 2:
+            encoded.append(kept)
+        else:
+            small += 1
+    if dropped:
+        logger.warning(
+            "meta data: dropped %d responses longer than max_length=%s tokens, and %d groups left "
+            "with fewer than two; %d groups left",
+            dropped,
+            max_length,
+            small,
+            len(encoded),
+        )
+    if not encoded:
+        raise UserError("meta_dataset has no group with two responses within max_length")
+    return encoded

@@ -1,0 +1,69 @@
+"""The settings of MetaRM training: one typed place, with presets."""
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from trl import RewardConfig
+
+from shiftrm.errors import UserError, suggest
+from shiftrm.meta import MetaStep
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Algorithm 1 to the letter; eta = alpha is said by meta_learning_rate=None.
+    "paper": {"meta_step": "sgd", "meta_learning_rate": None, "deploy": "base"},
+    # Ours: a step of fixed length, and the shifted parameters are what is deployed.
+    "scale_free": {"meta_step": "normalized", "meta_learning_rate": 0.5, "deploy": "adapted"},
+    # Ours: the other reading of the paper's text, an Adam optimizer for the meta process.
+    "adaptive": {"meta_step": "adaptive", "meta_learning_rate": None, "deploy": "base"},
+}
+
+
+@dataclass
+class MetaRMConfig(RewardConfig):
+    """`trl.RewardConfig` and the meta step. Fields left at None are filled in by the preset."""
+
+    preset: str = field(
+        default="paper",
+        metadata={"help": "paper (Algorithm 1), scale_free or adaptive; fills the fields below."},
+    )
+    meta_step: str | None = field(
+        default=None,
+        metadata={"help": "How grad J becomes a step: sgd, normalized or adaptive (Adam)."},
+    )
+    meta_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "eta of Eq. 3. Default of paper and adaptive: the learning rate."},
+    )
+    meta_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Groups per optimizer step, over all processes. Default: as many as pairs."
+        },
+    )
+    deploy: str | None = field(
+        default=None,
+        metadata={
+            "help": "What train() leaves in the model: base (theta, as Algorithm 1 returns) or "
+            "adapted (one further ascent step)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_choice("preset", self.preset, list(PRESETS))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.meta_learning_rate is None:
+            self.meta_learning_rate = self.learning_rate  # the paper: eta = alpha
+        _require_choice("meta_step", self.meta_step, list(get_args(MetaStep)))
+        _require_choice("deploy", self.deploy, ["base", "adapted"])
+        if self.meta_learning_rate < 0:
+            raise UserError(f"meta_learning_rate is {self.meta_learning_rate}; it must be >= 0")
+        if self.meta_batch_size is not None and self.meta_batch_size < 1:
+            raise UserError(f"meta_batch_size is {self.meta_batch_size}; it must be at least 1")
+
+
+def _require_choice(name: str, value: str | None, choices: list[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}{suggest(str(value), choices)}")
