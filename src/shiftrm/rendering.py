@@ -21,6 +21,34 @@ def is_conversational(text: Text | None) -> bool:
     return isinstance(text, list)
 
 
+def check_text(text: Any, what: str) -> None:
+    """Refuse what is neither a string nor a non-empty list of chat messages.
+
+    Args:
+        what: how the message calls it, with file and line if there are any.
+
+    Raises:
+        UserError: another type, no messages, or a message without role or content. A message that
+            calls tools needs no content.
+    """
+    if isinstance(text, str):
+        return
+    if not isinstance(text, list):
+        raise UserError(f"{what} holds {type(text).__name__}; expected text or a list of messages")
+    if not text:
+        raise UserError(f"{what} is an empty list; a chat needs at least one message")
+    for number, message in enumerate(text, start=1):
+        if not isinstance(message, dict):
+            raise UserError(
+                f"{what}, message {number} is {type(message).__name__}; expected an object with "
+                "'role' and 'content'"
+            )
+        if not isinstance(message.get("role"), str):
+            raise UserError(f"{what}, message {number} has no 'role'; expected a name, as 'user'")
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            raise UserError(f"{what}, message {number} has no 'content'; expected text")
+
+
 def encode(
     tokenizer: Any,
     prompt: Text | None,
@@ -42,14 +70,18 @@ def encode(
         Token ids without padding.
 
     Raises:
-        UserError: a chat without a template, or no EOS token to close a string with.
+        UserError: a prompt or response that is no text, a chat without a template, or no EOS token
+            to close a string with.
     """
+    if prompt is not None and prompt != []:
+        check_text(prompt, "prompt")
+    check_text(response, "response")
     if is_conversational(prompt) or is_conversational(response):
         options = dict(template_options or {})
         if not finished:
             options["continue_final_message"] = True
         return _encode_chat(tokenizer, prompt, response, options)
-    text = str(prompt or "") + str(response)
+    text = f"{prompt or ''}{response}"
     if finished:
         if tokenizer.eos_token is None:
             raise UserError("tokenizer has no EOS token: set tokenizer.eos_token before rendering")
@@ -59,7 +91,12 @@ def encode(
 
 
 def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
-    """Token ids a policy continues: the prompt and, for a chat, the opening of its answer."""
+    """Token ids a policy continues: the prompt and, for a chat, the opening of its answer.
+
+    Raises:
+        UserError: the prompt is no text, or a chat without a template.
+    """
+    check_text(prompt, "prompt")
     if is_conversational(prompt):
         _require_template(tokenizer)
         return list(

@@ -89,6 +89,7 @@ def test_metrics_table_by_hand(one_seed):
         "Relative variance, after PPO": "0.90",
         "Influence of the meta step": "0.3100",
         "Length": "11.9",
+        "Share cut off by the limit": "0.010",
     }
     assert row(table, "MetaRM, as in the paper", "1")[10] == "2.0e-05"
     assert row(table, "Retrained on the same pairs", "1")[10] == "—"

@@ -1,9 +1,13 @@
 """Preference pairs: TRL's preference rows, standard or conversational, checked on reading."""
 
+import math
 from pathlib import Path
+from typing import Any
 
+from shiftrm.data.groups import check_prompt
 from shiftrm.errors import UserError
 from shiftrm.files import Row, iterate_jsonl, require_columns
+from shiftrm.rendering import check_text, is_conversational
 
 __all__ = ["check_pair", "read_pairs"]
 
@@ -12,10 +16,16 @@ def read_pairs(path: str | Path) -> list[Row]:
     """Read preference pairs `{"prompt"?, "chosen", "rejected", "margin"?}` from a JSONL file.
 
     Raises:
-        UserError: missing or malformed file, a missing column, or a pair whose sides are equal
-            or empty; the message names file and line.
+        UserError: missing or malformed file, a missing column, a pair whose sides are equal or
+            empty, or a row of another kind than the first one (text and chats mixed, a margin on
+            some rows only); the message names file and line.
     """
-    rows = [check_pair(row, where) for where, row in iterate_jsonl(path)]
+    rows: list[Row] = []
+    for where, row in iterate_jsonl(path):
+        check_pair(row, where)
+        if rows:
+            _check_like(row, rows[0], where)
+        rows.append(row)
     if not rows:
         raise UserError(f"{path}: the file has no preference pairs")
     return rows
@@ -24,17 +34,42 @@ def read_pairs(path: str | Path) -> list[Row]:
 def check_pair(row: Row, where: str) -> Row:
     """Refuse a pair that cannot teach anything; returns the row as it is."""
     require_columns(row, ("chosen", "rejected"), where)
+    check_prompt(row, where)
     for column in ("chosen", "rejected"):
-        value = row[column]
-        if not isinstance(value, str | list):
-            raise UserError(
-                f"{where}: column {column!r} holds {type(value).__name__}; expected text or a list "
-                "of messages"
-            )
+        check_text(row[column], f"{where}: column {column!r}")
+    if is_conversational(row["chosen"]) != is_conversational(row["rejected"]):
+        raise UserError(
+            f"{where}: chosen is {_kind(row['chosen'])} but rejected is {_kind(row['rejected'])}; "
+            "write both in the same way"
+        )
     if not row["chosen"] and not row["rejected"]:
         raise UserError(f"{where}: both sides of the pair are empty; remove the row")
     if row["chosen"] == row["rejected"]:
         raise UserError(
             f"{where}: chosen and rejected are equal, so there is no preference; remove the row"
         )
+    margin = row.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise UserError(f"{where}: column 'margin' is {margin!r}; expected a number on every row")
     return row
+
+
+def _check_like(row: Row, first: Row, where: str) -> None:
+    """All rows of a data set are of one kind: the trainer's table has one type a column."""
+    for column in ("chosen", "prompt"):
+        a, b = row.get(column), first.get(column)
+        if a is not None and b is not None and is_conversational(a) != is_conversational(b):
+            raise UserError(
+                f"{where}: {column} is {_kind(a)}, but {_kind(b)} in the rows before; write all "
+                "rows in the same way"
+            )
+    if ("margin" in row) != ("margin" in first):
+        has, had = ("a", "none") if "margin" in row else ("no", "one")
+        raise UserError(
+            f"{where}: the row has {has} margin, but the first row has {had}; give every row a "
+            "margin or none"
+        )
+
+
+def _kind(text: Any) -> str:
+    return "a list of messages" if is_conversational(text) else "text"

@@ -166,6 +166,7 @@ _METRICS = (  # column, metric, decimals
     ("Relative variance, after PPO", "relative_difference_variance_after", 2),
     ("Influence of the meta step", "", 4),
     ("Length", "length_mean", 1),
+    ("Share cut off by the limit", "truncated_share", 3),
 )
 
 
