@@ -1,17 +1,18 @@
 """K responses per prompt from a policy, and group files made of them."""
 
-import hashlib
-import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shiftrm.data.group_files import begin_or_resume, finish, holds_groups, settings_key
 from shiftrm.errors import UserError
-from shiftrm.files import Row, atomic_write_text, json_line
-from shiftrm.rendering import Text, decode_response, encode_prompt
+from shiftrm.files import Row, json_line
+from shiftrm.rendering import Text, check_text, decode_response, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; it must be above 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
 
 
@@ -101,9 +102,12 @@ def generate(
 ) -> list[Sample]:
     """Sample responses to a batch of tokenised prompts with `model.generate`.
 
+    Nothing but `config` shapes the distribution: what the checkpoint's generation config says
+    (another temperature, `no_repeat_ngram_size`, ...) is left out.
+
     Args:
         model: a causal language model of transformers.
-        tokenizer: its tokenizer, with pad and EOS tokens.
+        tokenizer: its tokenizer, with an EOS token; without a pad token, EOS pads.
         prompts: token ids, one list a prompt, of any lengths.
         num_responses: responses per prompt.
         seed: decides the draws; the global random state is left as it was.
@@ -112,39 +116,67 @@ def generate(
         `len(prompts) * num_responses` samples; those of one prompt stand together.
 
     Raises:
-        UserError: a prompt leaves no room for a response in the model's context.
+        UserError: a prompt leaves no room for a response in the model's context, or no EOS token.
     """
+    from transformers import GenerationConfig
+
     check_prompt_lengths(prompts, model.config, config.max_new_tokens)
+    eos, pad = _closing_tokens(tokenizer)
     device = next(model.parameters()).device
     T = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), T), tokenizer.pad_token_id, dtype=torch.long)
+    ids = torch.full((len(prompts), T), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # on the left, so that all responses start together
         ids[row, T - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
         mask[row, T - len(prompt) :] = 1
+    drawing = GenerationConfig(
+        do_sample=True,
+        num_return_sequences=num_responses,
+        top_k=0,
+        pad_token_id=pad,
+        eos_token_id=eos,
+        **asdict(config),
+    )
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _without_generation_defaults(model):
         torch.manual_seed(seed)
         output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            do_sample=True,
-            num_return_sequences=num_responses,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=0,
-            repetition_penalty=config.repetition_penalty,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=drawing
         )
     model.train(was_training)
-    rows = output[:, T:].tolist()
     return [
-        Sample(list(prompts[i // num_responses]), *_cut_at_eos(row, tokenizer.eos_token_id))
-        for i, row in enumerate(rows)
+        Sample(list(prompts[i // num_responses]), *_cut_at_eos(row, eos))
+        for i, row in enumerate(output[:, T:].tolist())
     ]
+
+
+@contextmanager
+def _without_generation_defaults(model: Any) -> Iterator[None]:
+    """Exchange the model's generation config, inside wrappers too, for an empty one meanwhile.
+
+    `model.generate` fills every field left at None from it, whatever config it is given.
+    """
+    from transformers import GenerationConfig
+
+    holders = [m for m in model.modules() if "generation_config" in vars(m)]
+    kept = [m.generation_config for m in holders]
+    try:
+        for module in holders:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, generation_config in zip(holders, kept, strict=True):
+            module.generation_config = generation_config
+
+
+def _closing_tokens(tokenizer: Any) -> tuple[int, int]:
+    """The ids of EOS and pad; EOS pads where there is no pad token."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None:
+        raise UserError("the tokenizer has no EOS token: set tokenizer.eos_token, then sample")
+    return eos, eos if pad is None else pad
 
 
 def _cut_at_eos(tokens: list[int], eos_token_id: int) -> tuple[list[int], bool]:
@@ -154,17 +186,92 @@ def _cut_at_eos(tokens: list[int], eos_token_id: int) -> tuple[list[int], bool]:
     return tokens, False
 
 
-def check_prompt_lengths(prompts: Sequence[Sequence[int]], config: Any, room: int) -> None:
-    """Refuse prompts that leave less than `room` tokens of the model's context for a response."""
+def check_prompt_lengths(
+    prompts: Sequence[Sequence[int]],
+    config: Any,
+    room: int,
+    *,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Refuse prompts that leave less than `room` tokens of the model's context for a response.
+
+    The message calls a prompt by its number, or by its name where there are any.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return
     for index, prompt in enumerate(prompts):
         if len(prompt) + room > limit:
             raise UserError(
-                f"prompt {index} has {len(prompt)} tokens; with {room} new tokens it exceeds the "
-                f"model's context of {limit}; shorten the prompt or lower max_new_tokens"
+                f"{names[index] if names else f'prompt {index}'} has {len(prompt)} tokens; with "
+                f"{room} new tokens it exceeds the model's context of {limit}; shorten the prompt "
+                "or lower max_new_tokens"
             )
+
+
+def encode_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    *,
+    room: int,
+    names: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts that `model` can continue by `room` tokens.
+
+    Args:
+        names: how errors call the prompts; "prompt 0" and so on by default.
+
+    Raises:
+        UserError: a prompt that is no text, has no tokens, or is too long; a tokenizer without
+            EOS, or without a template for a chat.
+    """
+    _closing_tokens(tokenizer)
+    names = names or [f"prompt {index}" for index in range(len(prompts))]
+    encoded = []
+    for name, prompt in zip(names, prompts, strict=True):
+        check_text(prompt, name)
+        encoded.append(encode_prompt(tokenizer, prompt))
+        if not encoded[-1]:
+            raise UserError(f"{name} is empty: there are no tokens to continue; leave it out")
+    check_prompt_lengths(encoded, model.config, room, names=names)
+    return encoded
+
+
+def sample_rows(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    *,
+    config: SamplingConfig,
+    num_responses: int,
+    batch_size: int,
+    seed: int,
+) -> list[Row]:
+    """`{"prompt", "responses", "finished"}`, one row a prompt, in memory.
+
+    Args:
+        prompts: strings or chat messages.
+        num_responses: responses per prompt, one or more.
+        batch_size: prompts a call of `generate`. The batch from prompt i on has the random seed
+            `seed + i`, so other batches are other draws.
+
+    Raises:
+        UserError: as `encode_prompts`; or num_responses or batch_size below one.
+    """
+    _check_counts(num_responses, batch_size, at_least=1)
+    encoded = encode_prompts(model, tokenizer, prompts, room=config.max_new_tokens)
+    batches = _sample_batches(
+        model,
+        tokenizer,
+        prompts,
+        encoded,
+        config=config,
+        num_responses=num_responses,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    return [row for rows in batches for row in rows]
 
 
 def sample_groups(
@@ -179,60 +286,60 @@ def sample_groups(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write one group of sampled responses per prompt as JSON lines; an interrupted call resumes.
+    """Write the rows of `sample_rows` as JSON lines; an interrupted call resumes.
 
-    Each row is `{"prompt", "responses", "finished"}`. Rows go to `PATH.partial` batch by batch;
-    the finished file is renamed into place. Every batch has a random seed of its own, so a
-    resumed file equals one written in a single go.
+    Rows go to `PATH.partial` batch by batch; the finished file is renamed into place. Every batch
+    has a random seed of its own, so a resumed file equals one written in a single go.
 
     Args:
-        prompts: strings or chat messages.
-        path: the group file to write. If it exists, nothing is done.
-        num_responses: K, responses per prompt.
-        batch_size: prompts a call of `generate`.
+        path: the group file to write. If it holds groups of these prompts, nothing is done.
+        num_responses: K, responses per prompt, two or more.
         progress: called with (groups done, groups in all) after every batch.
 
     Raises:
-        UserError: fewer than two responses asked for, no prompts, a prompt longer than the
-            context, or a partial file that was begun with other settings.
+        UserError: as `sample_rows`; no prompts; other groups under this name; or a partial file
+            that was begun with other settings. All before anything is written.
     """
-    if num_responses < 2:
-        raise UserError(f"num_responses is {num_responses}; a group needs at least two responses")
+    path = Path(path)
+    _check_counts(num_responses, batch_size, at_least=2)
     if not prompts:
         raise UserError("there are no prompts to sample for")
-    path = Path(path)
-    if path.exists():
+    if holds_groups(path, prompts, num_responses=num_responses):
         return path
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    check_prompt_lengths(encoded, model.config, config.max_new_tokens)
+    encoded = encode_prompts(model, tokenizer, prompts, room=config.max_new_tokens)
     partial = path.with_name(path.name + ".partial")
-    header = {"settings": _settings_key(prompts, config, num_responses, batch_size, seed)}
-    done = _resume(partial, header, batch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not partial.exists():
-        atomic_write_text(partial, json_line(header))
-    with open(partial, "a", encoding="utf-8") as handle:
-        for start in range(done, len(prompts), batch_size):
-            for row in _group_rows(
-                model,
-                tokenizer,
-                prompts[start : start + batch_size],
-                encoded[start : start + batch_size],
-                config=config,
-                num_responses=num_responses,
-                seed=seed + start,
-            ):
-                handle.write(json_line(row))
+    key = settings_key([list(prompts), asdict(config), num_responses, batch_size, seed])
+    done = begin_or_resume(partial, {"settings": key}, batch_size)
+    batches = _sample_batches(
+        model,
+        tokenizer,
+        prompts,
+        encoded,
+        config=config,
+        num_responses=num_responses,
+        batch_size=batch_size,
+        seed=seed,
+        first=done,
+    )
+    with open(partial, "ab") as handle:
+        for rows in batches:
+            handle.write("".join(map(json_line, rows)).encode())
             handle.flush()
+            done += len(rows)
             if progress:
-                progress(min(start + batch_size, len(prompts)), len(prompts))
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
-    atomic_write_text(path, "".join(lines[1:]))
-    partial.unlink()
-    return path
+                progress(done, len(prompts))
+    return finish(partial, path)
 
 
-def _group_rows(
+def _check_counts(num_responses: int, batch_size: int, *, at_least: int) -> None:
+    if num_responses < at_least:
+        why = "a group needs at least two responses" if at_least == 2 else "it must be at least 1"
+        raise UserError(f"num_responses is {num_responses}; {why}")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+
+
+def _sample_batches(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Text],
@@ -240,37 +347,27 @@ def _group_rows(
     *,
     config: SamplingConfig,
     num_responses: int,
+    batch_size: int,
     seed: int,
-) -> Iterator[Row]:
-    samples = generate(
-        model, tokenizer, encoded, config=config, num_responses=num_responses, seed=seed
-    )
-    for i, prompt in enumerate(prompts):
-        group = samples[i * num_responses : (i + 1) * num_responses]
-        yield {
-            "prompt": prompt,
-            "responses": [decode_response(tokenizer, s.prompt_ids, s.response_ids) for s in group],
-            "finished": [s.finished for s in group],
-        }
-
-
-def _settings_key(
-    prompts: Sequence[Text], config: SamplingConfig, num_responses: int, batch_size: int, seed: int
-) -> str:
-    settings = [list(prompts), asdict(config), num_responses, batch_size, seed]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-
-
-def _resume(partial: Path, header: Row, batch_size: int) -> int:
-    """How many groups of an interrupted call are whole batches; the rest is cut off the file."""
-    if not partial.exists():
-        return 0
-    text = partial.read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    if not lines or json.loads(lines[0]) != header:
-        raise UserError(
-            f"{partial}: begun with other prompts or settings; delete it, or repeat the old ones"
+    first: int = 0,
+) -> Iterator[list[Row]]:
+    """The rows of one batch after the other, from prompt `first` on."""
+    K = num_responses
+    for start in range(first, len(prompts), batch_size):
+        samples = generate(
+            model,
+            tokenizer,
+            encoded[start : start + batch_size],
+            config=config,
+            num_responses=K,
+            seed=seed + start,
         )
-    done = (len(lines) - 1) // batch_size * batch_size
-    atomic_write_text(partial, "".join(lines[: done + 1]))
-    return done
+        texts = [decode_response(tokenizer, s.prompt_ids, s.response_ids) for s in samples]
+        yield [
+            {
+                "prompt": prompt,
+                "responses": texts[i * K : (i + 1) * K],
+                "finished": [s.finished for s in samples[i * K : (i + 1) * K]],
+            }
+            for i, prompt in enumerate(prompts[start : start + batch_size])
+        ]

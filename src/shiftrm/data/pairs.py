@@ -21,10 +21,10 @@ def read_pairs(path: str | Path) -> list[Row]:
             some rows only); the message names file and line.
     """
     rows: list[Row] = []
+    kinds: dict[str, tuple[str, str]] = {}
     for where, row in iterate_jsonl(path):
         check_pair(row, where)
-        if rows:
-            _check_like(row, rows[0], where)
+        _check_kinds(row, kinds, where)
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: the file has no preference pairs")
@@ -54,21 +54,21 @@ def check_pair(row: Row, where: str) -> Row:
     return row
 
 
-def _check_like(row: Row, first: Row, where: str) -> None:
-    """All rows of a data set are of one kind: the trainer's table has one type a column."""
-    for column in ("chosen", "prompt"):
-        a, b = row.get(column), first.get(column)
-        if a is not None and b is not None and is_conversational(a) != is_conversational(b):
+def _check_kinds(row: Row, kinds: dict[str, tuple[str, str]], where: str) -> None:
+    """All rows of a data set are of one kind: the trainer's table has one type a column.
+
+    Args:
+        kinds: by column, what it holds and where that was first seen; filled in here.
+    """
+    found = {c: _kind(row[c]) for c in ("prompt", "chosen") if row.get(c) is not None}
+    found["margin"] = "given" if "margin" in row else "missing"
+    for column, kind in found.items():
+        first, at = kinds.setdefault(column, (kind, where))
+        if kind != first:
             raise UserError(
-                f"{where}: {column} is {_kind(a)}, but {_kind(b)} in the rows before; write all "
-                "rows in the same way"
+                f"{where}: column {column!r} is {kind}, but {first} at {at}; write all rows in the "
+                "same way"
             )
-    if ("margin" in row) != ("margin" in first):
-        has, had = ("a", "none") if "margin" in row else ("no", "one")
-        raise UserError(
-            f"{where}: the row has {has} margin, but the first row has {had}; give every row a "
-            "margin or none"
-        )
 
 
 def _kind(text: Any) -> str:
