@@ -52,3 +52,24 @@ def test_chat_without_template_is_refused(tokenizer):
     plain.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         encode(plain, [{"role": "user", "content": "the"}], "cat")
+
+
+@pytest.mark.parametrize("wrong", [None, 3, {"role": "user", "content": "the"}])
+def test_what_is_no_text_is_refused_by_its_type(tokenizer, wrong):
+    """str(None) would be scored as the word None."""
+    name = type(wrong).__name__
+    for prompt in ("the", None, [{"role": "user", "content": "the"}]):
+        with pytest.raises(UserError, match=f"response holds {name}"):
+            encode(tokenizer, prompt, wrong)
+    with pytest.raises(UserError, match=f"prompt holds {name}"):
+        encode_prompt(tokenizer, wrong)
+    if wrong is not None:  # no prompt: the response is the whole conversation
+        with pytest.raises(UserError, match=f"prompt holds {name}"):
+            encode(tokenizer, wrong, "cat")
+
+
+def test_messages_need_role_and_content(tokenizer):
+    with pytest.raises(UserError, match="response, message 1 has no 'content'"):
+        encode(tokenizer, None, [{"role": "assistant"}])
+    with pytest.raises(UserError, match="prompt, message 2 has no 'role'"):
+        encode(tokenizer, [{"role": "user", "content": "the"}, {"content": "a"}], "cat")

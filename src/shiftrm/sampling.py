@@ -31,11 +31,13 @@ class SamplingConfig:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not 0 < self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}; it must be above 0")
+            raise UserError(f"temperature is {self.temperature}; it must be above 0 and finite")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+            raise UserError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite"
+            )
 
 
 PAPER_SAMPLING = SamplingConfig(temperature=0.8, top_p=0.9, repetition_penalty=1.1)

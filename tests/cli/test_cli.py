@@ -1,5 +1,6 @@
 """The command line as a person meets it: light, helpful, exit status 2 and one line on mistakes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -98,16 +99,65 @@ def test_a_broken_records_file_is_named(tmp_path, capsys):
     assert "records.jsonl:1: not valid JSON" in capsys.readouterr().err
 
 
-def test_full_disk_and_interruption(monkeypatch, capsys):
-    def full(_args):
-        raise OSError(28, "No space left on device", "runs/demo/config.yaml")
+def test_demo_below_a_file(tmp_path, capsys):
+    (tmp_path / "afile").write_text("precious")
+    for output in ("afile", "afile/sub", "afile/sub/run"):
+        assert main(["demo", "--output", str(tmp_path / output)]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'afile'}" in error
+        assert "is not a folder; choose another --output" in error
+        assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["afile"]
 
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; free space"),
+        (errno.EACCES, "Permission denied; choose another output, or make this one writable"),
+        (errno.ENOTDIR, "Not a directory; choose another output"),
+        (errno.EISDIR, "Is a directory; choose another output"),
+        (errno.EEXIST, "File exists; choose another output"),
+        (errno.ENOENT, "No such file or directory; it went away"),
+    ],
+)
+def test_outputs_that_cannot_be_written(monkeypatch, capsys, number, words):
+    def fails(_args):
+        raise OSError(number, os.strerror(number), "runs/page.html")
+
+    monkeypatch.setattr("shiftrm.cli.report.run", fails)
+    assert main(["report", "x", "--output", "runs/page.html"]) == 2
+    error = capsys.readouterr().err
+    assert f"runs/page.html: {words}" in error
+    assert error.count("\n") == 1
+
+
+def test_other_missing_files_are_our_mistake(monkeypatch):
+    """A traceback, since the person who gave the command could do nothing about it."""
+
+    def fails(_args):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/usr/lib/template.j2")
+
+    monkeypatch.setattr("shiftrm.cli.report.run", fails)
+    with pytest.raises(FileNotFoundError):
+        main(["report", "x", "--output", "runs/page.html"])
+
+
+@pytest.mark.parametrize(
+    ("command", "again"),
+    [
+        ("demo", "to continue"),
+        ("report x", "to start anew; nothing was written"),
+        ("sample --policy p --prompts f --output o", "to continue"),
+        ("train --model m --pairs f --output o", "to start anew; nothing was written"),
+        ("score --model m --data f --output o", "to start anew; nothing was written"),
+    ],
+)
+def test_what_the_same_command_does_after_an_interruption(monkeypatch, capsys, command, again):
     def interrupted(_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shiftrm.cli.report.run", full)
-    assert main(["report", "x"]) == 2
-    assert "runs/demo/config.yaml: No space left on device; free space" in capsys.readouterr().err
-    monkeypatch.setattr("shiftrm.cli.report.run", interrupted)
-    assert main(["report", "x"]) == 130
-    assert "give the same command again to continue" in capsys.readouterr().err
+    monkeypatch.setattr(f"shiftrm.cli.{command.split()[0]}.run", interrupted)
+    assert main(command.split()) == 130
+    expected = f"shiftrm: interrupted; give the same command again {again}\n"
+    assert capsys.readouterr().err == expected

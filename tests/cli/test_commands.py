@@ -1,13 +1,20 @@
 """sample, train and score on a user's files: real models, and one line for every mistake."""
 
 import json
+import os
+import re
 
 import pytest
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.scoring import Scorer
+from tests.conftest import llama_config
 
 QUICK = ["max_steps=2", "logging_steps=1", "disable_tqdm=true"]
 
@@ -154,6 +161,21 @@ def test_bad_files_are_one_line_and_status_2(files, capsys, kind):
         (["--groups", "groups.jsonl", "preset=papre"], "did you mean 'paper'?"),
         (["--model", "nowhere"], "nowhere: no such folder"),
         (["--output", "policy"], "policy: already there and not empty"),
+        (["--output", "pairs.jsonl"], "pairs.jsonl: is not a folder"),
+        (["--output", "pairs.jsonl/out"], "pairs.jsonl is not a folder"),
+        (["learning_rate=[1"], "learning_rate=[1: the value is not valid YAML"),
+        (["learning_rate=fast"], "learning_rate is 'fast'; expected a number"),
+        (["learning_rate=-1"], "learning_rate is -1; it must be at least 0"),
+        (["learning_rate=null"], "learning_rate is 'null'; expected a number"),
+        (["adam_beta1=1"], "adam_beta1 is 1; it must be below 1"),
+        (["center_rewards_coefficient=x"], "center_rewards_coefficient is 'x'; expected a number"),
+        (["gradient_accumulation_steps=0"], "gradient_accumulation_steps is 0; it must be at"),
+        (["gradient_accumulation_steps=1.5"], "is '1.5'; expected a whole number"),
+        (["max_length=0"], "max_length is 0; it must be at least 1"),
+        (["pad_to_multiple_of=0"], "pad_to_multiple_of is 0; it must be at least 1"),
+        (["bf16=maybe"], "bf16 is 'maybe'; expected true or false, or null"),
+        (["eos_token=foo"], "`eos_token` ('foo') is not found"),
+        (["--groups", "groups.jsonl", "meta_batch_size=0"], "meta_batch_size is 0"),
     ],
 )
 def test_bad_settings(files, capsys, monkeypatch, arguments, message):
@@ -192,7 +214,7 @@ def test_a_prompt_longer_than_the_context(files, capsys):
         5,
     )
     assert status == 2
-    assert "prompt 1 has 70 tokens" in output.err
+    assert "long.jsonl:2: the prompt has 70 tokens" in output.err
     assert not (files / "g.jsonl").exists()
 
 
@@ -245,3 +267,168 @@ def test_models_of_the_wrong_kind(files, reward_model, tokenizer, capsys):
     )
     assert (status, "x.jsonl:1: nothing to score" in output.err) == (2, True)
     assert not (files / "o.jsonl").exists()
+
+
+CHAT = [{"role": "assistant", "content": "the cat"}]
+BAD_PAIRS = {
+    "mixed": (
+        {"prompt": [], "chosen": CHAT, "rejected": [{"role": "user", "content": "a"}]},
+        "bad.jsonl:2: column 'prompt' is a list of messages, but text at",
+    ),
+    "margin": ({"chosen": "a", "rejected": "b", "margin": 1}, "bad.jsonl:2: column 'margin'"),
+    "no role": ({"chosen": [{"content": "a"}], "rejected": CHAT}, "bad.jsonl:2: .* has no 'role'"),
+    "no content": ({"chosen": CHAT, "rejected": [{"role": "a"}]}, "bad.jsonl:2: .* no 'content'"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PAIRS)
+def test_bad_pairs_are_named(files, capsys, kind):
+    row, message = BAD_PAIRS[kind]
+    write_jsonl(files / "bad.jsonl", [{"prompt": "the", "chosen": "a", "rejected": "b"}, row])
+    before = sorted(files.iterdir())
+    status, output = run(
+        capsys,
+        *("train", "--model", files / "policy", "--pairs", files / "bad.jsonl"),
+        *("--output", files / "out", *QUICK),
+    )
+    assert status == 2
+    assert re.search(message, output.err)
+    assert output.err.count("\n") == 1
+    assert sorted(files.iterdir()) == before
+
+
+@pytest.mark.parametrize("word", ["None", "none", "null", "~"])
+def test_null_settings_and_columns_of_ones_own(files, capsys, pairs, word):
+    """`max_length=None` keeps pairs of any length; an `id` of two types is nobody's business."""
+    rows = [
+        {**row, "id": number if number % 2 else str(number)} for number, row in enumerate(pairs)
+    ]
+    write_jsonl(files / "pairs.jsonl", rows)
+    status, output = run(
+        capsys,
+        *("train", "--model", files / "policy", "--pairs", files / "pairs.jsonl"),
+        *("--output", files / "out", f"max_length={word}", "max_steps=1e0", *QUICK[1:]),
+    )
+    assert status == 0
+    assert "Trained on 12 pairs (0 dropped) for 1 steps" in output.out
+
+
+def test_models_that_cannot_be_trained(files, capsys, tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    bare.save_pretrained(files / "policy")
+    two = LlamaForSequenceClassification(llama_config(num_labels=2))
+    two.save_pretrained(files / "two")
+    tokenizer.save_pretrained(files / "two")
+    for model, message in (
+        ("policy", "policy: the tokenizer has neither a pad nor an EOS token"),
+        ("two", "two: its weights do not fit a reward model of one label"),
+    ):
+        status, output = run(
+            capsys,
+            *("train", "--model", files / model, "--pairs", files / "pairs.jsonl"),
+            *("--output", files / "out", *QUICK),
+        )
+        assert status == 2
+        assert message in output.err.splitlines()[-1]
+        assert not (files / "out").exists()
+
+
+@pytest.fixture
+def scoring(files, reward_model, tokenizer, monkeypatch):
+    """A reward model beside the files, and the working folder among them."""
+    reward_model.save_pretrained(files / "rm")
+    tokenizer.save_pretrained(files / "rm")
+    monkeypatch.chdir(files)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"responses": "red"}, "d.jsonl:2: column 'responses' holds str; expected a list"),
+        ({"responses": []}, "d.jsonl:2: column 'responses' is an empty list"),
+        ({"responses": ["a", None]}, "d.jsonl:2: response 2 holds NoneType"),
+        ({"responses": ["a", "b"], "finished": [True]}, "d.jsonl:2: 'finished' has 1 entries"),
+        ({"responses": ["a"], "finished": "yes"}, "d.jsonl:2: column 'finished' must be a list"),
+        ({"response": None}, "d.jsonl:2: column 'response' holds NoneType"),
+        ({"response": 3}, "d.jsonl:2: column 'response' holds int"),
+        ({"response": "a", "finished": "no"}, "d.jsonl:2: column 'finished' is 'no'"),
+        ({"prompt": {}, "response": "a"}, "d.jsonl:2: column 'prompt' holds dict"),
+        ({"chosen": "a", "rejected": None}, "d.jsonl:2: column 'rejected' holds NoneType"),
+        ({"response": [{"role": "user"}]}, "d.jsonl:2: column 'response', message 1 has no"),
+        ({"response": "", "finished": False}, "d.jsonl:2: prompt and response are empty"),
+        ({"response": "the " * 70}, "d.jsonl:2: prompt and response have 71 tokens"),
+        ({"text": "a"}, "d.jsonl:2: nothing to score"),
+        (None, "d.jsonl: the file has no rows"),
+    ],
+)
+def test_rows_that_cannot_be_scored(scoring, capsys, row, message):
+    rows = [{"prompt": "the", "response": " cat"}, row] if row is not None else []
+    write_jsonl("d.jsonl", rows)
+    before = sorted(os.listdir())
+    status, output = run(
+        capsys, "score", "--model", "rm", "--data", "d.jsonl", "--output", "scored.jsonl"
+    )
+    assert status == 2
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert (output.out, sorted(os.listdir())) == ("", before)
+
+
+SCORE = ["score", "--model", "rm", "--data", "groups.jsonl", "--output", "o.jsonl"]
+SAMPLE = ["sample", "--policy", "policy", "--prompts", "prompts.jsonl", "--output", "o.jsonl"]
+
+
+@pytest.mark.parametrize("command", [SCORE, SAMPLE])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+        (["--output", "policy"], "policy: is a folder; give the name of a file"),
+        (["--output", "."], ".: is a folder; give the name of a file"),
+        (["--output", ""], ".: is a folder; give the name of a file"),
+        (["--output", "pairs.jsonl/o"], "pairs.jsonl is not a folder; choose another --output"),
+        (["--output", "pairs.jsonl/o/p"], "pairs.jsonl is not a folder; choose another --output"),
+    ],
+)
+def test_outputs_that_cannot_be(scoring, capsys, command, arguments, message):
+    before = sorted(os.listdir())
+    status, output = run(capsys, *command, *arguments)
+    assert status == 2
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "p.jsonl:2: the prompt is empty: there are no tokens to continue"),
+        (None, "p.jsonl:2: column 'prompt' holds NoneType"),
+        ([], "p.jsonl:2: column 'prompt' is an empty list"),
+        ([{"role": "user"}], "p.jsonl:2: column 'prompt', message 1 has no 'content'"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(scoring, capsys, prompt, message):
+    write_jsonl("p.jsonl", [{"prompt": "the"}, {"prompt": prompt}])
+    before = sorted(os.listdir())
+    status, output = run(capsys, *SAMPLE, "--prompts", "p.jsonl", "--max-new-tokens", "4")
+    assert status == 2
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert sorted(os.listdir()) == before
+
+
+def test_a_group_file_that_is_there(scoring, capsys):
+    options = ["--max-new-tokens", "4", "--responses", "2"]
+    assert run(capsys, *SAMPLE, *options)[0] == 0
+    content = (scoring / "o.jsonl").read_bytes()
+    status, output = run(capsys, *SAMPLE, *options, "--policy", "nowhere")
+    assert (status, "o.jsonl: already there, 2 groups" in output.out) == (0, True)
+    assert "left as it is" in output.out
+    status, output = run(capsys, *SAMPLE, *options, "--responses", "3")
+    assert (status, "already there with groups of 2 responses, not 3" in output.err) == (2, True)
+    write_jsonl("prompts.jsonl", [{"prompt": "the red"}])
+    status, output = run(capsys, *SAMPLE, *options)
+    assert (status, "already there with 2 groups, not 1" in output.err) == (2, True)
+    assert (scoring / "o.jsonl").read_bytes() == content

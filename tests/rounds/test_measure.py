@@ -8,7 +8,7 @@ from shiftrm.records import Recorder
 from shiftrm.rendering import encode_prompt
 from shiftrm.rounds.engine import Stage, StageContext
 from shiftrm.rounds.measure import _as_samples, compare
-from shiftrm.rounds.stages import new_reward_model, reward_spread, sample_responses, score_rows
+from shiftrm.rounds.stages import new_reward_model, reward_spread, score_rows
 from shiftrm.sampling import SamplingConfig
 from shiftrm.scoring import score_head
 from shiftrm.testbed.language import build_tokenizer
@@ -92,13 +92,6 @@ def test_responses_become_the_tokens_they_were(policy):
     assert len(clean) > 20
     back = _as_samples(tokenizer, [rows[i] for i in clean])
     assert back == [samples[i] for i in clean]
-
-
-def test_pairs_of_one_prompt_stand_together(policy, tokenizer):
-    config = SamplingConfig(max_new_tokens=4)
-    rows = sample_responses(policy, tokenizer, ["the red", "a"], config, 3, batch_size=1)
-    assert [row["prompt"] for row in rows] == ["the red", "a"]
-    assert all(len(row["responses"]) == len(row["finished"]) == 2 for row in rows)
 
 
 def test_a_new_head_is_seeded_and_small(policy, tmp_path):

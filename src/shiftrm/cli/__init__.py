@@ -1,10 +1,12 @@
 """The command line. Importing it loads neither torch nor transformers; commands do, when they run.
 
-Each command is a module with `register(subparsers)`, which declares its options, and `run(args)`.
+Each command is a module with `register(subparsers)`, which declares its options, `run(args)`, and
+`again`: what the same command given again does after an interruption.
 """
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
@@ -32,16 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shiftrm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("shiftrm: interrupted; give the same command again to continue", file=sys.stderr)
+        print(f"shiftrm: interrupted; give the same command again {args.again}", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        advice = _output_advice(error, getattr(args, "output", None))
+        if advice is None:
             raise
-        print(
-            f"shiftrm: error: {error.filename or 'output'}: {error.strerror}; free space or choose "
-            "another output folder, then give the same command again to continue",
-            file=sys.stderr,
-        )
+        what = f"{error.filename or 'output'}: {error.strerror}"
+        print(f"shiftrm: error: {what}; {advice}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not str(error).startswith("stage "):
@@ -49,6 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shiftrm: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _output_advice(error: OSError, output: str | None) -> str | None:
+    """What to do where the output cannot be written; None for any other error."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free space, or choose another output, then give the same command again"
+    if error.errno in (errno.EACCES, errno.EROFS):
+        return "choose another output, or make this one writable"
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return "choose another output"
+    if error.errno == errno.ENOENT and output is not None and error.filename is not None:
+        folder = os.path.dirname(os.path.abspath(output))
+        if os.path.abspath(os.fsdecode(error.filename)).startswith(os.path.join(folder, "")):
+            return "it went away or cannot be made; choose another output"
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -42,14 +42,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="any setting, such as ppo.steps=10"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, again="to continue")
 
 
 def run(args: argparse.Namespace) -> None:
     import os
-    from pathlib import Path
 
-    from shiftrm.errors import UserError
+    from shiftrm.cli.checks import at_least_one, output_folder
     from shiftrm.rounds.run import configure, run_and_report
 
     named = {"seed": args.seed, "rounds": args.rounds}
@@ -57,6 +56,6 @@ def run(args: argparse.Namespace) -> None:
     if args.same_coefficient:
         overrides.append("matched_kl=false")
     workers = args.workers if args.workers is not None else os.cpu_count() or 1
-    if workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1")
-    run_and_report(configure([*overrides, *args.settings]), Path(args.output), workers=workers)
+    at_least_one(workers, "--workers")
+    config = configure([*overrides, *args.settings])
+    run_and_report(config, output_folder(args.output), workers=workers)

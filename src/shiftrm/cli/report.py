@@ -22,13 +22,14 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--output", default=None, metavar="FILE", help="default: report.html in the first folder"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, again="to start anew; nothing was written")
 
 
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from shiftrm.cli.checks import output_file
     from shiftrm.rounds.run import report
 
-    output = Path(args.output) if args.output else Path(args.runs[0]) / "report.html"
+    output = output_file(args.output) if args.output else Path(args.runs[0]) / "report.html"
     print(f"Page: {report([Path(run) for run in args.runs], output)}")

@@ -34,28 +34,46 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts a batch")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, again="to continue")
 
 
 def run(args: argparse.Namespace) -> None:
-    from pathlib import Path
+    from shiftrm.cli.checks import at_least_one, output_file, to_accelerator
+    from shiftrm.cli.progress import bar, only_on_terminals
+    from shiftrm.data.group_files import holds_groups
+    from shiftrm.errors import UserError
+    from shiftrm.files import iterate_jsonl
+    from shiftrm.rendering import check_text
+    from shiftrm.sampling import SamplingConfig, encode_prompts, load_policy, sample_groups
 
-    from shiftrm.cli.progress import bar
-    from shiftrm.files import read_jsonl
-    from shiftrm.sampling import SamplingConfig, load_policy, sample_groups
-
-    output = Path(args.output)
-    if output.exists():
-        print(f"{output} is already there; nothing to do")
-        return
+    at_least_one(args.batch_size, "--batch-size")
+    if args.responses < 2:
+        raise UserError(f"--responses is {args.responses}; a group needs at least two responses")
     config = SamplingConfig(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
     )
-    prompts = [row["prompt"] for row in read_jsonl(args.prompts, required=("prompt",))]
+    output = output_file(args.output)
+    names, prompts = [], []
+    for where, row in iterate_jsonl(args.prompts, required=("prompt",)):
+        check_text(row["prompt"], f"{where}: column 'prompt'")
+        names.append(f"{where}: the prompt")
+        prompts.append(row["prompt"])
+    if not prompts:
+        raise UserError(f"{args.prompts}: the file has no prompts")
+    if holds_groups(output, prompts, num_responses=args.responses):
+        print(
+            f"{output}: already there, {len(prompts)} groups of {args.responses} responses to "
+            "these prompts; left as it is, whatever settings it was sampled with"
+        )
+        return
+    only_on_terminals()
     model, tokenizer = load_policy(args.policy)
+    to_accelerator(model)
+    # Once more below, but only here do errors know the line.
+    encode_prompts(model, tokenizer, prompts, room=config.max_new_tokens, names=names)
     with bar("sampling", len(prompts)) as advance:
         sample_groups(
             model,

@@ -24,32 +24,37 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help="JSONL to score")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL with rewards added")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, again="to start anew; nothing was written")
 
 
 def run(args: argparse.Namespace) -> None:
+    from shiftrm.cli.checks import at_least_one, output_file, to_accelerator
+    from shiftrm.cli.progress import only_on_terminals
+    from shiftrm.errors import UserError
     from shiftrm.files import iterate_jsonl, write_jsonl
     from shiftrm.scoring import Scorer, scorable_texts
 
-    rows = [(where, row) for where, row in iterate_jsonl(args.data)]
-    texts = [scorable_texts(row, where) for where, row in rows]
+    at_least_one(args.batch_size, "--batch-size")
+    output = output_file(args.output)
+    rows = [(row, where, scorable_texts(row, where)) for where, row in iterate_jsonl(args.data)]
+    if not rows:
+        raise UserError(f"{args.data}: the file has no rows; expected one JSON object a line")
+    only_on_terminals()
     scorer = Scorer.from_pretrained(args.model)
-    flat = [text for row_texts in texts for text in row_texts]
-    rewards = iter(
-        scorer(
-            [t.prompt for t in flat],
-            [t.response for t in flat],
-            finished=[t.finished for t in flat],
-            batch_size=args.batch_size,
-        )
-    )
-    for (_, row), row_texts in zip(rows, texts, strict=True):
-        values = [next(rewards) for _ in row_texts]
+    to_accelerator(scorer.model)
+    sequences = [
+        scorer.encode(text.prompt, text.response, finished=text.finished, name=where)
+        for _, where, texts in rows
+        for text in texts
+    ]
+    rewards = iter(scorer.score_ids(sequences, batch_size=args.batch_size))
+    for row, _, texts in rows:
+        values = [next(rewards) for _ in texts]
         if "response" in row:
             row["reward"] = values[0]
         elif "responses" in row:
             row["rewards"] = values
         else:
             row["reward_chosen"], row["reward_rejected"] = values
-    write_jsonl(args.output, (row for _, row in rows))
-    print(f"{len(rows)} rows, {len(flat)} responses scored: {args.output}")
+    write_jsonl(output, (row for row, _, _ in rows))
+    print(f"{len(rows)} rows, {len(sequences)} responses scored: {output}")

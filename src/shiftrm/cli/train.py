@@ -34,20 +34,25 @@ def register(subparsers: Any) -> None:
         metavar="key=value",
         help="any training option, as learning_rate=5e-6",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, again="to start anew; nothing was written")
 
 
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from shiftrm.cli.checks import output_folder
+    from shiftrm.cli.progress import only_on_terminals
+
+    output = output_folder(args.output)  # before the seconds that the next import takes
     from shiftrm.trainers.command import train
 
+    only_on_terminals()
     summary = train(
         args.model,
         pairs=Path(args.pairs),
         eval_pairs=Path(args.eval_pairs) if args.eval_pairs else None,
         groups=Path(args.groups) if args.groups else None,
-        output=Path(args.output),
+        output=output,
         settings=args.settings,
     )
     print(summary)

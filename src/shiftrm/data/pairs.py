@@ -9,16 +9,24 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row, iterate_jsonl, require_columns
 from shiftrm.rendering import check_text, is_conversational
 
-__all__ = ["check_pair", "read_pairs"]
+__all__ = ["COLUMNS", "check_pair", "read_pairs"]
+
+FINISHED = ("chosen_finished", "rejected_finished")
+"""Optional columns: False where a length limit cut the response off."""
+
+COLUMNS = ("prompt", "chosen", "rejected", "margin", *FINISHED, "tools", "chat_template_kwargs")
+"""What training reads of a row."""
 
 
 def read_pairs(path: str | Path) -> list[Row]:
     """Read preference pairs `{"prompt"?, "chosen", "rejected", "margin"?}` from a JSONL file.
 
+    A row may also hold `chosen_finished` and `rejected_finished`, and any columns of its own.
+
     Raises:
         UserError: missing or malformed file, a missing column, a pair whose sides are equal or
-            empty, or a row of another kind than the first one (text and chats mixed, a margin on
-            some rows only); the message names file and line.
+            empty, or a row of another kind than the first one (text and chats mixed, a margin or
+            `chosen_finished` on some rows only); the message names file and line.
     """
     rows: list[Row] = []
     kinds: dict[str, tuple[str, str]] = {}
@@ -51,6 +59,12 @@ def check_pair(row: Row, where: str) -> Row:
     margin = row.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
         raise UserError(f"{where}: column 'margin' is {margin!r}; expected a number on every row")
+    for column in FINISHED:
+        if not isinstance(row.get(column, True), bool):
+            raise UserError(
+                f"{where}: column {column!r} is {row[column]!r}; expected true or false on every "
+                "row"
+            )
     return row
 
 
@@ -61,7 +75,7 @@ def _check_kinds(row: Row, kinds: dict[str, tuple[str, str]], where: str) -> Non
         kinds: by column, what it holds and where that was first seen; filled in here.
     """
     found = {c: _kind(row[c]) for c in ("prompt", "chosen") if row.get(c) is not None}
-    found["margin"] = "given" if "margin" in row else "missing"
+    found |= {c: "given" if c in row else "missing" for c in ("margin", *FINISHED)}
     for column, kind in found.items():
         first, at = kinds.setdefault(column, (kind, where))
         if kind != first:

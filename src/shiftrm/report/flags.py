@@ -57,7 +57,7 @@ def _below_half_flags(m: Measurements) -> list[str]:
             size = m.sample_size("evaluate", arm, round_, "accuracy_policy_after")
             if found is None or not size:
                 continue
-            noise = 2 * math.sqrt(0.25 / (size * found.count))
+            noise = 2 * math.sqrt(0.25 / size)  # size: pairs of all seeds together
             if found.mean < 0.5 - noise:
                 worse.append(f"{arm_name(arm)}, round {round_} ({fixed_point(found.mean, 3)})")
             elif found.mean < 0.5 + noise:

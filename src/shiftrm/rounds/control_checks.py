@@ -27,6 +27,7 @@ KL_TOLERANCE = 0.2
 """A run is at matched KL if its KL is within this share of the target."""
 
 SHUFFLED_ACCURACY = (0.45, 0.55)
+_ACCURACY = "eval_accuracy_final"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,14 @@ class Table:
 
     def accuracy(self, seed: int, method: str) -> float:
         """Held-out accuracy of a reward model."""
-        return self._finals["reward_model", seed, method, "eval_accuracy_final"][0]
+        return self._finals["reward_model", seed, method, _ACCURACY][0]
+
+    def shuffled_accuracies(self, seed: int) -> list[float]:
+        """Held-out accuracies of the reward models on shuffled labels, one a shuffle."""
+        accuracies = [self.accuracy(seed, "shuffled_1")]
+        while ("reward_model", seed, f"shuffled_{len(accuracies) + 1}", _ACCURACY) in self._finals:
+            accuracies.append(self.accuracy(seed, f"shuffled_{len(accuracies) + 1}"))
+        return accuracies
 
     def gold_noise(self, seed: int, method: str) -> float:
         """Noise of the difference between a method's evaluated gold and the SFT policy's.
@@ -206,15 +214,16 @@ def gold_as_reward(table: Table, seed: int) -> list[Check]:
 
 def shuffled_labels(table: Table, seed: int, runs: Sequence[str]) -> list[Check]:
     """(c) Nothing is learned from coin tosses, and nothing is gained by optimising it."""
-    accuracy = table.accuracy(seed, "shuffled")
+    accuracies = table.shuffled_accuracies(seed)
+    accuracy = sum(accuracies) / len(accuracies)
     low, high = SHUFFLED_ACCURACY
     checks = [
         Check(
             "c",
-            f"shuffled labels give a held-out accuracy of {low} to {high}",
+            f"shuffled labels give a held-out accuracy of {low} to {high} (mean of the shuffles)",
             low <= accuracy <= high,
             seed,
-            {"accuracy": accuracy},
+            {"mean": accuracy, "lowest": min(accuracies), "highest": max(accuracies)},
         )
     ]
     sft = table.evaluated(seed, "sft")

@@ -45,7 +45,8 @@ def controls_figure(records: Sequence[Record], config: ControlsConfig) -> Figure
     _lines(shuffled, table, "gold_mean", free)
     _dress(shuffled, "Gold with a reward model on shuffled labels (c)", "PPO step", "gold reward")
     _sft_level(shuffled, table)
-    accuracies = ", ".join(f"{table.accuracy(seed, 'shuffled'):.3f}" for seed in table.seeds)
+    by_seed = [table.shuffled_accuracies(seed) for seed in table.seeds]
+    means = ", ".join(f"{sum(values) / len(values):.3f}" for values in by_seed)
     proxy.legend(frameon=False, fontsize=9, loc="lower right")
     gold.legend(frameon=False, fontsize=9, loc="lower left")
     low, high = shuffled.get_ylim()
@@ -54,7 +55,7 @@ def controls_figure(records: Sequence[Record], config: ControlsConfig) -> Figure
         frameon=False,
         fontsize=9,
         loc="upper right",
-        title=f"held-out accuracy by seed: {accuracies}",
+        title=f"held-out accuracy by seed: {means}",
         title_fontsize=9,
         alignment="left",
     )
@@ -171,7 +172,8 @@ def _evaluations(table: Table, config: ControlsConfig) -> str:
 
 def _accuracies(table: Table, config: ControlsConfig) -> str:
     names = {f"pairs_{count}": f"{count:,} pairs" for count in config.pair_counts}
-    names["shuffled"] = f"{config.proxy_pairs:,} pairs, labels shuffled"
+    for shuffle in range(1, config.shuffles + 1):
+        names[f"shuffled_{shuffle}"] = f"{config.proxy_pairs:,} pairs, shuffle {shuffle}"
     rows = [
         [label, *(f"{table.accuracy(seed, name):.3f}" for seed in table.seeds)]
         for name, label in names.items()

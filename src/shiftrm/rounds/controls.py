@@ -21,7 +21,7 @@ STAGES = "shiftrm.rounds.stages"
 MEASURE = "shiftrm.rounds.measure"
 GOLD = "gold"
 PROXY = "reward_model"
-SHUFFLED = "reward_models/shuffled"
+SHUFFLED = "reward_models/shuffled_1"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class ControlsConfig:
         reward_steps: optimizer steps of every reward model, so that only its data differs. Many,
             since a few steps on shuffled labels leave one random direction, whose accuracy may be
             anything; after ten epochs it has memorised coin tosses, and its errors average out.
+        shuffles: reward models on shuffled labels, each with its own tosses, head and order.
         free_steps: PPO steps without KL penalty, and of the run that shows what a penalty does.
         penalty: the KL coefficient of that run.
         matched_steps: PPO steps of the runs that steer to a KL.
@@ -46,6 +47,7 @@ class ControlsConfig:
     reward_steps: int = 1_000
     reward_batch_size: int = 32
     reward_learning_rate: float = 5e-4
+    shuffles: int = 3
     kl_targets: tuple[float, ...] = (3.0, 6.0, 12.0)
     shuffled_kl: float = 6.0
     free_steps: int = 100
@@ -120,19 +122,21 @@ def _beginning(config: ControlsConfig) -> list[Stage]:
         ),
     ]
     models = [
-        (_proxy_name(config, count), f"pairs_{count}", count, False) for count in config.pair_counts
+        (_proxy_name(config, count), f"pairs_{count}", count, 0) for count in config.pair_counts
     ]
-    models.append((SHUFFLED, "shuffled", config.proxy_pairs, True))
-    for stage, method, count, shuffled in models:
+    for shuffle in range(1, config.shuffles + 1):
+        name = f"shuffled_{shuffle}"
+        models.append((f"reward_models/{name}", name, config.proxy_pairs, shuffle))
+    for stage, method, count, shuffle in models:
         settings = {
             "batch_size": config.reward_batch_size,
             "learning_rate": config.reward_learning_rate,
             "evaluations": 8,
             "preset": None,
-            "round": 0,
+            "round": shuffle,  # decides head and order, as a round does in a run
             "steps": config.reward_steps,
             "pairs": count,
-            "shuffled": shuffled,
+            "shuffle": shuffle,
         }
         stages.append(
             Stage(
@@ -196,8 +200,8 @@ def train_control_reward(context: StageContext) -> None:
 
     settings = context.stage.settings
     pairs = read_pairs(context.folder("pairs") / "train.jsonl")[: settings["pairs"]]
-    if settings["shuffled"]:
-        rng = random.Random(context.random_seed("shuffled"))
+    if settings["shuffle"]:
+        rng = random.Random(context.random_seed(f"shuffle/{settings['shuffle']}"))
         for row in pairs:
             if rng.random() < 0.5:
                 row["chosen"], row["rejected"] = row["rejected"], row["chosen"]

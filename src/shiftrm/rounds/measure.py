@@ -16,7 +16,7 @@ from shiftrm.rounds.engine import StageContext
 from shiftrm.rounds.stages import (
     load_scorer,
     reward_spread,
-    sample_responses,
+    sample_pairs,
     score_rows,
 )
 from shiftrm.sampling import Sample, SamplingConfig, load_policy
@@ -115,7 +115,7 @@ def _fresh_pairs(context: StageContext, policy: Any, tokenizer: Any) -> list[Row
     prompts = [
         row["prompt"] for row in read_jsonl(context.folder("world") / "files" / PROMPTS_EVAL)
     ][: settings["prompts"]]
-    rows = sample_responses(
+    rows = sample_pairs(
         policy,
         tokenizer,
         prompts,

@@ -23,11 +23,12 @@ from shiftrm.data.groups import read_groups
 from shiftrm.data.pairs import read_pairs
 from shiftrm.files import Row, read_jsonl, write_jsonl
 from shiftrm.records import Recorder
-from shiftrm.rendering import decode_response, encode, encode_prompt
+from shiftrm.rendering import encode, encode_prompt
 from shiftrm.rounds.engine import StageContext
-from shiftrm.sampling import SamplingConfig, generate, load_policy, sample_groups
+from shiftrm.sampling import SamplingConfig, load_policy, sample_groups, sample_rows
 from shiftrm.scoring import Scorer, score_head
 from shiftrm.testbed.gold import GoldReward
+from shiftrm.testbed.language import parse_prompt
 from shiftrm.testbed.world import (
     BASE_MODEL,
     PROMPTS_TRAIN,
@@ -89,7 +90,7 @@ def make_pairs(context: StageContext) -> None:
         write_jsonl(context.out / f"{name}.jsonl", rows)
         context.recorder.add(f"pairs_{name}", float(len(rows)))
     prompts = draw_prompts(context, SPREAD_SAMPLES, "spread")
-    rows = sample_responses(model, tokenizer, prompts, sampling, context.random_seed("spread"))
+    rows = sample_pairs(model, tokenizer, prompts, sampling, context.random_seed("spread"))
     write_jsonl(context.out / "sft_samples.jsonl", rows)
 
 
@@ -98,7 +99,7 @@ def sample_groups_of_policy(context: StageContext) -> None:
     settings = context.stage.settings
     model, tokenizer = load_policy(context.folder(settings["policy"]))
     role = f"groups/{settings['round']}"
-    sample_groups(
+    path = sample_groups(
         model,
         tokenizer,
         draw_prompts(context, settings["groups"], role),
@@ -108,6 +109,8 @@ def sample_groups_of_policy(context: StageContext) -> None:
         batch_size=64,
         seed=context.random_seed(role),
     )
+    rows = [{**row, "domain": parse_prompt(row["prompt"]).topic} for row in read_groups(path)]
+    write_jsonl(path, rows)
 
 
 def buy_labels(context: StageContext) -> None:
@@ -305,40 +308,13 @@ def draw_prompts(context: StageContext, count: int, role: str) -> list[str]:
     return [rng.choice(rows)["prompt"] for _ in range(count)]
 
 
-def sample_responses(
-    model: Any,
-    tokenizer: Any,
-    prompts: list[str],
-    sampling: SamplingConfig,
-    seed: int,
-    *,
-    each: int = 2,
-    batch_size: int = 128,
+def sample_pairs(
+    model: Any, tokenizer: Any, prompts: list[str], sampling: SamplingConfig, seed: int
 ) -> list[Row]:
-    """`{"prompt", "responses", "finished"}` rows with `each` responses a prompt."""
-    rows = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        samples = generate(
-            model,
-            tokenizer,
-            [encode_prompt(tokenizer, p) for p in batch],
-            config=sampling,
-            num_responses=each,
-            seed=seed + start,
-        )
-        for i, prompt in enumerate(batch):
-            group = samples[i * each : (i + 1) * each]
-            rows.append(
-                {
-                    "prompt": prompt,
-                    "responses": [
-                        decode_response(tokenizer, s.prompt_ids, s.response_ids) for s in group
-                    ],
-                    "finished": [s.finished for s in group],
-                }
-            )
-    return rows
+    """Two responses to each prompt."""
+    return sample_rows(
+        model, tokenizer, prompts, config=sampling, num_responses=2, batch_size=128, seed=seed
+    )
 
 
 def score_rows(scorer: Any, rows: list[Row]) -> list[list[float]]:
@@ -370,7 +346,7 @@ def _labelled_pairs(
     role: str,
 ) -> list[Row]:
     prompts = draw_prompts(context, count, role)
-    rows = sample_responses(model, tokenizer, prompts, sampling, context.random_seed(role))
+    rows = sample_pairs(model, tokenizer, prompts, sampling, context.random_seed(role))
     return label_pairs(
         prompts,
         [row["responses"][0] for row in rows],

@@ -196,7 +196,8 @@ def label_pairs(
 
     Returns:
         TRL preference rows `{prompt, chosen, rejected, chosen_finished, rejected_finished,
-        domain}` in the order of the pairs; the two flags are `RewardTrainer`'s. Pairs of equal texts are left out; their number is `len(prompts) - len(rows)`.
+        domain}` in the order of the pairs; the two flags are what `RewardTrainer` reads. Pairs of
+        equal texts are left out; their number is `len(prompts) - len(rows)`.
 
     Raises:
         ValueError: sequences of different lengths.
