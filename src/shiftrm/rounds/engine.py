@@ -300,7 +300,7 @@ def _is_finished(stage: Stage, root: Path, keys: dict[str, str], seed: int) -> b
     if about["key"] == keys[stage.name]:
         return True
     changed = differences(
-        {"seed": about["seed"], "versions": about["versions"], **about["settings"]},
+        {"seed": about["seed"], "versions": about.get("versions"), **about["settings"]},
         {"seed": seed, "versions": library_versions(), **stage.settings},
     )
     what = "; ".join(changed[:3]) or "a stage it builds on changed"
