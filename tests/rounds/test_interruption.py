@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from shiftrm.data.groups import read_groups
 from shiftrm.records import read_records
 from tests.rounds.conftest import demo
 
@@ -40,6 +41,10 @@ def test_a_whole_run_is_complete(straight):
     assert ("reward_model", "sft", "eval_accuracy") in seen
     assert (straight / "report.html").stat().st_size > 10_000
     assert not (straight / ".work").exists()
+    groups = read_groups(
+        straight / "methods" / "metarm_scale_free" / "round-1" / "groups" / "groups.jsonl"
+    )
+    assert all(group["domain"] in group["prompt"] for group in groups)
     from shiftrm.scoring import Scorer
 
     scorer = Scorer.from_pretrained(

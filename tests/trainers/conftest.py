@@ -4,7 +4,6 @@ import pytest
 from datasets import Dataset
 
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
-from shiftrm.trainers.reward import RewardTrainer
 
 
 @pytest.fixture
@@ -45,6 +44,3 @@ def make_trainer(tokenizer, pairs, groups, options):
         )
 
     return make
-
-
-__all__ = ["RewardTrainer"]

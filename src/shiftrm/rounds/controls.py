@@ -13,12 +13,11 @@ from shiftrm.config import to_mapping
 from shiftrm.errors import UserError
 from shiftrm.rounds.config import EvaluationSettings, SFTSettings, demo_ppo
 from shiftrm.rounds.engine import Stage, StageContext
+from shiftrm.rounds.plan import MEASURE, STAGES, record_as
 from shiftrm.testbed.world import WorldConfig
 from shiftrm.trainers.ppo_config import PPOConfig
 
 HERE = "shiftrm.rounds.controls"
-STAGES = "shiftrm.rounds.stages"
-MEASURE = "shiftrm.rounds.measure"
 GOLD = "gold"
 PROXY = "reward_model"
 SHUFFLED = "reward_models/shuffled_1"
@@ -109,16 +108,16 @@ def _beginning(config: ControlsConfig) -> list[Stage]:
     world = asdict(replace(config.world, seed=config.seed))
     pairs = {"pairs": max(config.pair_counts), "heldout_pairs": config.heldout_pairs}
     stages = [
-        Stage("world", f"{STAGES}:make_world", world, (), _record("world", "sft", 0)),
+        Stage("world", f"{STAGES}:make_world", world, (), record_as("world", "sft", 0)),
         Stage(
-            "sft", f"{STAGES}:train_sft", asdict(config.sft), ("world",), _record("sft", "sft", 0)
+            "sft", f"{STAGES}:train_sft", asdict(config.sft), ("world",), record_as("sft", "sft", 0)
         ),
         Stage(
             "pairs",
             f"{STAGES}:make_pairs",
             {**pairs, "sampling": sampling},
             ("world", "sft"),
-            _record("pairs", "sft", 0),
+            record_as("pairs", "sft", 0),
         ),
     ]
     models = [
@@ -144,7 +143,7 @@ def _beginning(config: ControlsConfig) -> list[Stage]:
                 f"{HERE}:train_control_reward",
                 settings,
                 ("sft", "pairs"),
-                _record("reward_model", method, 0),
+                record_as("reward_model", method, 0),
             )
         )
     stages.append(
@@ -153,7 +152,7 @@ def _beginning(config: ControlsConfig) -> list[Stage]:
             f"{MEASURE}:evaluate_start",
             {**asdict(config.evaluation), "sampling": sampling},
             ("world", "sft", "pairs", PROXY),
-            _record("evaluate", "sft", 0),
+            record_as("evaluate", "sft", 0),
         )
     )
     return stages
@@ -177,20 +176,16 @@ def _run(config: ControlsConfig, name: str, reward: str, changes: dict[str, Any]
             f"{STAGES}:optimise_policy",
             {"ppo": ppo, "policy": "sft", "reward": reward, "round": 1},
             ("world", "sft", "pairs", *model),
-            _record("ppo", name, 1),
+            record_as("ppo", name, 1),
         ),
         Stage(
             f"{here}/evaluation",
             f"{MEASURE}:evaluate_round",
             evaluation,
             ("world", "sft", "pairs", "evaluation", *model, f"{here}/policy"),
-            _record("evaluate", name, 1),
+            record_as("evaluate", name, 1),
         ),
     ]
-
-
-def _record(stage: str, method: str, number: int) -> dict[str, Any]:
-    return {"stage": stage, "method": method, "round": number}
 
 
 def train_control_reward(context: StageContext) -> None:

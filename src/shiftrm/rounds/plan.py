@@ -30,31 +30,31 @@ def _beginning(config: RunConfig) -> list[Stage]:
             "world",
             f"{STAGES}:make_world",
             asdict(replace(config.world, seed=config.seed)),
-            record_as=_record("world", "sft", 0),
+            record_as=record_as("world", "sft", 0),
         ),
         Stage(
-            "sft", f"{STAGES}:train_sft", asdict(config.sft), ("world",), _record("sft", "sft", 0)
+            "sft", f"{STAGES}:train_sft", asdict(config.sft), ("world",), record_as("sft", "sft", 0)
         ),
         Stage(
             "pairs",
             f"{STAGES}:make_pairs",
             {**asdict(config.data), "sampling": _sampling(config)},
             ("world", "sft"),
-            _record("pairs", "sft", 0),
+            record_as("pairs", "sft", 0),
         ),
         Stage(
             "reward_model",
             f"{STAGES}:train_reward",
             {**reward, "preset": None, "round": 0},
             ("sft", "pairs"),
-            _record("reward_model", "sft", 0),
+            record_as("reward_model", "sft", 0),
         ),
         Stage(
             "evaluation",
             f"{MEASURE}:evaluate_start",
             {**evaluation, "sampling": _sampling(config)},
             ("world", "sft", "pairs", "reward_model"),
-            _record("evaluate", "sft", 0),
+            record_as("evaluate", "sft", 0),
         ),
     ]
     if config.dpo_baseline:
@@ -64,7 +64,7 @@ def _beginning(config: RunConfig) -> list[Stage]:
                 f"{STAGES}:train_dpo",
                 asdict(config.dpo),
                 ("sft", "pairs"),
-                _record("dpo", "dpo", 1),
+                record_as("dpo", "dpo", 1),
             ),
             Stage(
                 "methods/dpo/evaluation",
@@ -77,7 +77,7 @@ def _beginning(config: RunConfig) -> list[Stage]:
                     "before": "evaluation",
                 },
                 ("world", "sft", "pairs", "reward_model", "evaluation", "methods/dpo/policy"),
-                _record("evaluate", "dpo", 1),
+                record_as("evaluate", "dpo", 1),
             ),
         ]
     return stages
@@ -98,7 +98,7 @@ def _round(config: RunConfig, method: str, number: int) -> list[Stage]:
             f"{STAGES}:optimise_policy",
             {"ppo": _ppo(config), "policy": policy, "reward": reward, "round": number},
             _unique("world", "sft", "pairs", policy, reward),
-            _record("ppo", method, number),
+            record_as("ppo", method, number),
         )
     )
     stages.append(
@@ -113,7 +113,7 @@ def _round(config: RunConfig, method: str, number: int) -> list[Stage]:
                 "before": evaluated,
             },
             _unique("world", "sft", "pairs", "evaluation", evaluated, reward, f"{here}/policy"),
-            _record("evaluate", method, number),
+            record_as("evaluate", method, number),
         )
     )
     return stages
@@ -137,7 +137,7 @@ def _adapt(config: RunConfig, method: str, number: int, policy: str) -> list[Sta
                     **common,
                 },
                 ("world", policy),
-                _record("groups", method, number),
+                record_as("groups", method, number),
             )
         )
         extra = (f"{here}/groups",)
@@ -148,7 +148,7 @@ def _adapt(config: RunConfig, method: str, number: int, policy: str) -> list[Sta
                 f"{STAGES}:buy_labels",
                 {"labels": config.data.fresh_labels, **common},
                 ("world", policy),
-                _record("labels", method, number),
+                record_as("labels", method, number),
             )
         )
         extra = tuple(f"methods/{method}/round-{k}/labels" for k in range(1, number + 1))
@@ -158,7 +158,7 @@ def _adapt(config: RunConfig, method: str, number: int, policy: str) -> list[Sta
             f"{STAGES}:train_reward",
             {**asdict(config.reward), "preset": arm.preset, "round": number},
             ("sft", "pairs", *extra),
-            _record("reward_model", method, number),
+            record_as("reward_model", method, number),
         )
     )
     return stages
@@ -178,7 +178,7 @@ def _comparison(config: RunConfig) -> Stage:
         f"{MEASURE}:compare",
         settings,
         ("evaluation", *needs),
-        _record("compare", "all", 0),
+        record_as("compare", "all", 0),
     )
 
 
@@ -193,7 +193,8 @@ def _sampling(config: RunConfig) -> dict[str, Any]:
     return asdict(config.ppo.sampling)
 
 
-def _record(stage: str, method: str, number: int) -> dict[str, Any]:
+def record_as(stage: str, method: str, number: int) -> dict[str, Any]:
+    """The key that a stage's records share."""
     return {"stage": stage, "method": method, "round": number}
 
 

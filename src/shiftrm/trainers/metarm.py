@@ -86,14 +86,14 @@ class MetaRMTrainer(RewardTrainer):
         inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        first = self._shift is None
         base_gradient = None
-        if first:
+        if self._shift is None:  # the first micro-batch of an optimizer step
+            diagnosing = self._diagnosing()
             directions = self._meta_directions(model)
-            if self._diagnosing():
+            if diagnosing:
                 base_gradient = self._base_gradient(model, inputs)
             self._look_ahead(directions)
-            if self._diagnosing():
+            if diagnosing:
                 self._metrics["train"]["meta_objective_after"].append(self._objective_only(model))
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
