@@ -13,12 +13,11 @@ from shiftrm.config import to_mapping
 from shiftrm.errors import UserError
 from shiftrm.rounds.config import EvaluationSettings, SFTSettings, demo_ppo
 from shiftrm.rounds.engine import Stage, StageContext
-from shiftrm.rounds.plan import MEASURE, STAGES, record_as
+from shiftrm.rounds.plan import GOLD, MEASURE, STAGES, record_as
 from shiftrm.testbed.world import WorldConfig
 from shiftrm.trainers.ppo_config import PPOConfig
 
 HERE = "shiftrm.rounds.controls"
-GOLD = "gold"
 PROXY = "reward_model"
 SHUFFLED = "reward_models/shuffled_1"
 

@@ -9,6 +9,8 @@ from shiftrm.rounds.engine import Stage
 
 STAGES = "shiftrm.rounds.stages"
 MEASURE = "shiftrm.rounds.measure"
+GOLD = "gold"
+"""In place of a reward model's stage: the gold reward, for the controls that train on it."""
 
 
 def plan(config: RunConfig) -> list[Stage]:

@@ -25,6 +25,7 @@ from shiftrm.files import Row, read_jsonl, write_jsonl
 from shiftrm.records import Recorder
 from shiftrm.rendering import encode, encode_prompt
 from shiftrm.rounds.engine import StageContext
+from shiftrm.rounds.plan import GOLD
 from shiftrm.sampling import SamplingConfig, load_policy, sample_groups, sample_rows
 from shiftrm.scoring import Scorer, score_head
 from shiftrm.testbed.gold import GoldReward
@@ -44,9 +45,6 @@ from shiftrm.trainers.reward import RewardTrainer
 
 SPREAD_SAMPLES = 512
 """SFT responses on which a reward model's mean and spread are taken, before PPO."""
-
-GOLD = "gold"
-"""In place of a reward model's stage: the gold reward, for the controls that train on it."""
 
 
 def make_world(context: StageContext) -> None:
