@@ -16,6 +16,7 @@ are for the meta-test: their `pairs.jsonl`, if any, is for the baseline that may
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from shiftrm.data.pairs import read_pairs
@@ -29,8 +30,10 @@ __all__ = [
     "check_batches",
     "check_leaks",
     "drop_leaks",
+    "hashed_uniform",
     "load_domain",
     "load_split",
+    "prompt_key",
     "split_domains",
     "write_domains",
 ]
@@ -186,7 +189,7 @@ def check_leaks(split: DomainSplit) -> None:
     trained = _trained_prompts(split.all)
     for domain in split.all:
         for prompt in (*(row["prompt"] for row in domain.eval_pairs), *domain.prompts):
-            if (other := trained.get(_key(prompt))) is not None:
+            if (other := trained.get(prompt_key(prompt))) is not None:
                 raise UserError(
                     f"domain {domain.name!r}: the evaluation prompt {_short(prompt)} is also "
                     f"trained on in domain {other!r}; remove it from one of them"
@@ -199,8 +202,10 @@ def drop_leaks(domains: Sequence[Domain]) -> tuple[list[Domain], int]:
     kept = [
         replace(
             domain,
-            eval_pairs=tuple(r for r in domain.eval_pairs if _key(r["prompt"]) not in trained),
-            prompts=tuple(p for p in domain.prompts if _key(p) not in trained),
+            eval_pairs=tuple(
+                r for r in domain.eval_pairs if prompt_key(r["prompt"]) not in trained
+            ),
+            prompts=tuple(p for p in domain.prompts if prompt_key(p) not in trained),
         )
         for domain in domains
     ]
@@ -226,8 +231,8 @@ def write_domains(
 
     Raises:
         UserError: a split that `split_domains` or `check_leaks` refuses, a domain without support
-            rows, a name that is no folder name, or a folder that is already there. Nothing is
-            written then.
+            rows, a source without pairs, a name that is no folder name, or a folder that is already
+            there. Nothing is written then.
     """
     folder = Path(folder)
     if source is None:
@@ -236,10 +241,12 @@ def write_domains(
     split = split_domains(domains, source=source, held_out=held_out, validation=validation)
     check_leaks(split)
     for domain in split.all:
-        if Path(domain.name).name != domain.name or domain.name.startswith("."):
+        if Path(domain.name).name != domain.name or domain.name[:1] in ("", "."):
             raise UserError(f"domain {domain.name!r}: not usable as a folder's name; rename it")
         if not domain.support:
             raise UserError(f"domain {domain.name!r}: no fine-tuning rows; leave the domain out")
+        if domain in split.source and not domain.query:
+            raise UserError(f"domain {domain.name!r}: no preference pairs; hold the domain out")
     for path in (folder / SPLITS, *(folder / domain.name for domain in split.all)):
         if path.exists():
             raise UserError(f"{path}: already exists; choose an empty folder for the domains")
@@ -341,21 +348,27 @@ def _prompts(path: Path) -> list[Text]:
 
 
 def _trained_prompts(domains: Iterable[Domain]) -> dict[str, str]:
-    """Prompt (as `_key` reads it) -> the first domain that trains on it."""
+    """Prompt (as `prompt_key` reads it) -> the first domain that trains on it."""
     trained: dict[str, str] = {}
     for domain in domains:
         for row in (*domain.support, *domain.query):
-            trained.setdefault(_key(row["prompt"]), domain.name)
+            trained.setdefault(prompt_key(row["prompt"]), domain.name)
     return trained
 
 
-def _key(prompt: Text) -> str:
+def prompt_key(prompt: Text) -> str:
     """A prompt as leaks are judged: text without regard to spaces, chats as JSON."""
     if isinstance(prompt, str):
         return " ".join(prompt.split())
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
+def hashed_uniform(seed: int, *parts: str) -> float:
+    """A number in [0, 1) that only the seed and the texts decide, whatever came before."""
+    digest = sha256("\0".join((str(seed), *parts)).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2.0**64
+
+
 def _short(prompt: Text) -> str:
-    text = _key(prompt)
+    text = prompt_key(prompt)
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -191,7 +191,8 @@ def split_prompts(domain: str, *, seed: int) -> tuple[list[str], list[str]]:
     """
     pairs = asked_pairs(domain)
     kept = set(_stream(seed, domain, "prompts").sample(pairs, EVAL_WORD_PAIRS))
-    train, evaluation = [], []
+    train: list[str] = []
+    evaluation: list[str] = []
     for asked, prompt in domain_prompts(domain):
         (evaluation if asked in kept else train).append(prompt)
     return train, evaluation
@@ -236,7 +237,7 @@ def _phrase(
             return list(words[start : start + 2])
     classes: dict[str, Sequence[str]] = {
         "topical": CONTENT[domain],
-        "asked": asked,
+        "asked": asked or FILLERS,
         "praise": PRAISE,
         "negative": NEGATIVE,
         "hedge": HEDGES,
@@ -268,7 +269,9 @@ def _pairs(
     count: int,
 ) -> list[Row]:
     rng = _stream(config.seed, name, part)
-    asked, first, second = [], [], []
+    asked: list[str] = []
+    first: list[Row] = []
+    second: list[Row] = []
     while len(asked) < count:
         prompt = rng.choice(prompts)
         a, b = draft(rng, name, prompt), draft(rng, name, prompt)
