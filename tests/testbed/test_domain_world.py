@@ -212,7 +212,6 @@ def test_a_pooled_fit_is_right_in_general_and_wrong_in_part(domains):
         assert wrong == set(flipped(TABLE[name]))
         assert pooled_accuracy[-1] > 0.65  # 256 pairs: chance is 0.5 +- 0.03
         assert own_accuracy[-1] > pooled_accuracy[-1] + 0.03
-    print(pooled_accuracy, own_accuracy, gold_accuracy)
     assert statistics.mean(own_accuracy) > statistics.mean(pooled_accuracy) + 0.08
     assert statistics.mean(gold_accuracy) > statistics.mean(own_accuracy) - 0.02
 

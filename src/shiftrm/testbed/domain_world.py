@@ -56,6 +56,7 @@ __all__ = [
     "build_domain",
     "draft",
     "read_table",
+    "sft_rows",
     "split_prompts",
     "write_domain_world",
 ]
@@ -151,7 +152,7 @@ def write_domain_world(directory: str | Path, config: DomainWorldConfig) -> Path
             )
     directory.mkdir(parents=True, exist_ok=True)
     write_base_model(directory / BASE_MODEL, config.model())
-    write_jsonl(directory / SFT, _sft_rows(config))
+    write_jsonl(directory / SFT, sft_rows(config))
     table = draw_table(config.table_seed)
     domains = [build_domain(name, config, table) for name in (*SOURCES, *HELD_OUT)]
     write_domains(directory / DOMAINS, domains, source=SOURCES, held_out=HELD_OUT)
@@ -291,8 +292,11 @@ def _pairs(
     )
 
 
-def _sft_rows(config: DomainWorldConfig) -> list[Row]:
-    """Finished drafts: TRL closes every completion with EOS."""
+def sft_rows(config: DomainWorldConfig) -> list[Row]:
+    """Drafts of all domains for the reference policy: `{prompt, completion, domain}`.
+
+    All of them finished, since TRL closes every completion with EOS.
+    """
     rng = _stream(config.seed, "all", "sft")
     prompts = {name: split_prompts(name, seed=config.seed)[0] for name in (*SOURCES, *HELD_OUT)}
     rows: list[Row] = []
