@@ -16,6 +16,7 @@ from shiftrm.errors import UserError
 from shiftrm.losses import bradley_terry_loss
 from shiftrm.rendering import encode
 from shiftrm.scoring import sequence_rewards
+from shiftrm.trainers.sharding import set_up_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,23 @@ class RewardTrainer(TRLRewardTrainer):
         super().__init__(*args, **kwargs)
         if self.args.disable_dropout:
             switch_off_dropout(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With FSDP2 on CPUs, too, where accelerate would run DDP instead."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = set_up_fsdp(self.accelerator, self.args.fsdp_plugin_args)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """One ordinary checkpoint folder, whole also where parameters are sharded.
+
+        Under FSDP2 with SHARDED_STATE_DICT, accelerate's default, transformers would write none.
+        """
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
+                weights = self.accelerator.get_state_dict(self.model)  # every process takes part
+                self._save(output_dir or self.args.output_dir, state_dict=weights)
+        super().save_model(output_dir, _internal_call)
 
     def compute_loss(
         self,
