@@ -67,7 +67,7 @@ def test_training_equals_trls(make_trainer, reward_model, pairs):
 
 def test_pad_equal_to_eos_reads_the_right_token(make_trainer, reward_model, tokenizer, pairs):
     """The last real token is EOS; with pad == EOS, transformers pools the token before it."""
-    from shiftrm.scoring import pad_right, sequence_rewards
+    from shiftrm.rewards import pad_right, sequence_rewards
 
     rows = [[5, 6, 7, 2], [5, 6, 2]]
     ids, mask = pad_right(rows, pad_token_id=2)

@@ -24,10 +24,11 @@ from shiftrm.data.pairs import read_pairs
 from shiftrm.files import Row, read_jsonl, write_jsonl
 from shiftrm.records import Recorder
 from shiftrm.rendering import encode, encode_prompt
+from shiftrm.rewards import score_head
 from shiftrm.rounds.engine import StageContext
 from shiftrm.rounds.plan import GOLD
 from shiftrm.sampling import SamplingConfig, load_policy, sample_groups, sample_rows
-from shiftrm.scoring import Scorer, score_head
+from shiftrm.scoring import Scorer
 from shiftrm.testbed.gold import GoldReward
 from shiftrm.testbed.language import parse_prompt
 from shiftrm.testbed.world import (
