@@ -35,6 +35,7 @@ COMMON = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+LOGGED = ["meta_objective", "meta_objective_after", "meta_gradient_norm", "grad_norm", "eval_loss"]
 META = {"meta_batch_size": 3}  # does not divide among two processes
 CASES = {
     # pairs in a micro-batch over all processes, and the configuration
@@ -57,8 +58,7 @@ CASES = {
         4,
         {
             **META,
-            "meta_step": "normalized",
-            "meta_learning_rate": 0.2,
+            "meta_learning_rate": 1.0,
             "gradient_checkpointing": True,
         },
     ),
@@ -110,11 +110,8 @@ def train(folder, output, case, *, processes, **options):
         "sharded": watch.sharded,
         "processes": trainer.accelerator.num_processes,
     }
-    for key in ("meta_objective", "meta_influence", "meta_objective_after", "grad_norm"):
+    for key in (*LOGGED, "meta_influence"):
         left[key] = [float(log[key]) for log in trainer.state.log_history if key in log]
-    left["eval_loss"] = [
-        log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log
-    ]
     return trainer, left
 
 

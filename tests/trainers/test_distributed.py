@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from shiftrm.scoring import Scorer
-from tests.trainers.distributed_run import CASES, run
+from tests.trainers.distributed_run import CASES, LOGGED, run
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,7 @@ def test_two_processes_train_what_one_does(results, name, mode):
     assert two["weights"].keys() == one["weights"].keys()
     for key, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-9, msg=key)
-    for what in ("meta_objective", "meta_objective_after", "grad_norm", "eval_loss"):
+    for what in LOGGED:
         assert two[what] == pytest.approx(one[what], abs=1e-6), what
     assert max(one["grad_norm"]) > 0.2, "clipping was on"
 

@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ def set_up_fsdp(accelerator: Accelerator, plugin_arguments: dict[str, Any] | Non
 def _configured_plugin(
     plugin_arguments: dict[str, Any] | None,
 ) -> FullyShardedDataParallelPlugin | None:
-    """From the training arguments, or else from what `accelerate launch` left in the environment."""
+    """From the training arguments, or else from the environment `accelerate launch` made."""
     if plugin_arguments is not None:
         return FullyShardedDataParallelPlugin(**plugin_arguments)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -86,8 +85,8 @@ def refuse_deepspeed(args: Any) -> None:
     """Raises UserError if DeepSpeed is configured, in the arguments or by the launcher."""
     if getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "deepspeed", None):
         raise UserError(
-            "MetaRMTrainer does not run under DeepSpeed: ZeRO reduces gradients and may step inside "
-            "its own backward, where theta' cannot be undone; use FSDP2 (fsdp_version: 2) or DDP"
+            "MetaRMTrainer does not run under DeepSpeed, which reduces and steps inside its own "
+            "backward, where theta' cannot be undone; use FSDP2 (fsdp_version: 2) or DDP"
         )
 
 
@@ -153,7 +152,7 @@ def whole_on_main(named: dict[str, Tensor], *, is_main: bool) -> dict[str, Tenso
 
 def sharded_like(tensors: Iterable[Tensor], parameters: Iterable[Tensor]) -> list[Tensor]:
     """Whole tensors, the same on each process, placed and sharded as the parameters are."""
-    placed = []
+    placed: list[Tensor] = []
     for tensor, p in zip(tensors, parameters, strict=True):
         if isinstance(p, DTensor):
             shard = distribute_tensor(
