@@ -4,6 +4,7 @@
 global batches whatever the number of processes.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import RewardConfig
 
+from shiftrm.rewards import sequence_rewards
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.sharding import reshard, whole
@@ -105,6 +107,7 @@ def train(folder, output, case, *, processes, **options):
         trainer = MetaRMTrainer(model, args, **arguments, meta_dataset=data["groups"])
     trainer.train(resume_from_checkpoint=resume)
     left = {
+        "in_shards": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "weights": {n: whole(p).detach().clone() for n, p in trainer.model.named_parameters()},
         "wrapped": type(trainer.model_wrapped).__name__,
         "sharded": watch.sharded,
@@ -115,6 +118,24 @@ def train(folder, output, case, *, processes, **options):
     return trainer, left
 
 
+def seen_by_a_forward_pass(trainer):
+    """Rewards at theta, at theta' and at theta again, by passes without gradients only."""
+    ids = torch.tensor([[1, 5, 9, 2]])
+    values = []
+
+    def look():
+        with torch.no_grad():
+            values.append(float(sequence_rewards(trainer.model, ids, torch.ones_like(ids))))
+
+    trainer.model.eval()
+    look()
+    trainer._look_ahead([torch.ones_like(p) for p in trainer._trainable()])
+    look()
+    trainer._return_to_theta()
+    look()
+    return values
+
+
 def run(folder, output, *, processes):
     """Every case, by name; what is saved lies in `output`."""
     results = {}
@@ -122,6 +143,8 @@ def run(folder, output, *, processes):
         trainer, results[case] = train(folder, output, case, processes=processes)
         if case in ("scale_free", "lora"):
             trainer.save_model(str(output / f"{case}-saved"))
+        if case == "scale_free":
+            results[case]["seen"] = seen_by_a_forward_pass(trainer)
     checkpoint = str(output / "adaptive" / "checkpoint-3")
     _, results["resumed"] = train(
         folder, output, "adaptive", processes=processes, resume_from_checkpoint=checkpoint
@@ -132,6 +155,20 @@ def run(folder, output, *, processes):
 def main(folder: Path, output: Path) -> None:
     torch.set_num_threads(1)
     results = run(folder, output, processes=2)
+    if "ACCELERATE_USE_FSDP" not in os.environ:  # FSDP2 asked for by the training arguments
+        options = {"fsdp": True, "fsdp_config": {"version": 2}}
+        output = output / "arguments"
+        checkpoint = str(output / "adaptive" / "checkpoint-3")
+        for name, resume in (("arguments", None), ("arguments_resumed", checkpoint)):
+            _, results[name] = train(
+                folder,
+                output,
+                "adaptive",
+                processes=2,
+                **options,
+                resume_from_checkpoint=resume,
+            )
+        output = output.parent
     if torch.distributed.get_rank() == 0:
         torch.save(results, output / "results.pt")
     torch.distributed.destroy_process_group()

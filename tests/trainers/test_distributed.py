@@ -57,7 +57,7 @@ def launch(folder, name, launcher):
         [sys.executable, "-m", *launcher, script, str(folder), str(output)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=150,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
@@ -118,6 +118,23 @@ def test_parameters_are_sharded_under_fsdp2(results, name):
         assert 0.49 < share < 0.51, "each process holds a half"
     assert not any(all_dtensors for all_dtensors, _ in results("ddp")[name]["sharded"])
     assert results("ddp")[name]["wrapped"] == "DistributedDataParallel"
+
+
+def test_the_meta_step_moves_what_forward_passes_see_and_returns(results):
+    one, two = results("one")["scale_free"], results("fsdp2")["scale_free"]
+    theta, shifted, again = two["seen"]
+    assert theta == again, "also where a pass without gradients left gathered copies"
+    assert abs(shifted - theta) > 0.1
+    assert two["seen"] == pytest.approx(one["seen"], abs=1e-6)
+    assert two["in_shards"], "the last act of training was such a pass, too"
+
+
+@pytest.mark.parametrize("name", ["arguments", "arguments_resumed"])
+def test_fsdp2_by_training_arguments_is_the_same(results, name):
+    one, two = results("one")["adaptive"], results("ddp")[name]
+    assert all(all_dtensors for all_dtensors, _ in two["sharded"])
+    for key, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-9, msg=key)
 
 
 def test_the_meta_step_matters_in_these_runs(results):

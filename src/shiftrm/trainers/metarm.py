@@ -93,7 +93,6 @@ class MetaRMTrainer(RewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         base_gradient = None
-        gradients_in_shards(model)  # after each micro-batch, also under gradient accumulation
         if self._shift is None:  # the first micro-batch of an optimizer step
             diagnosing = self._diagnosing()
             directions = self._meta_directions(model)
@@ -185,7 +184,7 @@ class MetaRMTrainer(RewardTrainer):
         total = 0.0
         sharded = is_sharded(model)
         averaged_over = self.accelerator.num_processes if sharded else 1
-        gradients_in_shards(model)
+        gradients_in_shards(model)  # up to the first micro-batch of pairs, for the influence
         model.train()  # as for the pairs; dropout is switched off
         with self._gradients_set_aside(), _unsynchronised(model):
             for weight, micro_batch in self._micro_batches():

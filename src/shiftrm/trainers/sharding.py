@@ -125,8 +125,8 @@ def reshard(model: nn.Module) -> None:
 def gradients_in_shards(model: nn.Module) -> None:
     """From the next backward on, gradients reach `.grad`, averaged over the processes.
 
-    Under gradient accumulation FSDP2 otherwise keeps them, whole, out of reach. Trainer's own
-    `no_sync` ends by switching this on, too, so there is nothing to undo.
+    Under gradient accumulation FSDP2 otherwise keeps them, whole, out of reach. This lasts until
+    Trainer enters its next `no_sync`, with the next micro-batch; there is nothing to undo.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(True)
