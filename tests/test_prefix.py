@@ -167,7 +167,7 @@ groups = st.lists(
     min_size=1,
     max_size=4,
 )
-LLAMA = build("llama").double()
+LLAMA = build("llama").double()  # RMSNorm still works in fp32
 
 
 @settings(max_examples=60, deadline=None)
@@ -189,9 +189,9 @@ def test_any_rows_any_padding_any_company(shape, multiple, split, vocabulary):
         plain = group_rewards(LLAMA, packed, shared=False, split=split)
         alone = one_by_one(LLAMA, rows)
     for b, row in enumerate(alone):
-        torch.testing.assert_close(ours[b, : len(row)], torch.stack(row), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ours[b, : len(row)], torch.stack(row), rtol=1e-6, atol=1e-6)
         assert (ours[b, len(row) :] == 0).all()
-    torch.testing.assert_close(plain, ours, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(plain, ours, rtol=1e-6, atol=1e-6)
 
 
 def test_pack_by_hand():

@@ -13,11 +13,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from trl import RewardConfig
 
 from shiftrm.rewards import sequence_rewards
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
-from shiftrm.trainers.reward import RewardTrainer
+from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 from shiftrm.trainers.sharding import reshard, whole
 
 COMMON = {

@@ -122,6 +122,12 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
+def reset_after_failure(model: nn.Module) -> None:
+    """Make the model usable again after a pass that ended in an exception, on every process."""
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
+
+
 def gradients_in_shards(model: nn.Module) -> None:
     """From the next backward on, gradients reach `.grad`, averaged over the processes.
 
@@ -169,6 +175,7 @@ __all__ = [
     "is_sharded",
     "refuse_deepspeed",
     "refuse_model_parallelism",
+    "reset_after_failure",
     "reshard",
     "set_up_fsdp",
     "sharded_like",
