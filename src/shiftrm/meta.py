@@ -21,6 +21,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 MetaStep = Literal["sgd", "normalized", "adaptive"]
 """How grad J becomes a direction; see `ascent_direction`."""
@@ -77,10 +78,14 @@ class MetaReport:
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all entries together, a scalar in at least fp32."""
+    """Euclidean norm of all entries together, a scalar in at least fp32.
+
+    Of sharded tensors (DTensor) it is the norm over all shards; every process must then call it.
+    """
     if not tensors:
         return torch.zeros(())
     norms = [t.to(torch.promote_types(t.dtype, torch.float32)).norm() for t in tensors]
+    norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
     return torch.stack([n.to(norms[0].device) for n in norms]).norm()
 
 

@@ -1,62 +1,177 @@
-"""One MetaRM training for test_distributed.py, alone or under torch.distributed.run."""
+"""The trainings of test_distributed.py: in one process, or in each of several.
 
-import json
+`python distributed_run.py FOLDER RESULT` is what the launchers start. Every case has the same
+global batches whatever the number of processes.
+"""
+
 import os
 import sys
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
+from shiftrm.rewards import sequence_rewards
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
+from shiftrm.trainers.reward import RewardConfig, RewardTrainer
+from shiftrm.trainers.sharding import reshard, whole
+
+COMMON = {
+    "max_steps": 5,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 0.05,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.2,  # below most steps' norm
+    "logging_steps": 1,
+    "eval_strategy": "steps",  # passes without gradients in between
+    "eval_steps": 2,
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+LOGGED = ["meta_objective", "meta_objective_after", "meta_gradient_norm", "grad_norm", "eval_loss"]
+META = {"meta_batch_size": 3}  # does not divide among two processes
+CASES = {
+    # pairs in a micro-batch over all processes, and the configuration
+    "reward": (4, {}),
+    "scale_free": (4, {**META, "preset": "scale_free", "meta_learning_rate": 0.2}),
+    # One group a micro-batch and process: the process with one group fewer runs an empty pass.
+    "adaptive": (
+        2,
+        {
+            **META,
+            "preset": "adaptive",
+            "optim": "adamw_torch",
+            "learning_rate": 0.002,
+            "meta_learning_rate": 0.01,
+            "save_strategy": "steps",
+            "save_steps": 3,
+        },
+    ),
+    "lora": (
+        4,
+        {
+            **META,
+            "meta_learning_rate": 1.0,
+            "gradient_checkpointing": True,
+        },
+    ),
+}
 
 
-def main(folder: Path, result: Path, per_device: int) -> None:
+class Watch(TrainerCallback):
+    """Notes how the parameters lie on this process after each step."""
+
+    def __init__(self):
+        self.sharded = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        reshard(model)
+        parameters = list(model.parameters())
+        here = sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor))
+        share = here / sum(p.numel() for p in parameters)
+        self.sharded.append((all(isinstance(p, DTensor) for p in parameters), share))
+
+
+def train(folder, output, case, *, processes, **options):
+    """Train one case; its trainer and what it left, the same on every process."""
+    batch, config = CASES[case]
+    config = {**COMMON, "per_device_train_batch_size": batch // processes, **config, **options}
+    config["per_device_eval_batch_size"] = 1
+    data = torch.load(folder / "data.pt")
+    watch = Watch()
+    arguments = {
+        "train_dataset": Dataset.from_list(data["pairs"]),
+        "eval_dataset": Dataset.from_list(data["pairs"][:4]),
+        "processing_class": AutoTokenizer.from_pretrained(folder / "model"),
+        "callbacks": [watch],
+    }
+    if case == "lora":
+        arguments["peft_config"] = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder / "model", dtype=torch.float64
+    )
+    resume = config.pop("resume_from_checkpoint", None)
+    if case == "reward":
+        trainer = RewardTrainer(model, RewardConfig(str(output / case), **config), **arguments)
+    else:
+        args = MetaRMConfig(str(output / case), **config)
+        trainer = MetaRMTrainer(model, args, **arguments, meta_dataset=data["groups"])
+    trainer.train(resume_from_checkpoint=resume)
+    left = {
+        "in_shards": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "weights": {n: whole(p).detach().clone() for n, p in trainer.model.named_parameters()},
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "sharded": watch.sharded,
+        "processes": trainer.accelerator.num_processes,
+    }
+    for key in (*LOGGED, "meta_influence"):
+        left[key] = [float(log[key]) for log in trainer.state.log_history if key in log]
+    return trainer, left
+
+
+def seen_by_a_forward_pass(trainer):
+    """Rewards at theta, at theta' and at theta again, by passes without gradients only."""
+    ids = torch.tensor([[1, 5, 9, 2]])
+    values = []
+
+    def look():
+        with torch.no_grad():
+            values.append(float(sequence_rewards(trainer.model, ids, torch.ones_like(ids))))
+
+    trainer.model.eval()
+    look()
+    trainer._look_ahead([torch.ones_like(p) for p in trainer._trainable()])
+    look()
+    trainer._return_to_theta()
+    look()
+    return values
+
+
+def run(folder, output, *, processes):
+    """Every case, by name; what is saved lies in `output`."""
+    results = {}
+    for case in CASES:
+        trainer, results[case] = train(folder, output, case, processes=processes)
+        if case in ("scale_free", "lora"):
+            trainer.save_model(str(output / f"{case}-saved"))
+        if case == "scale_free":
+            results[case]["seen"] = seen_by_a_forward_pass(trainer)
+    checkpoint = str(output / "adaptive" / "checkpoint-3")
+    _, results["resumed"] = train(
+        folder, output, "adaptive", processes=processes, resume_from_checkpoint=checkpoint
+    )
+    return results
+
+
+def main(folder: Path, output: Path) -> None:
     torch.set_num_threads(1)
-    data = json.loads((folder / "data.json").read_text())
-    args = MetaRMConfig(
-        str(result.with_suffix("")),
-        preset="scale_free",
-        meta_learning_rate=0.2,
-        meta_batch_size=3,  # does not divide among two processes
-        max_steps=5,
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=2,
-        learning_rate=0.05,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        logging_steps=1,
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **({"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {}),
-    )
-    trainer = MetaRMTrainer(
-        AutoModelForSequenceClassification.from_pretrained(folder / "model", dtype="float64"),
-        args,
-        train_dataset=Dataset.from_list(data["pairs"]),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-        meta_dataset=data["groups"],
-    )
-    trainer.train()
-    if trainer.accelerator.is_main_process:
-        logs = [log for log in trainer.state.log_history if "meta_objective" in log]
-        weights = {k: v.tolist() for k, v in trainer.model.named_parameters()}
-        result.write_text(
-            json.dumps(
-                {
-                    "processes": trainer.accelerator.num_processes,
-                    "weights": weights,
-                    "objective": [log["meta_objective"] for log in logs],
-                }
+    results = run(folder, output, processes=2)
+    if "ACCELERATE_USE_FSDP" not in os.environ:  # FSDP2 asked for by the training arguments
+        options = {"fsdp": True, "fsdp_config": {"version": 2}}
+        output = output / "arguments"
+        checkpoint = str(output / "adaptive" / "checkpoint-3")
+        for name, resume in (("arguments", None), ("arguments_resumed", checkpoint)):
+            _, results[name] = train(
+                folder,
+                output,
+                "adaptive",
+                processes=2,
+                **options,
+                resume_from_checkpoint=resume,
             )
-        )
+        output = output.parent
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, output / "results.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

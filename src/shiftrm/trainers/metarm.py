@@ -1,6 +1,7 @@
 """MetaRM as a drop-in for `trl.RewardTrainer`: preference pairs and unlabelled response groups."""
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +25,15 @@ from shiftrm.prefix import SharedRows, pack
 from shiftrm.trainers.meta_groups import MetaGroups, TokenGroup
 from shiftrm.trainers.metarm_config import PRESETS, MetaRMConfig
 from shiftrm.trainers.reward import RewardTrainer
+from shiftrm.trainers.sharding import (
+    gradients_in_shards,
+    is_sharded,
+    refuse_deepspeed,
+    refuse_model_parallelism,
+    reshard,
+    sharded_like,
+    whole_on_main,
+)
 
 __all__ = ["PRESETS", "MetaRMConfig", "MetaRMTrainer"]
 
@@ -45,7 +55,7 @@ class MetaRMTrainer(RewardTrainer):
         Everything else: as in `RewardTrainer`, with `args` a `MetaRMConfig`.
 
     Raises:
-        UserError: no or unusable groups, or a distributed mode the meta step is not proven in.
+        UserError: no or unusable groups, or a distributed mode other than DDP and FSDP2.
     """
 
     def __init__(
@@ -59,11 +69,7 @@ class MetaRMTrainer(RewardTrainer):
         args = args if args is not None else MetaRMConfig("metarm-output")
         _check_arguments(args)
         super().__init__(model, args, *trl_arguments, **trl_keywords)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UserError(
-                "MetaRMTrainer runs on one process or under DDP; with DeepSpeed or FSDP the "
-                "parameters are sharded while the meta step moves them, which is not supported yet"
-            )
+        refuse_model_parallelism(self.accelerator, self.model)
         self._groups = MetaGroups(
             meta_dataset, self.processing_class, max_length=args.max_length, seed=args.seed
         )
@@ -150,6 +156,7 @@ class MetaRMTrainer(RewardTrainer):
         if self._shift is not None:
             self._shift.close()
             self._shift = None
+            reshard(self.model)
 
     # -- grad J ------------------------------------------------------------------------------
 
@@ -171,19 +178,25 @@ class MetaRMTrainer(RewardTrainer):
     def _objective_gradient(self, model: nn.Module) -> tuple[float, list[Tensor]]:
         """J and its gradient over the global meta batch, in micro-batches.
 
-        The sum over processes is taken by hand: under gradient accumulation DDP itself would not
-        synchronise here.
+        The sum over processes is taken by hand under DDP, which under gradient accumulation would
+        not synchronise here; FSDP2 has averaged by then.
         """
         total = 0.0
+        sharded = is_sharded(model)
+        averaged_over = self.accelerator.num_processes if sharded else 1
+        gradients_in_shards(model)  # up to the first micro-batch of pairs, for the influence
         model.train()  # as for the pairs; dropout is switched off
         with self._gradients_set_aside(), _unsynchronised(model):
-            for micro_batch in self._micro_batches():
+            for weight, micro_batch in self._micro_batches():
                 with self.compute_loss_context_manager():
-                    objective = self._objective(model, micro_batch).sum() / self.meta_batch_size
-                objective.backward()
+                    J = self._objective(model, micro_batch).sum()
+                    objective = weight * J / self.meta_batch_size
+                (objective * averaged_over).backward()
                 total += float(objective.detach())
             gradients = self._gradients()
-        return self._sum_over_processes(total), [self._reduce(g, "sum") for g in gradients]
+        if not sharded:
+            gradients = [self._reduce(g, "sum") for g in gradients]
+        return self._sum_over_processes(total), gradients
 
     def _objective(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:
         """J of each group (Eq. 2), shape [B]."""
@@ -191,29 +204,39 @@ class MetaRMTrainer(RewardTrainer):
         rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
         return difference_loss(self._group_rewards(model, rows), mask=rows.exists)  # Eq. 2
 
-    def _micro_batches(self) -> list[list[TokenGroup]]:
-        """This process's share of the step's groups, in micro-batches."""
+    def _micro_batches(self) -> list[tuple[float, list[TokenGroup]]]:
+        """This process's share of the step's groups, in micro-batches with their weight.
+
+        A process with fewer than others repeats a group with weight 0, because all must run as
+        many passes: they communicate in FSDP2, and in DDP where the model has buffers.
+        """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         groups = self._groups.batch(self._step(), self.meta_batch_size)[rank::world]
         size = self.args.per_device_train_batch_size
-        return [groups[i : i + size] for i in range(0, len(groups), size)]
+        own = [(1.0, groups[i : i + size]) for i in range(0, len(groups), size)]
+        most = math.ceil(math.ceil(self.meta_batch_size / world) / size)
+        return own + [(0.0, groups[:1])] * (most - len(own))
 
     # -- checkpoints -------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self._adaptive_state.steps and self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self._step()}"
-            save_file(self._adaptive_state.tensors(), folder / META_STATE_FILE)
+        if self._adaptive_state.steps:
+            is_main = self.args.should_save
+            moments = whole_on_main(self._adaptive_state.tensors(), is_main=is_main)
+            if is_main:
+                folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self._step()}"
+                save_file(moments, folder / META_STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """With the optimizer's state comes the meta step's own, so that resuming is exact."""
         super()._load_optimizer_and_scheduler(checkpoint)
         path = Path(checkpoint or "") / META_STATE_FILE
         if checkpoint is not None and path.is_file():
-            self._adaptive_state = AdaptiveState.from_tensors(
-                load_file(path, device=str(self.args.device))
-            )
+            state = AdaptiveState.from_tensors(load_file(path))
+            state.first = sharded_like(state.first, self._trainable())
+            state.second = sharded_like(state.second, self._trainable())
+            self._adaptive_state = state
 
     # -- diagnostics -------------------------------------------------------------------------
 
@@ -229,19 +252,25 @@ class MetaRMTrainer(RewardTrainer):
                 losses, *_ = self._pair_losses(model, self._prepare_inputs(inputs))
             (losses.mean() / self.current_gradient_accumulation_steps).backward()
             gradients = self._gradients()
-        if self.accelerator.sync_gradients:  # then the shifted gradient is an average, too
+        if self.accelerator.sync_gradients and not is_sharded(model):
+            # then the shifted gradient is an average, too; FSDP2 has averaged already
             gradients = [self._reduce(g, "mean") for g in gradients]
         return gradients
 
     @torch.no_grad()
     def _objective_only(self, model: nn.Module) -> float:
         with self.compute_loss_context_manager():
-            values = [float(self._objective(model, part).sum()) for part in self._micro_batches()]
+            values = [
+                weight * float(self._objective(model, part).sum())
+                for weight, part in self._micro_batches()
+            ]
+        reshard(model)
         return self._sum_over_processes(sum(values) / self.meta_batch_size)
 
     # -- small helpers -----------------------------------------------------------------------
 
     def _trainable(self) -> list[nn.Parameter]:
+        reshard(self.model)  # an evaluation may have left gathered copies in the shards' place
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _gradients(self) -> list[Tensor]:
@@ -285,6 +314,7 @@ def _check_arguments(args: Any) -> None:
             f"args is a {type(args).__name__}; MetaRMTrainer takes a MetaRMConfig, which has all "
             "of RewardConfig's fields"
         )
+    refuse_deepspeed(args)
     if not args.disable_dropout:
         raise UserError(
             "disable_dropout=False: MetaRM compares gradients at theta and theta', so dropout "

@@ -23,6 +23,7 @@ from shiftrm.trainers.collator import ROW, PairCollator, shared_rows
 from shiftrm.trainers.loading import load_reward_model
 from shiftrm.trainers.pair_metrics import PairStatistics
 from shiftrm.trainers.reward_config import RewardConfig
+from shiftrm.trainers.sharding import reset_after_failure, set_up_fsdp
 
 __all__ = ["RewardConfig", "RewardTrainer"]
 
@@ -69,6 +70,23 @@ class RewardTrainer(TRLRewardTrainer):
             )
         if self.args.disable_dropout:
             switch_off_dropout(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With FSDP2 on CPUs, too, where accelerate would run DDP instead."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = set_up_fsdp(self.accelerator, self.args.fsdp_plugin_args)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """One ordinary checkpoint folder, whole also where parameters are sharded.
+
+        Under FSDP2 with SHARDED_STATE_DICT, accelerate's default, transformers would write none.
+        """
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
+                weights = self.accelerator.get_state_dict(self.model)  # every process takes part
+                self._save(output_dir or self.args.output_dir, state_dict=weights)
+        super().save_model(output_dir, _internal_call)
 
     # -- loss --------------------------------------------------------------------------------
 
@@ -126,6 +144,7 @@ class RewardTrainer(TRLRewardTrainer):
             failed = self.accelerator.reduce(failed, reduction="sum")
         if not float(failed):
             return True
+        reset_after_failure(model)
         logger.warning(
             "%s cannot share prefixes: %s. Every sequence is computed alone, which is slower.",
             type(self.accelerator.unwrap_model(model)).__name__,
