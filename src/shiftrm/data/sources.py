@@ -5,6 +5,7 @@ One function reads them all, so that every command takes every format and errors
 
 import codecs
 import csv
+import hashlib
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 from shiftrm.errors import UserError
 from shiftrm.files import Row, iterate_jsonl, require_columns
 
-__all__ = ["SOURCE_HELP", "iterate_rows"]
+__all__ = ["SOURCE_HELP", "fingerprint", "iterate_rows"]
 
 SOURCE_HELP = """
 Data is a .jsonl, .json, .parquet or .csv file, a folder that `datasets` can load, or a name on the
@@ -291,3 +292,14 @@ def _without_nulls(value: Any) -> Any:
 
 def _line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def fingerprint(source: str | Path, rows: list[Row]) -> str:
+    """SHA-256 that tells one data set from another: of the file's bytes, or else of the rows."""
+    if Path(source).is_file():
+        with open(source, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
