@@ -377,6 +377,7 @@ SAMPLE = ["sample", "--policy", "policy", "--prompts", "prompts.jsonl", "--outpu
         (["--output", "."], ".: is a folder; give the name of a file"),
         (["--output", ""], ".: is a folder; give the name of a file"),
         (["--output", "pairs.jsonl/o"], "pairs.jsonl is not a folder; choose another --output"),
+        (["--output", "o.csv"], "o.csv: the output is JSON lines; call it o.jsonl"),
         (["--output", "pairs.jsonl/o/p"], "pairs.jsonl is not a folder; choose another --output"),
     ],
 )

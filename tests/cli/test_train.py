@@ -9,12 +9,17 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from shiftrm.cli import train
 from shiftrm.cli.train import fold_flags
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.scoring import Scorer
+from tests.conftest import llama_config
 from tests.data.test_sources import write
 
 TRAIN = ["train", "--model", "policy", "--pairs", "pairs.jsonl", "--output", "out"]
@@ -121,16 +126,25 @@ def test_sample_and_score_read_every_format(shiftrm, files, reward_model, tokeni
     assert status == 0
     rows = read_jsonl(files / "g.jsonl")
     write(files / "g.parquet", rows)
-    for data in ("g.jsonl", "g.parquet"):
-        status, _ = shiftrm("score", "--model", "rm", "--data", data, "--output", f"{data}.scored")
+    for data, output in (("g.jsonl", "a.jsonl"), ("g.parquet", "b.jsonl")):
+        status, _ = shiftrm("score", "--model", "rm", "--data", data, "--output", output)
         assert status == 0
-    assert (files / "g.jsonl.scored").read_bytes() == (files / "g.parquet.scored").read_bytes()
+    assert (files / "a.jsonl").read_bytes() == (files / "b.jsonl").read_bytes()
 
 
 def test_scored_rows_must_be_writable(shiftrm, files):
     (files / "x.jsonl").write_text('{"response": "a", "old": NaN}\n')
     status, output = shiftrm("score", "--model", "rm", "--data", "x.jsonl", "--output", "o.jsonl")
     assert (status, "x.jsonl:1: holds NaN or an infinity" in output.err) == (2, True)
+
+
+def test_models_of_several_labels_are_no_reward_models(shiftrm, files, tokenizer):
+    LlamaForSequenceClassification(llama_config(num_labels=2)).save_pretrained(files / "two")
+    tokenizer.save_pretrained(files / "two")
+    score = ["score", "--model", "two", "--data", "pairs.jsonl", "--output", "o.jsonl"]
+    _refused(shiftrm, score, "the model has num_labels=2; a reward model has num_labels=1")
+    _refused(shiftrm, [*score, "--model", "policy"], "policy: the checkpoint has no score head")
+    _refused(shiftrm, [*TRAIN, "--model", "two"], "do not fit a reward model of one label")
 
 
 def test_lora_is_merged_and_the_adapter_kept(shiftrm, files, pairs):

@@ -126,6 +126,17 @@ def test_a_loss_that_is_not_finite(shiftrm, stopping):
     assert status == 0, "training goes on from there with other settings"
 
 
+def test_weights_alone_are_kept_but_not_continued_from(shiftrm, stopping):
+    options = ["--output", "out", *SETTINGS, "save_only_model=true"]
+    stopping(5, UserError("nan"))
+    status, output = shiftrm(*TRAIN, *options)
+    assert (status, "the last good checkpoint is" in output.err) == (2, True)
+    assert (WORK / "checkpoint-4" / "model.safetensors").exists()
+    stopping(None)
+    status, output = shiftrm(*TRAIN, *options)
+    assert (status, "Continuing" in output.out) == (0, False)
+
+
 def test_no_space_for_a_checkpoint(shiftrm, monkeypatch):
     """The third save fails half-way; the second is kept, and continued from."""
     plain = Trainer._save_optimizer_and_scheduler

@@ -40,7 +40,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_file, to_accelerator
+    from shiftrm.cli.checks import at_least_one, output_rows, to_accelerator
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.group_files import holds_groups
     from shiftrm.data.sources import iterate_rows
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
     )
-    output = output_file(args.output)
+    output = output_rows(args.output)
     names, prompts = [], []
     for where, row in iterate_rows(args.prompts, required=("prompt",)):
         check_text(row["prompt"], f"{where}: column 'prompt'")

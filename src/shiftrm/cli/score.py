@@ -30,7 +30,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_file, to_accelerator
+    from shiftrm.cli.checks import at_least_one, output_rows, to_accelerator
     from shiftrm.cli.progress import only_on_terminals
     from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.scoring import Scorer, scorable_texts
 
     at_least_one(args.batch_size, "--batch-size")
-    output = output_file(args.output)
+    output = output_rows(args.output)
     rows = [(row, where, scorable_texts(row, where)) for where, row in iterate_rows(args.data)]
     if not rows:
         raise UserError(f"{args.data}: the file has no rows")

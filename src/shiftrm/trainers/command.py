@@ -77,22 +77,10 @@ def train(
         DataSet(name, source, len(rows[name]), fingerprint(source, rows[name]))
         for name, source in sources.items()
     ]
-    run = {
-        "model": model,
-        "settings": chosen.given,
-        "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in data},
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-    work_folder.check(work, run)
-    state = PartialState()
-    state.wait_for_everyone()  # nobody may write while another still checks
-    with _leaving_nothing_half_written(work, main=state.is_main_process):
-        if state.is_main_process:
-            work_folder.claim(work, run)
-        state.wait_for_everyone()
+    with _work_folder(work, _run_record(model, chosen, data)) as checkpoint:
         used = chosen.beyond_defaults()
         trainer = _trainer(model, chosen, tables, rows.get("groups"))
-        before, result, after = _run(trainer, work_folder.last_checkpoint(work))
+        before, result, after = _run(trainer, checkpoint)
         outcome = Outcome(
             model=model,
             output=str(output),
@@ -105,7 +93,17 @@ def train(
             **measurements(trainer, result),
         )
         _publish(trainer, work, target, model_card(outcome))
-    return summary(outcome) if state.is_main_process else None
+    return summary(outcome) if trainer.accelerator.is_main_process else None
+
+
+def _run_record(model: str, chosen: Settings, data: list[DataSet]) -> dict[str, Any]:
+    """What must be the same for an interrupted training to be continued."""
+    return {
+        "model": model,
+        "settings": chosen.given,
+        "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in data},
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
 
 
 def _table(source: str, rows: list[Row]) -> Dataset:
@@ -225,12 +223,21 @@ def _publish(trainer: RewardTrainer, work: Path, target: Path, card: str) -> Non
 
 
 @contextmanager
-def _leaving_nothing_half_written(work: Path, *, main: bool) -> Iterator[None]:
-    """Whatever happens inside, only complete checkpoints stay, and errors say where they are."""
+def _work_folder(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
+    """Yield the checkpoint to continue from, in a folder that is ours.
+
+    Whatever happens inside, only complete checkpoints stay, and errors say where they are.
+    """
+    work_folder.check(work, record)
+    processes = PartialState()
+    processes.wait_for_everyone()  # nobody may write while another still checks
     try:
-        yield
+        if processes.is_main_process:
+            work_folder.claim(work, record)
+        processes.wait_for_everyone()
+        yield work_folder.resumable(work)
     except BaseException as error:
-        if main:
+        if processes.is_main_process:
             work_folder.release(work)
         kept = work_folder.last_checkpoint(work)
         if isinstance(error, UserError) and kept is not None and str(kept) not in str(error):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -152,7 +153,7 @@ def model_card(outcome: Outcome) -> str:
         ),
         "SHA-256 is the file's; of a folder or a hub data set it is that of the rows.",
         "## Settings",
-        "Those that differ from the defaults of `trl.RewardConfig`"
+        "Those that differ from the defaults of `RewardConfig`"
         f"{' and `MetaRMConfig`' if outcome.meta else ''}:",
         _table(("setting", "value"), [(k, f"`{v}`") for k, v in outcome.settings.items()]),
         f"Seed {outcome.seed}; processes: {outcome.processes}; {_versions(outcome)}.",
@@ -176,8 +177,6 @@ def _front_matter(outcome: Outcome) -> str:
 
 
 def _on_hub(source: str) -> bool:
-    from pathlib import Path
-
     return bool(HUB_NAME.fullmatch(source.split(":")[0])) and not Path(source).exists()
 
 

@@ -85,6 +85,12 @@ def last_checkpoint(work: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def resumable(work: Path) -> Path | None:
+    """The last checkpoint, if training can go on from it (save_only_model keeps weights alone)."""
+    found = last_checkpoint(work)
+    return found if found is not None and not (found / MARK).read_text() else None
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether this is a full disk, in the words of Python, safetensors or torch.save."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -98,5 +104,5 @@ class MarkCompleteCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and not args.save_only_model:  # else nothing to continue
-            atomic_write_text(folder / MARK, "")
+        if state.is_world_process_zero:
+            atomic_write_text(folder / MARK, "weights only" if args.save_only_model else "")
