@@ -17,15 +17,8 @@ from transformers import (
 )
 
 from shiftrm.errors import UserError
-from shiftrm.scoring import (
-    Scorer,
-    pad_right,
-    rewards_at,
-    scorable_texts,
-    score_head,
-    sequence_rewards,
-    token_values,
-)
+from shiftrm.rewards import pad_right, rewards_at, score_head, sequence_rewards, token_values
+from shiftrm.scoring import Scorer, scorable_texts
 from tests.conftest import llama_config
 
 PROMPTS = ["the red", "a", "the small green bird", "a dog"]

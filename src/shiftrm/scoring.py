@@ -1,157 +1,16 @@
-"""From a reward-model checkpoint to rewards of (prompt, response).
-
-Rewards are read in fp32 at explicit positions, the last real token of each sequence. The models'
-own pooling looks for pad tokens instead, and reads the wrong one where pad equals EOS.
-"""
+"""From a reward-model checkpoint to rewards of (prompt, response): text in, numbers out."""
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from shiftrm.data.groups import check_prompt, check_responses
 from shiftrm.errors import UserError
 from shiftrm.rendering import Text, check_text, encode
-
-
-def pad_right(
-    sequences: Sequence[Sequence[int]], *, pad_token_id: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the right.
-
-    Returns:
-        `input_ids` and `attention_mask`, both int64 of shape [B, T].
-    """
-    T = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), T), pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, : len(sequence)] = 1
-    return ids.to(device), mask.to(device)
-
-
-def score_head(model: nn.Module) -> nn.Linear:
-    """The linear layer that turns a hidden state into a reward, inside any wrapper (DDP, PEFT).
-
-    Raises:
-        UserError: the model has none, as when a causal language model is given, or its head is
-            more than one linear layer.
-    """
-    head = _find_head(model)
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"the score head of {type(model).__name__} is a {type(head).__name__}, not a linear "
-            "layer; its rewards can be read, but not its weights"
-        )
-    return head
-
-
-def _find_head(model: nn.Module) -> nn.Module:
-    for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in ("score", "classifier"):
-            # PEFT keeps the trained copy of the head in `modules_to_save`.
-            saved = getattr(module, "modules_to_save", None)
-            if saved is not None:
-                active = module.active_adapter
-                return saved[active if isinstance(active, str) else active[0]]
-            return module
-    raise UserError(
-        f"{type(model).__name__} has no score head: a reward model is a sequence-classification "
-        "checkpoint with num_labels=1 (AutoModelForSequenceClassification)"
-    )
-
-
-@contextmanager
-def _head_outputs(model: nn.Module, positions: Tensor | None):  # type: ignore[no-untyped-def]
-    """Collect the head's values in fp32, at `positions` [B, P] of each row or everywhere.
-
-    The head is applied inside its own forward hook, where its weights are at hand even when a
-    wrapper shards them. Of a head that is not a plain linear layer (LoRA's, RoBERTa's, a quantised
-    one) the own output is read. Encoders hand their head one pooled state a row, or their head
-    pools.
-    """
-    collected: list[Tensor] = []
-
-    def hook(head: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        linear = None
-        if isinstance(head, nn.Linear) and head.weight.is_floating_point():
-            linear = head
-        states = output if linear is None else inputs[0]  # [B, T, H], or [B, H] if pooled already
-        states = _select(states, positions, name=type(model).__name__)
-        with torch.autocast(device_type=states.device.type, enabled=False):
-            states = states.to(torch.promote_types(states.dtype, torch.float32))
-            if linear is not None:
-                bias = None if linear.bias is None else linear.bias.to(states.dtype)
-                states = F.linear(states, linear.weight.to(states.dtype), bias)
-            collected.append(states[..., 0])
-
-    handle = _find_head(model).register_forward_hook(hook)
-    try:
-        yield collected
-    finally:
-        handle.remove()
-
-
-def _select(states: Tensor, positions: Tensor | None, *, name: str) -> Tensor:
-    """`states` [B, T, H] at `positions` [B, P]: [B, P, H]. A pooled state [B, H] is [B, 1, H]."""
-    if states.dim() == 2:
-        if positions is None or positions.shape[1] != 1:
-            raise UserError(
-                f"{name} pools by itself, so it has one reward a sequence and none at other "
-                "positions; use a model with a score at every token (a decoder)"
-            )
-        return states[:, None]
-    if positions is None:
-        return states
-    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
-
-
-def rewards_at(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
-) -> Tensor:
-    """Rewards at given positions of each row.
-
-    Args:
-        model: a sequence-classification model with one label.
-        input_ids, attention_mask: shape [B, T].
-        positions: token indices into the row, shape [B, P]. An encoder that pools by itself (BERT)
-            has one reward a row: P must be 1, and the index says nothing.
-
-    Returns:
-        Rewards, fp32 (fp64 for an fp64 model), shape [B, P].
-
-    Raises:
-        UserError: several positions of a model that pools by itself.
-    """
-    with _head_outputs(model, positions) as collected:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return collected[0]
-
-
-def sequence_rewards(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """One reward a row, read at the last token the mask marks as real; shape [B].
-
-    The mask decides, not the token's identity: a sequence may end in pad == EOS.
-    """
-    T = input_ids.shape[1]
-    last = T - 1 - attention_mask.flip(1).argmax(dim=1)
-    return rewards_at(model, input_ids, attention_mask, last[:, None])[:, 0]
-
-
-def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The head's value at every token, shape [B, T]; what a critic is.
-
-    Raises:
-        UserError: the model pools by itself, as encoders do.
-    """
-    with _head_outputs(model, None) as collected:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return collected[0]
+from shiftrm.rewards import find_head, pad_right, sequence_rewards
 
 
 class Scorable(NamedTuple):
@@ -211,7 +70,7 @@ class Scorer:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
-        _find_head(model)
+        find_head(model)
         labels = getattr(getattr(model, "config", None), "num_labels", 1)
         if labels != 1:
             raise UserError(f"the model has num_labels={labels}; a reward model has num_labels=1")

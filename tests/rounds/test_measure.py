@@ -6,11 +6,11 @@ import torch
 from shiftrm.files import write_jsonl
 from shiftrm.records import Recorder
 from shiftrm.rendering import encode_prompt
+from shiftrm.rewards import score_head
 from shiftrm.rounds.engine import Stage, StageContext
 from shiftrm.rounds.measure import _as_samples, compare
 from shiftrm.rounds.stages import new_reward_model, reward_spread, score_rows
 from shiftrm.sampling import SamplingConfig
-from shiftrm.scoring import score_head
 from shiftrm.testbed.language import build_tokenizer
 
 

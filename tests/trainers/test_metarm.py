@@ -84,6 +84,7 @@ def test_one_step_is_algorithm_1(
         meta_step=rule,
         meta_learning_rate=eta,
         meta_batch_size=len(groups),  # every group once: the order does not matter
+        shared_prefixes=dtype == torch.float32,  # RMSNorm works in fp32: a bit may flip with rows
     )
     rows = list(trainer.train_dataset)
     assert len(rows) == batch * accumulation
@@ -109,6 +110,7 @@ def test_deploy_adapted_is_one_further_ascent(make_trainer, reward_model, groups
         "meta_learning_rate": 0.3,
         "meta_batch_size": len(groups),
         "max_steps": 3,
+        "shared_prefixes": False,
     }
     base, adapted = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
     make_trainer(base, deploy="base", **config).train()
@@ -164,7 +166,7 @@ def test_parameters_return_when_the_loss_fails(make_trainer, reward_model, monke
     def failing(*_args, **_kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(trainer, "_record_pair_metrics", failing)
+    monkeypatch.setattr(trainer._statistics, "add", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
     for a, b in zip(before.parameters(), reward_model.parameters(), strict=True):

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from shiftrm.errors import UserError
+from shiftrm.rewards import token_values
 from shiftrm.sampling import PAPER_SAMPLING, Sample, SamplingConfig, generate
-from shiftrm.scoring import Scorer, token_values
+from shiftrm.scoring import Scorer
 from shiftrm.trainers import ppo
 from shiftrm.trainers.ppo import (
     KLController,

@@ -1,6 +1,16 @@
-"""How well rewards tell responses apart: accuracy where labels exist, spread where they do not."""
+"""How well rewards tell responses apart: accuracy where labels exist, spread where they do not.
+
+Every function takes plain sequences of floats (lists, tuples, arrays). A NaN among the rewards
+makes the result NaN rather than a number that looks right.
+"""
 
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Numbers = Sequence[float] | Floats
 
 
 def pair_accuracy(
@@ -44,3 +54,103 @@ def difference_variance(pairs: Sequence[Sequence[float]]) -> float:
 def absolute_differences(pairs: Sequence[Sequence[float]]) -> list[float]:
     """|r(x, s_1) - r(x, s_2)|, one a prompt (the paper's Figures 1 and 5)."""
     return [abs(first - second) for first, second in pairs]
+
+
+def auc(chosen: Numbers, rejected: Numbers) -> float:
+    """Probability that a random chosen reward exceeds a random rejected one, ties counting 1/2.
+
+    Over all chosen x rejected, so unlike the accuracy it also compares responses to different
+    prompts: the area under the ROC curve of "this response was chosen". Exact, by sorting, in
+    O(n log n). Unchanged by any increasing map of the rewards.
+
+    Args:
+        chosen, rejected: rewards; they need not be as many.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    good, bad = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
+    if not good.size or not bad.size:
+        raise ValueError("auc needs at least one chosen and one rejected reward")
+    if np.isnan(good).any() or np.isnan(bad).any():
+        return float("nan")
+    ordered = np.sort(bad)
+    below = np.searchsorted(ordered, good, side="left").sum(dtype=np.int64)
+    not_above = np.searchsorted(ordered, good, side="right").sum(dtype=np.int64)
+    return float(int(below) + int(not_above)) / (2.0 * good.size * bad.size)
+
+
+def calibration_error(differences: Numbers, *, bins: int = 10) -> float:
+    """How far the stated probabilities are from the shares that come true (ECE), in [0, 1].
+
+    A reward difference states, as a Bradley-Terry model, with probability sigmoid(|difference|)
+    that the response it prefers is the chosen one.
+
+    Args:
+        differences: r(chosen) - r(rejected), one a pair; a tie counts as half right.
+        bins: as in `calibration_curve`.
+
+    Raises:
+        ValueError: no pairs, or no bins.
+    """
+    difference = np.asarray(differences, dtype=np.float64)
+    if np.isnan(difference).any():
+        return float("nan")
+    confidence, correct, count = calibration_curve(difference, bins=bins)
+    return float((count * np.abs(confidence - correct)).sum() / count.sum())
+
+
+def calibration_curve(differences: Numbers, *, bins: int = 10) -> tuple[Floats, Floats, Floats]:
+    """Stated probability against the share that came true, bin by bin; empty bins left out.
+
+    Args:
+        differences: r(chosen) - r(rejected), one a pair, none NaN.
+        bins: of equal width over [0.5, 1]; a bin holds its lower edge, the last one also 1.
+
+    Returns:
+        Mean of sigmoid(|difference|), share right and number of pairs, one entry a bin.
+
+    Raises:
+        ValueError: no pairs, or no bins.
+    """
+    difference = np.asarray(differences, dtype=np.float64)
+    if not difference.size:
+        raise ValueError("no pairs")
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; it must be at least 1")
+    stated = 1.0 / (1.0 + np.exp(-np.abs(difference)))
+    right = np.where(difference == 0, 0.5, difference > 0)
+    which = np.minimum(((stated - 0.5) * 2 * bins).astype(np.int64), bins - 1)
+    count = np.bincount(which, minlength=bins)
+    kept = count > 0
+    confidence = np.bincount(which, stated, minlength=bins)[kept] / count[kept]
+    correct = np.bincount(which, right, minlength=bins)[kept] / count[kept]
+    return confidence, correct, count[kept].astype(np.float64)
+
+
+def correlation(x: Numbers, y: Numbers) -> float | None:
+    """Pearson's correlation, in [-1, 1]; None if either is constant or there are fewer than two.
+
+    Raises:
+        ValueError: of different length.
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"x has {a.size} values and y {b.size}")
+    if not a.size:
+        return None
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("nan")
+    if a.min() == a.max() or b.min() == b.max():
+        return None
+    a, b = _centred(a), _centred(b)
+    value = float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    return min(1.0, max(-1.0, value))  # rounding may go beyond by a hair
+
+
+def _centred(values: Floats) -> Floats:
+    """Minus the mean, and scaled to about 1, so that squares neither overflow nor vanish."""
+    values = values / np.abs(values).max()
+    values = values - values.mean()
+    values = values / np.abs(values).max()
+    return values - values.mean()  # once more: the first mean was rounded to the values' own size

@@ -10,11 +10,9 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PrinterCallback,
     TrainerCallback,
-    set_seed,
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, SFTConfig, SFTTrainer
 
@@ -27,7 +25,7 @@ from shiftrm.rendering import encode, encode_prompt
 from shiftrm.rounds.engine import StageContext
 from shiftrm.rounds.plan import GOLD
 from shiftrm.sampling import SamplingConfig, load_policy, sample_groups, sample_rows
-from shiftrm.scoring import Scorer, score_head
+from shiftrm.scoring import Scorer
 from shiftrm.testbed.gold import GoldReward
 from shiftrm.testbed.language import parse_prompt
 from shiftrm.testbed.world import (
@@ -38,6 +36,7 @@ from shiftrm.testbed.world import (
     label_pairs,
     write_world,
 )
+from shiftrm.trainers.loading import load_reward_model
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.ppo import PPOTrainer, Rollouts, StepLog, make_critic
 from shiftrm.trainers.ppo_config import PPOConfig
@@ -282,13 +281,7 @@ def load_scorer(context: StageContext, name: str) -> Any:
 
 def new_reward_model(folder: Path, *, seed: int) -> Any:
     """The policy's backbone under a new, small, seeded head."""
-    set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, dtype="float32"
-    )
-    head = score_head(model)
-    head.weight.data.normal_(std=1.0 / head.in_features)
-    return model
+    return load_reward_model(folder, seed=seed)
 
 
 def save(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -20,7 +20,7 @@ from shiftrm.meta import (
     look_ahead,
     meta_directions,
 )
-from shiftrm.scoring import pad_right, sequence_rewards
+from shiftrm.prefix import SharedRows, pack
 from shiftrm.trainers.meta_groups import MetaGroups, TokenGroup
 from shiftrm.trainers.metarm_config import PRESETS, MetaRMConfig
 from shiftrm.trainers.reward import RewardTrainer
@@ -185,20 +185,11 @@ class MetaRMTrainer(RewardTrainer):
             gradients = self._gradients()
         return self._sum_over_processes(total), [self._reduce(g, "sum") for g in gradients]
 
-    def _objective(self, model: nn.Module, groups: Sequence[list[list[int]]]) -> Tensor:
+    def _objective(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:
         """J of each group (Eq. 2), shape [B]."""
-        K = max(len(group) for group in groups)
-        ids, mask = pad_right(
-            [sequence for group in groups for sequence in group],
-            pad_token_id=self.processing_class.pad_token_id,
-            device=self.args.device,
-        )
-        rewards = sequence_rewards(model, ids, mask)
-        exists = torch.tensor(
-            [[k < len(group) for k in range(K)] for group in groups], device=rewards.device
-        )
-        rewards_BK = rewards.new_zeros(exists.shape).masked_scatter(exists, rewards)
-        return difference_loss(rewards_BK, mask=exists)  # Eq. 2
+        rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
+        rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
+        return difference_loss(self._group_rewards(model, rows), mask=rows.exists)  # Eq. 2
 
     def _micro_batches(self) -> list[list[TokenGroup]]:
         """This process's share of the step's groups, in micro-batches."""
@@ -235,8 +226,8 @@ class MetaRMTrainer(RewardTrainer):
         """grad L(theta) on the first micro-batch, to compare with grad L(theta')."""
         with self._gradients_set_aside(), _unsynchronised(model):
             with self.compute_loss_context_manager():
-                loss, _ = self._pair_loss(model, self._prepare_inputs(inputs))
-            (loss / self.current_gradient_accumulation_steps).backward()
+                losses, *_ = self._pair_losses(model, self._prepare_inputs(inputs))
+            (losses.mean() / self.current_gradient_accumulation_steps).backward()
             gradients = self._gradients()
         if self.accelerator.sync_gradients:  # then the shifted gradient is an average, too
             gradients = [self._reduce(g, "mean") for g in gradients]

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from trl import RewardConfig
-
 from shiftrm.errors import UserError, suggest
 from shiftrm.meta import MetaStep
+from shiftrm.trainers.reward_config import RewardConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Algorithm 1 to the letter; eta = alpha is said by meta_learning_rate=None.
@@ -20,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class MetaRMConfig(RewardConfig):
-    """`trl.RewardConfig` and the meta step. Fields left at None are filled in by the preset."""
+    """`RewardConfig` and the meta step. Fields left at None are filled in by the preset."""
 
     preset: str = field(
         default="paper",

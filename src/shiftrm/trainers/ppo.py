@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from shiftrm.errors import UserError
 from shiftrm.rendering import Text, decode_response, encode_prompt
+from shiftrm.rewards import score_head
 from shiftrm.sampling import Sample, check_prompt_lengths, generate
-from shiftrm.scoring import score_head
 from shiftrm.trainers.ppo_config import PPOConfig
 from shiftrm.trainers.ppo_math import (
     KLController,

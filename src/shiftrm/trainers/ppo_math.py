@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shiftrm.rewards import pad_right, token_values
 from shiftrm.sampling import Sample
-from shiftrm.scoring import pad_right, token_values
 
 
 def gae(

@@ -1,42 +1,75 @@
-"""Reward-model training: TRL's trainer, with rewards read where they stand and our losses."""
+"""Reward-model training: TRL's trainer, with shared prefixes, explicit positions and our losses."""
 
 import json
 import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from trl import RewardConfig
+from transformers.trainer_utils import get_last_checkpoint, set_seed
 from trl import RewardTrainer as TRLRewardTrainer
 
 from shiftrm.data.pairs import check_pair
 from shiftrm.errors import UserError
 from shiftrm.losses import bradley_terry_loss
+from shiftrm.prefix import SharedRows
 from shiftrm.rendering import encode
-from shiftrm.scoring import sequence_rewards
+from shiftrm.rewards import group_rewards, sequence_rewards, sharing_obstacle
+from shiftrm.trainers.collator import ROW, PairCollator, shared_rows
+from shiftrm.trainers.loading import load_reward_model
+from shiftrm.trainers.pair_metrics import PairStatistics
+from shiftrm.trainers.reward_config import RewardConfig
+
+__all__ = ["RewardConfig", "RewardTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
 class RewardTrainer(TRLRewardTrainer):
-    """`trl.RewardTrainer` with four differences; every argument keeps its meaning.
+    """`trl.RewardTrainer` with these differences; every argument keeps its meaning.
 
-    - Rewards are read in fp32 at the last token the attention mask marks, not at the last token
-      that differs from pad.
+    - The tokens that the two sides of a pair begin with are computed once (`shared_prefixes`). The
+      first batch is also computed the plain way; if the states differ, nothing is shared.
+    - Rewards are read in fp32 at each sequence's last token, not at the last one that is not pad.
     - Text becomes tokens through `shiftrm.rendering`, the same function that scoring uses.
     - Pairs that are too long, or identical once tokenised, are dropped and counted in the log and
       in `dropped_pairs`. A row may say that a side was cut off by a length limit
       (`chosen_finished`, `rejected_finished`: false); it is then not closed with EOS.
     - `disable_dropout` (on by default) reaches the attention modules' own rates, too.
+    - A model given by name keeps its score head; one without gets a small one, seeded by `seed`.
+    - Non-finite gradients stop the run before they reach the weights, and the message says where.
+    - Logged beside TRL's metrics: std_reward, auc, ece, length_correlation. Aggregates are taken
+      over pairs and processes, also in evaluation, whatever the size of the last batch.
+    - `predict` returns rewards of shape [B, 2], chosen and rejected.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, args: Any = None, *rest: Any, **keywords: Any) -> None:
         self.dropped_pairs: dict[str, dict[str, int]] = {}
-        super().__init__(*args, **kwargs)
+        self._statistics = PairStatistics()
+        self._sharing: bool | None = None  # decided on the first batch
+        self._suspects: list[Tensor] = []
+        if isinstance(model, str):
+            if args is None:
+                args = RewardConfig(f"{model.rstrip('/').split('/')[-1]}-Reward")
+            model = _load(model, args, keywords.pop("quantization_config", None))
+        model_init_kwargs = getattr(args, "model_init_kwargs", None)
+        if args is not None:  # they are used up; TRL would warn that it ignores them
+            args.model_init_kwargs = None
+        super().__init__(model, args, *rest, **keywords)
+        self.args.model_init_kwargs = model_init_kwargs
+        if keywords.get("data_collator") is None:
+            multiple = self.args.pad_to_multiple_of
+            self.data_collator = PairCollator(
+                self.processing_class.pad_token_id, int(multiple) if multiple else None
+            )
         if self.args.disable_dropout:
             switch_off_dropout(self.model)
+
+    # -- loss --------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -45,51 +78,115 @@ class RewardTrainer(TRLRewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, rewards = self._pair_loss(model, inputs)
-        self._record_pair_metrics(inputs, rewards)
+        losses, rewards, lengths = self._pair_losses(model, inputs)
+        gather = self.accelerator.gather_for_metrics
+        if self.model.training:
+            tokens = self.accelerator.gather_for_metrics(lengths.sum()).sum()
+            self._total_train_tokens += int(tokens) // self._tp_size
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            if ROW in inputs:
+                self._suspects.append(torch.where(losses.detach().isfinite(), -1, inputs[ROW]))
+        self._statistics.add(rewards, lengths, losses, gather)
+        loss = losses.mean()
         return (loss, {"logits": rewards}) if return_outputs else loss
 
-    def _pair_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean loss of a micro-batch, and its rewards: the chosen's, then the rejected's, [2B]."""
-        rewards = sequence_rewards(model, inputs["input_ids"], inputs["attention_mask"])
-        chosen, rejected = rewards.chunk(2)
-        loss = bradley_terry_loss(chosen, rejected, margin=inputs.get("margin")).mean()  # Eq. 1
+    def _pair_losses(
+        self, model: nn.Module, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each pair [B]; rewards and lengths in tokens of its two sequences, [B, 2]."""
+        if "segment_ids" in inputs:
+            rows = shared_rows(inputs)
+            rewards, lengths = self._group_rewards(model, rows), rows.sequence_lengths
+        else:  # a collator of the user's: TRL's batches, the chosen sequences and then the rejected
+            mask = inputs["attention_mask"]
+            rewards = sequence_rewards(model, inputs["input_ids"], mask).view(2, -1).T
+            lengths = mask.sum(1).view(2, -1).T
+        chosen, rejected = rewards.unbind(1)
+        losses = bradley_terry_loss(chosen, rejected, margin=inputs.get("margin"))  # Eq. 1
         if self.args.center_rewards_coefficient is not None:
             # Eisenstein et al., arXiv 2312.09244, Eq. 2, as in TRL.
-            loss = loss + self.args.center_rewards_coefficient * (chosen + rejected).pow(2).mean()
-        return loss, rewards
+            losses = losses + self.args.center_rewards_coefficient * (chosen + rejected).pow(2)
+        return losses, rewards, lengths
 
-    @torch.no_grad()
-    def _record_pair_metrics(self, inputs: dict[str, Tensor], rewards: Tensor) -> None:
-        """TRL's training metrics under TRL's names."""
-        mode = "train" if self.model.training else "eval"
-        metrics = self._metrics[mode]
-        if mode == "train":
-            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum()
-            self._total_train_tokens += int(tokens) // self._tp_size
-        metrics["num_tokens"] = [self._total_train_tokens]
-        chosen, rejected = rewards.detach().chunk(2)
-        everything = self.accelerator.gather(rewards.detach())
-        metrics["min_reward"].append(everything.min().item())
-        metrics["mean_reward"].append(everything.mean().item())
-        metrics["max_reward"].append(everything.max().item())
-        difference = self.accelerator.gather_for_metrics(chosen - rejected)
-        metrics["accuracy"].append((difference > 0).float().mean().item())
-        metrics["margin"].append(difference.mean().item())
+    def _group_rewards(self, model: nn.Module, rows: SharedRows) -> Tensor:
+        """Rewards [B, K], with shared prefixes if the model can."""
+        if self._sharing is None:
+            self._sharing = self._decide_sharing(model, rows)
+        alone = self.accelerator.num_processes == 1
+        return group_rewards(model, rows, shared=self._sharing, split=alone)
+
+    def _decide_sharing(self, model: nn.Module, rows: SharedRows) -> bool:
+        """Compare the first batch with the plain path; all processes decide alike."""
+        if not getattr(self.args, "shared_prefixes", True):
+            return False
+        reason = sharing_obstacle(model, rows)
+        failed = torch.tensor(float(reason is not None), device=rows.input_ids.device)
+        if self.accelerator.num_processes > 1:
+            failed = self.accelerator.reduce(failed, reduction="sum")
+        if not float(failed):
+            return True
+        logger.warning(
+            "%s cannot share prefixes: %s. Every sequence is computed alone, which is slower.",
+            type(self.accelerator.unwrap_model(model)).__name__,
+            reason or "another process found a difference",
+        )
+        return False
+
+    # -- stopping before the weights are spoiled -----------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called before every optimizer step: a norm that is not finite must not become weights."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        rows = [int(i) for part in self._suspects for i in part if i >= 0]
+        self._suspects = []
+        if norm is None or math.isfinite(float(norm)) or self.args.fp16:  # fp16's scaler skips it
+            return norm
+        culprits = ", ".join(map(str, rows[:8])) + (" and others" if len(rows) > 8 else "")
+        checkpoint = get_last_checkpoint(self.args.output_dir) or "none was saved"
+        raise UserError(
+            f"step {self.state.global_step + 1}: the gradient is not finite"
+            + (f" (the loss of train rows {culprits} is not)" if rows else "")
+            + f"; stopped before it reached the weights. Last good checkpoint: {checkpoint}. Look "
+            "at these rows, lower learning_rate or set max_grad_norm"
+        )
+
+    # -- logging -----------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            seen = self._statistics.take()
+            seen.pop("loss", None)  # the Trainer logs its own
+            logs.update(seen)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's, with aggregates over all pairs instead of means of batches."""
+        held, self._statistics = self._statistics, PairStatistics()
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            found = {"num_tokens": self._total_train_tokens, **self._statistics.take()}
+            output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in found.items()})
+        finally:
+            self._statistics = held
+        return output
+
+    # -- data --------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns.append(ROW)
 
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
         processing_class: Any,
-        args: RewardConfig,
+        args: Any,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        columns = dataset.column_names or []
-        if "chosen_ids" in columns or "chosen_input_ids" in columns:  # tokenised: TRL's filter
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise UserError(f"the {dataset_name} data set is empty; there is nothing to learn from")
         in_memory = isinstance(dataset, Dataset)  # a stream takes neither num_proc nor desc
+        if in_memory and len(dataset) == 0:
+            raise UserError(f"the {dataset_name} data set is empty; there is nothing to learn from")
 
         def options(what: str) -> dict[str, Any]:
             if not in_memory:
@@ -97,12 +194,17 @@ class RewardTrainer(TRLRewardTrainer):
             return {"num_proc": args.dataset_num_proc, "desc": f"{what} {dataset_name} pairs"}
 
         with PartialState().main_process_first():
-            dataset = dataset.map(
-                _encode_pair,
-                with_indices=True,
-                fn_kwargs={"tokenizer": processing_class, "name": dataset_name},
-                **options("Tokenising"),
-            )
+            columns = dataset.column_names or []
+            if "chosen_input_ids" in columns:  # TRL's former names
+                for side in ("chosen", "rejected"):
+                    dataset = dataset.rename_column(f"{side}_input_ids", f"{side}_ids")
+            elif "chosen_ids" not in columns:
+                dataset = dataset.map(
+                    _encode_pair,
+                    with_indices=True,
+                    fn_kwargs={"tokenizer": processing_class, "name": dataset_name},
+                    **options("Tokenising"),
+                )
             counts = {}
             for reason, keep in _filters(args.max_length).items():
                 before = len(dataset) if in_memory else 0
@@ -130,7 +232,7 @@ def _encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> 
         "tools": json.loads(tools) if isinstance(tools, str) else tools,
         **(row.get("chat_template_kwargs") or {}),
     }
-    return {
+    sides = {
         f"{side}_ids": encode(
             tokenizer,
             row.get("prompt"),
@@ -140,6 +242,15 @@ def _encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> 
         )
         for side in ("chosen", "rejected")
     }
+    return {**sides, ROW: index}
+
+
+def _load(path: str, args: Any, quantization_config: Any) -> Any:
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    set_seed(args.seed)  # as TRL: of whatever else the checkpoint lacks
+    return load_reward_model(path, seed=args.seed, **options)
 
 
 def _filters(max_length: int | None) -> dict[str, Any]:

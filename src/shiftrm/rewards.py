@@ -1,0 +1,276 @@
+"""Rewards read from a model in fp32 at explicit positions, the last real token of each sequence.
+
+The models' own pooling looks for pad tokens instead, and reads the wrong one where pad equals EOS.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shiftrm.errors import UserError
+from shiftrm.prefix import SharedRows, like_lengths, model_inputs, obstacle, separate
+
+
+def pad_right(
+    sequences: Sequence[Sequence[int]], *, pad_token_id: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right.
+
+    Returns:
+        `input_ids` and `attention_mask`, both int64 of shape [B, T].
+    """
+    T = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), T), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def score_head(model: nn.Module) -> nn.Linear:
+    """The linear layer that turns a hidden state into a reward, inside any wrapper (DDP, PEFT).
+
+    Raises:
+        UserError: the model has none, as when a causal language model is given, or its head is
+            more than one linear layer.
+    """
+    head = find_head(model)
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"the score head of {type(model).__name__} is a {type(head).__name__}, not a linear "
+            "layer; its rewards can be read, but not its weights"
+        )
+    return head
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """The module that makes rewards of hidden states, of whatever kind; inside any wrapper.
+
+    Raises:
+        UserError: the model has none.
+    """
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in ("score", "classifier"):
+            # PEFT keeps the trained copy of the head in `modules_to_save`.
+            saved = getattr(module, "modules_to_save", None)
+            if saved is not None:
+                active = module.active_adapter
+                return saved[active if isinstance(active, str) else active[0]]
+            return module
+    raise UserError(
+        f"{type(model).__name__} has no score head: a reward model is a sequence-classification "
+        "checkpoint with num_labels=1 (AutoModelForSequenceClassification)"
+    )
+
+
+def model_config(model: nn.Module) -> Any:
+    """The configuration of a transformers model, inside any wrapper."""
+    while not hasattr(model, "config"):
+        model = model.module  # type: ignore[assignment]
+    return model.config
+
+
+@contextmanager
+def _head_outputs(
+    model: nn.Module, positions: Tensor | None, *, states_only: bool = False
+) -> Iterator[list[Tensor]]:
+    """Collect the head's values in fp32, at `positions` [B, P] of each row or everywhere.
+
+    The head is applied inside its own forward hook, where its weights are at hand even when a
+    wrapper shards them. Of a head that is not a plain linear layer (LoRA's, RoBERTa's, a quantised
+    one) the own output is read. Encoders hand their head one pooled state a row, or their head
+    pools.
+
+    Args:
+        states_only: collect the hidden states the head is given, [B, P, H], instead.
+    """
+    collected: list[Tensor] = []
+
+    def hook(head: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        linear = None
+        if isinstance(head, nn.Linear) and head.weight.is_floating_point():
+            linear = head
+        states = output if linear is None and not states_only else inputs[0]  # [B, T, H] or [B, H]
+        states = _select(states, positions, name=type(model).__name__)
+        with torch.autocast(device_type=states.device.type, enabled=False):
+            states = states.to(torch.promote_types(states.dtype, torch.float32))
+            if states_only:
+                collected.append(states)
+                return
+            if linear is not None:
+                bias = None if linear.bias is None else linear.bias.to(states.dtype)
+                states = F.linear(states, linear.weight.to(states.dtype), bias)
+            collected.append(states[..., 0])
+
+    handle = find_head(model).register_forward_hook(hook)
+    try:
+        yield collected
+    finally:
+        handle.remove()
+
+
+def _select(states: Tensor, positions: Tensor | None, *, name: str) -> Tensor:
+    """`states` [B, T, H] at `positions` [B, P]: [B, P, H]. A pooled state [B, H] is [B, 1, H]."""
+    if states.dim() == 2:
+        if positions is None or positions.shape[1] != 1:
+            raise UserError(
+                f"{name} pools by itself, so it has one reward a sequence and none at other "
+                "positions; use a model with a score at every token (a decoder)"
+            )
+        return states[:, None]
+    if positions is None:
+        return states
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def rewards_at(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+) -> Tensor:
+    """Rewards at given positions of each row.
+
+    Args:
+        model: a sequence-classification model with one label.
+        input_ids, attention_mask: shape [B, T].
+        positions: token indices into the row, shape [B, P]. An encoder that pools by itself (BERT)
+            has one reward a row: P must be 1, and the index says nothing.
+
+    Returns:
+        Rewards, fp32 (fp64 for an fp64 model), shape [B, P].
+
+    Raises:
+        UserError: several positions of a model that pools by itself.
+    """
+    with _head_outputs(model, positions) as collected:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return collected[0]
+
+
+def sequence_rewards(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """One reward a row, read at the last token the mask marks as real; shape [B].
+
+    The mask decides, not the token's identity: a sequence may end in pad == EOS.
+    """
+    T = input_ids.shape[1]
+    last = T - 1 - attention_mask.flip(1).argmax(dim=1)
+    return rewards_at(model, input_ids, attention_mask, last[:, None])[:, 0]
+
+
+def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The head's value at every token, shape [B, T]; what a critic is.
+
+    Raises:
+        UserError: the model pools by itself, as encoders do.
+    """
+    with _head_outputs(model, None) as collected:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return collected[0]
+
+
+# -- groups: several sequences a row ---------------------------------------------------------------
+
+SPLIT_COST = {"cpu": 3e9}
+"""What one more forward and backward pass costs on a device, in floating-point operations."""
+
+SPLIT_COST_ELSEWHERE = 1e14
+
+AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""How far hidden states of the two paths may be apart, relative to their length."""
+
+AGREEMENT_LOW_PRECISION = 0.05
+
+
+def group_rewards(model: nn.Module, rows: SharedRows, *, shared: bool, split: bool) -> Tensor:
+    """Rewards of every sequence of every row.
+
+    Args:
+        model: a sequence-classification model with one label.
+        rows: B rows of up to K sequences.
+        shared: compute common prefixes once. The model must be one that can
+            (`sharing_obstacle`); if not, every sequence is a row of its own.
+        split: rows of like length are computed together, in several passes where that saves
+            padding. Not for several processes, which must make as many passes as the others.
+
+    Returns:
+        Rewards, fp32 (fp64 for an fp64 model), [B, K]; 0 where there is no sequence.
+    """
+    parts = [list(range(len(rows.ends)))]
+    if split and len(rows.ends) > 1:
+        parameters = sum(p.numel() for p in model.parameters())
+        cost = SPLIT_COST.get(rows.input_ids.device.type, SPLIT_COST_ELSEWHERE)
+        # 6: the operations a parameter and token of a forward and backward pass.
+        parts = like_lengths(rows.lengths.tolist(), overhead=cost / (6 * parameters))
+    if len(parts) == 1:
+        return _part_rewards(model, rows, shared=shared)
+    K = rows.ends.shape[1]
+    values = torch.cat([_part_rewards(model, rows.take(part), shared=shared) for part in parts])
+    order = torch.tensor([i for part in parts for i in part], device=values.device)
+    return torch.zeros_like(values).index_copy(0, order, values).view(-1, K)
+
+
+def _part_rewards(model: nn.Module, rows: SharedRows, *, shared: bool) -> Tensor:
+    if shared:
+        return _shared_values(model, rows).masked_fill(~rows.exists, 0.0)
+    values = _plain_values(model, rows)
+    return values.new_zeros(rows.ends.shape).masked_scatter(rows.exists, values)
+
+
+def _shared_values(model: nn.Module, rows: SharedRows, *, states_only: bool = False) -> Tensor:
+    inputs = model_inputs(rows, model_config(model), dtype=_dtype(model))
+    with _head_outputs(model, rows.ends.clamp(min=0), states_only=states_only) as collected:
+        model(**inputs, use_cache=False)
+    return collected[0]
+
+
+def _plain_values(model: nn.Module, rows: SharedRows, *, states_only: bool = False) -> Tensor:
+    ids, mask = separate(rows, pad_token_id=0)  # any token pads: positions are explicit
+    last = mask.sum(1, keepdim=True) - 1
+    with _head_outputs(model, last, states_only=states_only) as collected:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return collected[0][:, 0]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+@torch.no_grad()
+def sharing_obstacle(model: nn.Module, rows: SharedRows) -> str | None:
+    """Why this model must not share prefixes; None if both paths agree on these rows.
+
+    The hidden states under the head are compared, sequence by sequence: rewards of a new head are
+    too small and too alike to tell right from wrong. Costs one forward pass of either path, in
+    evaluation mode.
+    """
+    known = obstacle(model_config(model))
+    if known is not None:
+        return known
+    was_training = model.training
+    model.eval()
+    try:
+        theirs = _plain_values(model, rows, states_only=True)
+        try:
+            ours = _shared_values(model, rows, states_only=True)[rows.exists]
+        except (
+            UserError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            IndexError,
+            AttributeError,
+        ) as error:
+            message = (str(error).splitlines() or [""])[0]
+            return f"it does not take a block mask ({type(error).__name__}: {message[:120]})"
+    finally:
+        model.train(was_training)
+    apart = float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-12)).max())
+    limit = AGREEMENT.get(_dtype(model), AGREEMENT_LOW_PRECISION)
+    if torch.is_autocast_enabled(ours.device.type):
+        limit = AGREEMENT_LOW_PRECISION
+    if apart <= limit:
+        return None
+    return f"its hidden states then differ by {apart:.1e} of their length"

@@ -1,0 +1,44 @@
+"""Preference pairs as a batch: rows with a shared prefix."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shiftrm.prefix import SharedRows, pack
+
+ROW = "row_index"
+"""The column that says which row of the data set a pair was, for messages."""
+
+
+@dataclass
+class PairCollator:
+    """`chosen_ids`, `rejected_ids` (and `margin`) of several rows as tensors.
+
+    Every tensor has a pair in each of its rows, so that batches can be cut and gathered by pair:
+    the fields of `SharedRows` (K = 2: the chosen sequence, then the rejected one), `margin` [B] and
+    the row numbers [B] if the rows have them.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        rows = pack(
+            [[example["chosen_ids"], example["rejected_ids"]] for example in examples],
+            pad_token_id=self.pad_token_id,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        batch = rows._asdict()
+        if "margin" in examples[0]:
+            batch["margin"] = torch.tensor([e["margin"] for e in examples], dtype=torch.float)
+        if ROW in examples[0]:
+            batch[ROW] = torch.tensor([e[ROW] for e in examples])
+        return batch
+
+
+def shared_rows(batch: Mapping[str, Tensor]) -> SharedRows:
+    """The rows of a collated batch."""
+    return SharedRows(*(batch[name] for name in SharedRows._fields))

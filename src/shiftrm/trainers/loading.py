@@ -1,0 +1,80 @@
+"""The model a reward trainer starts from: a trained head is kept, a new one is small and seeded."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from shiftrm.rewards import score_head
+
+__all__ = ["load_reward_model", "new_head_"]
+
+
+def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> Any:
+    """A sequence-classification model with one label, from a reward model or a policy.
+
+    Args:
+        path: checkpoint folder or hub name. If it has no score head, `new_head_` makes one.
+        seed: of a new head.
+        model_options: for `from_pretrained`; `dtype` is float32 unless given.
+
+    Raises:
+        OSError, ValueError, RuntimeError: as `from_pretrained` (nothing there, no classifier of
+            this architecture, a head with other than one label).
+    """
+    dtype = model_options.get("dtype", "float32")
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; give auto, float32, bfloat16 or float16")
+        dtype = getattr(torch, dtype)
+    options = {
+        # As TRL does: on one accelerator the model goes straight to it; several processes place it.
+        "device_map": "auto" if _one_accelerator() else None,
+        **model_options,
+        "dtype": dtype,
+        "num_labels": 1,
+    }
+    with _quiet_loading():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            str(path), output_loading_info=True, **options
+        )
+    if any("score" in key or "classifier" in key for key in info["missing_keys"]):
+        new_head_(score_head(model), seed=seed)
+    return model
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' report of the head it lacks and the language head it leaves out."""
+    noisy = logging.getLogger("transformers.modeling_utils")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
+
+
+def _one_accelerator() -> bool:
+    state = PartialState()
+    return state.num_processes == 1 and state.device.type not in ("cpu", "mps")
+
+
+@torch.no_grad()
+def new_head_(head: nn.Linear, *, seed: int) -> None:
+    """Weights from N(0, 1/H^2), H the width, in place; a bias becomes zero.
+
+    Of normalised hidden states the first rewards are then about 1/sqrt(H): every pair starts near
+    ln 2, whatever the model's own initialisation is. The draws depend on the seed alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(head.weight.shape, generator=generator) / head.in_features
+    head.weight.copy_(draws.to(head.weight.dtype))
+    if head.bias is not None:
+        head.bias.zero_()
