@@ -126,6 +126,21 @@ def test_a_loss_that_is_not_finite(shiftrm, stopping):
     assert status == 0, "training goes on from there with other settings"
 
 
+def test_a_learning_rate_that_is_far_too_high(shiftrm):
+    """The real thing: the first step makes weights whose loss is not finite."""
+    high = ["learning_rate=1e38", "optim=sgd", "max_grad_norm=0", "warmup_steps=0", "save_steps=1"]
+    status, output = shiftrm(
+        *("train", "--model", "policy", "--pairs", "pairs.jsonl", "--output", "out"),
+        *("lr_scheduler_type=constant", "max_steps=4", *high),
+    )
+    assert status == 2
+    assert "step 2: the gradient is not finite" in output.err
+    assert str(WORK / "checkpoint-1") in output.err
+    assert output.err.count("\n") == 1
+    assert (WORK / "checkpoint-1" / "model.safetensors").exists()
+    assert not Path("out").exists()
+
+
 def test_weights_alone_are_kept_but_not_continued_from(shiftrm, stopping):
     options = ["--output", "out", *SETTINGS, "save_only_model=true"]
     stopping(5, UserError("nan"))

@@ -119,7 +119,7 @@ def test_the_other_shapes_of_json(tmp_path, content):
 
 
 def test_a_json_file_of_one_chat(tmp_path):
-    row = {"prompt": CHAT, "response": "yes"}
+    row = {"prompt": CHAT, "response": "yes", "tools": [{"name": "f"}]}
     (tmp_path / "x.json").write_text(json.dumps(row))
     assert [row for _, row in iterate_rows(tmp_path / "x.json")] == [row]
 

@@ -31,10 +31,10 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-CSV_TEXT = ("prompt", "response", "chosen", "rejected")
-"""Columns whose CSV cells hold text, or chat messages as JSON."""
+TEXT_COLUMNS = ("prompt", "response", "chosen", "rejected")
+"""Columns that hold text or chat messages; in a CSV cell, messages are written as JSON."""
 
-CSV_JSON = (
+JSON_COLUMNS = (
     "responses",
     "finished",
     "chosen_finished",
@@ -129,13 +129,15 @@ def _rows_of(content: Any, path: Path) -> list[Any]:
         return content
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a list of objects, found {type(content).__name__}")
+    if any(column in content for column in (*TEXT_COLUMNS, "responses")):
+        return [content]  # a file of one row
     lists = [key for key, value in content.items() if _holds_rows(value)]
     if len(lists) > 1:
         raise UserError(
             f"{path}: holds several lists of objects ({', '.join(lists)}); write the rows as one "
             "list, or one object a line"
         )
-    return content[lists[0]] if lists else [content]  # the object of a file of one line
+    return content[lists[0]] if lists else [content]
 
 
 def _holds_rows(value: Any) -> bool:
@@ -194,7 +196,7 @@ def _check_header(header: list[str], path: Path) -> None:
 
 def _cell(column: str, text: str, where: str) -> Any:
     """The value of a cell; None where it is empty and emptiness says nothing."""
-    if column in CSV_JSON:
+    if column in JSON_COLUMNS:
         if not text.strip():
             return None
         if text.strip().lower() in ("true", "false"):  # as spreadsheets and pandas write them
@@ -208,7 +210,7 @@ def _cell(column: str, text: str, where: str) -> Any:
             ) from None
     if column == "prompt" and not text:
         return None
-    if column in CSV_TEXT and text.lstrip().startswith("["):
+    if column in TEXT_COLUMNS and text.lstrip().startswith("["):
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
