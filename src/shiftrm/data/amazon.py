@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shiftrm.data.domains import Domain, drop_leaks, hashed_uniform
+from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
-from shiftrm.files import iterate_jsonl as iterate_rows  # until data.sources has landed
 
 __all__ = [
     "POLARITY",

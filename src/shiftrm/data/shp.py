@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shiftrm.data.domains import Domain, hashed_uniform, prompt_key
+from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, require_columns
-from shiftrm.files import iterate_jsonl as iterate_rows  # until data.sources has landed
 
 __all__ = [
     "COLUMNS",

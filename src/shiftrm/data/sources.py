@@ -224,8 +224,8 @@ def _cell(column: str, text: str, where: str) -> Any:
 
 
 def _iterate_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     number = 0
     try:

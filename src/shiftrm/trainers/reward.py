@@ -88,6 +88,9 @@ class RewardTrainer(TRLRewardTrainer):
                 self._save(output_dir or self.args.output_dir, state_dict=weights)
         super().save_model(output_dir, _internal_call)
 
+    def _send_telemetry(self) -> None:
+        """TRL reports to its makers that a trainer was made; ours does not."""
+
     # -- loss --------------------------------------------------------------------------------
 
     def compute_loss(
