@@ -33,3 +33,5 @@ texts when the spread has fallen or responses repeat."""
 
 ENOUGH_LABELS = 200
 """An accuracy known to +-0.07: 1.96 * sqrt(0.25 / 200)."""
+SPREAD_FACTOR = 1.25
+"""Between two models: variance of reward differences grown by more than this counts as louder."""
