@@ -7,7 +7,7 @@ import pytest
 from shiftrm.evaluation.comparison import compare
 from shiftrm.evaluation.diagnosis import ScoredFile, diagnose
 from shiftrm.evaluation.scored import ScoredGroup, ScoredPair, ScoredResponse
-from shiftrm.evaluation.verdict import NOT_SIGHT, SMALL_MAY_BE_RIGHT, overall, verdict
+from shiftrm.evaluation.verdict import NOT_SIGHT, SMALL_MAY_BE_RIGHT, overall, verdicts
 
 PROMPTS = 300
 
@@ -41,7 +41,7 @@ def pairs(reward, *, name="labelled", model="m", n=PROMPTS, seed=0, right=lambda
 
 
 def judge(*files):
-    return [verdict(d) for d in diagnose(files)]
+    return verdicts(diagnose(files))
 
 
 def sharp(q, t, rng):
@@ -101,6 +101,24 @@ def test_a_small_scale_that_orders_well_sees():
     (found,) = judge(pairs(lambda q, t, rng: 0.001 * q))
     assert found.word == "sees"
     assert any("Differences are small: 100 %" in warning for warning in found.warnings)
+
+
+def test_what_labels_show_holds_for_the_models_other_files():
+    """Small differences are no mark of blindness in a model that sees by them."""
+
+    def small(q, t, rng):
+        return 0.001 * sharp(q, t, rng)
+
+    words = [v.word for v in judge(groups(small, name="sft"), pairs(small))]
+    assert words == ["tells apart", "sees"]
+    words = [v.word for v in judge(groups(small), pairs(sharp, model="another"))]
+    assert words == ["blind", "sees"]
+    _, policy, _ = judge(
+        groups(small, name="sft"),
+        groups(lambda q, t, rng: 0.1 * small(q, t, rng), seed=1),
+        pairs(small),
+    )
+    assert policy.word == "blind", "by its variance against the reference"
 
 
 def test_better_than_a_coin_is_dim():
@@ -191,7 +209,7 @@ def test_over_sure_models_are_told():
 def test_the_worst_file_decides():
     files = [pairs(sharp, name="held out"), groups(sharp, name="sft"), groups(tiny, name="policy")]
     diagnoses = diagnose(files)
-    (whole,) = overall([(d, verdict(d)) for d in diagnoses])
+    (whole,) = overall(list(zip(diagnoses, verdicts(diagnoses), strict=True)))
     assert whole.word == "blind"
     assert whole.sentence == (
         "The reward model is blind on policy; it tells responses apart on sft; it sees on held out."

@@ -38,7 +38,7 @@ class Shift:
     """A file against the reference file, under the same reward model.
 
     Attributes:
-        reference: the reference file's name.
+        reference, reference_kind: the reference file's name, and whether it holds groups or pairs.
         variance_ratio: variance of reward differences over the reference's; None if that is 0.
         reward_shift: mean reward minus the reference's, in standard deviations of the latter.
         length_ratio: mean length over the reference's.
@@ -46,6 +46,7 @@ class Shift:
     """
 
     reference: str
+    reference_kind: str
     variance_ratio: Measured | None
     reward_shift: float | None
     length_ratio: float | None
@@ -107,6 +108,7 @@ def _diagnose(
         before, length = numbers.spread, numbers.lengths.length_mean
         shift = Shift(
             reference=other.name,
+            reference_kind=other.kind,
             variance_ratio=variance_ratio(groups, other.unlabelled, seed=seed, resamples=resamples),
             reward_shift=_over(spread_.reward_mean - before.reward_mean, before.reward_std),
             length_ratio=_over(lengths_.length_mean, length),

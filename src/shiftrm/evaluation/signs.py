@@ -117,21 +117,18 @@ def _shift_signs(diagnosis: Diagnosis) -> Signs:
         return []
     found: Signs = []
     ratio = shift.variance_ratio
-    if diagnosis.labels is not None and ratio is not None and ratio.value <= RATIO_DIM:
-        found.append(
-            (
-                f"The variance of reward differences is {ratio} of that on {shift.reference}.",
-                "",
-            )
-        )
-    risen = shift.reward_shift is not None and shift.reward_shift >= REWARD_UP
     fallen = ratio is not None and ratio.value <= RATIO_DIM
-    if risen and (fallen or shift.duplicates_change >= DUPLICATES):
+    if fallen and diagnosis.labels is not None and shift.reference_kind == "pairs":
+        found.append(
+            (f"The variance of reward differences is {ratio} of that on {shift.reference}.", "")
+        )
+    repeats = shift.duplicates_change >= DUPLICATES
+    if (shift.reward_shift or 0.0) >= REWARD_UP and (fallen or repeats):
+        what = "its responses came to repeat each other" if repeats else "its rewards drew together"
         found.append(
             (
                 f"The mean reward is {shift.reward_shift:.1f} standard deviations above "
-                f"{shift.reference} while responses became harder to tell apart: a sign that the "
-                "policy exploits the model.",
+                f"{shift.reference} while {what}: a sign that the policy exploits the model.",
                 "Read the responses with the highest rewards before training the policy on.",
             )
         )

@@ -33,6 +33,7 @@ NOT_SIGHT = (
     "Spread is not sight: there are no labels here, so nothing says that the higher reward goes to "
     f"the better response. Labels for about {ENOUGH_LABELS} pairs would tell."
 )
+_OTHER_KIND = ", whose labelled pairs may lie further apart than samples do"
 SMALL_MAY_BE_RIGHT = "The order of small differences may still be right; only labels would tell."
 _ADAPT = (
     "Adapt the model to these responses (shiftrm adapt --model DIR --pairs PAIRS --groups FILE "
@@ -65,9 +66,26 @@ class Overall:
     sentence: str
 
 
-def verdict(diagnosis: Diagnosis) -> Verdict:
-    """The verdict on one file."""
-    word, sentence, advice = _decide(diagnosis)
+def verdicts(diagnoses: Sequence[Diagnosis]) -> list[Verdict]:
+    """One verdict a file, in the same order.
+
+    Files with labels come first: where they show that a model sees although its differences are
+    small, small differences are no mark of blindness on its other files.
+    """
+    found = {i: _verdict(d) for i, d in enumerate(diagnoses) if d.labels is not None}
+    small = {
+        diagnoses[i].model
+        for i, v in found.items()
+        if v.word == SEES and (diagnoses[i].spread.coin_share or 0.0) >= COIN_DIM
+    }
+    return [
+        found[i] if i in found else _verdict(d, small_but_sees=d.model in small)
+        for i, d in enumerate(diagnoses)
+    ]
+
+
+def _verdict(diagnosis: Diagnosis, *, small_but_sees: bool = False) -> Verdict:
+    word, sentence, advice = _decide(diagnosis, small_but_sees=small_but_sees)
     signs = warning_signs(diagnosis, follows_length=word == FOLLOWS_LENGTH, blind=word == BLIND)
     warnings = tuple(text for text, _ in signs)
     more = tuple(advice_ for _, advice_ in signs if advice_)
@@ -124,7 +142,7 @@ def _listing(names: Sequence[str]) -> str:
 _Decision = tuple[str, str, tuple[str, ...]]
 
 
-def _decide(diagnosis: Diagnosis) -> _Decision:
+def _decide(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
     s = diagnosis.spread
     if not s.comparisons:
         return (
@@ -143,7 +161,7 @@ def _decide(diagnosis: Diagnosis) -> _Decision:
         )
     if diagnosis.labels is not None:
         return _by_labels(diagnosis.labels)
-    return _by_spread(diagnosis)
+    return _by_spread(diagnosis, small_but_sees=small_but_sees)
 
 
 def _by_labels(found: Labels) -> _Decision:
@@ -197,7 +215,7 @@ def _wrong_when_shorter(found: Labels) -> bool:
     )
 
 
-def _by_spread(diagnosis: Diagnosis) -> _Decision:
+def _by_spread(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
     s, shift = diagnosis.spread, diagnosis.shift
     if s.prompts < FEW_PROMPTS:
         return (
@@ -205,7 +223,7 @@ def _by_spread(diagnosis: Diagnosis) -> _Decision:
             (f"There are {s.prompts} prompt(s); fewer than {FEW_PROMPTS} show nothing."),
             (f"Sample responses to more prompts: {ENOUGH_LABELS} or so.",),
         )
-    coin = s.coin_share or 0.0
+    coin = 0.0 if small_but_sees else s.coin_share or 0.0
     if coin >= COIN_BLIND:
         return BLIND, _coin_text(s, coin), (_ADAPT,)
     ratio = shift.variance_ratio if shift is not None else None
@@ -213,7 +231,10 @@ def _by_spread(diagnosis: Diagnosis) -> _Decision:
         word = BLIND if ratio.value <= RATIO_BLIND else DIM
         return (
             word,
-            (f"The variance of its reward differences is {ratio} of that on {shift.reference}."),
+            (
+                f"The variance of its reward differences is {ratio} of that on {shift.reference}"
+                f"{_OTHER_KIND if shift.reference_kind != diagnosis.kind else ''}."
+            ),
             (_ADAPT,),
         )
     within = diagnosis.lengths.correlation_within
