@@ -59,10 +59,12 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one
     from shiftrm.cli.progress import only_on_terminals
+    from shiftrm.errors import UserError
     from shiftrm.evaluation.scored_files import read_data
 
     at_least_one(args.batch_size, "--batch-size")
-    at_least_one(args.seed + 1, "--seed")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; it must be at least 0")
     page, json_files = _outputs(args.output, args.json)
     models = _named(args.model, "--model")
     data = [read_data(source, name) for name, source in _named(args.data, "--data").items()]
