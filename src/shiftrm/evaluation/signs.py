@@ -124,7 +124,7 @@ def _shift_signs(diagnosis: Diagnosis) -> Signs:
         )
     repeats = shift.duplicates_change >= DUPLICATES
     if (shift.reward_shift or 0.0) >= REWARD_UP and (fallen or repeats):
-        what = "its responses came to repeat each other" if repeats else "its rewards drew together"
+        what = "responses came to repeat" if repeats else "rewards drew together"
         found.append(
             (
                 f"The mean reward is {shift.reward_shift:.1f} standard deviations above "
