@@ -60,6 +60,10 @@ def length_loving(q, t, rng):
     return float(t)
 
 
+def brevity_loving(q, t, rng):
+    return -float(t)
+
+
 def dice(q, t, rng):
     return rng.gauss(0, 2)
 
@@ -76,6 +80,7 @@ def upside_down(q, t, rng):
         (tiny, ("blind", "blind"), "no better than a coin"),
         (dice, ("blind", "tells apart"), "no better than a coin"),
         (upside_down, ("blind", "tells apart"), "it prefers the worse response"),
+        (brevity_loving, ("follows length",) * 2, "1.00 [1.00, 1.00] where the chosen response is"),
         (length_loving, ("follows length",) * 2, "0.00 [0.00, 0.00] where the chosen response is"),
     ],
 )

@@ -14,8 +14,9 @@ from shiftrm.evaluation.thresholds import (
 )
 
 LENGTH_ADVICE = (
-    "Add pairs whose chosen response is the shorter one, or subtract a length penalty in the "
-    "policy's training; then look at the accuracy where the chosen response is shorter."
+    "Add pairs in which the better response has the length the model dislikes, or take length out "
+    "of the reward in the policy's training; then look at the accuracy where the chosen response "
+    "is shorter and where it is longer."
 )
 
 Signs = list[tuple[str, str]]

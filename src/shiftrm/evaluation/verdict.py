@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shiftrm.evaluation.diagnosis import Diagnosis
+from shiftrm.evaluation.intervals import Measured
 from shiftrm.evaluation.labels import Labels
 from shiftrm.evaluation.signs import LENGTH_ADVICE, percent, warning_signs
 from shiftrm.evaluation.spread import Spread
@@ -176,9 +177,7 @@ def _by_labels(found: Labels) -> _Decision:
             ),
             (f"Label more pairs: about {ENOUGH_LABELS}.",),
         )
-    if _wrong_when_shorter(found):
-        assert found.accuracy_shorter is not None
-        assert found.accuracy_longer is not None
+    if _right_by_length_alone(found):
         return (
             FOLLOWS_LENGTH,
             (
@@ -202,17 +201,17 @@ def _by_labels(found: Labels) -> _Decision:
     )
 
 
-def _wrong_when_shorter(found: Labels) -> bool:
-    """Below one half where the chosen response is shorter, above where it is longer."""
-    shorter, longer = found.accuracy_shorter, found.accuracy_longer
-    return (
-        min(found.pairs_shorter, found.pairs_longer) >= FEW_PROMPTS
-        and shorter is not None
-        and longer is not None
-        and shorter.high is not None
-        and longer.low is not None
-        and shorter.high < 0.5 < longer.low
-    )
+def _right_by_length_alone(found: Labels) -> bool:
+    """Below one half where the better response is the shorter one and above where it is the longer
+    one, or the other way round."""
+    one, other = found.accuracy_shorter, found.accuracy_longer
+    if min(found.pairs_shorter, found.pairs_longer) < FEW_PROMPTS or one is None or other is None:
+        return False
+    return _below_and_above(one, other) or _below_and_above(other, one)
+
+
+def _below_and_above(one: Measured, other: Measured) -> bool:
+    return one.high is not None and other.low is not None and one.high < 0.5 < other.low
 
 
 def _by_spread(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
