@@ -292,6 +292,13 @@ def test_models_of_the_wrong_kind(here, capsys, tmp_path, policy, tokenizer):
         assert (output.err.count("\n"), output.out) == (1, "")
 
 
+def test_names_are_shown_as_they_are(here, capsys, monkeypatch):
+    """Square brackets are markup to rich."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    status, output = run(capsys, "--model", "[/b]=zero", "--data", "[red]=groups.jsonl")
+    assert (status, "[red]: blind" in output.out) == (0, True)
+
+
 def test_help_has_examples_and_is_light(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["diagnose", "--help"])

@@ -114,6 +114,8 @@ def _named(options: list[str], flag: str) -> dict[str, str]:
 
 
 def _diagnose(models: dict[str, str], data: list[Any], *, batch_size: int, seed: int) -> Any:
+    from rich.markup import escape
+
     from shiftrm.cli.checks import to_accelerator
     from shiftrm.cli.progress import bar
     from shiftrm.evaluation.comparison import compare
@@ -128,7 +130,7 @@ def _diagnose(models: dict[str, str], data: list[Any], *, batch_size: int, seed:
         scorer = Scorer.from_pretrained(path)
         to_accelerator(scorer.model)
         for file in data:
-            with bar(f"{model}: {file.name}", total=100) as update:
+            with bar(escape(f"{model}: {file.name}"), total=100) as update:
                 scored, behind = score_data(
                     scorer,
                     file,
