@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from shiftrm import __version__
-from shiftrm.cli import demo, report, sample, score, train
+from shiftrm.cli import demo, diagnose, report, sample, score, train
 from shiftrm.errors import UserError
 
-COMMANDS = (demo, report, sample, train, score)
+COMMANDS = (demo, report, sample, train, score, diagnose)
 
 EPILOG = """examples:
   shiftrm demo                       the whole loop on the embedded gold world, in minutes
