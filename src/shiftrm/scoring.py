@@ -73,7 +73,8 @@ class Scorer:
         find_head(model)
         labels = getattr(getattr(model, "config", None), "num_labels", 1)
         if labels != 1:
-            raise UserError(f"the model has num_labels={labels}; a reward model has num_labels=1")
+            name = getattr(getattr(model, "config", None), "name_or_path", "") or "the model"
+            raise UserError(f"{name} has num_labels={labels}; a reward model has num_labels=1")
         # Positions are explicit and the mask hides padding, so any token may pad.
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         self._pad_token_id: int = eos if pad is None else pad

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shiftrm.data.sources import SOURCE_HELP
+
 EPILOG = """examples:
   shiftrm diagnose --model models/reward --data sft.jsonl policy.jsonl
   shiftrm diagnose --model models/reward --data sft=sft.jsonl round3=policy.jsonl \\
@@ -25,7 +27,7 @@ def register(subparsers: Any) -> None:
         help="does a reward model still tell responses apart?",
         description="Scores files of groups or labelled pairs, prints the numbers side by side "
         "with a verdict in words, and writes them as a page and as JSON.",
-        epilog=EPILOG,
+        epilog=EPILOG + SOURCE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -8,11 +8,11 @@ from typing import Any
 
 from shiftrm.data.groups import check_group
 from shiftrm.data.pairs import check_pair
+from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.evaluation.diagnosis import ScoredFile
 from shiftrm.evaluation.scored import ScoredGroup, ScoredPair, ScoredResponse
 from shiftrm.files import Row
-from shiftrm.files import iterate_jsonl as iterate_rows
 from shiftrm.rendering import Text, encode, encode_prompt, is_conversational
 from shiftrm.scoring import Scorable, Scorer, scorable_texts
 
