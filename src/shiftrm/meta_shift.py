@@ -60,7 +60,7 @@ def ascend_(
     their resolution still moves them by the right amount on average. Use it to deploy theta'.
     """
     if seed is not None:
-        add_unbiased_(parameters, [meta_learning_rate * d.float() for d in directions], seed=seed)
+        add_unbiased_(parameters, [meta_learning_rate * _wide(d) for d in directions], seed=seed)
         return
     for p, direction in zip(parameters, directions, strict=True):
         p.add_(direction, alpha=meta_learning_rate)  # Eq. 3
@@ -97,6 +97,11 @@ def add_unbiased_(tensors: Sequence[Tensor], changes: Sequence[Tensor], *, seed:
         )
         rounded = (total.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
         tensor.copy_(torch.where(total.isfinite(), rounded, total))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 # -- theta' where numbers are rounded coarsely -----------------------------------------------

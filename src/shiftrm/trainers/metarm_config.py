@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from shiftrm.curvature import Curvature
 from shiftrm.errors import UserError, suggest
-from shiftrm.meta import MetaStep
+from shiftrm.meta import MetaOrder, MetaShift, MetaStep
 from shiftrm.trainers.reward_config import RewardConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -47,6 +48,29 @@ class MetaRMConfig(RewardConfig):
         },
     )
 
+    meta_order: str = field(
+        default="first",
+        metadata={
+            "help": "first: grad L at theta' (Eq. 4, the paper's). exact: the gradient through the "
+            "step, for one Hessian-vector product of J more."
+        },
+    )
+    meta_shift: str = field(
+        default="auto",
+        metadata={
+            "help": "in_place: the parameters move to theta'. midpoint: grad L(theta') - grad "
+            "L(theta) is computed itself, where theta' would round away. auto: in_place if all is "
+            "computed in fp32, else midpoint."
+        },
+    )
+    meta_curvature: str = field(
+        default="exact",
+        metadata={
+            "help": "How Hessian-vector products are made: exact (differentiates twice, plain "
+            "attention) or finite_difference (any attention, checkpointing, FSDP2)."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_choice("preset", self.preset, list(PRESETS))
@@ -56,6 +80,9 @@ class MetaRMConfig(RewardConfig):
         if self.meta_learning_rate is None:
             self.meta_learning_rate = self.learning_rate  # the paper: eta = alpha
         _require_choice("meta_step", self.meta_step, list(get_args(MetaStep)))
+        _require_choice("meta_order", self.meta_order, list(get_args(MetaOrder)))
+        _require_choice("meta_shift", self.meta_shift, ["auto", *get_args(MetaShift)])
+        _require_choice("meta_curvature", self.meta_curvature, list(get_args(Curvature)))
         _require_choice("deploy", self.deploy, ["base", "adapted"])
         if self.meta_learning_rate < 0:
             raise UserError(f"meta_learning_rate is {self.meta_learning_rate}; it must be >= 0")
