@@ -3,7 +3,7 @@
 import pytest
 
 from shiftrm.errors import UserError
-from shiftrm.rendering import decode_response, encode, encode_prompt
+from shiftrm.rendering import decode_response, encode, encode_prompt, pin_template
 
 
 def tokens(tokenizer, ids):
@@ -73,3 +73,31 @@ def test_messages_need_role_and_content(tokenizer):
         encode(tokenizer, None, [{"role": "assistant"}])
     with pytest.raises(UserError, match="prompt, message 2 has no 'role'"):
         encode(tokenizer, [{"role": "user", "content": "the"}, {"content": "a"}], "cat")
+
+
+def test_a_template_with_todays_date_is_pinned(tokenizer, tmp_path):
+    import copy
+
+    from transformers import AutoTokenizer
+
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = (
+        "{% if strftime_now is defined %}{% set day = strftime_now('%d') %}{% endif %}"
+        '{{ day + " " + strftime_now( "%Y" ) + " " }}' + tokenizer.chat_template
+    )
+    dated.add_tokens(["26", "2024"])
+    before = encode(dated, [{"role": "user", "content": "the"}], "cat")
+    pin_template(dated)
+    after = encode(dated, [{"role": "user", "content": "the"}], "cat")
+    assert tokens(dated, after)[:2] == ["26", "2024"]
+    assert before[-len(after) + 2 :] == after[2:]
+    assert before != after, "today is another day"
+    dated.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert encode(again, [{"role": "user", "content": "the"}], "cat") == after
+    pinned = dated.chat_template
+    pin_template(dated)
+    assert dated.chat_template == pinned
+    plain = tokenizer.chat_template
+    pin_template(tokenizer)
+    assert tokenizer.chat_template == plain

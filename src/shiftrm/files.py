@@ -1,5 +1,6 @@
 """Reading and writing files so that nothing is ever half-written, and errors name the line."""
 
+import codecs
 import json
 import os
 import shutil
@@ -64,6 +65,8 @@ def iterate_jsonl(path: str | Path, *, required: tuple[str, ...] = ()) -> Iterat
         raise UserError(f"{path}: no such file; check the path")
     with open(path, "rb") as handle:
         for number, raw in enumerate(handle, start=1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
             if not raw.strip():
                 continue
             where = f"{path}:{number}"

@@ -7,6 +7,8 @@ a response that was cut off by a length limit can be rendered as what it is: lef
 EOS and without the template's end of turn.
 """
 
+import datetime
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,9 @@ from shiftrm.errors import UserError
 
 Messages = list[dict[str, str]]
 Text = str | Messages
+
+PINNED_DAY = datetime.datetime(2024, 7, 26)
+"""The day that templates which ask for today's date are given: Llama 3's own fallback."""
 
 
 def is_conversational(text: Text | None) -> bool:
@@ -118,6 +123,28 @@ def decode_response(tokenizer: Any, prompt_ids: Sequence[int], response_ids: Seq
     if whole.startswith(opening):
         return str(whole[len(opening) :])
     return str(tokenizer.decode(list(response_ids), skip_special_tokens=True))
+
+
+def pin_template(tokenizer: Any) -> None:
+    """Make the chat template say the same on every day, in place.
+
+    Some templates write today's date into the text (`strftime_now`), so that a response would have
+    another reward tomorrow. Each such call becomes the text it gives on `PINNED_DAY`. Saved with
+    the model, the template then renders the same for whoever loads it.
+    """
+
+    def pinned(template: str) -> str:
+        return re.sub(
+            r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""",
+            lambda call: f'"{PINNED_DAY.strftime(call[2])}"',
+            template,
+        )
+
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        tokenizer.chat_template = pinned(template)
+    elif isinstance(template, dict):
+        tokenizer.chat_template = {name: pinned(text) for name, text in template.items()}
 
 
 def _encode_chat(

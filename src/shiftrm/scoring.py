@@ -73,7 +73,8 @@ class Scorer:
         find_head(model)
         labels = getattr(getattr(model, "config", None), "num_labels", 1)
         if labels != 1:
-            raise UserError(f"the model has num_labels={labels}; a reward model has num_labels=1")
+            name = getattr(getattr(model, "config", None), "name_or_path", "") or "the model"
+            raise UserError(f"{name} has num_labels={labels}; a reward model has num_labels=1")
         # Positions are explicit and the mask hides padding, so any token may pad.
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         self._pad_token_id: int = eos if pad is None else pad
@@ -96,18 +97,24 @@ class Scorer:
             UserError: the checkpoint has no trained score head (a causal language model, say).
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import find_adapter_config_file
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
+            adapter = find_adapter_config_file(str(path)) is not None
+            if adapter:  # its base may be a policy, whose head would else have two labels
+                model_options = {"num_labels": 1, **model_options}
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(path), output_loading_info=True, **model_options
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{path}: cannot be loaded as a reward model with its tokenizer "
                 f"({str(error).splitlines()[0]})"
             ) from None
         missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
+        if adapter and any("modules_to_save" in name for name, _ in model.named_parameters()):
+            missing = []  # the adapter brings the head that its base lacks
         if missing:
             raise UserError(
                 f"{path}: the checkpoint has no score head ({missing[0]} is missing), so it is not "

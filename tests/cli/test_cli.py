@@ -148,8 +148,12 @@ def test_other_missing_files_are_our_mistake(monkeypatch):
     [
         ("demo", "to continue"),
         ("report x", "to start anew; nothing was written"),
+        ("diagnose --model m --data f", "to start anew; nothing was written"),
         ("sample --policy p --prompts f --output o", "to continue"),
-        ("train --model m --pairs f --output o", "to start anew; nothing was written"),
+        (
+            "train --model m --pairs f --output o",
+            "to continue from the last checkpoint, if there is one",
+        ),
         ("score --model m --data f --output o", "to start anew; nothing was written"),
     ],
 )

@@ -19,17 +19,6 @@ from tests.conftest import llama_config
 QUICK = ["max_steps=2", "logging_steps=1", "disable_tqdm=true"]
 
 
-@pytest.fixture
-def files(tmp_path, policy, tokenizer, pairs, groups):
-    """A policy checkpoint and data files, as a user would have them."""
-    policy.save_pretrained(tmp_path / "policy")
-    tokenizer.save_pretrained(tmp_path / "policy")
-    write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    write_jsonl(tmp_path / "groups.jsonl", groups)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "the red"}, {"prompt": "a dog"}])
-    return tmp_path
-
-
 def run(capsys, *arguments):
     status = main([str(a) for a in arguments])
     return status, capsys.readouterr()
@@ -388,6 +377,7 @@ SAMPLE = ["sample", "--policy", "policy", "--prompts", "prompts.jsonl", "--outpu
         (["--output", "."], ".: is a folder; give the name of a file"),
         (["--output", ""], ".: is a folder; give the name of a file"),
         (["--output", "pairs.jsonl/o"], "pairs.jsonl is not a folder; choose another --output"),
+        (["--output", "o.csv"], "o.csv: the output is JSON lines; call it o.jsonl"),
         (["--output", "pairs.jsonl/o/p"], "pairs.jsonl is not a folder; choose another --output"),
     ],
 )

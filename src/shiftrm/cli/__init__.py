@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from shiftrm import __version__
-from shiftrm.cli import demo, report, sample, score, train
+from shiftrm.cli import demo, diagnose, report, sample, score, train
 from shiftrm.errors import UserError
 
-COMMANDS = (demo, report, sample, train, score)
+COMMANDS = (demo, report, sample, train, score, diagnose)
 
 EPILOG = """examples:
   shiftrm demo                       the whole loop on the embedded gold world, in minutes
@@ -27,11 +27,15 @@ EPILOG = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     parser = build_parser()
-    args = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["train"]:
+        words = ["train", *train.fold_flags(words[1:])]
+    args = parser.parse_args(words)
     try:
         args.run(args)
     except UserError as error:
-        print(f"shiftrm: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under accelerate, one process speaks for all
+            print(f"shiftrm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"shiftrm: interrupted; give the same command again {args.again}", file=sys.stderr)

@@ -20,6 +20,18 @@ def output_file(option: str) -> Path:
     return Path(option)
 
 
+def output_rows(option: str) -> Path:
+    """Where rows are to be written, as JSON lines.
+
+    Raises:
+        UserError: as `output_file`, or the name says another format.
+    """
+    path = output_file(option)
+    if path.suffix.lower() not in ("", ".jsonl", ".json"):
+        raise UserError(f"{option}: the output is JSON lines; call it {path.stem}.jsonl")
+    return path
+
+
 def output_folder(option: str) -> Path:
     """Where a folder is to be written.
 

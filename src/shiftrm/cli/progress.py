@@ -17,11 +17,12 @@ def bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
 
 
 def only_on_terminals() -> None:
-    """Switch off the libraries' own bars where nobody watches, so that an error is one line."""
+    """Switch off the libraries' own bars and notes where nobody watches: an error is one line."""
     if sys.stderr.isatty():
         return
     import datasets
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report on loaded weights, above all
     datasets.disable_progress_bars()

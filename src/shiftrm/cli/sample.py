@@ -3,12 +3,14 @@
 import argparse
 from typing import Any
 
+from shiftrm.data.sources import SOURCE_HELP
+
 EPILOG = """examples:
   shiftrm sample --policy models/ppo-round-1 --prompts prompts.jsonl --output groups.jsonl
   shiftrm sample --policy models/ppo-round-1 --prompts prompts.jsonl --output groups.jsonl \\
       --responses 5 --temperature 0.8 --top-p 0.9 --repetition-penalty 1.1
 
-Each line of prompts.jsonl holds {"prompt": "text"} or {"prompt": [chat messages]}. Each line of the
+Each row of the prompts holds {"prompt": "text"} or {"prompt": [chat messages]}. Each line of the
 output holds {"prompt", "responses", "finished"}. An interrupted call continues when repeated.
 """
 
@@ -19,11 +21,11 @@ def register(subparsers: Any) -> None:
         help="sample K responses per prompt from a policy",
         description="Samples several responses to each prompt from a causal language model and "
         "writes them as groups, which `shiftrm train --groups` adapts a reward model to.",
-        epilog=EPILOG,
+        epilog=EPILOG + SOURCE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--policy", required=True, metavar="DIR", help="checkpoint or hub name")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSONL with `prompt`")
+    parser.add_argument("--prompts", required=True, metavar="DATA", help="rows with `prompt`")
     parser.add_argument("--output", required=True, metavar="FILE", help="group file to write")
     parser.add_argument("--responses", type=int, default=5, metavar="K", help="default: 5")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
@@ -38,11 +40,11 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_file, to_accelerator
+    from shiftrm.cli.checks import at_least_one, output_rows, to_accelerator
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.group_files import holds_groups
+    from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
-    from shiftrm.files import iterate_jsonl
     from shiftrm.rendering import check_text
     from shiftrm.sampling import SamplingConfig, encode_prompts, load_policy, sample_groups
 
@@ -55,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
     )
-    output = output_file(args.output)
+    output = output_rows(args.output)
     names, prompts = [], []
-    for where, row in iterate_jsonl(args.prompts, required=("prompt",)):
+    for where, row in iterate_rows(args.prompts, required=("prompt",)):
         check_text(row["prompt"], f"{where}: column 'prompt'")
         names.append(f"{where}: the prompt")
         prompts.append(row["prompt"])

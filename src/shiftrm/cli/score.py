@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from shiftrm.data.sources import SOURCE_HELP
+
 EPILOG = """examples:
   shiftrm score --model models/reward --data responses.jsonl --output scored.jsonl
   shiftrm score --model models/reward --data groups.jsonl --output scored.jsonl
@@ -16,29 +18,37 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "score",
         help="score responses with a reward model",
-        description="Adds the rewards of a reward model to every row of a JSONL file.",
-        epilog=EPILOG,
+        description="Adds the rewards of a reward model to every row of some data, as JSONL.",
+        epilog=EPILOG + SOURCE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint or hub name")
-    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL to score")
+    parser.add_argument("--data", required=True, metavar="DATA", help="rows to score, see below")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL with rewards added")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
     parser.set_defaults(run=run, again="to start anew; nothing was written")
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_file, to_accelerator
+    from shiftrm.cli.checks import at_least_one, output_rows, to_accelerator
     from shiftrm.cli.progress import only_on_terminals
+    from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
-    from shiftrm.files import iterate_jsonl, write_jsonl
+    from shiftrm.files import json_line, write_jsonl
     from shiftrm.scoring import Scorer, scorable_texts
 
     at_least_one(args.batch_size, "--batch-size")
-    output = output_file(args.output)
-    rows = [(row, where, scorable_texts(row, where)) for where, row in iterate_jsonl(args.data)]
+    output = output_rows(args.output)
+    rows = [(row, where, scorable_texts(row, where)) for where, row in iterate_rows(args.data)]
     if not rows:
-        raise UserError(f"{args.data}: the file has no rows; expected one JSON object a line")
+        raise UserError(f"{args.data}: the file has no rows")
+    for row, where, _ in rows:
+        try:
+            json_line(row)
+        except ValueError:  # before the minutes of scoring
+            raise UserError(
+                f"{where}: holds NaN or an infinity, which JSON cannot; write null instead"
+            ) from None
     only_on_terminals()
     scorer = Scorer.from_pretrained(args.model)
     to_accelerator(scorer.model)

@@ -2,21 +2,25 @@
 
 from pathlib import Path
 
+from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
-from shiftrm.files import Row, iterate_jsonl, require_columns
+from shiftrm.files import Row, require_columns
 from shiftrm.rendering import Text, check_text
 
 __all__ = ["check_group", "check_prompt", "check_responses", "read_groups"]
 
 
 def read_groups(path: str | Path) -> list[Row]:
-    """Read groups `{"prompt", "responses": [...], "finished"?: [...]}` from a JSONL file.
+    """Read groups `{"prompt", "responses": [...], "finished"?: [...]}` from a file or hub name.
+
+    Args:
+        path: what `sources.iterate_rows` reads.
 
     Raises:
         UserError: missing or malformed file, a missing column, or a group with fewer than two
-            responses or one that is no text; the message names file and line.
+            responses or one that is no text; the message names file and line or row.
     """
-    rows = [check_group(row, where) for where, row in iterate_jsonl(path)]
+    rows = [check_group(row, where) for where, row in iterate_rows(path)]
     if not rows:
         raise UserError(f"{path}: the file has no groups")
     return rows

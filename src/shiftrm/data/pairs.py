@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.data.groups import check_prompt
+from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
-from shiftrm.files import Row, iterate_jsonl, require_columns
+from shiftrm.files import Row, require_columns
 from shiftrm.rendering import check_text, is_conversational
 
 __all__ = ["COLUMNS", "check_pair", "read_pairs"]
@@ -19,18 +20,21 @@ COLUMNS = ("prompt", "chosen", "rejected", "margin", *FINISHED, "tools", "chat_t
 
 
 def read_pairs(path: str | Path) -> list[Row]:
-    """Read preference pairs `{"prompt"?, "chosen", "rejected", "margin"?}` from a JSONL file.
+    """Read preference pairs `{"prompt"?, "chosen", "rejected", "margin"?}`, a file or hub name.
 
     A row may also hold `chosen_finished` and `rejected_finished`, and any columns of its own.
+
+    Args:
+        path: what `sources.iterate_rows` reads.
 
     Raises:
         UserError: missing or malformed file, a missing column, a pair whose sides are equal or
             empty, or a row of another kind than the first one (text and chats mixed, a margin or
-            `chosen_finished` on some rows only); the message names file and line.
+            `chosen_finished` on some rows only); the message names file and line or row.
     """
     rows: list[Row] = []
     kinds: dict[str, tuple[str, str]] = {}
-    for where, row in iterate_jsonl(path):
+    for where, row in iterate_rows(path):
         check_pair(row, where)
         _check_kinds(row, kinds, where)
         rows.append(row)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from shiftrm.evaluation.thresholds import SPREAD_FACTOR
 from shiftrm.report.arms import FIXED, SFT
 from shiftrm.report.measurements import Estimate, Measurements, estimate
 
 KL_TOLERANCE = 0.25  # arms further apart than this are not "at matched KL"
 INFLUENCE_FLOOR = 1e-3  # a meta step that changes the gradient by less is too small to matter
-SPREAD_FACTOR = 1.25  # variance grown by more than this counts as "spread up"
 MINIMUM_ACCURACY_CHANGE = 0.02  # below this a change in accuracy is never called one
 
 

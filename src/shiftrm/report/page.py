@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from shiftrm.files import atomic_write_text
@@ -102,15 +102,7 @@ def render_page(
 ) -> str:
     """The page as text; same records, same text."""
     m = Measurements(records)
-    environment = Environment(
-        loader=PackageLoader("shiftrm.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("template.html.j2")
-    return template.render(
+    return page_template("template.html.j2").render(
         head=narrative.headline(m),
         compared=captions.arms_compared(m),
         same_coefficient=(config or {}).get("matched_kl") is False,
@@ -133,6 +125,18 @@ def render_page(
     )
 
 
+def page_template(name: str) -> Template:
+    """A template of this package. Every value is escaped; a missing one is an error."""
+    environment = Environment(
+        loader=PackageLoader("shiftrm.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
 def pictures(m: Measurements) -> list[Picture]:
     """The five pictures of the page."""
     variance = captions.variance_caption(m)
@@ -145,44 +149,46 @@ def pictures(m: Measurements) -> list[Picture]:
         Picture(
             "Reward differences while the policy moves (the paper's Figure 1)",
             (
-                _image(plots.variance_figure(m), "Variance of reward differences", variance),
-                _image(plots.distribution_figure(m), "Distribution of |r_i - r_j|", variance),
+                image_of(plots.variance_figure(m), "Variance of reward differences", variance),
+                image_of(plots.distribution_figure(m), "Distribution of |r_i - r_j|", variance),
             ),
             variance,
         ),
         Picture(
             "Held-out accuracy while the reward model trains (Figure 4)",
             tuple(
-                _image(plots.accuracy_curve_figure(m, arm), arm_name(arm), curves) for arm in metarm
+                image_of(plots.accuracy_curve_figure(m, arm), arm_name(arm), curves)
+                for arm in metarm
             )
             or (Image("MetaRM", None, ""),),
             curves,
         ),
         Picture(
             "Normalised reward differences, vanilla against MetaRM (Figure 5)",
-            (_image(plots.normalised_figure(m), "Normalised reward differences", normalised),),
+            (image_of(plots.normalised_figure(m), "Normalised reward differences", normalised),),
             normalised,
         ),
         Picture(
             "Gold and proxy against KL",
             (
-                _image(plots.kl_figure(m, "gold"), "Gold against KL", kl),
-                _image(plots.kl_figure(m, "proxy"), "Proxy against KL", kl),
+                image_of(plots.kl_figure(m, "gold"), "Gold against KL", kl),
+                image_of(plots.kl_figure(m, "proxy"), "Proxy against KL", kl),
             ),
             kl,
         ),
         Picture(
             "Accuracy on the policy's own pairs, by round",
             (
-                _image(plots.policy_accuracy_figure(m, "before"), "Before PPO", accuracy),
-                _image(plots.policy_accuracy_figure(m, "after"), "After PPO", accuracy),
+                image_of(plots.policy_accuracy_figure(m, "before"), "Before PPO", accuracy),
+                image_of(plots.policy_accuracy_figure(m, "after"), "After PPO", accuracy),
             ),
             accuracy,
         ),
     ]
 
 
-def _image(figure: Figure | None, title: str, caption: str) -> Image:
+def image_of(figure: Figure | None, title: str, caption: str) -> Image:
+    """A figure as a data URI, with its caption as the text for those who cannot see it."""
     if figure is None:
         return Image(title, None, "")
     data = base64.b64encode(plots.render(figure)).decode("ascii")

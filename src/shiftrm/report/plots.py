@@ -48,7 +48,7 @@ def plain_label(text: str, limit: int = 28) -> str:
     return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides labels with a `_`
 
 
-def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
+def new_axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x)
@@ -60,7 +60,7 @@ def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, entries: Sequence[tuple[Line2D, str]], columns: int = 3) -> None:
+def draw_legend(figure: Figure, entries: Sequence[tuple[Line2D, str]], columns: int = 3) -> None:
     figure.legend(
         [handle for handle, _ in entries],
         [plain_label(label) for _, label in entries],
@@ -107,7 +107,7 @@ def variance_figure(m: Measurements) -> Figure | None:
     if not by_seed:
         return None
     style = arm_styles([FIXED])[FIXED]
-    figure, axes = _axes("PPO step (all rounds)", "variance", "Variance of reward differences")
+    figure, axes = new_axes("PPO step (all rounds)", "variance", "Variance of reward differences")
     _draw_seeds(axes, list(by_seed.values()), colour=style.colour)
     axes.set_ylim(bottom=0)
     for round_, start in borders:
@@ -130,16 +130,18 @@ def distribution_figure(m: Measurements) -> Figure | None:
     if not latest or not first:
         return None
     styles = arm_styles([SFT, FIXED])
-    figure, axes = _axes("$|r_i - r_j|$", "share of pairs", "Reward differences of the fixed model")
+    figure, axes = new_axes(
+        "$|r_i - r_j|$", "share of pairs", "Reward differences of the fixed model"
+    )
     bins = np.linspace(0, max(first + latest) or 1.0, 25)
     entries = []
     for values, key, label in (
         (first, SFT, "initial policy (SFT)"),
         (latest, FIXED, f"policy after round {last}"),
     ):
-        _histogram(axes, values, bins, styles[key].colour)
+        draw_histogram(axes, values, bins, styles[key].colour)
         entries.append((Line2D([], [], color=styles[key].colour, linewidth=2), label))
-    _legend(figure, entries)
+    draw_legend(figure, entries)
     return figure
 
 
@@ -147,7 +149,7 @@ def _pool(by_seed: dict[int, list[float]]) -> list[float]:
     return [value for values in by_seed.values() for value in values]
 
 
-def _histogram(
+def draw_histogram(
     axes: Axes, values: list[float], bins: np.ndarray, colour: str, linestyle: LineStyle = "-"
 ) -> None:
     """Outline and, for whole lines, a light fill; heights are the share of pairs in a bin."""
@@ -167,7 +169,7 @@ def accuracy_curve_figure(m: Measurements, arm: str) -> Figure | None:
         return None
     styles = arm_styles([*m.methods(), SFT, RETRAINED])
     title = plain_label(f"Held-out accuracy: {styles[arm].short}", 48)
-    figure, axes = _axes("training step", "accuracy", title)
+    figure, axes = new_axes("training step", "accuracy", title)
     entries: list[tuple[Line2D, str]] = []
     retrained = m.rounds(RETRAINED, "reward_model", "eval_accuracy")[-1:]
     for method, round_, label in [
@@ -180,7 +182,7 @@ def accuracy_curve_figure(m: Measurements, arm: str) -> Figure | None:
         shade = _blend(styles[arm].colour, 0.55 * (len(rounds) - 1 - i) / max(1, len(rounds) - 1))
         _accuracy_line(m, axes, entries, (arm, round_), f"round {round_}", shade, "-")
     axes.set_ylim(*_training_range(m))
-    _legend(figure, entries)
+    draw_legend(figure, entries)
     return figure
 
 
@@ -247,15 +249,15 @@ def normalised_figure(m: Measurements) -> Figure | None:
     if not found:
         return None
     styles = arm_styles(m.methods())
-    figure, axes = _axes("normalised $|r_i - r_j|$", "share of pairs", "Normalised differences")
+    figure, axes = new_axes("normalised $|r_i - r_j|$", "share of pairs", "Normalised differences")
     entries = []
     lines: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
     for i, (arm, (last, values)) in enumerate(found.items()):
         style, line = styles[arm], lines[i % len(lines)]
-        _histogram(axes, values, np.linspace(0, 1, 26), style.colour, line)
+        draw_histogram(axes, values, np.linspace(0, 1, 26), style.colour, line)
         handle = Line2D([], [], color=style.colour, linestyle=line, linewidth=2)
         entries.append((handle, f"{style.short}, round {last}"))
-    _legend(figure, entries, columns=2)
+    draw_legend(figure, entries, columns=2)
     return figure
 
 
@@ -268,7 +270,7 @@ def kl_figure(m: Measurements, what: Literal["gold", "proxy"]) -> Figure | None:
         arms += [arm for arm in (DPO, SFT) if arm in m.methods()]
     styles = arm_styles(m.methods())
     unit = "" if what == "gold" else " (standardised)"
-    figure, axes = _axes("KL to SFT", f"{what}{unit}", f"{what.capitalize()} against KL")
+    figure, axes = new_axes("KL to SFT", f"{what}{unit}", f"{what.capitalize()} against KL")
     entries = []
     for arm in arms:
         style = styles[arm]
@@ -291,7 +293,7 @@ def kl_figure(m: Measurements, what: Literal["gold", "proxy"]) -> Figure | None:
         entries.append((handle, style.short))
     if not entries:
         return None
-    _legend(figure, entries)
+    draw_legend(figure, entries)
     return figure
 
 
@@ -328,7 +330,7 @@ def policy_accuracy_figure(m: Measurements, when: Literal["before", "after"]) ->
     if not arms:
         return None
     styles = arm_styles(m.methods())
-    figure, axes = _axes("round", "accuracy", f"On the policy's own pairs, {when} PPO")
+    figure, axes = new_axes("round", "accuracy", f"On the policy's own pairs, {when} PPO")
     axes.axhline(0.5, color=_GREY, linewidth=1, linestyle=":")
     entries = []
     for i, arm in enumerate(arms):
@@ -347,7 +349,7 @@ def policy_accuracy_figure(m: Measurements, when: Literal["before", "after"]) ->
     axes.set_xticks(m.all_rounds())
     low, high = _accuracy_range(m, arms)
     axes.set_ylim(low, high)
-    _legend(figure, entries)
+    draw_legend(figure, entries)
     return figure
 
 

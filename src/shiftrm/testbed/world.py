@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def write_world(directory: str | Path, config: WorldConfig) -> Path:
                 f"{directory / name}: already exists; choose an empty folder for the world"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    _write_base_model(directory / BASE_MODEL, config)
+    write_base_model(directory / BASE_MODEL, config)
     # A stream of its own for every file: changing the size of one leaves the others as they were.
     write_jsonl(directory / SFT, _sft_rows(_stream(config, SFT), config.sft_examples))
     for name, count in (
@@ -117,7 +117,8 @@ def _prompt_rows(rng: random.Random, count: int) -> Iterator[Row]:
         yield {"prompt": prompt, "domain": parse_prompt(prompt).topic}
 
 
-def _write_base_model(directory: Path, config: WorldConfig) -> None:
+def write_base_model(directory: Path, config: WorldConfig) -> None:
+    """Write the tokenizer and an untrained Llama of the configured size, random by its seed."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -181,6 +182,8 @@ def label_pairs(
     first_finished: Sequence[bool] | None = None,
     second_finished: Sequence[bool] | None = None,
     shuffle_labels: bool = False,
+    reward: Callable[..., float] = gold_reward,
+    domain: str | None = None,
 ) -> list[Row]:
     """Label pairs of responses as a noisy judge would: Bradley-Terry draws from the gold reward.
 
@@ -193,6 +196,8 @@ def label_pairs(
             The gold reward sees it, and the rows hold it.
         shuffle_labels: ignore the gold reward and toss a fair coin for every pair: the labels of
             the control in which nothing can be learned.
+        reward: the gold reward, called as `gold_reward` is.
+        domain: what the rows say; None reads the topic from each prompt.
 
     Returns:
         TRL preference rows `{prompt, chosen, rejected, chosen_finished, rejected_finished,
@@ -210,7 +215,7 @@ def label_pairs(
     for prompt, a, b, a_ended, b_ended in zip(
         prompts, first, second, first_ended, second_ended, strict=True
     ):
-        difference = gold_reward(prompt, a, finished=bool(a_ended)) - gold_reward(
+        difference = reward(prompt, a, finished=bool(a_ended)) - reward(
             prompt, b, finished=bool(b_ended)
         )
         draw = rng.random()  # also for pairs left out, so that they do not shift the others
@@ -226,7 +231,7 @@ def label_pairs(
                 "rejected": rejected[0],
                 "chosen_finished": chosen[1],
                 "rejected_finished": rejected[1],
-                "domain": parse_prompt(prompt).topic,
+                "domain": parse_prompt(prompt).topic if domain is None else domain,
             }
         )
     return rows

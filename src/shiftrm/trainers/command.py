@@ -1,213 +1,270 @@
 """Training from files to a folder: what `shiftrm train` does."""
 
-import dataclasses
-import math
 import os
 import shutil
-import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
-import torch
-import yaml
+from accelerate import PartialState
 from datasets import Dataset
-from trl import RewardConfig
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from shiftrm.data.groups import read_groups
 from shiftrm.data.pairs import COLUMNS, read_pairs
-from shiftrm.errors import UserError, suggest
-from shiftrm.files import Row, replace_directory
-from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
+from shiftrm.data.sources import fingerprint
+from shiftrm.errors import UserError
+from shiftrm.files import Row, atomic_write_text, replace_directory
+from shiftrm.trainers import work_folder
+from shiftrm.trainers.metarm import MetaRMTrainer
+from shiftrm.trainers.model_card import DataSet, Outcome, measurements, model_card, summary
 from shiftrm.trainers.reward import RewardTrainer
+from shiftrm.trainers.settings import Settings, resolve
 
-OURS = ("output_dir", "save_strategy", "eval_strategy", "report_to")
-"""Training arguments this command sets itself."""
-
-LEAST = {
-    "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "max_length": 1,
-    "pad_to_multiple_of": 1,
-    "learning_rate": 0.0,
-    "weight_decay": 0.0,
-    "adam_beta1": 0.0,
-    "adam_beta2": 0.0,
-    "adam_epsilon": 0.0,
-    "num_train_epochs": 0.0,
-    "dataloader_num_workers": 0,
-    "meta_batch_size": 1,
-    "warmup_steps": 0.0,
-    "max_grad_norm": 0.0,
-    "center_rewards_coefficient": 0.0,
-}
-"""The smallest value of settings that transformers checks late or not at all."""
-
-BELOW_ONE = ("adam_beta1", "adam_beta2")
-
-NULL = ("", "~", "null", "none", "None")
+__all__ = ["train"]
 
 
 def train(
     model: str,
     *,
-    pairs: Path,
+    pairs: str,
     output: Path,
-    eval_pairs: Path | None = None,
-    groups: Path | None = None,
-    settings: list[str],
-) -> str:
+    eval_pairs: Mapping[str, str] | None = None,
+    groups: str | None = None,
+    settings: Mapping[str, Any],
+    command: str | None = None,
+) -> str | None:
     """Train a reward model from files; the folder appears when training has ended well.
+
+    Until then everything is in `.NAME.work` beside it. The same call continues from the last
+    complete checkpoint there.
 
     Args:
         model: checkpoint folder or hub name to start from; a head it lacks is made anew.
-        pairs, eval_pairs: preference pairs, JSONL.
-        groups: unlabelled responses of the policy, JSONL; given, every step is a MetaRM step.
+        pairs, groups: sources (`data.sources`) of preference pairs and of unlabelled responses of
+            the policy; with groups, every step is a MetaRM step.
+        eval_pairs: sources of held-out pairs by name; the name of a single one may be empty.
         output: folder to write: an ordinary sequence-classification checkpoint.
-        settings: `key=value` training arguments.
+        settings: values by setting, see `trainers.settings`.
+        command: how the model card says this run can be repeated.
 
     Returns:
-        A summary in words.
+        A summary in words; None on all but the main process.
 
     Raises:
-        UserError: bad files, unknown settings, or an output folder that is not empty.
+        UserError: bad files, unknown settings, an output folder that is not empty, a loss that is
+            not finite, or a full disk. Nothing but complete checkpoints is left behind.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: already there and not empty; choose another --output")
-    train_pairs = _table(pairs)
-    heldout = _table(eval_pairs) if eval_pairs else None
-    meta = read_groups(groups) if groups else None
     target = Path(os.path.abspath(output))  # which has a name, even where "." is given
     work = target.with_name(f".{target.name}.work")
-    args = _arguments(settings, MetaRMConfig if meta else RewardConfig, work)
+    chosen = resolve(settings, meta=groups is not None, work=work)
     if not _exists(model):
         raise UserError(f"{model}: no such folder; give a checkpoint folder or a hub name")
-    try:
-        trainer = _trainer(model, args, train_pairs, heldout, meta)
-        result = trainer.train()
-        accuracy = trainer.evaluate()["eval_accuracy"] if heldout else None
-        finished = work / "finished"
-        trainer.save_model(str(finished))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            target.rmdir()
-        replace_directory(finished, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    dropped = sum(sum(c.values()) for c in trainer.dropped_pairs.values())
-    parts = [
-        f"Trained on {len(trainer.train_dataset)} pairs ({dropped} dropped) for "
-        f"{trainer.state.global_step} steps, mean loss {result.training_loss:.4f}.",
-        f"Accuracy on {len(heldout)} held-out pairs: {accuracy:.3f}." if heldout else "",
-        _meta_words(trainer),
-        f"Reward model: {output}",
+    template = chosen.args.chat_template_path
+    if template is not None and not (Path(template).exists() or _exists(template)):
+        raise UserError(f"chat_template_path={template}: no such file or folder")
+    sources = {"pairs": pairs}
+    sources |= {f"eval {name}".strip(): source for name, source in (eval_pairs or {}).items()}
+    rows = {name: read_pairs(source) for name, source in sources.items()}
+    tables = {name: _table(source, rows[name]) for name, source in sources.items()}
+    if groups is not None:
+        sources["groups"], rows["groups"] = groups, read_groups(groups)
+    data = [
+        DataSet(name, source, len(rows[name]), fingerprint(source, rows[name]))
+        for name, source in sources.items()
     ]
-    return "\n".join(part for part in parts if part)
+    with _work_folder(work, _run_record(model, chosen, data)) as checkpoint:
+        used = chosen.beyond_defaults()
+        trainer = _trainer(model, chosen, tables, rows.get("groups"))
+        before, result, after = _run(trainer, checkpoint)
+        outcome = Outcome(
+            model=model,
+            output=str(output),
+            data=data,
+            settings=used,
+            seed=chosen.args.seed,
+            command=command,
+            before=before,
+            after=after,
+            **measurements(trainer, result),
+        )
+        _publish(trainer, work, target, model_card(outcome))
+    return summary(outcome) if trainer.accelerator.is_main_process else None
 
 
-def _table(path: Path) -> Dataset:
-    """The columns of a file of pairs that training reads, as one table."""
-    rows = [{c: row[c] for c in COLUMNS if c in row} for row in read_pairs(path)]
+def _run_record(model: str, chosen: Settings, data: list[DataSet]) -> dict[str, Any]:
+    """What must be the same for an interrupted training to be continued."""
+    return {
+        "model": model,
+        "settings": chosen.given,
+        "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in data},
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _table(source: str, rows: list[Row]) -> Dataset:
+    """The columns of pairs that training reads, as one table."""
+    kept = [{c: row[c] for c in COLUMNS if c in row} for row in rows]
     try:
-        return Dataset.from_list(rows)
+        return Dataset.from_list(kept)
     except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's: say, mixed messages
-        raise UserError(f"{path}: the rows do not fit one table ({_line(error)})") from None
+        raise UserError(f"{source}: the rows do not fit one table ({_line(error)})") from None
 
 
 def _trainer(
-    model: str, args: Any, pairs: Dataset, heldout: Dataset | None, meta: list[Row] | None
+    model: str, chosen: Settings, tables: Mapping[str, Dataset], groups: list[Row] | None
 ) -> RewardTrainer:
-    data = {"train_dataset": pairs, "eval_dataset": heldout}
+    heldout = {
+        name.removeprefix("eval").strip(): t for name, t in tables.items() if name != "pairs"
+    }
+    args = chosen.args
+    args.model_init_kwargs = chosen.model_options
+    data = {
+        "train_dataset": tables["pairs"],
+        "eval_dataset": heldout.get("", heldout or None),
+        **chosen.trainer_options,
+    }
     try:
-        if meta is None:
-            return RewardTrainer(model, args, **data)
-        return MetaRMTrainer(model, args, meta_dataset=meta, **data)
+        if groups is None:
+            trainer = RewardTrainer(model, args, **data)
+        else:
+            trainer = MetaRMTrainer(model, args, meta_dataset=groups, **data)
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{model}: cannot be loaded ({_line(error)})") from None
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise UserError(
+    except Exception as error:
+        raise _user_error(model, error, chosen) from error
+    trainer.remove_callback(PrinterCallback)
+    if args.disable_tqdm:
+        trainer.add_callback(_ProgressInWords())
+    trainer.add_callback(work_folder.MarkCompleteCheckpoints())
+    return trainer
+
+
+def _user_error(model: str, error: Exception, chosen: Settings) -> Exception:
+    """What libraries raise where model and settings do not fit, as one line; or the same again."""
+    words = _line(error)
+    if isinstance(error, OSError) and not work_folder.is_disk_full(error):
+        return UserError(f"{model}: cannot be loaded ({words})")
+    if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+        return UserError(
             f"{model}: its weights do not fit a reward model of one label; give a policy, or a "
             "checkpoint with num_labels=1"
-        ) from None
-    except ValueError as error:  # how TRL says that settings do not fit the model
-        if "`pad_token` ('None')" in str(error):
-            raise UserError(
-                f"{model}: the tokenizer has neither a pad nor an EOS token; set them and save it "
-                "again, or give eos_token=..."
-            ) from None
-        raise UserError(f"{model}: cannot be trained with these settings: {error}") from None
+        )
+    if isinstance(error, ValueError) and "`pad_token` ('None')" in str(error):
+        return UserError(
+            f"{model}: the tokenizer has neither a pad nor an EOS token; set them and save it "
+            "again, or give eos_token=..."
+        )
+    if isinstance(error, TypeError) and chosen.given.get("model_init_kwargs"):
+        return UserError(f"{model}: does not take these model_init_kwargs: {words}")
+    if isinstance(error, ValueError | ImportError) or "to be installed" in str(error):
+        return UserError(f"{model}: cannot be trained with these settings: {words}")
+    return error
 
 
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _run(
+    trainer: RewardTrainer, checkpoint: Path | None
+) -> tuple[dict[str, Any] | None, Any, dict[str, Any]]:
+    """Evaluate, train (from a checkpoint, if there is one) and evaluate again."""
+    before = None
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # sharded by train() only
+        before = _evaluations(trainer)
+    if checkpoint is not None and trainer.accelerator.is_main_process:
+        print(f"Continuing from {checkpoint}", flush=True)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return before, result, _evaluations(trainer)
 
 
-def _arguments(settings: list[str], cls: type, work: Path) -> Any:
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {"output_dir": str(work), "save_strategy": "no", "report_to": "none"}
-    if torch.accelerator.current_accelerator() is None:  # TRL's bf16 default needs one
-        values |= {"use_cpu": True, "bf16": False}
-    for word in settings:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise UserError(f"{word!r} is not a setting; write key=value, as learning_rate=5e-6")
-        if key in OURS or key not in known:
-            hint = "; this command sets it" if key in OURS else suggest(key, known)
-            raise UserError(f"unknown setting {key!r}{hint}")
-        values[key] = _value(key, text, hints[key])
-    try:
-        return cls(**values)
-    except (TypeError, ValueError, ImportError, OSError) as error:
-        raise UserError(f"training settings: {error}") from None
+def _evaluations(trainer: RewardTrainer) -> dict[str, Any]:
+    """The metrics of each held-out set, by its name, without prefix."""
+    sets = trainer.eval_dataset
+    if sets is None:
+        return {}
+    names = list(sets) if isinstance(sets, dict) else [""]
+    found = {}
+    for name in names:
+        prefix = f"eval_{name}" if name else "eval"
+        metrics = trainer.evaluate(name or None, metric_key_prefix=prefix)
+        found[name] = {
+            key.removeprefix(f"{prefix}_").removeprefix("eval_"): value
+            for key, value in metrics.items()
+        }
+    return found
 
 
-def _value(key: str, text: str, hint: Any) -> Any:
-    """The value of a setting, read as YAML; numbers and switches are checked against its type."""
-    kinds = set(typing.get_args(hint)) or {hint}
-    if NoneType in kinds and text in NULL:
-        return None
-    if kinds <= {str, NoneType}:
-        return text
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key}={text}: the value is not valid YAML") from None
-    number = _number(value)
-    if number is not None and number < LEAST.get(key, -math.inf):
-        raise UserError(f"{key} is {text}; it must be at least {LEAST[key]:g}")
-    if not kinds <= {bool, int, float, NoneType}:  # choices, lists: transformers judges them
-        return value
-    if bool in kinds:
-        number, expected = value if isinstance(value, bool) else None, "true or false"
-    elif float in kinds:
-        expected = "a number"
+def _publish(trainer: RewardTrainer, work: Path, target: Path, card: str) -> None:
+    """Write the result whole, then give it its name."""
+    finished = work / work_folder.FINISHED
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    merged = hasattr(model, "merge_and_unload") and not getattr(model, "quantization_method", None)
+    if merged and not sharded:
+        # Loaded alone, an adapter's head does not fit a policy, whose configuration has two labels.
+        trainer.save_model(str(finished / "adapter"))
+        if trainer.args.should_save:
+            model.merge_and_unload().save_pretrained(finished)
+            trainer.processing_class.save_pretrained(finished)
     else:
-        number, expected = _whole(number), "a whole number"
-    if number is None:
-        null = ", or null" if NoneType in kinds else ""
-        raise UserError(f"{key} is {text!r}; expected {expected}{null}")
-    if key in BELOW_ONE and number >= 1:
-        raise UserError(f"{key} is {text}; it must be below 1")
-    return number
+        trainer.save_model(str(finished))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        atomic_write_text(finished / "README.md", card)
+        if (work / "runs").is_dir():  # what report_to=tensorboard wrote
+            (work / "runs").rename(finished / "runs")
+        if target.exists():
+            target.rmdir()
+        replace_directory(finished, target)
+        shutil.rmtree(work, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
 
 
-def _whole(number: float | None) -> int | None:
-    return int(number) if number is not None and number.is_integer() else None
+@contextmanager
+def _work_folder(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
+    """Yield the checkpoint to continue from, in a folder that is ours.
 
-
-def _number(value: Any) -> float | None:
-    """The finite number this is; YAML reads 5e-6 as text."""
+    Whatever happens inside, only complete checkpoints stay, and errors say where they are.
+    """
+    work_folder.check(work, record)
+    processes = PartialState()
+    processes.wait_for_everyone()  # nobody may write while another still checks
     try:
-        number = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if number is not None and math.isfinite(number) else None
+        if processes.is_main_process:
+            work_folder.claim(work, record)
+        processes.wait_for_everyone()
+        yield work_folder.resumable(work)
+    except BaseException as error:
+        if processes.is_main_process:
+            work_folder.release(work)
+        kept = work_folder.last_checkpoint(work)
+        if isinstance(error, UserError) and kept is not None and str(kept) not in str(error):
+            raise UserError(f"{error}; the last good checkpoint is {kept}") from None
+        if work_folder.is_disk_full(error):
+            again = "to start anew" if kept is None else f"to continue from {kept}"
+            raise UserError(
+                f"{work}: no space left on the disk; free some, then give the same command again "
+                f"{again}"
+            ) from None
+        raise
+
+
+class _ProgressInWords(TrainerCallback):
+    """A line for every log where there is no progress bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = ("loss", "accuracy", "meta_influence")
+        values = {
+            key: value
+            for key, value in (logs or {}).items()
+            if key in shown or (key.startswith("eval_") and key.endswith(shown))
+        }
+        if state.is_world_process_zero and values:
+            place = f"step {state.global_step} of {state.max_steps}"
+            words = ", ".join(f"{key} {float(value):.4g}" for key, value in values.items())
+            print(f"{place if state.max_steps else 'before training'}: {words}", flush=True)
 
 
 def _exists(model: str) -> bool:
@@ -215,14 +272,5 @@ def _exists(model: str) -> bool:
     return Path(model).is_dir() or (model.count("/") == 1 and not model.startswith((".", "/")))
 
 
-def _meta_words(trainer: RewardTrainer) -> str:
-    logs = [log for log in trainer.state.log_history if "meta_influence" in log]
-    if not logs:
-        return ""
-    influence = sum(log["meta_influence"] for log in logs) / len(logs)
-    advice = (
-        " That is too small to matter: raise meta_learning_rate, or use preset=scale_free."
-        if influence < 1e-3
-        else ""
-    )
-    return f"The meta step changed the gradient by {influence:.1e} of its length.{advice}"
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,7 +17,7 @@ from shiftrm.data.pairs import check_pair
 from shiftrm.errors import UserError
 from shiftrm.losses import bradley_terry_loss
 from shiftrm.prefix import SharedRows
-from shiftrm.rendering import encode
+from shiftrm.rendering import encode, pin_template
 from shiftrm.rewards import group_rewards, sequence_rewards, sharing_obstacle
 from shiftrm.trainers.collator import ROW, PairCollator, shared_rows
 from shiftrm.trainers.loading import load_reward_model
@@ -36,7 +36,8 @@ class RewardTrainer(TRLRewardTrainer):
     - The tokens that the two sides of a pair begin with are computed once (`shared_prefixes`). The
       first batch is also computed the plain way; if the states differ, nothing is shared.
     - Rewards are read in fp32 at each sequence's last token, not at the last one that is not pad.
-    - Text becomes tokens through `shiftrm.rendering`, the same function that scoring uses.
+    - Text becomes tokens through `shiftrm.rendering`, the same function that scoring uses; a chat
+      template that asks for today's date is given a fixed day, and saved so.
     - Pairs that are too long, or identical once tokenised, are dropped and counted in the log and
       in `dropped_pairs`. A row may say that a side was cut off by a length limit
       (`chosen_finished`, `rejected_finished`: false); it is then not closed with EOS.
@@ -87,6 +88,9 @@ class RewardTrainer(TRLRewardTrainer):
                 weights = self.accelerator.get_state_dict(self.model)  # every process takes part
                 self._save(output_dir or self.args.output_dir, state_dict=weights)
         super().save_model(output_dir, _internal_call)
+
+    def _send_telemetry(self) -> None:
+        """TRL reports to its makers that a trainer was made; ours does not."""
 
     # -- loss --------------------------------------------------------------------------------
 
@@ -204,6 +208,7 @@ class RewardTrainer(TRLRewardTrainer):
         args: Any,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
+        pin_template(processing_class)
         in_memory = isinstance(dataset, Dataset)  # a stream takes neither num_proc nor desc
         if in_memory and len(dataset) == 0:
             raise UserError(f"the {dataset_name} data set is empty; there is nothing to learn from")

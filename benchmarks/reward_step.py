@@ -1,0 +1,276 @@
+"""How long an optimizer step of reward-model training takes: TRL's trainer, ours, and MetaRM.
+
+Each arm is a process of its own with the same model, the same data and the real trainer; the arms
+take turns, one step each, so that a noisy machine is noisy to all of them. Medians, ratios to TRL's
+step of the same round (their median), and each process's peak memory.
+
+    python benchmarks/reward_step.py                       # `make bench`: three shapes, 2 CPU cores
+    python benchmarks/reward_step.py --shapes 350/35 --steps 5
+    python benchmarks/reward_step.py --model llama-3-8b --dtype bfloat16 --shapes 350/35   # a GPU
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MODELS = {
+    # 14 M parameters, between 10 and 30 M.
+    "small": {
+        "vocab_size": 8000,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+    },
+    "tiny": {
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+SHAPES = {"350/35": "summaries", "150/70": "dialogue", "50/250": "long answers: the worst case"}
+ARMS = ("trl", "shiftrm", "metarm", "metarm_plain")
+WORDS = {
+    "trl": "TRL, pairs",
+    "shiftrm": "shiftrm, pairs",
+    "metarm": "MetaRM, pairs and groups",
+    "metarm_plain": "MetaRM, prefixes not shared",
+}
+WARM_UP = 2
+K = 5
+
+
+def lengths(rng: random.Random, mean: int) -> int:
+    """Between 0.6 and 1.4 times the mean."""
+    return rng.randint(int(mean * 0.6), int(mean * 1.4))
+
+
+def make_data(shape: str, batch: int, steps: int, vocabulary: int) -> tuple[list, list]:
+    """Pairs and groups of random words, the same for every arm."""
+    prompt, response = map(int, shape.split("/"))
+    rng = random.Random(0)
+
+    def text(mean: int) -> str:
+        return " ".join(f"w{rng.randrange(vocabulary)}" for _ in range(lengths(rng, mean)))
+
+    pairs, groups = [], []
+    for _ in range(batch * steps):
+        opening = text(prompt) + " "
+        pairs.append({"prompt": opening, "chosen": text(response), "rejected": text(response)})
+        opening = text(prompt) + " "
+        groups.append({"prompt": opening, "responses": [text(response) for _ in range(K)]})
+    return pairs, groups
+
+
+def make_tokenizer(vocabulary: int):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(vocabulary - 3))]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None:
+    """One trainer, which waits at the end of every step until it is its turn again."""
+    import torch
+    from datasets import Dataset, disable_progress_bars
+    from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
+    from trl import RewardTrainer as TRLRewardTrainer
+
+    from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
+    from shiftrm.trainers.reward import RewardTrainer
+
+    disable_progress_bars()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    sizes = MODELS[options.model]
+    config = LlamaConfig(
+        **sizes, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        num_labels=1,
+    )  # fmt: skip
+    attention = options.trl_attention if arm in ("trl", "metarm_plain") else options.attention
+    model = LlamaForSequenceClassification._from_config(config, attn_implementation=attention)
+    model = model.to(getattr(torch, options.dtype))
+    on_gpu = torch.cuda.is_available() and not options.cpu
+    steps = WARM_UP + options.steps
+    vocabulary = min(sizes["vocab_size"], 30_000)
+    pairs, groups = make_data(shape, options.batch, steps, vocabulary - 3)
+
+    class TakeTurns(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if on_gpu:
+                torch.cuda.synchronize()
+            link.send(time.perf_counter() - self.started)
+            link.recv()
+            self.started = time.perf_counter()
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            link.recv()
+            self.started = time.perf_counter()
+
+    settings = {
+        "output_dir": str(Path(options.output).parent / "unused"),
+        "per_device_train_batch_size": options.batch,
+        "max_steps": steps,
+        "logging_steps": 10,
+        "learning_rate": 1e-5,
+        "max_length": None,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu and options.dtype == "float32",
+        "activation_checkpointing": options.checkpointing,
+        "optim": options.optim,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "preset": "paper",
+        "shared_prefixes": arm != "metarm_plain",
+    }
+    cls = {"trl": TRLRewardTrainer, "shiftrm": RewardTrainer}.get(arm, MetaRMTrainer)
+    trainer = cls(
+        model,
+        MetaRMConfig(**settings),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=make_tokenizer(vocabulary),
+        callbacks=[TakeTurns()],
+        **({"meta_dataset": groups} if cls is MetaRMTrainer else {}),
+    )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    link.send("ready")
+    trainer.train()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+    loss = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    link.send({"peak": peak, "parameters": model.num_parameters(), "loss": loss[-1:]})
+
+
+def peak_memory() -> int:
+    """The most this process held at a time, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(shape: str, options: argparse.Namespace) -> dict:
+    """Times and peak memory of every arm at one shape."""
+    context = multiprocessing.get_context("spawn")
+    links, processes = {}, {}
+    for arm in options.arms:
+        links[arm], other = context.Pipe()
+        processes[arm] = context.Process(target=arm_process, args=(arm, options, shape, other))
+        processes[arm].start()
+        assert links[arm].recv() == "ready"
+    times: dict[str, list[float]] = {arm: [] for arm in options.arms}
+    for step in range(WARM_UP + options.steps):
+        for arm in options.arms:
+            links[arm].send("go")
+            seconds = links[arm].recv()
+            if step >= WARM_UP:
+                times[arm].append(seconds)
+        print(f"  {shape} step {step + 1}/{WARM_UP + options.steps}", file=sys.stderr, flush=True)
+    result = {}
+    for arm in options.arms:
+        links[arm].send("go")
+        result[arm] = {**links[arm].recv(), "seconds": times[arm]}
+        processes[arm].join()
+    return result
+
+
+def table(shape: str, result: dict, batch: int) -> str:
+    """Markdown; ratios are medians of the ratios within a round of turns."""
+    base = result["trl"]["seconds"]
+    lines = [
+        f"**{shape}** ({SHAPES.get(shape, 'prompt/response tokens')}), {batch} pairs a step"
+        f" and, for MetaRM, {batch} groups of {K}:",
+        "",
+        "| | seconds a step, median (min-max) | TRL's step / this | peak memory, MB |",
+        "|---|---|---|---|",
+    ]
+    for arm, found in result.items():
+        seconds = found["seconds"]
+        ratio = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
+        lines.append(
+            f"| {WORDS[arm]} | {statistics.median(seconds):.3f}"
+            f" ({min(seconds):.3f}-{max(seconds):.3f}) | {ratio:.2f} | {found['peak'] / 1e6:.0f} |"
+        )
+    if {"metarm", "metarm_plain"} <= result.keys():
+        both = zip(result["metarm_plain"]["seconds"], result["metarm"]["seconds"], strict=True)
+        lines += [
+            "",
+            f"MetaRM's plain path / shared: {statistics.median(a / b for a, b in both):.2f}",
+        ]
+    return "\n".join(lines)
+
+
+def environment() -> dict:
+    import accelerate
+    import torch
+    import transformers
+    import trl
+
+    import shiftrm
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    packages = (shiftrm, torch, transformers, trl, accelerate)
+    return {
+        "versions": {p.__name__: p.__version__ for p in packages},
+        "python": platform.python_version(),
+        "device": gpu or f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="PROMPT/RESPONSE")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--model", default="small", choices=MODELS)
+    parser.add_argument("--batch", type=int, default=8, help="pairs a step (default: 8)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--attention", default="sdpa", help="of the arms that share prefixes")
+    parser.add_argument("--trl-attention", default="sdpa", help="of TRL and the plain path")
+    parser.add_argument("--optim", default="adamw_torch")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    parser.add_argument("--output", default="runs/bench/reward_step.json", metavar="FILE")
+    options = parser.parse_args()
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    found = {**environment(), "command": " ".join(sys.argv), "shapes": {}}
+    print(json.dumps({k: v for k, v in found.items() if k != "shapes"}))
+    for shape in options.shapes:
+        found["shapes"][shape] = result = measure(shape, options)
+        print("\n" + table(shape, result, options.batch) + "\n", flush=True)
+        Path(options.output).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

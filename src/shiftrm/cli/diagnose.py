@@ -1,0 +1,213 @@
+"""`shiftrm diagnose`: does a reward model still tell responses apart?"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shiftrm.data.sources import SOURCE_HELP
+
+EPILOG = """examples:
+  shiftrm diagnose --model models/reward --data sft.jsonl policy.jsonl
+  shiftrm diagnose --model models/reward --data sft=sft.jsonl round3=policy.jsonl \\
+      heldout=pairs.jsonl --output diagnosis
+  shiftrm diagnose --model before=models/reward --model after=models/adapted \\
+      --data policy.jsonl labelled=pairs.jsonl --output change.html --json change.json
+
+A file holds groups {"prompt", "responses", "finished"?}, as `shiftrm sample` writes them, or
+labelled pairs {"prompt"?, "chosen", "rejected"}. The first file is the reference (say, samples of
+the SFT policy); the next ones are compared with it (say, samples of today's policy). Only labels
+can show that a model sees; without them the verdict is about spread.
+"""
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "diagnose",
+        help="does a reward model still tell responses apart?",
+        description="Scores files of groups or labelled pairs, prints the numbers side by side "
+        "with a verdict in words, and writes them as a page and as JSON.",
+        epilog=EPILOG + SOURCE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        metavar="[NAME=]DIR",
+        help="checkpoint or hub name; given twice or more, the others are compared with the first",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="[NAME=]FILE",
+        help="groups or pairs, the reference first; NAME is how the tables call it",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        help="a name that ends in .html: the page; any other: a folder for page and numbers",
+    )
+    parser.add_argument("--json", metavar="FILE", help="all numbers as JSON")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the bootstrap; default: 0"
+    )
+    parser.set_defaults(run=run, again="to start anew; nothing was written")
+
+
+def run(args: argparse.Namespace) -> None:
+    from shiftrm.cli.checks import at_least_one
+    from shiftrm.cli.progress import only_on_terminals
+    from shiftrm.errors import UserError
+    from shiftrm.evaluation.scored_files import read_data
+
+    at_least_one(args.batch_size, "--batch-size")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; it must be at least 0")
+    page, json_files = _outputs(args.output, args.json)
+    models = _named(args.model, "--model")
+    data = [read_data(source, name) for name, source in _named(args.data, "--data").items()]
+    only_on_terminals()
+    found = _diagnose(models, data, batch_size=args.batch_size, seed=args.seed)
+    _write(found, page, json_files)
+    _print(found)
+    for path in (page, *json_files):
+        if path is not None:
+            print(f"{'Page' if path == page else 'Numbers'}: {path}")
+
+
+def _outputs(output: str | None, json_file: str | None) -> tuple[Path | None, list[Path]]:
+    """The page and the JSON files to write."""
+    from shiftrm.cli.checks import output_file, output_folder
+
+    page: Path | None = None
+    json_files: list[Path] = []
+    if output is not None and output.lower().endswith((".html", ".htm")):
+        page = output_file(output)
+    elif output is not None:
+        folder = output_folder(output)
+        page = output_file(str(folder / "diagnosis.html"))
+        json_files.append(output_file(str(folder / "diagnosis.json")))
+    if json_file is not None:
+        json_files.append(output_file(json_file))
+    return page, json_files
+
+
+def _named(options: list[str], flag: str) -> dict[str, str]:
+    """`NAME=PATH` or `PATH`, by name; a path without a name is called by its last part."""
+    from shiftrm.errors import UserError
+
+    found: dict[str, str] = {}
+    for option in options:
+        name, sign, path = option.partition("=")
+        if not sign or Path(option).exists():
+            name, path = Path(option).stem if flag == "--data" else Path(option).name, option
+        if not name or not path:
+            raise UserError(f"{flag} {option!r}: expected PATH or NAME=PATH")
+        if name in found:
+            raise UserError(
+                f"{flag}: two are called {name!r} ({found[name]} and {path}); name them: NAME=PATH"
+            )
+        found[name] = path
+    return found
+
+
+def _diagnose(models: dict[str, str], data: list[Any], *, batch_size: int, seed: int) -> Any:
+    from rich.markup import escape
+
+    from shiftrm.cli.checks import to_accelerator
+    from shiftrm.cli.progress import bar
+    from shiftrm.evaluation.comparison import compare
+    from shiftrm.evaluation.diagnosis import diagnose
+    from shiftrm.evaluation.scored_files import score_data
+    from shiftrm.evaluation.verdict import overall, verdicts
+    from shiftrm.report.diagnosis import Findings
+    from shiftrm.scoring import Scorer
+
+    files, rows = [], []
+    for model, path in models.items():
+        scorer = Scorer.from_pretrained(path)
+        to_accelerator(scorer.model)
+        for file in data:
+            with bar(escape(f"{model}: {file.name}"), total=100) as update:
+                scored, behind = score_data(
+                    scorer,
+                    file,
+                    model=model,
+                    batch_size=batch_size,
+                    progress=_in_percent(update),
+                )
+            files.append(scored)
+            rows.append(behind)
+        del scorer  # one model in memory at a time
+    diagnoses = diagnose(files, seed=seed)
+    words = verdicts(diagnoses)
+    return Findings(
+        files=files,
+        rows=rows,
+        diagnoses=diagnoses,
+        verdicts=words,
+        overall=overall(list(zip(diagnoses, words, strict=True))),
+        comparisons=compare(files, diagnoses, seed=seed),
+    )
+
+
+def _in_percent(update: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    return lambda done, total: update(100 * done // total, 100)
+
+
+def _write(found: Any, page: Path | None, json_files: list[Path]) -> None:
+    from shiftrm.report.diagnosis import write_numbers, write_page
+
+    for path in json_files:
+        write_numbers(found, path)
+    if page is not None:
+        write_page(found, page)
+
+
+def _print(found: Any) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables, source_names
+
+    console = Console(highlight=False, emoji=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, emoji=False, markup=False, width=120)
+    for table in numbers_tables(found.diagnoses, found.verdicts):
+        _print_table(console, table)
+    if found.comparisons:
+        _print_table(console, comparison_table(found.comparisons))
+    advice: dict[str, list[str]] = {}
+    for name, verdict in zip(source_names(found.diagnoses), found.verdicts, strict=True):
+        console.print()
+        console.print(Text(f"{name}: {verdict.word}", style="bold"))
+        console.print(Text(verdict.sentence))
+        for warning in verdict.warnings:
+            console.print(Text(f"! {warning}"))
+        for text in verdict.advice:
+            advice.setdefault(text, []).append(name)
+    if advice:
+        console.print(Text("\nWhat to do next", style="bold"))
+    for text, names in advice.items():
+        console.print(Text(f"> {text} ({', '.join(names)})"))
+    console.print()
+    for entry in found.overall:
+        of_model = f"{entry.model}: " if len(found.overall) > 1 else ""
+        console.print(Text(of_model + entry.sentence, style="bold"))
+
+
+def _print_table(console: Any, table: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=table.title, title_justify="left", caption=table.note or None)
+    shown.caption_justify = "left"
+    for i, column in enumerate(table.columns):
+        shown.add_column(Text(column), justify="left" if i < table.text_columns else "right")
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    console.print(shown)

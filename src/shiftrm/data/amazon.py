@@ -1,0 +1,311 @@
+"""Amazon reviews as domains of controlled sentiment: one category, one domain.
+
+Two public schemas:
+
+- *Amazon Reviews 2023*, one JSONL file a category ("Books.jsonl"): `rating` 1-5, `title` (of the
+  review), `text`, `asin`, `parent_asin` (the product, all its variants), and more;
+- *amazon_polarity*: `label` 0/1, `title`, `content`; no category and no product.
+
+The OODPL paper writes positive reviews for categories never seen, but does not say how its pairs
+are formed. All of this is ours:
+
+- **text**: the review's text without its title (titles mostly give the verdict away); HTML tags,
+  entities and Amazon's `[[VIDEOID:...]]` marks are resolved, white space becomes single spaces;
+- **sentiment**: 4 and 5 stars (label 1) are positive, 1 and 2 (label 0) negative, 3 is dropped;
+- **cut**: the first `prompt_words` words (8) are the beginning; the continuation is a space and the
+  next `response_words` words (64) at most, `finished` where nothing was cut off. Words stand
+  between white space. Reviews with fewer than `prompt_words + 4` words are dropped;
+- **pairs**: a positive and a negative review of one product (`parent_asin`, else `asin`), matched
+  in a drawn order, each review in one pair, at most `pairs_per_product`. In amazon_polarity any two
+  match. The prompt is the beginning of one of the two, drawn by a fair coin, and the continuations
+  of both are compared: a continuation fits its own beginning better, and the coin keeps that from
+  telling which is preferred;
+- **splits** are by product (in amazon_polarity by pair and by review): a tenth to evaluate on, the
+  rest halved into the query's pairs and the support. Support rows are reviews of both sentiments,
+  each as its own beginning and continuation: fine-tuning data of mixed quality.
+"""
+
+import html
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shiftrm.data.domains import Domain, drop_leaks, hashed_uniform
+from shiftrm.data.sources import iterate_rows
+from shiftrm.errors import UserError
+from shiftrm.files import Row, require_columns
+
+__all__ = [
+    "POLARITY",
+    "CutOptions",
+    "Review",
+    "amazon_domains",
+    "category_of",
+    "clean_text",
+    "polarity_review",
+    "read_amazon",
+    "review_2023",
+]
+
+POLARITY = "fancyzhx/amazon_polarity"
+"""Its name on the hub. The 2023 reviews must be downloaded: their hub page loads by a script."""
+
+TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+MARK = re.compile(r"\[\[(?:VIDEOID|ASIN|STAR_RATING)[^\]]*\]\]")
+SHORTEST_RESPONSE = 4
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """How reviews become rows.
+
+    Raises:
+        UserError: a value out of range, on construction.
+    """
+
+    prompt_words: int = 8
+    response_words: int = 64
+    pairs_per_product: int = 5
+    support_share: float = 0.5  # of the products that are not evaluated on
+    eval_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_words", "response_words", "pairs_per_product"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"Amazon reviews: {name} is {value!r}; give at least 1")
+        for name in ("support_share", "eval_share"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise UserError(
+                    f"Amazon reviews: {name} is {getattr(self, name)!r}; give a share between 0 "
+                    "and 1"
+                )
+
+
+@dataclass(frozen=True)
+class Review:
+    """One kept review. `product` is "" in amazon_polarity, where it is not known."""
+
+    positive: bool
+    beginning: str
+    continuation: str
+    finished: bool
+    product: str = ""
+
+
+def clean_text(text: str) -> str:
+    """A review's text without HTML and marks, with single spaces. Emoji and scripts stay."""
+    text = MARK.sub(" ", TAG.sub(" ", text))
+    # Entities last, and tags again: what was escaped twice, "&lt;br /&gt;", is a tag as well.
+    return " ".join(TAG.sub(" ", html.unescape(text)).split())
+
+
+def review_2023(
+    row: Row, where: str, options: CutOptions, dropped: Counter[str] | None = None
+) -> Review | None:
+    """Map one row of Amazon Reviews 2023, or say in `dropped` why not.
+
+    Reasons: `neutral` (3 stars), `no_product`, `empty_text`, `too_short`.
+
+    Raises:
+        UserError: a missing column or a value of the wrong type.
+    """
+    require_columns(row, ("rating", "text"), where)
+    rating, product = row["rating"], row.get("parent_asin") or row.get("asin") or ""
+    if isinstance(rating, bool) or not isinstance(rating, int | float) or not 1 <= rating <= 5:
+        raise UserError(f"{where}: column 'rating' is {rating!r:.40}; expected 1 to 5 stars")
+    if not isinstance(product, str):
+        raise UserError(f"{where}: column 'parent_asin' is {product!r:.40}; expected text")
+    reason = "neutral" if 2 < rating < 4 else "no_product" if not product.strip() else None
+    return _review(
+        row["text"], "text", rating >= 4, product.strip(), reason, where, options, dropped
+    )
+
+
+def polarity_review(
+    row: Row, where: str, options: CutOptions, dropped: Counter[str] | None = None
+) -> Review | None:
+    """Map one row of amazon_polarity; reasons `empty_text` and `too_short`.
+
+    Raises:
+        UserError: a missing column or a value of the wrong type.
+    """
+    require_columns(row, ("label", "content"), where)
+    if isinstance(row["label"], bool) or row["label"] not in (0, 1):
+        raise UserError(
+            f"{where}: column 'label' is {row['label']!r:.40}; expected 1 (positive) or 0"
+        )
+    return _review(row["content"], "content", row["label"] == 1, "", None, where, options, dropped)
+
+
+def amazon_domains(
+    categories: Mapping[str, Iterable[tuple[str, Row]]],
+    options: CutOptions | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[list[Domain], dict[str, int]]:
+    """Make one domain of each category; the order of the rows does not matter.
+
+    Args:
+        categories: name -> `(where, row)`, as the readers of files give them. A category whose
+            first row has a `label` is read as amazon_polarity, any other as Amazon Reviews 2023.
+        options: how reviews are cut and paired; None takes the defaults.
+        seed: decides what is paired, which beginning is the prompt, and what goes where.
+
+    Returns:
+        Domains in the order given, and how many reviews were dropped for which reason: those of
+        the mappings, `duplicate` (same text and sentiment), `contradiction` (one text with both
+        sentiments), `unpaired` (query or evaluation reviews without a counterpart) and
+        `equal_continuations`; and `prompt_also_in_training`, which counts evaluation pairs and
+        prompts: two reviews that begin alike.
+
+    Raises:
+        UserError: a bad row, or a category of which no support rows or no pairs are left.
+    """
+    options = CutOptions() if options is None else options
+    dropped: Counter[str] = Counter()
+    domains = [
+        _domain(name, _unique(_reviews(rows, options, dropped), dropped), options, seed, dropped)
+        for name, rows in categories.items()
+    ]
+    domains, leaks = drop_leaks(domains)
+    dropped["prompt_also_in_training"] += leaks
+    return domains, {reason: count for reason, count in sorted(dropped.items()) if count}
+
+
+def read_amazon(sources: Mapping[str, str]) -> dict[str, Iterator[tuple[str, Row]]]:
+    """Category -> rows, for `amazon_domains`.
+
+    Args:
+        sources: category -> a file or hub name, e.g. `{"Books": "raw/Books.jsonl"}`.
+    """
+    return {name: iterate_rows(source) for name, source in sources.items()}
+
+
+def category_of(path: str | Path) -> str:
+    """The category that a file of Amazon Reviews 2023 is named after."""
+    return Path(path).name.split(".")[0]
+
+
+def _review(
+    text: object,
+    column: str,
+    positive: bool,
+    product: str,
+    reason: str | None,
+    where: str,
+    options: CutOptions,
+    dropped: Counter[str] | None,
+) -> Review | None:
+    if not isinstance(text, str):
+        raise UserError(f"{where}: column {column!r} is {text!r:.40}; expected text")
+    words = clean_text(text).split()
+    rest = words[options.prompt_words :]
+    if reason is None and not words:
+        reason = "empty_text"
+    if reason is None and len(rest) < SHORTEST_RESPONSE:
+        reason = "too_short"
+    if reason is not None:
+        if dropped is not None:
+            dropped[reason] += 1
+        return None
+    return Review(
+        positive=positive,
+        beginning=" ".join(words[: options.prompt_words]),
+        continuation=" " + " ".join(rest[: options.response_words]),
+        finished=len(rest) <= options.response_words,
+        product=product,
+    )
+
+
+def _reviews(
+    rows: Iterable[tuple[str, Row]], options: CutOptions, dropped: Counter[str]
+) -> Iterator[Review]:
+    read = None
+    for where, row in rows:
+        if read is None:
+            read = polarity_review if "label" in row else review_2023
+        if (review := read(row, where, options, dropped)) is not None:
+            yield review
+
+
+def _unique(reviews: Iterable[Review], dropped: Counter[str]) -> list[Review]:
+    """Each text once, in an order that the rows' order does not decide."""
+    by_text: dict[tuple[str, str], list[Review]] = defaultdict(list)
+    for review in reviews:
+        by_text[review.beginning, review.continuation].append(review)
+    kept: list[Review] = []
+    for _, same in sorted(by_text.items()):
+        if len({review.positive for review in same}) > 1:
+            dropped["contradiction"] += len(same)
+            continue
+        kept.append(min(same, key=lambda review: review.product))
+        if len(same) > 1:
+            dropped["duplicate"] += len(same) - 1
+    return kept
+
+
+def _domain(
+    name: str, reviews: list[Review], options: CutOptions, seed: int, dropped: Counter[str]
+) -> Domain:
+    parts: dict[str, list[Review]] = {"eval": [], "support": [], "query": []}
+    for review in reviews:
+        # One draw a product, so that all its reviews go to one part, in every category.
+        unit = review.product or f"{review.beginning}{review.continuation}"
+        draw = hashed_uniform(seed, "part", unit)
+        rest = (draw - options.eval_share) / (1.0 - options.eval_share)
+        part = "eval" if rest < 0 else "support" if rest < options.support_share else "query"
+        parts[part].append(review)
+    query = _pairs(parts["query"], name, options, seed, dropped)
+    if not parts["support"] or not query:
+        raise UserError(
+            f"category {name!r}: {len(parts['support'])} fine-tuning rows and {len(query)} pairs "
+            f"came of {len(reviews)} usable reviews; give more rows or leave the category out"
+        )
+    eval_pairs = _pairs(parts["eval"], name, options, seed, dropped)
+    return Domain(
+        name=name,
+        support=tuple(
+            {"prompt": r.beginning, "response": r.continuation, "finished": r.finished}
+            for r in parts["support"]
+        ),
+        query=tuple(query),
+        eval_pairs=tuple(eval_pairs),
+        prompts=tuple(dict.fromkeys(row["prompt"] for row in eval_pairs)),
+    )
+
+
+def _pairs(
+    reviews: list[Review], name: str, options: CutOptions, seed: int, dropped: Counter[str]
+) -> list[Row]:
+    """Positive against negative reviews of a product; see the module's text."""
+    by_product: dict[str, list[Review]] = defaultdict(list)
+    for review in reviews:
+        by_product[review.product].append(review)
+    rows: list[Row] = []
+    for product, its in sorted(by_product.items()):
+        its = sorted(
+            its, key=lambda r: hashed_uniform(seed, "order", name, r.beginning, r.continuation)
+        )
+        sides = [[r for r in its if r.positive is wanted] for wanted in (True, False)]
+        limit = min(map(len, sides))
+        if product:
+            limit = min(limit, options.pairs_per_product)
+        dropped["unpaired"] += len(its) - 2 * limit
+        for good, bad in zip(sides[0][:limit], sides[1][:limit], strict=True):
+            if good.continuation == bad.continuation:
+                dropped["equal_continuations"] += 2
+                continue
+            coin = hashed_uniform(seed, "coin", name, good.continuation, bad.continuation)
+            rows.append(
+                {
+                    "prompt": (good if coin < 0.5 else bad).beginning,
+                    "chosen": good.continuation,
+                    "rejected": bad.continuation,
+                    "chosen_finished": good.finished,
+                    "rejected_finished": bad.finished,
+                }
+            )
+    return rows

@@ -1,0 +1,374 @@
+"""Domains: what a method that learns over many domains reads of each, checked on reading.
+
+On disk a domain is a folder; DIR holds one for each:
+
+    DIR/<domain>/finetune.jsonl     {"prompt", "response", "finished"?}: support, to fine-tune on
+    DIR/<domain>/pairs.jsonl        {"prompt", "chosen", "rejected", ...}: query, to learn from
+    DIR/<domain>/eval_pairs.jsonl   the same columns: to measure preference accuracy on
+    DIR/<domain>/prompts.jsonl      {"prompt"}: to sample responses for
+    DIR/splits.json                 {"source": [...], "held_out": [...], "validation": [...]}
+
+`finetune.jsonl` must be there, and `pairs.jsonl` in a source domain; a missing file of the others
+means none. Sources are meta-trained on, validation domains are watched meanwhile, held-out domains
+are for the meta-test: their `pairs.jsonl`, if any, is for the baseline that may see it.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from shiftrm.data.pairs import read_pairs
+from shiftrm.errors import UserError, suggest
+from shiftrm.files import Row, atomic_write_text, iterate_jsonl, write_jsonl
+from shiftrm.rendering import Text, check_text
+
+__all__ = [
+    "Domain",
+    "DomainSplit",
+    "check_batches",
+    "check_leaks",
+    "drop_leaks",
+    "hashed_uniform",
+    "load_domain",
+    "load_split",
+    "prompt_key",
+    "split_domains",
+    "write_domains",
+]
+
+FINETUNE, PAIRS = "finetune.jsonl", "pairs.jsonl"
+EVAL_PAIRS, PROMPTS = "eval_pairs.jsonl", "prompts.jsonl"
+SPLITS = "splits.json"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain's data; rows keep any further columns they have."""
+
+    name: str
+    support: tuple[Row, ...]  # {"prompt", "response", "finished"?}
+    query: tuple[Row, ...] = ()  # {"prompt", "chosen", "rejected", ...}
+    eval_pairs: tuple[Row, ...] = ()
+    prompts: tuple[Text, ...] = ()  # to evaluate on
+
+
+@dataclass(frozen=True)
+class DomainSplit:
+    """Which domains are trained on, watched, and held out for the meta-test."""
+
+    source: tuple[Domain, ...]
+    held_out: tuple[Domain, ...]
+    validation: tuple[Domain, ...] = ()
+
+    @property
+    def all(self) -> tuple[Domain, ...]:
+        """Every domain, each once."""
+        return (*self.source, *self.validation, *self.held_out)
+
+
+def load_split(
+    folder: str | Path,
+    *,
+    source: Sequence[str] | None = None,
+    held_out: Sequence[str] | None = None,
+    validation: Sequence[str] | None = None,
+    support_batch: int = 1,
+    query_batch: int = 1,
+) -> DomainSplit:
+    """Read the domains of a folder and make every check that training needs.
+
+    Args:
+        folder: DIR of the layout above.
+        source, held_out, validation: names; None takes `splits.json`'s, and without that file
+            `source` is every domain that is not named elsewhere.
+        support_batch, query_batch: the rows that one step takes of a source domain.
+
+    Raises:
+        UserError: what `load_domain`, `split_domains`, `check_batches` or `check_leaks` refuse.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder that holds one per domain")
+    names = sorted(p.parent.name for p in folder.glob(f"*/{FINETUNE}"))
+    if not names:
+        raise UserError(f"{folder}: no domains; expected DOMAIN/{FINETUNE} in it")
+    said = _read_splits(folder / SPLITS)
+    held_out = said.get("held_out", []) if held_out is None else held_out
+    validation = said.get("validation", []) if validation is None else validation
+    if source is None:
+        taken = {*held_out, *validation}
+        source = [name for name in said.get("source", names) if name not in taken]
+    _check_names(names, source, held_out, validation, where=str(folder))
+    domains = {
+        name: load_domain(folder / name, labelled=name in source)
+        for name in (*source, *validation, *held_out)
+    }
+    split = split_domains(domains.values(), source=source, held_out=held_out, validation=validation)
+    check_batches(split, support_batch=support_batch, query_batch=query_batch)
+    check_leaks(split)
+    return split
+
+
+def load_domain(folder: str | Path, *, labelled: bool) -> Domain:
+    """Read one domain's folder; its name is the folder's.
+
+    Args:
+        labelled: whether `pairs.jsonl` must be there.
+
+    Raises:
+        UserError: a missing or empty file, a row that is no support row, pair or prompt.
+    """
+    folder = Path(folder)
+    if labelled and not (folder / PAIRS).exists():
+        raise UserError(
+            f"{folder / PAIRS}: no such file; a source domain needs preference pairs: add them or "
+            "hold the domain out"
+        )
+    return Domain(
+        name=folder.name,
+        support=tuple(_support_rows(folder / FINETUNE)),
+        query=tuple(_pair_rows(folder / PAIRS)),
+        eval_pairs=tuple(_pair_rows(folder / EVAL_PAIRS)),
+        prompts=tuple(_prompts(folder / PROMPTS)),
+    )
+
+
+def split_domains(
+    domains: Iterable[Domain],
+    *,
+    source: Sequence[str],
+    held_out: Sequence[str],
+    validation: Sequence[str] = (),
+) -> DomainSplit:
+    """Sort domains into a split.
+
+    Raises:
+        UserError: no source or no held-out domain, an unknown name, a name given twice.
+    """
+    by_name: dict[str, Domain] = {}
+    for domain in domains:
+        if domain.name in by_name:
+            raise UserError(f"domain {domain.name!r}: given twice; merge or rename one of them")
+        by_name[domain.name] = domain
+    _check_names(list(by_name), source, held_out, validation, where="domains")
+    return DomainSplit(
+        source=tuple(by_name[name] for name in source),
+        held_out=tuple(by_name[name] for name in held_out),
+        validation=tuple(by_name[name] for name in validation),
+    )
+
+
+def check_batches(split: DomainSplit, *, support_batch: int, query_batch: int) -> None:
+    """Refuse a domain with fewer rows than one step takes.
+
+    Args:
+        support_batch: support rows a step takes, of any domain.
+        query_batch: query pairs a step takes, of a source domain.
+
+    Raises:
+        UserError: the first domain that is too small.
+    """
+    wanted = [(domain, "fine-tuning rows", domain.support, support_batch) for domain in split.all]
+    wanted += [(domain, "preference pairs", domain.query, query_batch) for domain in split.source]
+    for domain, what, rows, batch in wanted:
+        if len(rows) < batch:
+            raise UserError(
+                f"domain {domain.name!r}: {len(rows)} {what}, but a batch takes {batch}; add rows, "
+                "lower the batch or leave the domain out"
+            )
+
+
+def check_leaks(split: DomainSplit) -> None:
+    """Refuse an evaluation prompt that some domain trains on; spaces make no difference.
+
+    Raises:
+        UserError: names the domain, the prompt and the domain that trains on it.
+    """
+    trained = _trained_prompts(split.all)
+    for domain in split.all:
+        for prompt in (*(row["prompt"] for row in domain.eval_pairs), *domain.prompts):
+            if (other := trained.get(prompt_key(prompt))) is not None:
+                raise UserError(
+                    f"domain {domain.name!r}: the evaluation prompt {_short(prompt)} is also "
+                    f"trained on in domain {other!r}; remove it from one of them"
+                )
+
+
+def drop_leaks(domains: Sequence[Domain]) -> tuple[list[Domain], int]:
+    """Leave out evaluation pairs and prompts that `check_leaks` would refuse, and count them."""
+    trained = _trained_prompts(domains)
+    kept = [
+        replace(
+            domain,
+            eval_pairs=tuple(
+                r for r in domain.eval_pairs if prompt_key(r["prompt"]) not in trained
+            ),
+            prompts=tuple(p for p in domain.prompts if prompt_key(p) not in trained),
+        )
+        for domain in domains
+    ]
+    dropped = sum(
+        len(old.eval_pairs) + len(old.prompts) - len(new.eval_pairs) - len(new.prompts)
+        for old, new in zip(domains, kept, strict=True)
+    )
+    return kept, dropped
+
+
+def write_domains(
+    folder: str | Path,
+    domains: Sequence[Domain],
+    *,
+    held_out: Sequence[str],
+    source: Sequence[str] | None = None,
+    validation: Sequence[str] = (),
+) -> Path:
+    """Write domains in the layout above; `splits.json` comes last and marks them complete.
+
+    Args:
+        source: names; None takes every domain that is not named elsewhere.
+
+    Raises:
+        UserError: a split that `split_domains` or `check_leaks` refuses, a domain without support
+            rows, a source without pairs, a name that is no folder name, or a folder that is already
+            there. Nothing is written then.
+    """
+    folder = Path(folder)
+    if source is None:
+        taken = {*held_out, *validation}
+        source = [domain.name for domain in domains if domain.name not in taken]
+    split = split_domains(domains, source=source, held_out=held_out, validation=validation)
+    check_leaks(split)
+    for domain in split.all:
+        if Path(domain.name).name != domain.name or domain.name[:1] in ("", "."):
+            raise UserError(f"domain {domain.name!r}: not usable as a folder's name; rename it")
+        if not domain.support:
+            raise UserError(f"domain {domain.name!r}: no fine-tuning rows; leave the domain out")
+        if domain in split.source and not domain.query:
+            raise UserError(f"domain {domain.name!r}: no preference pairs; hold the domain out")
+    for path in (folder / SPLITS, *(folder / domain.name for domain in split.all)):
+        if path.exists():
+            raise UserError(f"{path}: already exists; choose an empty folder for the domains")
+    for domain in split.all:
+        files = {
+            FINETUNE: domain.support,
+            PAIRS: domain.query,
+            EVAL_PAIRS: domain.eval_pairs,
+            PROMPTS: tuple({"prompt": prompt} for prompt in domain.prompts),
+        }
+        for name, rows in files.items():
+            if rows:
+                write_jsonl(folder / domain.name / name, rows)
+    names = {"source": list(source), "held_out": list(held_out), "validation": list(validation)}
+    atomic_write_text(folder / SPLITS, json.dumps(names, ensure_ascii=False, indent=2) + "\n")
+    return folder
+
+
+def _check_names(
+    known: list[str],
+    source: Sequence[str],
+    held_out: Sequence[str],
+    validation: Sequence[str],
+    *,
+    where: str,
+) -> None:
+    if not held_out:
+        raise UserError(f"{where}: no held-out domain; name at least one that is not trained on")
+    if not source:
+        raise UserError(f"{where}: no source domain is left to train on; hold fewer out")
+    roles: dict[str, str] = {}
+    for role, names in (("source", source), ("validation", validation), ("held-out", held_out)):
+        for name in names:
+            if name not in known:
+                raise UserError(f"{where}: no {role} domain {name!r}{suggest(name, known)}")
+            if name in roles:
+                first = f"both {roles[name]} and {role}" if roles[name] != role else f"twice {role}"
+                raise UserError(f"{where}: domain {name!r} is {first}; name each domain once")
+            roles[name] = role
+
+
+def _read_splits(path: Path) -> dict[str, list[str]]:
+    if not path.exists():
+        return {}
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); write the names of domains") from None
+    roles = ("source", "held_out", "validation")
+    if not isinstance(said, dict) or not all(
+        role in roles and isinstance(names, list) and all(isinstance(n, str) for n in names)
+        for role, names in said.items()
+    ):
+        raise UserError(f"{path}: expected an object with lists of names: {', '.join(roles)}")
+    return said
+
+
+def _support_rows(path: Path) -> list[Row]:
+    rows = []
+    for where, row in iterate_jsonl(path, required=("prompt", "response")):
+        for column in ("prompt", "response"):
+            check_text(row[column], f"{where}: column {column!r}")
+            if not row[column]:
+                raise UserError(f"{where}: the {column} is empty; remove the row")
+        if not isinstance(row.get("finished", True), bool):
+            raise UserError(f"{where}: column 'finished' is {row['finished']!r}; say true or false")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: the file has no fine-tuning rows; fill it or remove the domain")
+    return rows
+
+
+def _pair_rows(path: Path) -> list[Row]:
+    """Pairs as `read_pairs` checks them, and each with a prompt; none if there is no file."""
+    if not path.exists():
+        return []
+    rows = read_pairs(path)
+    for number, row in enumerate(rows, start=1):
+        if not row.get("prompt"):
+            raise UserError(
+                f"{path}: pair {number} has no prompt; a domain's pairs need one apart from the "
+                "responses"
+            )
+    return rows
+
+
+def _prompts(path: Path) -> list[Text]:
+    if not path.exists():
+        return []
+    prompts: list[Text] = []
+    for where, row in iterate_jsonl(path, required=("prompt",)):
+        check_text(row["prompt"], f"{where}: column 'prompt'")
+        if not row["prompt"]:
+            raise UserError(f"{where}: the prompt is empty; remove the row")
+        prompts.append(row["prompt"])
+    if not prompts:
+        raise UserError(f"{path}: the file has no prompts; fill it or remove it")
+    return prompts
+
+
+def _trained_prompts(domains: Iterable[Domain]) -> dict[str, str]:
+    """Prompt (as `prompt_key` reads it) -> the first domain that trains on it."""
+    trained: dict[str, str] = {}
+    for domain in domains:
+        for row in (*domain.support, *domain.query):
+            trained.setdefault(prompt_key(row["prompt"]), domain.name)
+    return trained
+
+
+def prompt_key(prompt: Text) -> str:
+    """A prompt as leaks are judged: text without regard to spaces, chats as JSON."""
+    if isinstance(prompt, str):
+        return " ".join(prompt.split())
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def hashed_uniform(seed: int, *parts: str) -> float:
+    """A number in [0, 1) that only the seed and the texts decide, whatever came before."""
+    digest = sha256("\0".join((str(seed), *parts)).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2.0**64
+
+
+def _short(prompt: Text) -> str:
+    text = prompt_key(prompt)
+    return repr(text if len(text) <= 60 else text[:57] + "...")

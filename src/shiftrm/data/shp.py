@@ -1,0 +1,302 @@
+"""Stanford Human Preferences (stanfordnlp/SHP, 18 subreddits) as domains.
+
+Columns read: `post_id`, `domain` ("askculinary_train"), `history` (the post), `human_ref_A` and
+`human_ref_B` (two comments), `labels` (1 = A preferred), `score_A`, `score_B`, `score_ratio`.
+
+From the data set's authors: keep pairs whose score ratio is at least 2, and at most 5 pairs a post.
+The OODPL paper trains and tests on these domains but does not say how it makes rows of them; ours:
+
+- the prompt is the post, an empty line and "Answer:"; a response is a space and the comment;
+- which pairs of a post are kept is drawn, by a hash of the seed and the pair;
+- the train split's posts are halved, by a hash of the seed and the post: one half's pairs are the
+  query, the other half's comments, both sides of each pair and each comment once, are the support.
+  So the fine-tuning data is of mixed quality, and no comment is both weighted and compared;
+- `eval_split` ("test") gives the evaluation pairs and prompts; the remaining split is dropped. Rows
+  whose domain names no split are split by post, a tenth for evaluation;
+- a post found on both sides (the same id, or the same text under another id) is evaluated on only.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shiftrm.data.domains import Domain, hashed_uniform, prompt_key
+from shiftrm.data.sources import iterate_rows
+from shiftrm.errors import UserError, suggest
+from shiftrm.files import Row, require_columns
+
+__all__ = [
+    "COLUMNS",
+    "HUB_NAMES",
+    "LEAVE_OUT",
+    "SUBREDDITS",
+    "PostPair",
+    "read_shp",
+    "shp_domains",
+    "shp_pair",
+]
+
+HUB_NAMES = ("stanfordnlp/SHP::train", "stanfordnlp/SHP::test")
+
+COLUMNS = (
+    "post_id",
+    "domain",
+    "history",
+    "human_ref_A",
+    "human_ref_B",
+    "labels",
+    "score_A",
+    "score_B",
+    "score_ratio",
+)
+
+SUBREDDITS: tuple[str, ...] = (
+    "askacademia", "askanthropology", "askbaking", "askcarguys", "askculinary", "askdocs",
+    "askengineers", "askhistorians", "askhr", "askphilosophy", "askphysics", "askscience",
+    "asksciencefiction", "asksocialscience", "askvet", "changemyview", "explainlikeimfive",
+    "legaladvice",
+)  # fmt: skip
+"""The domains, in the order of the alphabet."""
+
+LEAVE_OUT: tuple[tuple[str, ...], ...] = tuple(
+    SUBREDDITS[start : start + 3] for start in range(0, len(SUBREDDITS), 3)
+)
+"""Six leave-three-out splits: which domains are held out. The first is the paper's example."""
+
+SPLITS = ("train", "validation", "test")
+GONE = frozenset({"[removed]", "[deleted]"})
+PROMPT = "{post}\n\nAnswer:"
+EVAL_SHARE = 0.1
+"""Share of posts to evaluate on where the rows name no split."""
+
+
+@dataclass(frozen=True)
+class PostPair:
+    """One kept row: two comments on a post, the preferred one first."""
+
+    domain: str
+    split: str  # one of SPLITS, or "" where the row names none
+    post: str
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def shp_pair(
+    row: Row, where: str, *, score_ratio: float = 2.0, dropped: Counter[str] | None = None
+) -> PostPair | None:
+    """Map one row, or say in `dropped` why not.
+
+    Reasons: `empty_post`, `removed_comment`, `empty_comment`, `equal_texts`, `equal_scores`,
+    `low_score_ratio`, `label_against_scores`.
+
+    Args:
+        where: how messages call the row.
+        score_ratio: the least ratio of the two scores.
+        dropped: counts by reason, added to.
+
+    Raises:
+        UserError: a missing column or a value of the wrong type.
+    """
+    _check(row, where)
+    domain, split = _domain_and_split(row["domain"])
+    a, b = row["human_ref_A"].strip(), row["human_ref_B"].strip()
+    post = row["history"].strip()
+    reason = None
+    if not post or post in GONE:
+        reason = "empty_post"
+    elif a in GONE or b in GONE:
+        reason = "removed_comment"
+    elif not a or not b:
+        reason = "empty_comment"
+    elif a == b:
+        reason = "equal_texts"
+    elif row["score_A"] == row["score_B"]:
+        reason = "equal_scores"
+    elif row["score_ratio"] < score_ratio:
+        reason = "low_score_ratio"
+    elif (row["labels"] == 1) != (row["score_A"] > row["score_B"]):
+        reason = "label_against_scores"
+    if reason is not None:
+        if dropped is not None:
+            dropped[reason] += 1
+        return None
+    chosen, rejected = (a, b) if row["labels"] == 1 else (b, a)
+    return PostPair(
+        domain=domain,
+        split=split,
+        post=row["post_id"],
+        prompt=PROMPT.format(post=post),
+        chosen=f" {chosen}",
+        rejected=f" {rejected}",
+    )
+
+
+def shp_domains(
+    rows: Iterable[tuple[str, Row]],
+    *,
+    score_ratio: float = 2.0,
+    pairs_per_post: int = 5,
+    support_share: float = 0.5,
+    eval_split: str = "test",
+    domains: Sequence[str] | None = None,
+    seed: int = 0,
+) -> tuple[list[Domain], dict[str, int]]:
+    """Make domains of SHP's rows; the order of the rows does not matter.
+
+    Args:
+        rows: `(where, row)`, as the readers of files give them.
+        score_ratio, pairs_per_post: what is kept of a post, see `shp_pair` and above.
+        support_share: share of the training posts whose comments are fine-tuned on.
+        eval_split: the split to evaluate on, "validation" or "test".
+        domains: subreddits to keep; None keeps all.
+        seed: decides which posts are support and which pairs of a post are kept.
+
+    Returns:
+        Domains by name, and how many rows were dropped for which reason: those of `shp_pair`,
+        `other_domain`, `other_split`, `duplicate`, `over_pairs_per_post`,
+        `post_also_in_evaluation`. Rows kept + rows dropped = rows read.
+
+    Raises:
+        UserError: options out of range, a bad row, or a domain that is asked for but has no row.
+    """
+    _check_options(pairs_per_post, support_share, eval_split)
+    dropped: Counter[str] = Counter()
+    kept: dict[PostPair, None] = {}
+    for where, row in rows:
+        pair = shp_pair(row, where, score_ratio=score_ratio, dropped=dropped)
+        if pair is None:
+            continue
+        if domains is not None and pair.domain not in domains:
+            dropped["other_domain"] += 1
+        elif pair.split not in ("", "train", eval_split):
+            dropped["other_split"] += 1
+        elif pair in kept:
+            dropped["duplicate"] += 1
+        else:
+            kept[pair] = None
+    train, evaluation = _split(kept, eval_split, seed, dropped)
+    train = _limit(train, pairs_per_post, seed, dropped)
+    evaluation = _limit(evaluation, pairs_per_post, seed, dropped)
+    found = {pair.domain for pair in (*train, *evaluation)}
+    for name in domains or ():
+        if name not in found:
+            raise UserError(f"SHP: no usable row of domain {name!r}{suggest(name, list(found))}")
+    return [
+        _domain(
+            name,
+            [pair for pair in train if pair.domain == name],
+            [pair for pair in evaluation if pair.domain == name],
+            support_share,
+            seed,
+        )
+        for name in sorted(found)
+    ], dict(sorted(dropped.items()))
+
+
+def read_shp(sources: Sequence[str] = HUB_NAMES) -> Iterator[tuple[str, Row]]:
+    """Rows of SHP from local files or the hub, one source after the other.
+
+    Args:
+        sources: whatever `iterate_rows` reads, of any subreddits and splits: a row says where it
+            belongs.
+    """
+    for source in sources:
+        yield from iterate_rows(source, required=COLUMNS)
+
+
+def _split(
+    pairs: Iterable[PostPair], eval_split: str, seed: int, dropped: Counter[str]
+) -> tuple[list[PostPair], list[PostPair]]:
+    """Training and evaluation pairs that share no post, by id or by text."""
+    train: list[PostPair] = []
+    evaluation: list[PostPair] = []
+    for pair in pairs:
+        evaluated = pair.split == eval_split or (
+            not pair.split and hashed_uniform(seed, "eval", prompt_key(pair.prompt)) < EVAL_SHARE
+        )
+        (evaluation if evaluated else train).append(pair)
+    ids = {pair.post for pair in evaluation}
+    texts = {prompt_key(pair.prompt) for pair in evaluation}
+    clean = [p for p in train if p.post not in ids and prompt_key(p.prompt) not in texts]
+    if len(clean) < len(train):
+        dropped["post_also_in_evaluation"] += len(train) - len(clean)
+    return clean, evaluation
+
+
+def _limit(
+    pairs: Iterable[PostPair], pairs_per_post: int, seed: int, dropped: Counter[str]
+) -> list[PostPair]:
+    """At most so many pairs of a post, in an order that the rows' order does not decide."""
+    by_post: dict[str, list[PostPair]] = defaultdict(list)
+    for pair in pairs:
+        by_post[prompt_key(pair.prompt)].append(pair)
+    kept: list[PostPair] = []
+    for key in sorted(by_post):
+        drawn = sorted(
+            by_post[key], key=lambda p: hashed_uniform(seed, p.post, p.domain, p.chosen, p.rejected)
+        )
+        kept += drawn[:pairs_per_post]
+        if len(drawn) > pairs_per_post:
+            dropped["over_pairs_per_post"] += len(drawn) - pairs_per_post
+    return kept
+
+
+def _domain(
+    name: str,
+    train: list[PostPair],
+    evaluation: list[PostPair],
+    support_share: float,
+    seed: int,
+) -> Domain:
+    support: dict[tuple[str, str], None] = {}
+    query: list[PostPair] = []
+    for pair in train:
+        if hashed_uniform(seed, "support", prompt_key(pair.prompt)) < support_share:
+            support |= {(pair.prompt, pair.chosen): None, (pair.prompt, pair.rejected): None}
+        else:
+            query.append(pair)
+    return Domain(
+        name=name,
+        support=tuple({"prompt": p, "response": r} for p, r in support),
+        query=tuple(map(_pair_row, query)),
+        eval_pairs=tuple(map(_pair_row, evaluation)),
+        prompts=tuple(dict.fromkeys(pair.prompt for pair in evaluation)),
+    )
+
+
+def _pair_row(pair: PostPair) -> Row:
+    return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+
+
+def _domain_and_split(name: str) -> tuple[str, str]:
+    """`"askculinary_train"` -> `("askculinary", "train")`; a name without a split has ""."""
+    domain, _, split = name.rpartition("_")
+    return (domain, split) if split in SPLITS and domain else (name, "")
+
+
+def _check(row: Row, where: str) -> None:
+    require_columns(row, COLUMNS, where)
+    for column in ("post_id", "domain", "history", "human_ref_A", "human_ref_B"):
+        if not isinstance(row[column], str):
+            raise _wrong(row, column, where, "text")
+    for column in ("score_A", "score_B", "score_ratio"):
+        if isinstance(row[column], bool) or not isinstance(row[column], int | float):
+            raise _wrong(row, column, where, "a number")
+    if isinstance(row["labels"], bool) or row["labels"] not in (0, 1):
+        raise _wrong(row, "labels", where, "1 (A is preferred) or 0")
+
+
+def _wrong(row: Row, column: str, where: str, expected: str) -> UserError:
+    value: Any = row[column]
+    return UserError(f"{where}: column {column!r} is {value!r:.40}; expected {expected}")
+
+
+def _check_options(pairs_per_post: int, support_share: float, eval_split: str) -> None:
+    if pairs_per_post < 1:
+        raise UserError(f"SHP: pairs_per_post is {pairs_per_post}; it must be at least 1")
+    if not 0.0 < support_share < 1.0:
+        raise UserError(f"SHP: support_share is {support_share}; give a share between 0 and 1")
+    if eval_split not in SPLITS[1:]:
+        raise UserError(f"SHP: eval_split is {eval_split!r}; give 'validation' or 'test'")

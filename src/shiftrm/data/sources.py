@@ -1,0 +1,307 @@
+"""Rows from wherever a user keeps them: JSONL, JSON, Parquet, CSV, or anything `datasets` loads.
+
+One function reads them all, so that every command takes every format and errors name the row.
+"""
+
+import codecs
+import csv
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shiftrm.errors import UserError
+from shiftrm.files import Row, iterate_jsonl, require_columns
+
+__all__ = ["SOURCE_HELP", "fingerprint", "iterate_rows"]
+
+SOURCE_HELP = """
+Data is a .jsonl, .json, .parquet or .csv file, a folder that `datasets` can load, or a name on the
+Hugging Face hub: owner/name, owner/name:config or owner/name:config:split (owner/name::test is a
+split of the default configuration; without one it is train). In JSON: a list of objects, or an
+object that holds one. In CSV, lists and messages are written as JSON in the cell.
+"""
+"""For the --help of commands that read data."""
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+TEXT_COLUMNS = ("prompt", "response", "chosen", "rejected")
+"""Columns that hold text or chat messages; in a CSV cell, messages are written as JSON."""
+
+JSON_COLUMNS = (
+    "responses",
+    "finished",
+    "chosen_finished",
+    "rejected_finished",
+    "margin",
+    "tools",
+    "chat_template_kwargs",
+)
+"""Columns whose CSV cells hold JSON."""
+
+
+def iterate_rows(
+    source: str | Path, *, required: tuple[str, ...] = (), split: str = "train"
+) -> Iterator[tuple[str, Row]]:
+    """Yield `(where, row)` for every row of a source.
+
+    Args:
+        source: a `.jsonl`, `.json`, `.parquet` or `.csv` file (no suffix at all: JSONL), a folder
+            that `datasets` loads (also one written by `save_to_disk`), or a hub name
+            `owner/name[:config[:split]]`.
+        required: columns every row must have.
+        split: which split of a folder or hub name, unless the source says one.
+
+    Yields:
+        `where` for error messages (`file:line` for JSONL and CSV, `file: row N` for JSON and
+        Parquet, `name[split] row N` through `datasets`; rows count from 1) and the row. Columnar
+        formats fill missing entries with null; here they are absent again, also inside messages.
+
+    Raises:
+        UserError: there is no such source, it cannot be read, or a row lacks a column.
+    """
+    for where, row in _reader(source, split):
+        require_columns(row, required, where)
+        yield where, row
+
+
+def _reader(source: str | Path, split: str) -> Iterator[tuple[str, Row]]:
+    path = Path(source)
+    if path.is_file():
+        readers: dict[str, Any] = {
+            "": iterate_jsonl,
+            ".jsonl": iterate_jsonl,
+            ".json": _iterate_json,
+            ".parquet": _iterate_parquet,
+            ".csv": _iterate_csv,
+        }
+        if path.suffix.lower() not in readers:
+            raise UserError(
+                f"{path}: cannot read {path.suffix} files; give one of {', '.join(SUFFIXES)}"
+            )
+        return readers[path.suffix.lower()](path)
+    if path.is_dir():
+        return _iterate_datasets(str(source), None, split)
+    name, _, rest = str(source).partition(":")
+    config, _, own_split = rest.partition(":")
+    folder = Path(name).is_dir()
+    if folder or (HUB_NAME.fullmatch(name) and Path(name).suffix.lower() not in SUFFIXES):
+        return _iterate_datasets(name, config or None, own_split or split)
+    raise UserError(f"{source}: no such file; check the path")
+
+
+# -- JSON ------------------------------------------------------------------------------------
+
+
+def _iterate_json(path: Path) -> Iterator[tuple[str, Row]]:
+    """A list of objects, an object that holds one under any key, or JSON lines by another name."""
+    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if not raw.strip():
+        return
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not valid UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and raw.lstrip().startswith(b"{"):
+            yield from iterate_jsonl(path)
+            return
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON at column {error.colno} ({error.msg}); "
+            "the file must be a list of objects, or one object a line"
+        ) from None
+    for number, row in enumerate(_rows_of(content, path), start=1):
+        where = f"{path}: row {number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield where, row
+
+
+def _rows_of(content: Any, path: Path) -> list[Any]:
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a list of objects, found {type(content).__name__}")
+    if any(column in content for column in (*TEXT_COLUMNS, "responses")):
+        return [content]  # a file of one row
+    lists = [key for key, value in content.items() if _holds_rows(value)]
+    if len(lists) > 1:
+        raise UserError(
+            f"{path}: holds several lists of objects ({', '.join(lists)}); write the rows as one "
+            "list, or one object a line"
+        )
+    return content[lists[0]] if lists else [content]
+
+
+def _holds_rows(value: Any) -> bool:
+    """A list of objects that are no chat messages."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and "role" not in item for item in value)
+    )
+
+
+# -- CSV -------------------------------------------------------------------------------------
+
+
+def _iterate_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(2**31 - 1)  # transcripts are longer than its 128 KiB
+    with open(path, "rb") as handle:
+        reader = csv.reader(_decoded_lines(handle, path), strict=True)
+        try:
+            header = next(reader, [])
+            _check_header(header, path)
+            start = reader.line_num + 1
+            for cells in reader:
+                where, start = f"{path}:{start}", reader.line_num + 1
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{where}: {len(cells)} cells for {len(header)} columns; put text with "
+                        "commas or line breaks in double quotes"
+                    )
+                row = {c: _cell(c, text, where) for c, text in zip(header, cells, strict=True)}
+                yield where, {c: value for c, value in row.items() if value is not None}
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+
+
+def _decoded_lines(handle: Any, path: Path) -> Iterator[str]:
+    for number, raw in enumerate(handle, start=1):
+        try:
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}:{number}: not valid UTF-8 at byte {error.start + 1}; "
+                "save the file as UTF-8"
+            ) from None
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    for number, name in enumerate(header, start=1):
+        if name in header[: number - 1]:
+            raise UserError(f"{path}:1: two columns are called {name!r}; rename one")
+        if not name:
+            header[number - 1] = f"column_{number}"  # the index that pandas writes
+
+
+def _cell(column: str, text: str, where: str) -> Any:
+    """The value of a cell; None where it is empty and emptiness says nothing."""
+    if column in JSON_COLUMNS:
+        if not text.strip():
+            return None
+        if text.strip().lower() in ("true", "false"):  # as spreadsheets and pandas write them
+            text = text.strip().lower()
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{where}: column {column!r} is not valid JSON at column {error.colno} of the cell "
+                f"({error.msg}); write it as JSON, with double quotes"
+            ) from None
+    if column == "prompt" and not text:
+        return None
+    if column in TEXT_COLUMNS and text.lstrip().startswith("["):
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            return text
+        if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
+            return value
+    return text
+
+
+# -- Arrow -----------------------------------------------------------------------------------
+
+
+def _iterate_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", _without_nulls(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: not a whole Parquet file after row {number} ({_line(error)})"
+        ) from None
+
+
+def _iterate_datasets(name: str, config: str | None, split: str) -> Iterator[tuple[str, Row]]:
+    """Rows through `datasets`: a folder of data files or of `save_to_disk`, or a hub name."""
+    table = _load(name, config, split)
+    for number, row in enumerate(table, start=1):
+        yield f"{name}[{split}] row {number}", _without_nulls(row)
+
+
+def _load(name: str, config: str | None, split: str) -> Any:
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    saved = [file for file in ("dataset_dict.json", "state.json") if (Path(name) / file).is_file()]
+    try:
+        if not saved:
+            with _quiet(datasets.utils.logging):  # it logs what it raises, on lines of its own
+                return datasets.load_dataset(name, config, split=split)
+        table = datasets.load_from_disk(name)
+    except ConnectionError as error:
+        raise UserError(
+            f"{name}: cannot be downloaded ({_line(error)}); check the network, or give a local "
+            "file"
+        ) from None
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = _line(error.__cause__ or error)  # what is wrong with the file, if that is it
+        raise UserError(f"{name}: cannot be loaded as a data set ({reason})") from None
+    splits = list(table) if isinstance(table, dict) else ["train"]
+    if split not in splits:
+        raise UserError(f"{name}: has no split {split!r}; it has {', '.join(map(repr, splits))}")
+    return table[split] if isinstance(table, dict) else table
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row as it was before a columnar format gave every row the same keys, in JSON's types."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(v) for v in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value)  # dates, decimals, bytes: columns of the user's own
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def fingerprint(source: str | Path, rows: list[Row]) -> str:
+    """SHA-256 that tells one data set from another: of the file's bytes, or else of the rows."""
+    if Path(source).is_file():
+        with open(source, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""Diagnoses -> one self-contained page and a JSON file. Foreign text is escaped; no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shiftrm.evaluation import thresholds
+from shiftrm.evaluation.comparison import Comparison
+from shiftrm.evaluation.diagnosis import Diagnosis, ScoredFile
+from shiftrm.evaluation.verdict import Overall, Verdict
+from shiftrm.files import Row, atomic_write_text
+from shiftrm.records import library_versions, source_commit
+from shiftrm.report.diagnosis_examples import Example, examples
+from shiftrm.report.diagnosis_plots import (
+    Series,
+    calibration_figure,
+    difference_figure,
+    length_figure,
+)
+from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables, source_names
+from shiftrm.report.page import Picture, image_of, page_template
+from shiftrm.report.tables import NOT_MEASURED
+
+_MANY_FILES = 12  # reward against length is drawn for so many files at most
+
+_COLOURS = {
+    "blind": "#B00020",
+    "follows length": "#B25A00",
+    "dim": "#B25A00",
+    "unclear": "#666666",
+    "tells apart": "#0072B2",
+    "sees": "#007A55",
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that is shown. The first four belong together, entry by entry."""
+
+    files: list[ScoredFile]
+    rows: list[list[Row]]
+    diagnoses: list[Diagnosis]
+    verdicts: list[Verdict]
+    overall: list[Overall]
+    comparisons: list[Comparison]
+
+
+def write_page(found: Findings, path: str | Path) -> Path:
+    """Write the page, whole or not at all."""
+    # A lone surrogate (possible in model output) has no UTF-8 form: it is shown as "?".
+    text = render_page(found).encode("utf-8", "replace").decode("utf-8")
+    return atomic_write_text(path, text)
+
+
+def write_numbers(found: Findings, path: str | Path) -> Path:
+    """Write all numbers and verdicts as JSON, whole or not at all."""
+    text = json.dumps(numbers(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return atomic_write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def numbers(found: Findings) -> dict[str, Any]:
+    """All numbers and verdicts as plain data."""
+    return {
+        "overall": [asdict(entry) for entry in found.overall],
+        "files": [
+            {**asdict(d), "verdict": asdict(v)}
+            for d, v in zip(found.diagnoses, found.verdicts, strict=True)
+        ],
+        "comparisons": [asdict(entry) for entry in found.comparisons],
+        "thresholds": {name: value for name, value in vars(thresholds).items() if name.isupper()},
+        "commit": source_commit(),
+        "versions": library_versions(),
+    }
+
+
+def render_page(found: Findings) -> str:
+    """The page as text; the same findings give the same text."""
+    names = source_names(found.diagnoses)
+    several = len(found.overall) > 1
+    return page_template("diagnosis.html.j2").render(
+        overall=found.overall,
+        several=several,
+        verdicts=[
+            (name, v, _COLOURS[v.word]) for name, v in zip(names, found.verdicts, strict=True)
+        ],
+        colours=_COLOURS,
+        comparisons=comparison_table(found.comparisons) if found.comparisons else None,
+        numbers=numbers_tables(found.diagnoses, found.verdicts),
+        pictures=_pictures(found, names),
+        examples=_examples(found, names),
+        t=thresholds,
+        commit=source_commit(),
+        versions=library_versions(),
+        not_measured=NOT_MEASURED,
+    )
+
+
+def _examples(found: Findings, names: list[str]) -> list[tuple[str, list[Example]]]:
+    return [
+        (name, examples(file, rows))
+        for name, file, rows in zip(names, found.files, found.rows, strict=True)
+    ]
+
+
+def _pictures(found: Findings, names: list[str]) -> list[Picture]:
+    series = list(zip(names, found.files, found.diagnoses, strict=True))
+    pictures = []
+    for entry in found.overall:
+        of_model = [(d.name, f, d) for _, f, d in series if d.model == entry.model]
+        pictures.append(
+            _difference_picture(of_model, f" · {entry.model}" if len(found.overall) > 1 else "")
+        )
+    if any(d.labels is not None for d in found.diagnoses):
+        caption = (
+            "On the dotted line, what the model states comes true; below it, the model is too "
+            "sure. Larger dots rest on more pairs."
+        )
+        image = image_of(calibration_figure(series), "Calibration", caption)
+        pictures.append(Picture("Does it know how sure it may be?", (image,), caption))
+    pictures.append(_length_picture(series))
+    return pictures
+
+
+def _difference_picture(series: Sequence[Series], label: str) -> Picture:
+    caption = (
+        "Differences between rewards of two distinct responses to one prompt. A model going blind "
+        "moves to the left. The right picture is divided by the standard deviation of all rewards "
+        "of the file, so that the scale of the model plays no part. The last bin holds all above."
+    )
+    images = tuple(
+        image_of(difference_figure(series, relative=relative), title, caption)
+        for relative, title in ((False, "Reward differences"), (True, "Relative differences"))
+    )
+    return Picture(f"Reward differences{label}", images, caption)
+
+
+def _length_picture(series: Sequence[Series]) -> Picture:
+    caption = (
+        "Every response against the mean of its prompt. A tilt means that the model pays for "
+        "length; whether longer responses are better, only labels say."
+    )
+    if len(series) > _MANY_FILES:
+        caption += f" The first {_MANY_FILES} of {len(series)} are drawn."
+    images = tuple(
+        image_of(length_figure(name, file), f"Reward against length, {name}", caption)
+        for name, file, _ in series[:_MANY_FILES]
+    )
+    return Picture("Reward against length, within prompts", images, caption)

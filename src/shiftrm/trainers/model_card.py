@@ -1,0 +1,242 @@
+"""What a training did, for its user: a few sentences, and the README.md beside the weights."""
+
+import importlib.metadata
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import shiftrm
+from shiftrm.data.sources import HUB_NAME
+
+__all__ = ["DataSet", "Outcome", "measurements", "model_card", "summary"]
+
+TOO_SMALL = 1e-3
+"""Below this relative change of the gradient, a meta step does not matter."""
+
+NOT_METRICS = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "num_tokens",
+    "epoch",
+    "model_preparation_time",
+)
+
+META_LOGS = {
+    "meta_influence": "relative change of the gradient by the meta step, mean",
+    "meta_objective": "J before the step, mean",
+    "meta_objective_after": "J after the step, mean",
+    "meta_skipped": "share of skipped steps",
+}
+
+
+@dataclass
+class DataSet:
+    """One input: `pairs`, `eval NAME` or `groups`."""
+
+    name: str
+    source: str
+    rows: int
+    sha256: str
+
+
+@dataclass
+class Outcome:
+    """Everything the card and the summary say."""
+
+    model: str
+    output: str
+    data: list[DataSet]
+    settings: dict[str, Any]
+    seed: int
+    command: str | None
+    before: dict[str, dict[str, float]] | None
+    """Metrics by held-out set; None where the model could not be evaluated before training."""
+    after: dict[str, dict[str, float]]
+    steps: int
+    loss: float | None
+    """Mean training loss over all steps, also those before an interruption."""
+    pairs: int
+    heldout: dict[str, int]
+    dropped: dict[str, dict[str, int]]
+    """By data set and reason."""
+    processes: int
+    lora: bool
+    meta: dict[str, float] = field(default_factory=dict)
+
+
+def measurements(trainer: Any, result: Any) -> dict[str, Any]:
+    """The fields of `Outcome` that a trainer knows after training."""
+    logs = trainer.state.log_history
+    sets = trainer.eval_dataset
+    sets = sets if isinstance(sets, dict) else {} if sets is None else {"": sets}
+    return {
+        "steps": trainer.state.global_step,
+        "loss": _mean_loss(logs, trainer.state.global_step, result.training_loss),
+        "pairs": len(trainer.train_dataset),
+        "heldout": {name: len(table) for name, table in sets.items()},
+        "dropped": trainer.dropped_pairs,
+        "processes": trainer.accelerator.num_processes,
+        "lora": hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
+        "meta": {
+            key: sum(values) / len(values)
+            for key in META_LOGS
+            if (values := [log[key] for log in logs if key in log])
+        },
+    }
+
+
+def summary(outcome: Outcome) -> str:
+    """The end of `shiftrm train`."""
+    count = sum(sum(reasons.values()) for reasons in outcome.dropped.values())
+    loss = "" if outcome.loss is None else f", mean loss {outcome.loss:.4f}"
+    lines = [
+        f"Trained on {outcome.pairs} pairs ({count} dropped) for {outcome.steps} steps{loss}.",
+        *_dropped_words(outcome),
+    ]
+    for name, metrics in outcome.after.items():
+        what = f"{outcome.heldout[name]} held-out pairs" + (f" of {name}" if name else "")
+        before = (
+            "" if outcome.before is None else f"{outcome.before[name]['accuracy']:.3f} before, "
+        )
+        after = "" if outcome.before is None else " after"
+        lines.append(f"Accuracy on {what}: {before}{metrics['accuracy']:.3f}{after}.")
+    return "\n".join([*lines, *_meta_words(outcome), f"Reward model: {outcome.output}"])
+
+
+def _mean_loss(logs: list[dict[str, Any]], steps: int, reported: float) -> float | None:
+    """The mean over all steps; transformers' own forgets those before an interruption."""
+    losses = [(log["step"], log["loss"]) for log in logs if "loss" in log]
+    if not losses:
+        return reported or None
+    starts = [0, *(step for step, _ in losses)]
+    total = sum((s - a) * loss for a, (s, loss) in zip(starts, losses, strict=False))
+    return total / losses[-1][0] if losses[-1][0] == steps else reported or total / losses[-1][0]
+
+
+def _dropped_words(outcome: Outcome) -> list[str]:
+    return [
+        f"Dropped from the {name} pairs: "
+        + "; ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        + "."
+        for name, reasons in outcome.dropped.items()
+        if any(reasons.values())
+    ]
+
+
+def _meta_words(outcome: Outcome) -> list[str]:
+    influence = outcome.meta.get("meta_influence")
+    if influence is None:
+        return []
+    words = f"The meta step changed the gradient by {influence:.1e} of its length."
+    if influence < TOO_SMALL:
+        words += " That is too small to matter: raise meta_learning_rate, or use preset=scale_free."
+    return [words]
+
+
+def model_card(outcome: Outcome) -> str:
+    """README.md: what the model was made of, how, and what it measures. Needs no network."""
+    sections = [
+        _front_matter(outcome),
+        f"# Reward model from {outcome.model}",
+        _opening(outcome),
+        "## Measured",
+        _metrics_table(outcome),
+        *_dropped_words(outcome),
+        *_meta_section(outcome),
+        "## Data",
+        _table(
+            ("data", "source", "rows", "SHA-256"),
+            [(d.name, f"`{d.source}`", d.rows, f"`{d.sha256}`") for d in outcome.data],
+        ),
+        "SHA-256 is the file's; of a folder or a hub data set it is that of the rows.",
+        "## Settings",
+        "Those that differ from the defaults of `RewardConfig`"
+        f"{' and `MetaRMConfig`' if outcome.meta else ''}:",
+        _table(("setting", "value"), [(k, f"`{v}`") for k, v in outcome.settings.items()]),
+        f"Seed {outcome.seed}; processes: {outcome.processes}; {_versions(outcome)}.",
+    ]
+    if outcome.command is not None:
+        sections += ["Made by", f"```\n{outcome.command}\n```"]
+    return "\n\n".join(part for part in sections if part) + "\n"
+
+
+def _front_matter(outcome: Outcome) -> str:
+    hub_data = sorted({d.source.split(":")[0] for d in outcome.data if _on_hub(d.source)})
+    fields = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "base_model": outcome.model if _on_hub(outcome.model) else None,
+        "datasets": hub_data or None,
+        "tags": ["reward-model", "shiftrm", *(["metarm"] if outcome.meta else [])],
+    }
+    kept = {key: value for key, value in fields.items() if value is not None}
+    return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---"
+
+
+def _on_hub(source: str) -> bool:
+    return bool(HUB_NAME.fullmatch(source.split(":")[0])) and not Path(source).exists()
+
+
+def _opening(outcome: Outcome) -> str:
+    method = (
+        "with a MetaRM step on unlabelled responses (arXiv 2405.00438)"
+        if outcome.meta
+        else "with the Bradley-Terry loss"
+    )
+    lora = (
+        " LoRA was merged into these weights; the adapter alone is in `adapter/`."
+        if outcome.lora
+        else ""
+    )
+    loss = "" if outcome.loss is None else f", mean loss {outcome.loss:.4f}"
+    return (
+        f"Trained {method} on {outcome.pairs} preference pairs for {outcome.steps} steps{loss}. "
+        "A sequence-classification checkpoint with one label: the logit is the reward, read at "
+        f"the last token of prompt and response, EOS included.{lora}"
+    )
+
+
+def _metrics_table(outcome: Outcome) -> str:
+    if not outcome.after:
+        return "Nothing: no held-out pairs were given."
+    rows = []
+    for name, metrics in outcome.after.items():
+        for key, value in metrics.items():
+            if key in NOT_METRICS or not isinstance(value, int | float):
+                continue
+            before = (outcome.before or {}).get(name, {}).get(key)
+            rows.append(
+                (
+                    name or "held-out",
+                    outcome.heldout[name],
+                    key.replace("_", " "),
+                    "-" if before is None else f"{before:.4g}",
+                    f"{value:.4g}",
+                )
+            )
+    return _table(("held-out set", "pairs", "measure", "before", "after"), rows)
+
+
+def _meta_section(outcome: Outcome) -> list[str]:
+    if not outcome.meta:
+        return []
+    rows = [(META_LOGS[key], f"{value:.4g}") for key, value in outcome.meta.items()]
+    return ["## Meta step", _table(("measure", "value"), rows), *_meta_words(outcome)]
+
+
+def _versions(outcome: Outcome) -> str:
+    names = ["torch", "transformers", "trl", "accelerate", "datasets"]
+    names += ["peft"] if outcome.lora else []
+    found = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    return ", ".join([f"shiftrm {shiftrm.__version__}", *found])
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+        for line in lines
+    )

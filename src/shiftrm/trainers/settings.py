@@ -1,0 +1,223 @@
+"""Training settings said in words: judged against the fields of the configuration classes.
+
+The fields of `RewardConfig` (or `MetaRMConfig`) and of `trl.ModelConfig` are the one place where a
+setting is declared; a flag, a `key=value` word and a key of a YAML file all end here.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+import yaml
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from shiftrm.errors import UserError, suggest
+from shiftrm.trainers.metarm_config import MetaRMConfig
+from shiftrm.trainers.reward import RewardConfig
+
+__all__ = ["Settings", "resolve"]
+
+REFUSED = {
+    "output_dir": "this command sets it",
+    "resume_from_checkpoint": "the same command given again continues by itself",
+    "push_to_hub": "this command writes a folder; `hf upload` uploads it",
+    "model_name_or_path": "give --model",
+    "lora_task_type": "a reward model classifies sequences",
+}
+"""Fields that are not the user's here, and what to do instead."""
+
+LEAST = {
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "max_length": 1,
+    "pad_to_multiple_of": 1,
+    "learning_rate": 0.0,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.0,
+    "adam_beta2": 0.0,
+    "adam_epsilon": 0.0,
+    "num_train_epochs": 0.0,
+    "dataloader_num_workers": 0,
+    "meta_batch_size": 1,
+    "warmup_steps": 0.0,
+    "max_grad_norm": 0.0,
+    "center_rewards_coefficient": 0.0,
+    "save_total_limit": 1,
+    "lora_r": 1,
+}
+"""The smallest value of settings that transformers checks late or not at all."""
+
+BELOW_ONE = ("adam_beta1", "adam_beta2")
+
+NULL = ("", "~", "null", "none", "None")
+
+NEED_PEFT = ("lora_", "use_rslora", "use_dora")
+
+
+@dataclasses.dataclass
+class Settings:
+    """What training needs beside model and data."""
+
+    args: Any
+    """A `RewardConfig` or `MetaRMConfig`."""
+
+    model: ModelConfig
+    """How the model is loaded, and LoRA."""
+
+    given: dict[str, Any]
+    """What the user set, as plain values: two ways of saying the same are equal here."""
+
+    ours: dict[str, Any]
+    """The defaults of this command on this machine."""
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained`."""
+        named = {
+            "dtype": self.model.dtype,
+            "attn_implementation": self.model.attn_implementation,
+            "revision": self.model.model_revision if "model_revision" in self.given else None,
+        }
+        options = {key: value for key, value in named.items() if value is not None}
+        return options | dict(self.args.model_init_kwargs or {})
+
+    @property
+    def trainer_options(self) -> dict[str, Any]:
+        """LoRA and quantisation, as trainers take them."""
+        self.model.lora_task_type = "SEQ_CLS"  # so that PEFT trains and saves the head
+        options = {
+            "peft_config": get_peft_config(self.model),
+            "quantization_config": get_quantization_config(self.model),
+        }
+        return {key: value for key, value in options.items() if value is not None}
+
+    def beyond_defaults(self) -> dict[str, Any]:
+        """Every setting with another value than its class would give it, presets' included."""
+        default = type(self.args)(**self.ours)
+        said = {*self.given, *(key for key in ("use_cpu", "bf16") if key in self.ours)}
+        values = {f.name: getattr(self.args, f.name) for f in dataclasses.fields(self.args)}
+        found = {
+            key: getattr(value, "value", value)
+            for key, value in values.items()
+            if key in said or value != getattr(default, key)
+        }
+        return found | {k: v for k, v in self.given.items() if k not in found}
+
+
+def resolve(given: Mapping[str, Any], *, meta: bool, work: Path) -> Settings:
+    """Build the configurations from what was said.
+
+    Args:
+        given: values by setting; strings are read as YAML where the setting is no text.
+        meta: whether there are groups, so that MetaRM's settings apply.
+        work: the folder that training writes into.
+
+    Raises:
+        UserError: an unknown setting (the nearest is suggested), or a value that cannot be.
+    """
+    cls = MetaRMConfig if meta else RewardConfig
+    hints = typing.get_type_hints(cls) | typing.get_type_hints(ModelConfig)
+    fields = (*dataclasses.fields(cls), *dataclasses.fields(ModelConfig))
+    known = [f.name for f in fields if f.init and f.name not in REFUSED]
+    values = {}
+    for key, value in given.items():
+        key, value = _positive(key, value, known)
+        if key not in known:
+            raise UserError(f"unknown setting {key!r}{_hint(key, known, meta=meta)}")
+        values[key] = _value(key, value, hints[key])
+    model_fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    model = {key: value for key, value in values.items() if key in model_fields}
+    if "use_peft" not in model and (idle := [k for k in model if k.startswith(NEED_PEFT)]):
+        raise UserError(f"{idle[0]} is set without LoRA; add use_peft=true")
+    ours: dict[str, Any] = {
+        "output_dir": str(work),
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "save_total_limit": 2,  # of an 8B model a checkpoint with Adam's moments is 100 GB
+    }
+    if torch.accelerator.current_accelerator() is None:  # TRL's bf16 default needs one
+        ours |= {"use_cpu": True, "bf16": False}
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            ours["ddp_backend"] = "gloo"
+    chosen = {key: value for key, value in values.items() if key not in model_fields}
+    try:
+        return Settings(cls(**(ours | chosen)), ModelConfig(**model), values, ours)
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise UserError(f"training settings: {error}") from None
+
+
+def _positive(key: str, value: Any, known: list[str]) -> tuple[str, Any]:
+    """`--no-bf16`, the usual way to switch off, as `bf16=false`."""
+    if key not in known and key.startswith("no_") and key[3:] in known and value == "true":
+        return key[3:], "false"
+    return key, value
+
+
+def _hint(key: str, known: list[str], *, meta: bool) -> str:
+    if key in REFUSED:
+        return f"; {REFUSED[key]}"
+    if not meta and key in {f.name for f in dataclasses.fields(MetaRMConfig)}:
+        return "; it is MetaRM's: give --groups"
+    near = suggest(key, [*known, "pairs", "eval_pairs", "groups"])
+    return near if "did you mean" in near else "; `shiftrm train --help` says which there are"
+
+
+def _value(key: str, given: Any, hint: Any) -> Any:
+    """The value of a setting; text is read as YAML, numbers and switches are checked."""
+    kinds = set(typing.get_args(hint)) or {hint}
+    text = given if isinstance(given, str) else str(given)
+    if key == "report_to" and given in ("none", "None", "null", None):
+        return "none"  # transformers' word; None means all of them
+    if NoneType in kinds and (given is None or text in NULL):
+        return None
+    if kinds <= {str, NoneType}:
+        return text
+    try:
+        value = yaml.safe_load(given) if isinstance(given, str) else given
+    except yaml.YAMLError:
+        raise UserError(f"{key}={text}: the value is not valid YAML") from None
+    number = _number(value)
+    if number is not None and number < LEAST.get(key, -math.inf):
+        raise UserError(f"{key} is {text}; it must be at least {LEAST[key]:g}")
+    if not kinds <= {bool, int, float, NoneType}:  # choices, lists: transformers judges them
+        return _choice(value, given, kinds)
+    if bool in kinds:
+        number, expected = value if isinstance(value, bool) else None, "true or false"
+    elif float in kinds:
+        expected = "a number"
+    else:
+        number, expected = _whole(number), "a whole number"
+    if number is None:
+        null = ", or null" if NoneType in kinds else ""
+        raise UserError(f"{key} is {text!r}; expected {expected}{null}")
+    if key in BELOW_ONE and number >= 1:
+        raise UserError(f"{key} is {text}; it must be below 1")
+    return number
+
+
+def _choice(value: Any, given: Any, kinds: set[Any]) -> Any:
+    """A list, a mapping or a number as such; a word as it was written (`no` is no switch here)."""
+    if isinstance(value, bool) and bool not in kinds:
+        return given if isinstance(given, str) else {True: "yes", False: "no"}[value]
+    return value
+
+
+def _whole(number: float | None) -> int | None:
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _number(value: Any) -> float | None:
+    """The finite number this is; YAML reads 5e-6 as text."""
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if number is not None and math.isfinite(number) else None

@@ -1,0 +1,29 @@
+"""Checkpoints and data files, as a user would have them."""
+
+import pytest
+
+from shiftrm.cli import main
+from shiftrm.files import write_jsonl
+
+
+@pytest.fixture
+def files(tmp_path, policy, tokenizer, pairs, groups):
+    """A policy checkpoint and data files."""
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    write_jsonl(tmp_path / "groups.jsonl", groups)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "the red"}, {"prompt": "a dog"}])
+    return tmp_path
+
+
+@pytest.fixture
+def shiftrm(files, capsys, monkeypatch):
+    """shiftrm("train", ...) -> (status, output), in the folder of the files."""
+    monkeypatch.chdir(files)
+
+    def run(*arguments):
+        status = main([str(a) for a in arguments])
+        return status, capsys.readouterr()
+
+    return run
