@@ -204,7 +204,9 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         change = self._midpoint_change(model, inputs, state.directions)
         if self._diagnosing() and not state.change:  # so far .grad is this micro-batch's alone
             self._log_meta("meta_influence", relative_size(change, self._gradients()))
-        state.change = [a + b for a, b in zip(state.change, change, strict=True)] or change
+        for so_far, more in zip(state.change, change, strict=False):
+            so_far.add_(more)
+        state.change = state.change or change
 
     def _finish_gradient(self, model: nn.Module) -> None:
         """At theta, `.grad` whole and averaged: add what is not in it yet."""
