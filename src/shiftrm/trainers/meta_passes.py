@@ -30,6 +30,7 @@ class MetaPasses(_Base):
 
     _groups: MetaGroups
     meta_batch_size: int
+    meta_curvature: str
     _compute_type: torch.dtype
     _radius: dict[str, float]  # of finite differences, carried from step to step
 
@@ -111,7 +112,7 @@ class MetaPasses(_Base):
         self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
     ) -> list[Tensor]:
         """grad L(theta') - grad L(theta) of one micro-batch, this process's (FSDP2: averaged)."""
-        if self.args.meta_curvature == "exact":
+        if self.meta_curvature == "exact":
             with _unsynchronised(model):
                 return midpoint_change(
                     lambda: self._micro_batch_loss(model, inputs),
@@ -132,7 +133,7 @@ class MetaPasses(_Base):
     def _objective_product(self, model: nn.Module, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H_J v over the global meta batch."""
         parameters = self._trainable()
-        if self.args.meta_curvature != "exact":
+        if self.meta_curvature != "exact":
             product, self._radius["J"] = finite_difference_product(
                 lambda: self._objective_gradient(model)[1],
                 parameters,

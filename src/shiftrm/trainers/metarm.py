@@ -94,7 +94,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         self._shift: ExitStack | None = None
         self._step_state: MetaStepState | None = None
         self._radius = {}
-        self.meta_shift = self._choose_shift()
+        self._choose_shift()
         self._adaptive_state = AdaptiveState()
         world = self.accelerator.num_processes
         pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
@@ -105,22 +105,29 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
                 "each process needs a group"
             )
 
-    def _choose_shift(self) -> str:
-        """How theta' is reached, by the types that are computed in, unless the settings say."""
-        autocast_type = torch.bfloat16 if self.args.bf16 else None
-        parameters = list(self.model.parameters())
-        self._compute_type = coarsest_type(parameters, autocast_type=autocast_type)
-        shift = self.args.meta_shift
-        if shift == "auto":
-            shift = choose_meta_shift(parameters, autocast_type=autocast_type)
-        second = shift == "midpoint" or self.args.meta_order == "exact"
-        if second and self.args.meta_curvature == "exact" and self.is_fsdp_enabled:
+    def _choose_shift(self) -> None:
+        """How theta' is reached and curvature taken, unless the settings say.
+
+        Under autocast fp32 parameters still move in place: what a step below a few percent of
+        influence then changes is rounding, but no more than in any bf16 gradient, and the midpoint
+        would cost several gradients a step (docs/bf16-meta-step.md).
+        """
+        self.meta_shift = self.args.meta_shift
+        if self.meta_shift == "auto":
+            self.meta_shift = choose_meta_shift(self._trainable())
+        sharded = self.is_fsdp_enabled
+        self.meta_curvature = self.args.meta_curvature or (
+            "finite_difference" if sharded else "exact"
+        )
+        second = self.meta_shift == "midpoint" or self.args.meta_order == "exact"
+        if second and sharded and self.meta_curvature == "exact":
             raise UserError(
-                "sharded parameters cannot be differentiated twice, which "
-                f"meta_shift={shift!r} and meta_order={self.args.meta_order!r} need; set "
-                "meta_curvature='finite_difference'"
+                "meta_curvature='exact': sharded parameters cannot be differentiated twice; leave "
+                "it out, or set finite_difference"
             )
-        return shift
+        self._compute_type = coarsest_type(
+            self.model.parameters(), autocast_type=torch.bfloat16 if self.args.bf16 else None
+        )
 
     # -- one optimizer step ------------------------------------------------------------------
 

@@ -59,15 +59,16 @@ class MetaRMConfig(RewardConfig):
         default="auto",
         metadata={
             "help": "in_place: the parameters move to theta'. midpoint: grad L(theta') - grad "
-            "L(theta) is computed itself, where theta' would round away. auto: in_place if all is "
-            "computed in fp32, else midpoint."
+            "L(theta) is computed itself, where theta' would round away; several times slower. "
+            "auto: in_place if what is trained is in fp32, else midpoint."
         },
     )
-    meta_curvature: str = field(
-        default="exact",
+    meta_curvature: str | None = field(
+        default=None,
         metadata={
-            "help": "How Hessian-vector products are made: exact (differentiates twice, plain "
-            "attention) or finite_difference (any attention, checkpointing, FSDP2)."
+            "help": "How Hessian-vector products (midpoint, exact) are made: exact differentiates "
+            "twice, with plain attention and its memory; finite_difference takes any attention, "
+            "checkpointing and FSDP2. Default: exact, but finite_difference under FSDP2."
         },
     )
 
@@ -82,7 +83,8 @@ class MetaRMConfig(RewardConfig):
         _require_choice("meta_step", self.meta_step, list(get_args(MetaStep)))
         _require_choice("meta_order", self.meta_order, list(get_args(MetaOrder)))
         _require_choice("meta_shift", self.meta_shift, ["auto", *get_args(MetaShift)])
-        _require_choice("meta_curvature", self.meta_curvature, list(get_args(Curvature)))
+        if self.meta_curvature is not None:
+            _require_choice("meta_curvature", self.meta_curvature, list(get_args(Curvature)))
         _require_choice("deploy", self.deploy, ["base", "adapted"])
         if self.meta_learning_rate < 0:
             raise UserError(f"meta_learning_rate is {self.meta_learning_rate}; it must be >= 0")
