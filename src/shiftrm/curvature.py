@@ -70,7 +70,9 @@ def hessian_vector_product(
         One tensor a parameter, in its type; zeros where the loss does not depend on it.
 
     Raises:
-        UserError: an operation of the model cannot be differentiated twice.
+        UserError: an operation of the model cannot be differentiated twice. A custom Function
+            that lacks a second derivative without saying so (hand-written kernels such as Liger's)
+            cannot be seen: its part is missing. Compare with `finite_difference_product` once.
 
     Time: about four times that of a gradient (one forward pass, one backward pass that is itself
     recorded, and two through it). Memory: the activations of one micro-batch two to three times,
@@ -84,19 +86,22 @@ def gradient_and_product(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradient, and `hessian_vector_product`, which see; the gradient comes for nothing."""
     try:
-        with twice_differentiable():
+        with twice_differentiable():  # checkpoints run forward once more in the backward passes
             value = function()
-        with _autocast_off(value):
-            gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
-            reached = [
-                (g, v)
-                for g, v in zip(gradients, vectors, strict=True)
-                if g is not None and g.requires_grad  # else linear in it: no curvature
-            ]
-            products: Sequence[Tensor | None] = [None] * len(parameters)
-            if reached:
-                slope = inner_product(*zip(*reached, strict=True))
-                products = torch.autograd.grad(slope, parameters, allow_unused=True)
+            with _autocast_off(value):
+                gradients = torch.autograd.grad(
+                    value, parameters, create_graph=True, allow_unused=True
+                )
+                reached = [
+                    (g, v)
+                    for g, v in zip(gradients, vectors, strict=True)
+                    if g is not None and g.requires_grad  # else linear in it: no curvature
+                ]
+                products: Sequence[Tensor | None] = [None] * len(parameters)
+                if reached:
+                    slope = inner_product(*zip(*reached, strict=True))
+                    _require_second_derivatives(slope)
+                    products = torch.autograd.grad(slope, parameters, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
         _explain(error)
         raise
@@ -205,10 +210,23 @@ def _autocast_off(value: Tensor) -> Iterator[None]:
         yield
 
 
+def _require_second_derivatives(slope: Tensor) -> None:
+    """torch ends the graph at a once-differentiable Function with a node that raises when run; but
+    no parameter lies behind it, so that it never runs and its part would silently be missing."""
+    seen, waiting = set(), [slope.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "Error" in node.name():
+            raise RuntimeError("a custom Function is marked once_differentiable")
+        waiting.extend(following for following, _ in node.next_functions)
+
+
 _NOT_TWICE = (
     "derivative for",  # fused attention
-    "once_differentiable",  # a custom Function that says so
-    "differentiate twice",
+    "once_differentiable",
     "Checkpointing is not compatible with .grad",  # re-entrant checkpointing
 )
 
@@ -218,7 +236,7 @@ def _explain(error: Exception) -> None:
     text = str(error)
     if any(phrase in text for phrase in _NOT_TWICE):
         raise UserError(
-            "the model cannot be differentiated twice "
-            f"({text.splitlines()[0][:160]}); use curvature='finite_difference', or sdpa attention "
-            "without fused or custom kernels and with non-reentrant checkpointing"
+            f"the model cannot be differentiated twice ({text.splitlines()[0][:160]}); use "
+            "curvature='finite_difference', or sdpa attention without custom kernels and "
+            "non-reentrant checkpointing"
         ) from error
