@@ -70,31 +70,48 @@ def hessian_vector_product(
         One tensor a parameter, in its type; zeros where the loss does not depend on it.
 
     Raises:
-        UserError: an operation of the model cannot be differentiated twice.
+        UserError: an operation of the model cannot be differentiated twice. A custom Function
+            that lacks a second derivative without saying so (hand-written kernels such as Liger's)
+            cannot be seen: its part is missing. Compare with `finite_difference_product` once.
 
     Time: about four times that of a gradient (one forward pass, one backward pass that is itself
     recorded, and two through it). Memory: the activations of one micro-batch two to three times,
     with attention's T x T weights per layer and head; lower the micro-batch to cap it.
     """
+    return gradient_and_product(function, parameters, vectors)[1]
+
+
+def gradient_and_product(
+    function: Callable[[], Tensor], parameters: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradient, and `hessian_vector_product`, which see; the gradient comes for nothing."""
     try:
-        with twice_differentiable():
+        with twice_differentiable():  # checkpoints run forward once more in the backward passes
             value = function()
-        with _autocast_off(value):
-            gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
-            reached = [
-                (g, v)
-                for g, v in zip(gradients, vectors, strict=True)
-                if g is not None and g.requires_grad  # else linear in everything: no curvature
-            ]
-            if not reached:
-                return [torch.zeros_like(p) for p in parameters]
-            slope = inner_product(*zip(*reached, strict=True))
-            products = torch.autograd.grad(slope, parameters, allow_unused=True)
+            with _autocast_off(value):
+                gradients = torch.autograd.grad(
+                    value, parameters, create_graph=True, allow_unused=True
+                )
+                reached = [
+                    (g, v)
+                    for g, v in zip(gradients, vectors, strict=True)
+                    if g is not None and g.requires_grad  # else linear in it: no curvature
+                ]
+                products: Sequence[Tensor | None] = [None] * len(parameters)
+                if reached:
+                    slope = inner_product(*zip(*reached, strict=True))
+                    _require_second_derivatives(slope)
+                    products = torch.autograd.grad(slope, parameters, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
         _explain(error)
         raise
+    return _filled(gradients, parameters), _filled(products, parameters)
+
+
+def _filled(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
     return [
-        torch.zeros_like(p) if h is None else h for p, h in zip(parameters, products, strict=True)
+        torch.zeros_like(p) if t is None else t.detach()
+        for p, t in zip(parameters, found, strict=True)
     ]
 
 
@@ -106,15 +123,16 @@ def finite_difference_product(
     *,
     compute_type: torch.dtype = torch.float32,
     radius: float | None = None,
+    least_radius: float = 0.0,
     at_theta: Sequence[Tensor] | None = None,
     trials: int = 3,
 ) -> tuple[list[Tensor], float]:
     """`H v` from gradients at `theta +- radius v / ||v||`; the parameters are theta again after.
 
-    With eps the rounding of the type that the model computes in, the best radius makes the
-    gradient change by about eps^(1/3) of itself (eps^(1/2) one-sided): truncation and rounding are
-    then alike. The radius is adapted until that is so. Relative error, measured on a small Llama:
-    about 1e-4 in fp32, 0.15 in bf16 (docs/bf16-meta-step.md).
+    With eps the rounding of the type that the model computes in, a gradient is good to a few eps,
+    and the best radius makes it change by about (8 eps)^(1/3) of itself ((8 eps)^(1/2) one-sided):
+    truncation and rounding are then alike. The radius is adapted until that is so. Relative error,
+    measured on small models: 1e-4 in fp32, 0.1 in bf16 (docs/bf16-meta-step.md).
 
     Args:
         gradient: the gradient at the parameters' present values, one tensor a parameter, freshly
@@ -124,6 +142,7 @@ def finite_difference_product(
         vectors: v, one tensor a parameter.
         compute_type: see `coarsest_type`.
         radius: where to start; pass on the one returned, and the next call needs no trial.
+        least_radius: the radius does not go below it.
         at_theta: the gradient at theta if it is at hand. The difference is then one-sided: one
             gradient a trial instead of two, a larger error (about 1e-3 in fp32).
         trials: radii to try at most.
@@ -132,28 +151,29 @@ def finite_difference_product(
         The product, and the radius used.
     """
     length = float(global_norm(vectors))
-    radius = START_RADIUS if radius is None else radius
+    radius = max(START_RADIUS if radius is None else radius, least_radius)
     if length == 0.0 or not math.isfinite(length):
         return [v * 0.0 for v in vectors], radius
     order = 3 if at_theta is None else 2
-    target = torch.finfo(compute_type).eps ** (1 / order)
+    target = (8 * torch.finfo(compute_type).eps) ** (1 / order)
     originals = [p.detach().clone() for p in parameters]
     try:
         for trial in range(trials):
             step = radius / length
             forth = _gradient_at(gradient, parameters, originals, vectors, step)
+            back, width = list(at_theta or ()), step
             if at_theta is None:
                 back, width = (
                     _gradient_at(gradient, parameters, originals, vectors, -step),
                     2 * step,
                 )
-            else:
-                back, width = list(at_theta), step
             difference = [f - b for f, b in zip(forth, back, strict=True)]
             change = relative_size(difference, back)
-            if target / 3 <= change <= target * 3 or trial == trials - 1:
+            fits = target / 2 <= change <= target * 2
+            if fits or trial == trials - 1 or (change > target and radius <= least_radius):
                 break
-            radius *= min(max(target / change, 1e-3), 1e3) if change > 0 else 10.0
+            factor = min(max(target / change, 1e-3), 1e3) if change > 0 else 10.0
+            radius = max(radius * factor, least_radius)
     finally:
         for p, original in zip(parameters, originals, strict=True):
             p.copy_(original)
@@ -190,10 +210,23 @@ def _autocast_off(value: Tensor) -> Iterator[None]:
         yield
 
 
+def _require_second_derivatives(slope: Tensor) -> None:
+    """torch ends the graph at a once-differentiable Function with a node that raises when run; but
+    no parameter lies behind it, so that it never runs and its part would silently be missing."""
+    seen, waiting = set(), [slope.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "Error" in node.name():
+            raise RuntimeError("a custom Function is marked once_differentiable")
+        waiting.extend(following for following, _ in node.next_functions)
+
+
 _NOT_TWICE = (
     "derivative for",  # fused attention
-    "once_differentiable",  # a custom Function that says so
-    "differentiate twice",
+    "once_differentiable",
     "Checkpointing is not compatible with .grad",  # re-entrant checkpointing
 )
 
@@ -203,7 +236,7 @@ def _explain(error: Exception) -> None:
     text = str(error)
     if any(phrase in text for phrase in _NOT_TWICE):
         raise UserError(
-            "the model cannot be differentiated twice "
-            f"({text.splitlines()[0][:160]}); use curvature='finite_difference', or sdpa attention "
-            "without fused or custom kernels and with non-reentrant checkpointing"
+            f"the model cannot be differentiated twice ({text.splitlines()[0][:160]}); use "
+            "curvature='finite_difference', or sdpa attention without custom kernels and "
+            "non-reentrant checkpointing"
         ) from error

@@ -2,7 +2,7 @@
 
 In fp32 the parameters move in place. Where weights or activations are bf16, `theta'` rounds back to
 theta or the change of the gradient drowns in rounding; `midpoint_change` computes that change
-itself. docs/bf16-meta-step.md has the measurements. Imports torch, and numpy for quadrature nodes.
+itself. docs/bf16-meta-step.md has the measurements. Imports torch only.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shiftrm.curvature import coarsest_type, finite_difference_product, hessian_vector_product
+from shiftrm.curvature import (
+    coarsest_type,
+    finite_difference_product,
+    gradient_and_product,
+    relative_size,
+)
 from shiftrm.meta_direction import global_norm
 
 MetaShift = Literal["in_place", "midpoint"]
@@ -127,41 +132,43 @@ def midpoint_change(
     directions: Sequence[Tensor],
     *,
     meta_learning_rate: float,
-    nodes: int = 1,
+    largest_influence: float = 0.5,
 ) -> list[Tensor]:
-    """`grad L(theta') - grad L(theta)`, never by subtracting one gradient from another.
+    """`grad L(theta') - grad L(theta)`, not by subtracting one gradient from another.
 
-    The difference is `eta * integral of H_L(theta + t eta d) d over t in [0, 1]`, here by
-    Gauss-Legendre quadrature: one node is the midpoint t = 1/2. Rounding is relative to the
-    difference, not to the gradient, so it holds where `eta d` is far below the resolution of the
-    weights: the midpoint then rounds to theta, which costs an error of first order in eta.
-    In exact arithmetic the error is of order `eta^(2 nodes + 1)`.
+    The difference is `eta * integral of H_L(theta + t eta d) d over t in [0, 1]`, here by the
+    midpoint rule: `eta H_L(theta + eta d / 2) d`, in exact arithmetic wrong by order eta^3.
+    Rounding is relative to the difference, not to the gradient, so it holds where `eta d` is far
+    below the resolution of the weights: the midpoint then rounds to theta, an error of order eta^2.
+
+    Where the change is more than `largest_influence` of the gradient, the midpoint rule is coarse
+    and rounding small beside the change: there the gradients are subtracted after all.
 
     Args:
-        loss: L of one micro-batch, scaled as its gradient is; called once a node. The changes of
-            micro-batches are summed.
+        loss: L of one micro-batch, scaled as its gradient is; called once, or three times where
+            the change is large. The changes of micro-batches are summed.
         parameters: leaf tensors that require gradients; theta again afterwards.
         directions: d, one a parameter, of any float type.
         meta_learning_rate: eta.
-        nodes: points of the quadrature.
+        largest_influence: see above; infinity is the midpoint rule always.
 
     Returns:
         One tensor a parameter, in fp32 or wider: bf16 would round it off when it is accumulated.
 
     Raises:
-        UserError: as `hessian_vector_product`, which see for time and memory (per node).
+        UserError: as `hessian_vector_product`, which see for time and memory.
 
     Ours; any differentiable use of the parameters will do (LoRA, tied weights, experts).
     """
-    total = [
-        torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters
-    ]
-    for time, weight in _quadrature(nodes):
-        with look_ahead(parameters, directions, meta_learning_rate=time * meta_learning_rate):
-            products = hessian_vector_product(loss, parameters, directions)
-        for sum_so_far, product in zip(total, products, strict=True):
-            sum_so_far.add_(product, alpha=weight * meta_learning_rate)
-    return total
+    with look_ahead(parameters, directions, meta_learning_rate=meta_learning_rate / 2):
+        gradients, products = gradient_and_product(loss, parameters, directions)
+    change = [meta_learning_rate * _wide(product) for product in products]
+    if relative_size(change, gradients) <= largest_influence:
+        return change
+    before = _gradient(loss, parameters)
+    with look_ahead(parameters, directions, meta_learning_rate=meta_learning_rate):
+        after = _gradient(loss, parameters)
+    return [_wide(a) - _wide(b) for a, b in zip(after, before, strict=True)]
 
 
 def midpoint_change_by_differences(
@@ -176,7 +183,8 @@ def midpoint_change_by_differences(
     """`midpoint_change` for models that cannot be differentiated twice, or are sharded.
 
     The curvature is the difference of gradients at both sides of the midpoint, as far apart as
-    `compute_type` needs and no nearer than theta and theta'.
+    `compute_type` needs and no nearer than theta and theta': where these are far enough apart it is
+    `grad L(theta') - grad L(theta)` itself.
 
     Args and returns: as `finite_difference_product`; `gradient` is that of L.
     """
@@ -187,14 +195,15 @@ def midpoint_change_by_differences(
             parameters,
             directions,
             compute_type=compute_type,
-            radius=max(radius or 0.0, half) or None,
+            radius=radius,
+            least_radius=half,
         )
     return [meta_learning_rate * product for product in products], radius
 
 
-def _quadrature(nodes: int) -> list[tuple[float, float]]:
-    """Gauss-Legendre times and weights on [0, 1]."""
-    from numpy.polynomial.legendre import leggauss
+def _gradient(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    return torch.autograd.grad(loss(), parameters, materialize_grads=True)
 
-    times, weights = leggauss(nodes)
-    return [(float(t + 1) / 2, float(w) / 2) for t, w in zip(times, weights, strict=True)]
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
