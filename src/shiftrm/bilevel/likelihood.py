@@ -183,7 +183,7 @@ def require_second_derivative(policy: nn.Module) -> bool:
     if checkpoints_activations(policy):
         raise UserError(
             "gradient checkpointing has no second derivative, which curvature='exact' needs: call "
-            f"policy.gradient_checkpointing_disable() and lower micro_batch_size, {advice}"
+            f"policy.activation_checkpointing_disable() and lower micro_batch_size, {advice}"
         )
     return kernel == "sdpa"
 
