@@ -331,7 +331,7 @@ def test_attention_without_second_derivative():
         hypergradient(policy, reward_model, *make_problem(2), **OPTIONS)
 
 
-@pytest.mark.parametrize("curvature", ["finite_difference", "none"])
+@pytest.mark.parametrize("curvature", ["exact", "finite_difference", "none"])
 def test_gradient_checkpointing(curvature):
     policy, reward_model = make_policy("gpt2"), make_reward_model()
     inner, outer = make_problem(3)
@@ -343,7 +343,8 @@ def test_gradient_checkpointing(curvature):
     saved = hypergradient(policy, reward_model, inner, outer, curvature=curvature, **OPTIONS)
     assert relative_error(saved.gradients, plain.gradients) < 1e-12
     assert calls() > before  # it did recompute, though the models are in evaluation mode
-    with pytest.raises(UserError, match="activation_checkpointing_disable"):
+    policy.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(UserError, match="the policy checkpoints activations with use_reentrant"):
         hypergradient(policy, reward_model, inner, outer, **OPTIONS)
 
 

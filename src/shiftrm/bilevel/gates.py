@@ -49,14 +49,10 @@ def _is_conv1d(leaf: nn.Module) -> bool:
     return type(leaf).__name__ == "Conv1D"
 
 
-class UnseenParameters(RuntimeError):
-    """Some parameters were used without a call of the module that owns them."""
-
-
 @contextmanager
 def gates(
     model: nn.Module, directions: dict[nn.Parameter, Tensor], gate_B: Tensor
-) -> Iterator[Callable[[], None]]:
+) -> Iterator[Callable[[], bool]]:
     """Install the gates for the forward passes inside the block.
 
     The backward pass must be inside it too if activations are checkpointed.
@@ -67,8 +63,8 @@ def gates(
         gate_B: zeros that require a gradient, shape [B]; ask `torch.autograd.grad` for it.
 
     Yields:
-        A check to call after the forward pass: it raises UnseenParameters if some parameter was not
-        reached through its module, so that the products would lack its share.
+        A function to ask after the forward pass whether some parameter was not reached through its
+        module, so that the products would lack its share.
     """
     seen: set[int] = set()
 
@@ -93,12 +89,8 @@ def gates(
     ]
     handles = [m.register_forward_hook(gate, with_kwargs=True) for m in owners]
 
-    def check() -> None:
-        if any(id(p) not in seen for p in directions):
-            raise UnseenParameters
-
     try:
-        yield check
+        yield lambda: any(id(p) not in seen for p in directions)
     finally:
         for handle in handles:
             handle.remove()
