@@ -60,9 +60,9 @@ def test_products_equal_gradients_of_single_samples(B):
     assert unsupported(net, parameters) is None
 
     gate = torch.zeros(B, dtype=torch.float64, requires_grad=True)
-    with gates(net, dict(zip(parameters, v, strict=True)), gate) as unseen:
+    with gates(net, dict(zip(parameters, v, strict=True)), gate) as state:
         loss = losses(net, ids)
-        assert not unseen()
+        assert not state.unseen()
         [products] = torch.autograd.grad(loss.sum(), [gate])
     assert torch.equal(loss, losses(net, ids))  # the forward pass is untouched
 
@@ -102,6 +102,6 @@ def test_a_parameter_used_without_its_module_is_noticed():
             return x @ self.linear.weight
 
     net = Sneaky()
-    with gates(net, {p: p for p in net.parameters()}, torch.zeros(2)) as unseen:
+    with gates(net, {p: p for p in net.parameters()}, torch.zeros(2)) as state:
         net(torch.randn(2, 3))
-        assert unseen()
+        assert state.unseen()

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from shiftrm.bilevel.gates import gates, unsupported
+from shiftrm.bilevel.gates import Gates, gates, unsupported
 from shiftrm.bilevel.likelihood import Passes, Sequences, math_attention
 from shiftrm.errors import UserError
 from shiftrm.losses import TokenReduction
@@ -117,8 +117,9 @@ class InnerLoss:
             size = min(self.micro_batch_size or len(weights_B), max(1, len(weights_B) // 4))
         curved = self._zeros()
 
-        def by_gates(rows: Sequences, weights: Tensor, loss: Tensor, gate: Tensor) -> Tensor:
+        def by_gates(loss: Tensor, gate: Tensor, state: Gates) -> Tensor:
             [product] = torch.autograd.grad(loss, [gate], create_graph=True)
+            state.open = False
             add_into(curved, self._gradients(product.sum()))
             return product.detach()
 
@@ -174,7 +175,7 @@ class InnerLoss:
     ) -> Tensor:
         """The products; grad f is added to `gradient` where it is given."""
 
-        def by_gates(rows: Sequences, weights: Tensor, loss: Tensor, gate: Tensor) -> Tensor:
+        def by_gates(loss: Tensor, gate: Tensor, state: Gates) -> Tensor:
             wanted = self.parameters if gradient is not None else []
             product, *own = torch.autograd.grad(loss, [gate, *wanted], allow_unused=True)
             if gradient is not None:
@@ -195,7 +196,7 @@ class InnerLoss:
         batch: Sequences,
         weights_B: Tensor,
         v: Sequence[Tensor],
-        by_gates: Callable[[Sequences, Tensor, Tensor, Tensor], Tensor],
+        by_gates: Callable[[Tensor, Tensor, Gates], Tensor],
         size: int | None,
         without: Callable[[Sequences, Tensor], Tensor],
         size_without: int | None,
@@ -207,12 +208,12 @@ class InnerLoss:
             directions = dict(zip(self.parameters, v, strict=True))
             for rows, weights in self._micro_batches(batch, weights_B, size):
                 gate = torch.zeros_like(weights, requires_grad=True)
-                with gates(self.passes.policy, directions, gate) as unseen:
+                with gates(self.passes.policy, directions, gate) as state:
                     loss = -(weights * self.passes(rows)).sum()
-                    if unseen():
+                    if state.unseen():
                         why = "a parameter is used outside its module"
                         break
-                    products.append(by_gates(rows, weights, loss, gate))
+                    products.append(by_gates(loss, gate, state))
         if why is not None:
             say_once(f"gradients are taken without gates: {why}")
             for rows, weights in self._micro_batches(batch, weights_B, size_without):

@@ -166,7 +166,7 @@ def require_second_derivative(policy: nn.Module) -> bool:
     """Whether `math_attention` is needed for it (False: the model's own attention has one).
 
     Raises:
-        UserError: the policy's attention kernel is outside torch and cannot be differentiated twice.
+        UserError: the policy's attention kernel is outside torch and has none.
     """
     kernel = attention_kernel(policy)
     if kernel not in ("eager", "sdpa"):
