@@ -203,7 +203,3 @@ def midpoint_change_by_differences(
 
 def _gradient(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     return torch.autograd.grad(loss(), parameters, materialize_grads=True)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -17,7 +17,7 @@ from shiftrm.bilevel.likelihood import (
     without_dropout,
 )
 from shiftrm.losses import TokenReduction, reward_weights
-from shiftrm.scoring import sequence_rewards
+from shiftrm.rewards import sequence_rewards
 
 
 class InnerBatch(NamedTuple):

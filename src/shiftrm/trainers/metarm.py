@@ -125,9 +125,9 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
                 "meta_curvature='exact': sharded parameters cannot be differentiated twice; leave "
                 "it out, or set finite_difference"
             )
-        self._compute_type = coarsest_type(
-            self.model.parameters(), autocast_type=torch.bfloat16 if self.args.bf16 else None
-        )
+        autocast_type = torch.bfloat16 if self.args.bf16 else torch.float32
+        # fp32 at best: that is what norms and softmax work in, whatever the weights are.
+        self._compute_type = coarsest_type(self.model.parameters(), autocast_type=autocast_type)
 
     # -- one optimizer step ------------------------------------------------------------------
 
