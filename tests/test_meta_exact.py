@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch.func import functional_call
+from transformers import LlamaForSequenceClassification
 
 from shiftrm.losses import bradley_terry_loss, difference_loss
 from shiftrm.meta import AdaptiveState, ascent_direction, direction_vjp, metarm_gradient
 from shiftrm.scoring import sequence_rewards
 from tests.conftest import llama_config
+from tests.meta_models import norms_in_fp64
 
 RULES = ["sgd", "normalized", "adaptive"]
 
@@ -152,19 +154,11 @@ def test_second_order_matters_and_a_skipped_step_has_none():
 
 
 @pytest.fixture
-def llama_in_fp64(monkeypatch):
-    """A tiny Llama reward model in fp64 throughout: its RMSNorm casts to fp32 otherwise."""
-    from transformers import LlamaForSequenceClassification
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    def forward(norm, states):
-        scale = (states.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-        return norm.weight * states * scale
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+def llama_in_fp64():
     torch.manual_seed(0)
     config = llama_config(hidden_size=16, intermediate_size=32, num_labels=1, initializer_range=0.2)
-    return LlamaForSequenceClassification(config).double()
+    with norms_in_fp64():
+        yield LlamaForSequenceClassification(config).double()
 
 
 @pytest.mark.parametrize("rule", RULES)

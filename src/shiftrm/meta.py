@@ -165,7 +165,7 @@ def metarm_gradient(
         meta_order: "first" is the paper's; "exact" adds `second_order_term`.
         meta_shift: see `choose_meta_shift`.
         curvature: how Hessians are multiplied, for "exact" and "midpoint"; "finite_difference"
-            needs no second derivative.
+            needs no second derivative; its radius suits the parameters' type, not autocast's.
         diagnose: also measure J after the step and its influence, for one more forward pass of J
             and one more gradient of L.
 
