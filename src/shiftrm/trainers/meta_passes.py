@@ -89,12 +89,20 @@ class MetaPasses(_Base):
             losses, *_ = self._pair_losses(model, self._prepare_inputs(inputs))
         return losses.mean() / self.current_gradient_accumulation_steps
 
-    def _pair_gradient(self, model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """grad L of a micro-batch, where the parameters stand; this process's (FSDP2: averaged)."""
+    def _pair_gradient(
+        self, model: nn.Module, inputs: dict[str, Tensor], *, averaged: bool
+    ) -> list[Tensor]:
+        """grad L of a micro-batch, where the parameters stand, averaged over processes or not.
+
+        FSDP2 has averaged in any case.
+        """
         with self._gradients_set_aside(), _unsynchronised(model):
             gradients_in_shards(model)
             self._micro_batch_loss(model, inputs).backward()
-            return self._gradients()
+            gradients = self._gradients()
+        if averaged and not is_sharded(model):
+            gradients = [self._reduce(g, "mean") for g in gradients]
+        return gradients
 
     @torch.no_grad()
     def _objective_only(self, model: nn.Module) -> float:
@@ -111,17 +119,24 @@ class MetaPasses(_Base):
     def _midpoint_change(
         self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
     ) -> list[Tensor]:
-        """grad L(theta') - grad L(theta) of one micro-batch, this process's (FSDP2: averaged)."""
-        if self.meta_curvature == "exact":
-            with _unsynchronised(model):
-                return midpoint_change(
-                    lambda: self._micro_batch_loss(model, inputs),
-                    self._trainable(),
-                    directions,
-                    meta_learning_rate=self.args.meta_learning_rate,
-                )
+        """grad L(theta') - grad L(theta) of one micro-batch, averaged over the processes."""
+        if self.meta_curvature != "exact":
+            return self._change_by_differences(model, inputs, directions)
+        with _unsynchronised(model):
+            change = midpoint_change(
+                lambda: self._micro_batch_loss(model, inputs),
+                self._trainable(),
+                directions,
+                meta_learning_rate=self.args.meta_learning_rate,
+            )
+        return [self._reduce(c, "mean") for c in change]
+
+    def _change_by_differences(
+        self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The same by gradients alone; averaged inside: all processes then try the same steps."""
         change, self._radius["L"] = midpoint_change_by_differences(
-            lambda: self._pair_gradient(model, inputs),
+            lambda: self._pair_gradient(model, inputs, averaged=True),
             self._trainable(),
             directions,
             meta_learning_rate=self.args.meta_learning_rate,

@@ -28,7 +28,6 @@ from shiftrm.trainers.meta_passes import MetaPasses
 from shiftrm.trainers.metarm_config import PRESETS, MetaRMConfig
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.sharding import (
-    is_sharded,
     refuse_deepspeed,
     refuse_model_parallelism,
     reshard,
@@ -141,7 +140,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         if self._step_state is None:  # the first micro-batch of an optimizer step
             self._step_state = self._begin_step(model)
             if self._diagnosing() and self.meta_shift == "in_place":
-                base = self._pair_gradient(model, inputs)
+                base = self._influence_at_theta(model, inputs)
             self._look_ahead(model)
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -151,9 +150,6 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
             self._end_step()
             raise
         if base is not None:
-            if self.accelerator.sync_gradients and not is_sharded(model):
-                # then the shifted gradient is an average, too; FSDP2 has averaged already
-                base = [self._reduce(g, "mean") for g in base]
             self._log_meta("meta_influence", influence(self._gradients(), base))
         if self.accelerator.sync_gradients:  # the last micro-batch: clip and step happen at theta
             self._return_to_theta()
@@ -161,7 +157,27 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
             self._end_step()
         return loss
 
+    def _influence_at_theta(
+        self, model: nn.Module, inputs: dict[str, Tensor]
+    ) -> list[Tensor] | None:
+        """grad L(theta) of this micro-batch, for comparison with the one that the step will take.
+
+        In bf16 the two would differ by rounding alone; the change is then measured itself, and
+        nothing is left to compare.
+        """
+        state = self._step_state
+        # With the last micro-batch the shifted gradient will be an average over processes.
+        averaged = self.accelerator.sync_gradients
+        if torch.finfo(self._compute_type).eps <= torch.finfo(torch.float32).eps:
+            return self._pair_gradient(model, inputs, averaged=averaged)
+        if state is not None and not state.skipped:
+            change = self._change_by_differences(model, inputs, state.directions)
+            base = self._pair_gradient(model, inputs, averaged=True)
+            self._log_meta("meta_influence", relative_size(change, base))
+        return None
+
     def _begin_step(self, model: nn.Module) -> "MetaStepState":
+        self._radius = {}  # a resumed run tries the same steps as a straight one
         objective, gradients = self._objective_gradient(model)
         directions, skipped = meta_directions(
             gradients, meta_step=self.args.meta_step, state=self._adaptive_state
@@ -201,7 +217,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
     # -- what bf16 and the exact order add to the gradient ---------------------------------------
 
     def _add_midpoint_change(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
-        """grad L(theta') - grad L(theta) of one micro-batch, kept until the last one.
+        """grad L(theta') - grad L(theta) of one micro-batch, summed up until the last one.
 
         `.grad` holds grad L(theta) of the micro-batches so far; see `meta.midpoint_change`.
         """
@@ -220,10 +236,8 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         state = self._step_state
         if state is None:
             return
-        averaged = is_sharded(model)  # FSDP2 has averaged already
         if state.change:
-            change = state.change if averaged else [self._reduce(c, "mean") for c in state.change]
-            self._add_to_gradients(change)
+            self._add_to_gradients(state.change)
         if state.objective_gradient is not None:
             term = second_order_term(
                 lambda vectors: self._objective_product(model, vectors),
