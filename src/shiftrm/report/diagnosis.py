@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shiftrm.evaluation import thresholds
-from shiftrm.evaluation.comparison import Comparison
-from shiftrm.evaluation.diagnosis import Diagnosis, ScoredFile
-from shiftrm.evaluation.verdict import Overall, Verdict
-from shiftrm.files import Row, atomic_write_text
+from shiftrm.evaluation.findings import Findings
+from shiftrm.files import atomic_write_text
 from shiftrm.records import library_versions, source_commit
 from shiftrm.report.diagnosis_examples import Example, examples
 from shiftrm.report.diagnosis_plots import (
@@ -25,6 +23,8 @@ from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables, so
 from shiftrm.report.page import Picture, image_of, page_template
 from shiftrm.report.tables import NOT_MEASURED
 
+__all__ = ["Findings", "numbers", "render_page", "write_numbers", "write_page"]
+
 _MANY_FILES = 12  # reward against length is drawn for so many files at most
 
 _COLOURS = {
@@ -35,18 +35,6 @@ _COLOURS = {
     "tells apart": "#0072B2",
     "sees": "#007A55",
 }
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Everything that is shown. The first four belong together, entry by entry."""
-
-    files: list[ScoredFile]
-    rows: list[list[Row]]
-    diagnoses: list[Diagnosis]
-    verdicts: list[Verdict]
-    overall: list[Overall]
-    comparisons: list[Comparison]
 
 
 def write_page(found: Findings, path: str | Path) -> Path:

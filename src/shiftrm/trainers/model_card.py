@@ -9,11 +9,9 @@ import yaml
 
 import shiftrm
 from shiftrm.data.sources import HUB_NAME
+from shiftrm.evaluation.thresholds import INFLUENCE_FLOOR
 
 __all__ = ["DataSet", "Outcome", "measurements", "model_card", "summary"]
-
-TOO_SMALL = 1e-3
-"""Below this relative change of the gradient, a meta step does not matter."""
 
 NOT_METRICS = (
     "runtime",
@@ -131,7 +129,7 @@ def _meta_words(outcome: Outcome) -> list[str]:
     if influence is None:
         return []
     words = f"The meta step changed the gradient by {influence:.1e} of its length."
-    if influence < TOO_SMALL:
+    if influence < INFLUENCE_FLOOR:
         words += " That is too small to matter: raise meta_learning_rate, or use preset=scale_free."
     return [words]
 
