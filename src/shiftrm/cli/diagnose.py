@@ -137,12 +137,11 @@ def _write(found: Any, page: Path | None, json_files: list[Path]) -> None:
         write_page(found, page)
 
 
-def show(found: Any) -> None:
-    """Print the tables, the verdicts and what to do next."""
+def show_tables(found: Any) -> Any:
+    """Print the tables; returns the console that they are on."""
     from rich.console import Console
-    from rich.text import Text
 
-    from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables, source_names
+    from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables
 
     console = Console(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
@@ -151,6 +150,16 @@ def show(found: Any) -> None:
         _print_table(console, table)
     if found.comparisons:
         _print_table(console, comparison_table(found.comparisons))
+    return console
+
+
+def show(found: Any) -> None:
+    """Print the tables, the verdicts and what to do next."""
+    from rich.text import Text
+
+    from shiftrm.report.diagnosis_tables import source_names
+
+    console = show_tables(found)
     advice: dict[str, list[str]] = {}
     for name, verdict in zip(source_names(found.diagnoses), found.verdicts, strict=True):
         console.print()

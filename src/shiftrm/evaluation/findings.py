@@ -31,6 +31,8 @@ class Findings:
     verdicts: list[Verdict]
     overall: list[Overall]
     comparisons: list[Comparison]
+    change: Verdict | None = None
+    """Of an adaptation: what it did, over all files."""
 
 
 def find(

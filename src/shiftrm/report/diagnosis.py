@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,12 @@ def write_page(found: Findings, path: str | Path) -> Path:
     return atomic_write_text(path, text)
 
 
-def write_numbers(found: Findings, path: str | Path) -> Path:
-    """Write all numbers and verdicts as JSON, whole or not at all."""
-    text = json.dumps(numbers(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def write_numbers(
+    found: Findings, path: str | Path, *, more: Mapping[str, Any] | None = None
+) -> Path:
+    """Write all numbers and verdicts, and `more`, as JSON, whole or not at all."""
+    content = numbers(found) | dict(more or {})
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return atomic_write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -59,6 +62,7 @@ def numbers(found: Findings) -> dict[str, Any]:
             for d, v in zip(found.diagnoses, found.verdicts, strict=True)
         ],
         "comparisons": [asdict(entry) for entry in found.comparisons],
+        **({} if found.change is None else {"change": asdict(found.change)}),
         "thresholds": {name: value for name, value in vars(thresholds).items() if name.isupper()},
         "commit": source_commit(),
         "versions": library_versions(),
@@ -71,6 +75,7 @@ def render_page(found: Findings) -> str:
     several = len(found.overall) > 1
     return page_template("diagnosis.html.j2").render(
         overall=found.overall,
+        change=found.change,
         several=several,
         verdicts=[
             (name, v, _COLOURS[v.word]) for name, v in zip(names, found.verdicts, strict=True)
