@@ -74,8 +74,8 @@ def _accuracy(c: Comparison, before: Diagnosis, after: Diagnosis) -> str:
     assert c.accuracy_change is not None
     change = c.accuracy_change
     return (
-        f"It orders {before.labels.accuracy.value:.3f} of the labelled pairs of {c.name} as the "
-        f"labels do before, {after.labels.accuracy.value:.3f} after (change {change.value:+.3f}, "
+        f"Accuracy on {c.name}: {before.labels.accuracy.value:.3f} before, "
+        f"{after.labels.accuracy.value:.3f} after (change {change.value:+.3f}, "
         f"95 % interval {change.low:+.3f} to {change.high:+.3f}): {c.reading}."
     )
 

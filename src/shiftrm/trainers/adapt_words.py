@@ -20,10 +20,10 @@ ON_THE_CARD = (
 
 
 def verdict_words(found: Findings) -> str:
-    """`Before and after: louder, not sharper. ...`"""
+    """`Before and after: louder, not sharper.`, and then what shows it, a line each."""
     assert found.change is not None
     change = found.change
-    return " ".join(
+    return "\n".join(
         [f"Before and after: {change.word}.", change.sentence, *change.warnings, *change.advice]
     )
 

@@ -159,7 +159,7 @@ def _meta_words(outcome: Outcome) -> list[str]:
     influence = outcome.meta.get("meta_influence")
     if influence is None:
         return []
-    words = f"The meta step changed the gradient by {influence:.1e} of its length."
+    words = f"The meta step changed the gradient by {influence:.2g} of its length."
     if influence < INFLUENCE_FLOOR:
         words += " That is too small to matter: raise meta_learning_rate, or use preset=scale_free."
     return [words]
@@ -225,8 +225,9 @@ def _opening(outcome: Outcome) -> str:
     how = "" if outcome.adapted is None else f"\n\n{outcome.adapted.how}"
     return (
         f"{_verb(outcome)}{of} {method} on {outcome.pairs} preference pairs for {outcome.steps} "
-        f"steps{loss}. A sequence-classification checkpoint with one label: the logit is the reward, read at "
-        f"the last token of prompt and response, EOS included.{lora}{how}"
+        f"steps{loss}. A sequence-classification checkpoint with one label: the logit is the "
+        "reward, read at the last token of prompt and response, EOS included."
+        f"{lora}{how}"
     )
 
 
