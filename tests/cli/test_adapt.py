@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
+from shiftrm.report.diagnosis import write_page
 from shiftrm.scoring import Scorer
 from tests.cli.test_train_interrupted import start, weights
 from tests.conftest import WORDS
@@ -31,8 +32,9 @@ def text(rng):
 
 
 @pytest.fixture
-def shiftrm(shiftrm, files, reward_model, tokenizer, pairs):
+def shiftrm(shiftrm, files, reward_model, tokenizer, monkeypatch):
     """shiftrm(...) beside a reward model, 50 groups of 40 prompts, and held-out pairs."""
+    monkeypatch.setattr("shiftrm.trainers.adapt.write_page", lambda found, path: None)  # 2 s each
     reward_model.save_pretrained(files / "rm")
     tokenizer.save_pretrained(files / "rm")
     rng = random.Random(0)
@@ -50,8 +52,8 @@ def shiftrm(shiftrm, files, reward_model, tokenizer, pairs):
     return shiftrm
 
 
-def by_hand(model, rows):
-    """Mean of (r_i - r_j)^2 over pairs of distinct responses: each prompt's mean, then theirs."""
+def rewards_by_hand(model, rows):
+    """The rewards of each group."""
     scorer = Scorer.from_pretrained(model)
     return [
         np.array(scorer([row["prompt"]] * len(row["responses"]), row["responses"])) for row in rows
@@ -65,7 +67,8 @@ def accuracy_by_hand(model, rows):
     return np.mean(chosen > np.array(scorer(prompts, [row["rejected"] for row in rows])))
 
 
-def test_before_and_after_are_those_of_the_two_models(shiftrm, files):
+def test_before_and_after_are_those_of_the_two_models(shiftrm, monkeypatch):
+    monkeypatch.setattr("shiftrm.trainers.adapt.write_page", write_page)
     status, output = shiftrm(*GROUPS, "--eval-pairs", "heldout.jsonl")
     assert status == 0
     found = json.loads(Path("out/before_after.json").read_text())
@@ -78,7 +81,7 @@ def test_before_and_after_are_those_of_the_two_models(shiftrm, files):
     out = read_jsonl("out/heldout-groups.jsonl")
     pairs = read_jsonl("heldout.jsonl")
     for name, path in (("before", "rm"), ("after", "out")):
-        rewards = by_hand(path, out)
+        rewards = rewards_by_hand(path, out)
         labels = files_["held-out pairs", name]["labels"]
         assert labels["accuracy"]["value"] == pytest.approx(accuracy_by_hand(path, pairs))
         spread = files_["held-out groups", name]["spread"]
@@ -165,15 +168,23 @@ def test_the_policy_is_sampled(shiftrm):
     assert read_jsonl("sampled.jsonl") == rows, "as shiftrm sample does"
 
 
-def test_options_from_a_file(shiftrm):
+def test_options_from_a_file(shiftrm, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "shiftrm.trainers.adapt.adapt", lambda *a, **given: calls.append((a, given))
+    )
     lines = ["model: rm", "pairs: pairs.jsonl", "policy: policy", "prompts: prompts.jsonl"]
     lines += ["responses: 2", "max_new_tokens: 4", "holdout: 0.5", "output: out", "max_steps: 2"]
     Path("c.yaml").write_text("\n".join(lines))
     assert shiftrm("adapt", "--config", "c.yaml", *QUICK)[0] == 0
-    straight = weights("out")
-    shutil.rmtree("out")
     assert shiftrm(*POLICY)[0] == 0
-    assert weights("out") == straight
+    assert calls[0] == calls[1]
+    assert calls[0][1]["samples"].config.max_new_tokens == 4
+    Path("c.yaml").write_text("groups: many.jsonl\neval_groups: {a: x, b: y}\nholdout: 1e-1\n")
+    assert shiftrm(*BASE, "--config", "c.yaml", "--eval-pairs", "c=z")[0] == 0
+    given = calls[2][1]
+    assert (given["eval_groups"], given["eval_pairs"]) == ({"a": "x", "b": "y"}, {"c": "z"})
+    assert (given["holdout"], given["samples"], given["settings"]) == (0.1, None, {})
 
 
 def test_advice_when_the_meta_step_is_too_small(shiftrm):
@@ -258,10 +269,9 @@ def test_killed_while_sampling_in_a_real_process(files, shiftrm):
     process.wait()
     left = partial.read_bytes().split(b"\n")[1:5]
     assert not Path("out").exists()
-    for output in ("out", "straight"):
-        assert main([*command, "--output", output]) == 0
-    assert weights("out") == weights("straight")
-    assert Path("out/groups.jsonl").read_bytes().split(b"\n")[:4] == left
+    assert main(command) == 0
+    rows = Path("out/groups.jsonl").read_bytes().split(b"\n")
+    assert (rows[:4], len(rows)) == (left, 61)
 
 
 def refused(shiftrm, arguments, message):

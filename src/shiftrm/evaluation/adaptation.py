@@ -4,7 +4,7 @@ Labels alone decide on sharper and duller. Without them there is only spread, an
 rewards that lie further apart may lie further apart in the wrong order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shiftrm.evaluation.comparison import Comparison, spread_word
 from shiftrm.evaluation.diagnosis import Diagnosis
@@ -32,14 +32,18 @@ def adaptation_verdict(
     after = {d.name: d for d in diagnoses if d.model == comparisons[0].after}
     large = [c for c in comparisons if before[c.name].spread.prompts >= FEW_PROMPTS]
     labelled = [c for c in large if _has_interval(c)]
+    words = {
+        c.name: spread_word(before[c.name], after[c.name], c.variance_factor, c.relative_factor)
+        for c in comparisons
+    }
     parts = [_accuracy(c, before[c.name], after[c.name]) for c in labelled]
-    parts += [_spread(c) for c in comparisons]
+    parts += [_spread(c, words[c.name]) for c in comparisons]
     warnings = [
         f"{c.name}: {before[c.name].spread.prompts} prompts; fewer than {FEW_PROMPTS} show nothing."
         for c in comparisons
         if c not in large
     ]
-    word = _word(large, labelled)
+    word = _word(large, labelled, words)
     unlabelled = [c.name for c in comparisons if c not in labelled]
     if unlabelled:
         warnings.append(
@@ -54,7 +58,9 @@ def _has_interval(c: Comparison) -> bool:
     return change is not None and change.low is not None and change.high is not None
 
 
-def _word(large: Sequence[Comparison], labelled: Sequence[Comparison]) -> str:
+def _word(
+    large: Sequence[Comparison], labelled: Sequence[Comparison], spread: Mapping[str, str]
+) -> str:
     if not large:
         return UNCLEAR
     readings = {c.reading for c in labelled}
@@ -62,7 +68,7 @@ def _word(large: Sequence[Comparison], labelled: Sequence[Comparison]) -> str:
         return MIXED
     if readings & {"sharper", "duller"}:
         return DULLER if "duller" in readings else SHARPER
-    words = {spread_word(c.variance_factor, c.relative_factor) for c in large}
+    words = {spread[c.name] for c in large}
     if "louder" in words:
         return LOUDER if labelled else LOUDER_UNPROVEN
     return QUIETER if "quieter" in words else UNCHANGED
@@ -80,13 +86,13 @@ def _accuracy(c: Comparison, before: Diagnosis, after: Diagnosis) -> str:
     )
 
 
-def _spread(c: Comparison) -> str:
+def _spread(c: Comparison, word: str) -> str:
     if c.variance_factor is None:
-        return f"On {c.name} the rewards to one prompt were all equal before."
+        now = "now they differ" if word == "louder" else "and are so now"
+        return f"On {c.name} the rewards to one prompt were all equal before; {now}."
     relative = (
         "" if c.relative_factor is None else f", {c.relative_factor:.3g} relative to the reference"
     )
-    word = spread_word(c.variance_factor, c.relative_factor)
     return (
         f"On {c.name} the variance of reward differences is {c.variance_factor:.3g} times what it "
         f"was{relative}: {word}."

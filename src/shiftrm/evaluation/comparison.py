@@ -72,7 +72,7 @@ def _compare(
         accuracy_change=change,
         variance_factor=factor,
         relative_factor=relative,
-        reading=_reading(change, spread_word(factor, relative)),
+        reading=_reading(change, spread_word(old, new, factor, relative)),
     )
 
 
@@ -97,8 +97,13 @@ def _ratio(above: Measured | None, below: Measured | None) -> float | None:
     return above.value / below.value
 
 
-def spread_word(factor: float | None, relative: float | None) -> str:
-    """ "louder", "quieter" or "as loud"; of factors as in `Comparison`."""
+def spread_word(
+    before: Diagnosis, after: Diagnosis, factor: float | None, relative: float | None
+) -> str:
+    """ "louder", "quieter" or "as loud"; of one file, with factors as in `Comparison`."""
+    grown = after.spread.difference_variance
+    if factor is None and before.spread.difference_variance is not None:  # it was 0
+        return "louder" if grown is not None and grown.value > 0 else "as loud"
     if any(f is not None and f > SPREAD_FACTOR for f in (factor, relative)):
         return "louder"
     return "quieter" if factor is not None and factor < 1 / SPREAD_FACTOR else "as loud"
