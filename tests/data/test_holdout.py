@@ -25,7 +25,7 @@ def test_a_share_of_the_distinct_prompts_in_any_order():
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
 def test_shares_that_are_none(share):
-    with pytest.raises(UserError, match="--holdout is .*; it must lie between 0 and 1"):
+    with pytest.raises(UserError, match=r"--holdout is .*; it must lie between 0 and 1"):
         choose("abcdefgh", share)
 
 
