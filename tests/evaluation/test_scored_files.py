@@ -2,7 +2,7 @@
 
 import pytest
 
-from shiftrm.evaluation.scored_files import prompt_key, _shared
+from shiftrm.evaluation.scored_files import _shared, prompt_key
 
 
 def dialogue(question, answer):
