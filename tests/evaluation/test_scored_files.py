@@ -2,7 +2,7 @@
 
 import pytest
 
-from shiftrm.evaluation.scored_files import _prompt_key, _shared
+from shiftrm.evaluation.scored_files import _shared, prompt_key
 
 
 def dialogue(question, answer):
@@ -14,16 +14,16 @@ def test_the_prompt_of_a_transcript_ends_at_the_last_turn_that_both_share():
     first = {"chosen": dialogue("hi", "I can"), "rejected": dialogue("hi", "I cannot")}
     second = {"chosen": dialogue("hi", "yes"), "rejected": dialogue("hi", "no")}
     other = {"chosen": dialogue("bye", "yes"), "rejected": dialogue("bye", "no")}
-    assert _prompt_key(first) == _prompt_key(second) != _prompt_key(other)
+    assert prompt_key(first) == prompt_key(second) != prompt_key(other)
 
 
 def test_a_prompt_that_is_given_is_the_prompt():
     one = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    assert _prompt_key(one) == _prompt_key({"prompt": "p", "responses": ["c", "d"]})
+    assert prompt_key(one) == prompt_key({"prompt": "p", "responses": ["c", "d"]})
     chat = [{"role": "user", "content": "p"}]
-    assert _prompt_key({**one, "prompt": chat}) != _prompt_key(one)
+    assert prompt_key({**one, "prompt": chat}) != prompt_key(one)
     for nothing in (None, []):
-        assert _prompt_key({**one, "prompt": nothing}) == ""
+        assert prompt_key({**one, "prompt": nothing}) == ""
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from shiftrm import __version__
-from shiftrm.cli import demo, diagnose, report, sample, score, train
+from shiftrm.cli import adapt, demo, diagnose, report, sample, score, train
 from shiftrm.errors import UserError
 
-COMMANDS = (demo, report, sample, train, score, diagnose)
+COMMANDS = (demo, report, sample, train, adapt, score, diagnose)
+
+FOLDING = {"train": train, "adapt": adapt}
 
 EPILOG = """examples:
   shiftrm demo                       the whole loop on the embedded gold world, in minutes
@@ -28,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     parser = build_parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["train"]:
-        words = ["train", *train.fold_flags(words[1:])]
+    if words and words[0] in FOLDING:  # where any setting may be a flag
+        words = [words[0], *FOLDING[words[0]].fold_flags(words[1:])]
     args = parser.parse_args(words)
     try:
         args.run(args)

@@ -1,7 +1,6 @@
 """`shiftrm diagnose`: does a reward model still tell responses apart?"""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     only_on_terminals()
     found = _diagnose(models, data, batch_size=args.batch_size, seed=args.seed)
     _write(found, page, json_files)
-    _print(found)
+    show(found)
     for path in (page, *json_files):
         if path is not None:
             print(f"{'Page' if path == page else 'Numbers'}: {path}")
@@ -116,47 +115,17 @@ def _named(options: list[str], flag: str) -> dict[str, str]:
 
 
 def _diagnose(models: dict[str, str], data: list[Any], *, batch_size: int, seed: int) -> Any:
-    from rich.markup import escape
-
     from shiftrm.cli.checks import to_accelerator
     from shiftrm.cli.progress import bar
-    from shiftrm.evaluation.comparison import compare
-    from shiftrm.evaluation.diagnosis import diagnose
-    from shiftrm.evaluation.scored_files import score_data
-    from shiftrm.evaluation.verdict import overall, verdicts
-    from shiftrm.report.diagnosis import Findings
+    from shiftrm.evaluation.findings import find
     from shiftrm.scoring import Scorer
 
-    files, rows = [], []
-    for model, path in models.items():
+    def load(path: str) -> Scorer:
         scorer = Scorer.from_pretrained(path)
         to_accelerator(scorer.model)
-        for file in data:
-            with bar(escape(f"{model}: {file.name}"), total=100) as update:
-                scored, behind = score_data(
-                    scorer,
-                    file,
-                    model=model,
-                    batch_size=batch_size,
-                    progress=_in_percent(update),
-                )
-            files.append(scored)
-            rows.append(behind)
-        del scorer  # one model in memory at a time
-    diagnoses = diagnose(files, seed=seed)
-    words = verdicts(diagnoses)
-    return Findings(
-        files=files,
-        rows=rows,
-        diagnoses=diagnoses,
-        verdicts=words,
-        overall=overall(list(zip(diagnoses, words, strict=True))),
-        comparisons=compare(files, diagnoses, seed=seed),
-    )
+        return scorer
 
-
-def _in_percent(update: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    return lambda done, total: update(100 * done // total, 100)
+    return find(models, data, load=load, batch_size=batch_size, seed=seed, bar=bar)
 
 
 def _write(found: Any, page: Path | None, json_files: list[Path]) -> None:
@@ -168,11 +137,11 @@ def _write(found: Any, page: Path | None, json_files: list[Path]) -> None:
         write_page(found, page)
 
 
-def _print(found: Any) -> None:
+def show_tables(found: Any) -> Any:
+    """Print the tables; returns the console that they are on."""
     from rich.console import Console
-    from rich.text import Text
 
-    from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables, source_names
+    from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables
 
     console = Console(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
@@ -181,6 +150,16 @@ def _print(found: Any) -> None:
         _print_table(console, table)
     if found.comparisons:
         _print_table(console, comparison_table(found.comparisons))
+    return console
+
+
+def show(found: Any) -> None:
+    """Print the tables, the verdicts and what to do next."""
+    from rich.text import Text
+
+    from shiftrm.report.diagnosis_tables import source_names
+
+    console = show_tables(found)
     advice: dict[str, list[str]] = {}
     for name, verdict in zip(source_names(found.diagnoses), found.verdicts, strict=True):
         console.print()

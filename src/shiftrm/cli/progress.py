@@ -9,10 +9,11 @@ from contextlib import contextmanager
 def bar(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
     """Yield a function to call with (done, total)."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(label, total=total)
+        task = progress.add_task(escape(label), total=total)
         yield lambda done, _total: progress.update(task, completed=done)
 
 

@@ -43,9 +43,8 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one, output_rows, to_accelerator
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.group_files import holds_groups
-    from shiftrm.data.sources import iterate_rows
+    from shiftrm.data.prompts import read_prompts
     from shiftrm.errors import UserError
-    from shiftrm.rendering import check_text
     from shiftrm.sampling import SamplingConfig, encode_prompts, load_policy, sample_groups
 
     at_least_one(args.batch_size, "--batch-size")
@@ -58,13 +57,7 @@ def run(args: argparse.Namespace) -> None:
         repetition_penalty=args.repetition_penalty,
     )
     output = output_rows(args.output)
-    names, prompts = [], []
-    for where, row in iterate_rows(args.prompts, required=("prompt",)):
-        check_text(row["prompt"], f"{where}: column 'prompt'")
-        names.append(f"{where}: the prompt")
-        prompts.append(row["prompt"])
-    if not prompts:
-        raise UserError(f"{args.prompts}: the file has no prompts")
+    names, prompts = read_prompts(args.prompts)
     if holds_groups(output, prompts, num_responses=args.responses):
         print(
             f"{output}: already there, {len(prompts)} groups of {args.responses} responses to "

@@ -65,7 +65,6 @@ def _compare(
     relative = None
     if old.shift is not None and new.shift is not None:
         relative = _ratio(new.shift.variance_ratio, old.shift.variance_ratio)
-    louder = any(f is not None and f > SPREAD_FACTOR for f in (factor, relative))
     return Comparison(
         name=old.name,
         before=old.model,
@@ -73,7 +72,7 @@ def _compare(
         accuracy_change=change,
         variance_factor=factor,
         relative_factor=relative,
-        reading=_reading(change, factor, louder=louder),
+        reading=_reading(change, spread_word(old, new, factor, relative)),
     )
 
 
@@ -98,14 +97,23 @@ def _ratio(above: Measured | None, below: Measured | None) -> float | None:
     return above.value / below.value
 
 
-def _reading(change: Measured | None, factor: float | None, *, louder: bool) -> str:
+def spread_word(
+    before: Diagnosis, after: Diagnosis, factor: float | None, relative: float | None
+) -> str:
+    """ "louder", "quieter" or "as loud"; of one file, with factors as in `Comparison`."""
+    grown = after.spread.difference_variance
+    if factor is None and before.spread.difference_variance is not None:  # it was 0
+        return "louder" if grown is not None and grown.value > 0 else "as loud"
+    if any(f is not None and f > SPREAD_FACTOR for f in (factor, relative)):
+        return "louder"
+    return "quieter" if factor is not None and factor < 1 / SPREAD_FACTOR else "as loud"
+
+
+def _reading(change: Measured | None, word: str) -> str:
     if change is not None and change.low is not None and change.high is not None:
         if change.low > 0:
             return "sharper"
         if change.high < 0:
             return "duller"
-        return "louder, not sharper" if louder else "no clear change in accuracy"
-    word = "louder" if louder else "as loud"
-    if factor is not None and factor < 1 / SPREAD_FACTOR and not louder:
-        word = "quieter"
+        return "louder, not sharper" if word == "louder" else "no clear change in accuracy"
     return f"{word}; whether it is sharper, only labels would tell"

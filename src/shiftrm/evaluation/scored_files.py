@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +82,7 @@ def score_data(
     Raises:
         UserError: text that cannot be rendered, no row that fits, or a reward that is no number.
     """
-    encoded = [(where, row, _encode(scorer, row, where)) for where, row in data.rows]
-    fitting = [(where, row, found) for where, row, found in encoded if found is not None]
-    if not fitting:
-        raise UserError(
-            f"{data.source}: every row is longer than the model's context "
-            f"({_context(scorer)} tokens); shorten the responses"
-        )
+    fitting = encode_data(scorer, data)
     # A sequence that comes up again is scored once, so that equal responses have equal rewards.
     index: dict[tuple[int, ...], int] = {}
     for _, _, found in fitting:
@@ -107,13 +101,33 @@ def score_data(
                 "or overflows in its precision (try float32)"
             )
         if data.kind == "groups":
-            groups.append(ScoredGroup(_prompt_key(row), responses))
+            groups.append(ScoredGroup(prompt_key(row), responses))
         else:
-            pairs.append(ScoredPair(_prompt_key(row), *responses))
+            pairs.append(ScoredPair(prompt_key(row), *responses))
     scored = ScoredFile(
-        model, data.name, tuple(groups), tuple(pairs), left_out=len(encoded) - len(fitting)
+        model, data.name, tuple(groups), tuple(pairs), left_out=len(data.rows) - len(fitting)
     )
     return scored, [row for _, row, _ in fitting]
+
+
+def encode_data(
+    scorer: Scorer, data: DataFile
+) -> list[tuple[str, Row, list[tuple[tuple[int, ...], int]]]]:
+    """Where each row stands, the row, and token ids and response length of its every response.
+
+    Rows in which a response is longer than the model's context are left out.
+
+    Raises:
+        UserError: text that cannot be rendered, or no row that fits.
+    """
+    encoded = [(where, row, _encode(scorer, row, where)) for where, row in data.rows]
+    fitting = [(where, row, found) for where, row, found in encoded if found is not None]
+    if not fitting:
+        raise UserError(
+            f"{data.source}: every row is longer than the model's context "
+            f"({_context(scorer)} tokens); shorten the responses"
+        )
+    return fitting
 
 
 def _encode(scorer: Scorer, row: Row, where: str) -> list[tuple[tuple[int, ...], int]] | None:
@@ -173,7 +187,7 @@ def _score(
     return rewards
 
 
-def _prompt_key(row: Row) -> Hashable:
+def prompt_key(row: Row) -> str:
     """Equal for rows with one prompt. Without a prompt: what both sides of a pair begin with."""
     prompt: Text | None = row.get("prompt")
     if prompt is not None and prompt != []:

@@ -37,3 +37,7 @@ ENOUGH_LABELS = 200
 """An accuracy known to +-0.07: 1.96 * sqrt(0.25 / 200)."""
 SPREAD_FACTOR = 1.25
 """Between two models: variance of reward differences grown by more than this counts as louder."""
+
+INFLUENCE_FLOOR = 1e-3
+"""A meta step that changes the gradient of L by less than this share of its length is too small to
+matter."""

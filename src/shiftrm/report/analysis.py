@@ -10,7 +10,6 @@ from shiftrm.report.arms import FIXED, SFT
 from shiftrm.report.measurements import Estimate, Measurements, estimate
 
 KL_TOLERANCE = 0.25  # arms further apart than this are not "at matched KL"
-INFLUENCE_FLOOR = 1e-3  # a meta step that changes the gradient by less is too small to matter
 MINIMUM_ACCURACY_CHANGE = 0.02  # below this a change in accuracy is never called one
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shiftrm.evaluation import thresholds
-from shiftrm.evaluation.comparison import Comparison
-from shiftrm.evaluation.diagnosis import Diagnosis, ScoredFile
-from shiftrm.evaluation.verdict import Overall, Verdict
-from shiftrm.files import Row, atomic_write_text
+from shiftrm.evaluation.findings import Findings
+from shiftrm.files import atomic_write_text
 from shiftrm.records import library_versions, source_commit
 from shiftrm.report.diagnosis_examples import Example, examples
 from shiftrm.report.diagnosis_plots import (
@@ -24,6 +22,8 @@ from shiftrm.report.diagnosis_plots import (
 from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables, source_names
 from shiftrm.report.page import Picture, image_of, page_template
 from shiftrm.report.tables import NOT_MEASURED
+
+__all__ = ["Findings", "numbers", "render_page", "write_numbers", "write_page"]
 
 _MANY_FILES = 12  # reward against length is drawn for so many files at most
 
@@ -37,18 +37,6 @@ _COLOURS = {
 }
 
 
-@dataclass(frozen=True)
-class Findings:
-    """Everything that is shown. The first four belong together, entry by entry."""
-
-    files: list[ScoredFile]
-    rows: list[list[Row]]
-    diagnoses: list[Diagnosis]
-    verdicts: list[Verdict]
-    overall: list[Overall]
-    comparisons: list[Comparison]
-
-
 def write_page(found: Findings, path: str | Path) -> Path:
     """Write the page, whole or not at all."""
     # A lone surrogate (possible in model output) has no UTF-8 form: it is shown as "?".
@@ -56,9 +44,12 @@ def write_page(found: Findings, path: str | Path) -> Path:
     return atomic_write_text(path, text)
 
 
-def write_numbers(found: Findings, path: str | Path) -> Path:
-    """Write all numbers and verdicts as JSON, whole or not at all."""
-    text = json.dumps(numbers(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def write_numbers(
+    found: Findings, path: str | Path, *, more: Mapping[str, Any] | None = None
+) -> Path:
+    """Write all numbers and verdicts, and `more`, as JSON, whole or not at all."""
+    content = numbers(found) | dict(more or {})
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return atomic_write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -71,6 +62,7 @@ def numbers(found: Findings) -> dict[str, Any]:
             for d, v in zip(found.diagnoses, found.verdicts, strict=True)
         ],
         "comparisons": [asdict(entry) for entry in found.comparisons],
+        **({} if found.change is None else {"change": asdict(found.change)}),
         "thresholds": {name: value for name, value in vars(thresholds).items() if name.isupper()},
         "commit": source_commit(),
         "versions": library_versions(),
@@ -83,6 +75,7 @@ def render_page(found: Findings) -> str:
     several = len(found.overall) > 1
     return page_template("diagnosis.html.j2").render(
         overall=found.overall,
+        change=found.change,
         several=several,
         verdicts=[
             (name, v, _COLOURS[v.word]) for name, v in zip(names, found.verdicts, strict=True)

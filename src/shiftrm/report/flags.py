@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from shiftrm.report.analysis import INFLUENCE_FLOOR, adaptations, influence
+from shiftrm.evaluation.thresholds import INFLUENCE_FLOOR
+from shiftrm.report.analysis import adaptations, influence
 from shiftrm.report.arms import arm_name
 from shiftrm.report.measurements import Measurements, estimate
 from shiftrm.report.tables import fixed_point

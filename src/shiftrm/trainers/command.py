@@ -1,27 +1,14 @@
 """Training from files to a folder: what `shiftrm train` does."""
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 
 from shiftrm.data.groups import read_groups
-from shiftrm.data.pairs import COLUMNS, read_pairs
-from shiftrm.data.sources import fingerprint
-from shiftrm.errors import UserError
-from shiftrm.files import Row, atomic_write_text, replace_directory
-from shiftrm.trainers import work_folder
-from shiftrm.trainers.metarm import MetaRMTrainer
-from shiftrm.trainers.model_card import DataSet, Outcome, measurements, model_card, summary
-from shiftrm.trainers.reward import RewardTrainer
-from shiftrm.trainers.settings import Settings, resolve
+from shiftrm.trainers.model_card import model_card, summary
+from shiftrm.trainers.training import open_work, prepare, publish, train_in_work
 
 __all__ = ["train"]
 
@@ -57,220 +44,23 @@ def train(
         UserError: bad files, unknown settings, an output folder that is not empty, a loss that is
             not finite, or a full disk. Nothing but complete checkpoints is left behind.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: already there and not empty; choose another --output")
-    target = Path(os.path.abspath(output))  # which has a name, even where "." is given
-    work = target.with_name(f".{target.name}.work")
-    chosen = resolve(settings, meta=groups is not None, work=work)
-    if not _exists(model):
-        raise UserError(f"{model}: no such folder; give a checkpoint folder or a hub name")
-    template = chosen.args.chat_template_path
-    if template is not None and not (Path(template).exists() or _exists(template)):
-        raise UserError(f"chat_template_path={template}: no such file or folder")
-    sources = {"pairs": pairs}
-    sources |= {f"eval {name}".strip(): source for name, source in (eval_pairs or {}).items()}
-    rows = {name: read_pairs(source) for name, source in sources.items()}
-    tables = {name: _table(source, rows[name]) for name, source in sources.items()}
+    job = prepare(
+        model,
+        pairs=pairs,
+        output=output,
+        eval_pairs=eval_pairs,
+        settings=settings,
+        meta=groups is not None,
+        command=command,
+    )
+    rows = None
     if groups is not None:
-        sources["groups"], rows["groups"] = groups, read_groups(groups)
-    data = [
-        DataSet(name, source, len(rows[name]), fingerprint(source, rows[name]))
-        for name, source in sources.items()
-    ]
-    with _work_folder(work, _run_record(model, chosen, data)) as checkpoint:
-        used = chosen.beyond_defaults()
-        trainer = _trainer(model, chosen, tables, rows.get("groups"))
-        before, result, after = _run(trainer, checkpoint)
-        outcome = Outcome(
-            model=model,
-            output=str(output),
-            data=data,
-            settings=used,
-            seed=chosen.args.seed,
-            command=command,
-            before=before,
-            after=after,
-            **measurements(trainer, result),
-        )
-        _publish(trainer, work, target, model_card(outcome))
-    return summary(outcome) if trainer.accelerator.is_main_process else None
-
-
-def _run_record(model: str, chosen: Settings, data: list[DataSet]) -> dict[str, Any]:
-    """What must be the same for an interrupted training to be continued."""
-    return {
-        "model": model,
-        "settings": chosen.given,
-        "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in data},
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-
-
-def _table(source: str, rows: list[Row]) -> Dataset:
-    """The columns of pairs that training reads, as one table."""
-    kept = [{c: row[c] for c in COLUMNS if c in row} for row in rows]
-    try:
-        return Dataset.from_list(kept)
-    except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's: say, mixed messages
-        raise UserError(f"{source}: the rows do not fit one table ({_line(error)})") from None
-
-
-def _trainer(
-    model: str, chosen: Settings, tables: Mapping[str, Dataset], groups: list[Row] | None
-) -> RewardTrainer:
-    heldout = {
-        name.removeprefix("eval").strip(): t for name, t in tables.items() if name != "pairs"
-    }
-    args = chosen.args
-    args.model_init_kwargs = chosen.model_options
-    data = {
-        "train_dataset": tables["pairs"],
-        "eval_dataset": heldout.get("", heldout or None),
-        **chosen.trainer_options,
-    }
-    try:
-        if groups is None:
-            trainer = RewardTrainer(model, args, **data)
-        else:
-            trainer = MetaRMTrainer(model, args, meta_dataset=groups, **data)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _user_error(model, error, chosen) from error
-    trainer.remove_callback(PrinterCallback)
-    if args.disable_tqdm:
-        trainer.add_callback(_ProgressInWords())
-    trainer.add_callback(work_folder.MarkCompleteCheckpoints())
-    return trainer
-
-
-def _user_error(model: str, error: Exception, chosen: Settings) -> Exception:
-    """What libraries raise where model and settings do not fit, as one line; or the same again."""
-    words = _line(error)
-    if isinstance(error, OSError) and not work_folder.is_disk_full(error):
-        return UserError(f"{model}: cannot be loaded ({words})")
-    if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-        return UserError(
-            f"{model}: its weights do not fit a reward model of one label; give a policy, or a "
-            "checkpoint with num_labels=1"
-        )
-    if isinstance(error, ValueError) and "`pad_token` ('None')" in str(error):
-        return UserError(
-            f"{model}: the tokenizer has neither a pad nor an EOS token; set them and save it "
-            "again, or give eos_token=..."
-        )
-    if isinstance(error, TypeError) and chosen.given.get("model_init_kwargs"):
-        return UserError(f"{model}: does not take these model_init_kwargs: {words}")
-    if isinstance(error, ValueError | ImportError) or "to be installed" in str(error):
-        return UserError(f"{model}: cannot be trained with these settings: {words}")
-    return error
-
-
-def _run(
-    trainer: RewardTrainer, checkpoint: Path | None
-) -> tuple[dict[str, Any] | None, Any, dict[str, Any]]:
-    """Evaluate, train (from a checkpoint, if there is one) and evaluate again."""
-    before = None
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # sharded by train() only
-        before = _evaluations(trainer)
-    if checkpoint is not None and trainer.accelerator.is_main_process:
-        print(f"Continuing from {checkpoint}", flush=True)
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return before, result, _evaluations(trainer)
-
-
-def _evaluations(trainer: RewardTrainer) -> dict[str, Any]:
-    """The metrics of each held-out set, by its name, without prefix."""
-    sets = trainer.eval_dataset
-    if sets is None:
-        return {}
-    names = list(sets) if isinstance(sets, dict) else [""]
-    found = {}
-    for name in names:
-        prefix = f"eval_{name}" if name else "eval"
-        metrics = trainer.evaluate(name or None, metric_key_prefix=prefix)
-        found[name] = {
-            key.removeprefix(f"{prefix}_").removeprefix("eval_"): value
-            for key, value in metrics.items()
-        }
-    return found
-
-
-def _publish(trainer: RewardTrainer, work: Path, target: Path, card: str) -> None:
-    """Write the result whole, then give it its name."""
-    finished = work / work_folder.FINISHED
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    merged = hasattr(model, "merge_and_unload") and not getattr(model, "quantization_method", None)
-    if merged and not sharded:
-        # Loaded alone, an adapter's head does not fit a policy, whose configuration has two labels.
-        trainer.save_model(str(finished / "adapter"))
-        if trainer.args.should_save:
-            model.merge_and_unload().save_pretrained(finished)
-            trainer.processing_class.save_pretrained(finished)
-    else:
-        trainer.save_model(str(finished))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.accelerator.is_main_process:
-        atomic_write_text(finished / "README.md", card)
-        if (work / "runs").is_dir():  # what report_to=tensorboard wrote
-            (work / "runs").rename(finished / "runs")
-        if target.exists():
-            target.rmdir()
-        replace_directory(finished, target)
-        shutil.rmtree(work, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _work_folder(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
-    """Yield the checkpoint to continue from, in a folder that is ours.
-
-    Whatever happens inside, only complete checkpoints stay, and errors say where they are.
-    """
-    work_folder.check(work, record)
+        rows = read_groups(groups)
+        job.add_data("groups", groups, rows)
     processes = PartialState()
-    processes.wait_for_everyone()  # nobody may write while another still checks
-    try:
+    with open_work(job) as checkpoint:
+        outcome = train_in_work(job, rows, checkpoint)
         if processes.is_main_process:
-            work_folder.claim(work, record)
+            publish(job, model_card(outcome))
         processes.wait_for_everyone()
-        yield work_folder.resumable(work)
-    except BaseException as error:
-        if processes.is_main_process:
-            work_folder.release(work)
-        kept = work_folder.last_checkpoint(work)
-        if isinstance(error, UserError) and kept is not None and str(kept) not in str(error):
-            raise UserError(f"{error}; the last good checkpoint is {kept}") from None
-        if work_folder.is_disk_full(error):
-            again = "to start anew" if kept is None else f"to continue from {kept}"
-            raise UserError(
-                f"{work}: no space left on the disk; free some, then give the same command again "
-                f"{again}"
-            ) from None
-        raise
-
-
-class _ProgressInWords(TrainerCallback):
-    """A line for every log where there is no progress bar."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        shown = ("loss", "accuracy", "meta_influence")
-        values = {
-            key: value
-            for key, value in (logs or {}).items()
-            if key in shown or (key.startswith("eval_") and key.endswith(shown))
-        }
-        if state.is_world_process_zero and values:
-            place = f"step {state.global_step} of {state.max_steps}"
-            words = ", ".join(f"{key} {float(value):.4g}" for key, value in values.items())
-            print(f"{place if state.max_steps else 'before training'}: {words}", flush=True)
-
-
-def _exists(model: str) -> bool:
-    """A local folder, or a name that only the hub can judge (`owner/name`)."""
-    return Path(model).is_dir() or (model.count("/") == 1 and not model.startswith((".", "/")))
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return summary(outcome) if processes.is_main_process else None

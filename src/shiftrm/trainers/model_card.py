@@ -1,6 +1,7 @@
 """What a training did, for its user: a few sentences, and the README.md beside the weights."""
 
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,17 @@ import yaml
 
 import shiftrm
 from shiftrm.data.sources import HUB_NAME
+from shiftrm.evaluation.thresholds import INFLUENCE_FLOOR
 
-__all__ = ["DataSet", "Outcome", "measurements", "model_card", "summary"]
-
-TOO_SMALL = 1e-3
-"""Below this relative change of the gradient, a meta step does not matter."""
+__all__ = [
+    "Adapted",
+    "DataSet",
+    "Outcome",
+    "markdown_table",
+    "measurements",
+    "model_card",
+    "summary",
+]
 
 NOT_METRICS = (
     "runtime",
@@ -43,6 +50,19 @@ class DataSet:
 
 
 @dataclass
+class Adapted:
+    """What card and summary say of an adaptation."""
+
+    how: str
+    """The groups, and what of them was held out."""
+
+    verdict: str
+
+    measured: str
+    """Before and after, as Markdown."""
+
+
+@dataclass
 class Outcome:
     """Everything the card and the summary say."""
 
@@ -65,6 +85,8 @@ class Outcome:
     processes: int
     lora: bool
     meta: dict[str, float] = field(default_factory=dict)
+    adapted: Adapted | None = None
+    """None where the model was trained, not adapted."""
 
 
 def measurements(trainer: Any, result: Any) -> dict[str, Any]:
@@ -89,11 +111,12 @@ def measurements(trainer: Any, result: Any) -> dict[str, Any]:
 
 
 def summary(outcome: Outcome) -> str:
-    """The end of `shiftrm train`."""
+    """The end of `shiftrm train` and `shiftrm adapt`."""
     count = sum(sum(reasons.values()) for reasons in outcome.dropped.values())
     loss = "" if outcome.loss is None else f", mean loss {outcome.loss:.4f}"
     lines = [
-        f"Trained on {outcome.pairs} pairs ({count} dropped) for {outcome.steps} steps{loss}.",
+        f"{_verb(outcome)} on {outcome.pairs} pairs ({count} dropped) for {outcome.steps} "
+        f"steps{loss}.",
         *_dropped_words(outcome),
     ]
     for name, metrics in outcome.after.items():
@@ -103,7 +126,13 @@ def summary(outcome: Outcome) -> str:
         )
         after = "" if outcome.before is None else " after"
         lines.append(f"Accuracy on {what}: {before}{metrics['accuracy']:.3f}{after}.")
+    if outcome.adapted is not None:
+        lines += [outcome.adapted.how, outcome.adapted.verdict]
     return "\n".join([*lines, *_meta_words(outcome), f"Reward model: {outcome.output}"])
+
+
+def _verb(outcome: Outcome) -> str:
+    return "Trained" if outcome.adapted is None else "Adapted"
 
 
 def _mean_loss(logs: list[dict[str, Any]], steps: int, reported: float) -> float | None:
@@ -130,8 +159,8 @@ def _meta_words(outcome: Outcome) -> list[str]:
     influence = outcome.meta.get("meta_influence")
     if influence is None:
         return []
-    words = f"The meta step changed the gradient by {influence:.1e} of its length."
-    if influence < TOO_SMALL:
+    words = f"The meta step changed the gradient by {influence:.2g} of its length."
+    if influence < INFLUENCE_FLOOR:
         words += " That is too small to matter: raise meta_learning_rate, or use preset=scale_free."
     return [words]
 
@@ -140,14 +169,14 @@ def model_card(outcome: Outcome) -> str:
     """README.md: what the model was made of, how, and what it measures. Needs no network."""
     sections = [
         _front_matter(outcome),
-        f"# Reward model from {outcome.model}",
+        f"# Reward model {'' if outcome.adapted is None else 'adapted '}from {outcome.model}",
         _opening(outcome),
         "## Measured",
-        _metrics_table(outcome),
+        _metrics_table(outcome) if outcome.adapted is None else outcome.adapted.measured,
         *_dropped_words(outcome),
         *_meta_section(outcome),
         "## Data",
-        _table(
+        markdown_table(
             ("data", "source", "rows", "SHA-256"),
             [(d.name, f"`{d.source}`", d.rows, f"`{d.sha256}`") for d in outcome.data],
         ),
@@ -155,7 +184,7 @@ def model_card(outcome: Outcome) -> str:
         "## Settings",
         "Those that differ from the defaults of `RewardConfig`"
         f"{' and `MetaRMConfig`' if outcome.meta else ''}:",
-        _table(("setting", "value"), [(k, f"`{v}`") for k, v in outcome.settings.items()]),
+        markdown_table(("setting", "value"), [(k, f"`{v}`") for k, v in outcome.settings.items()]),
         f"Seed {outcome.seed}; processes: {outcome.processes}; {_versions(outcome)}.",
     ]
     if outcome.command is not None:
@@ -192,10 +221,13 @@ def _opening(outcome: Outcome) -> str:
         else ""
     )
     loss = "" if outcome.loss is None else f", mean loss {outcome.loss:.4f}"
+    of = "" if outcome.adapted is None else f" from `{outcome.model}`"
+    how = "" if outcome.adapted is None else f"\n\n{outcome.adapted.how}"
     return (
-        f"Trained {method} on {outcome.pairs} preference pairs for {outcome.steps} steps{loss}. "
-        "A sequence-classification checkpoint with one label: the logit is the reward, read at "
-        f"the last token of prompt and response, EOS included.{lora}"
+        f"{_verb(outcome)}{of} {method} on {outcome.pairs} preference pairs for {outcome.steps} "
+        f"steps{loss}. A sequence-classification checkpoint with one label: the logit is the "
+        "reward, read at the last token of prompt and response, EOS included."
+        f"{lora}{how}"
     )
 
 
@@ -217,14 +249,14 @@ def _metrics_table(outcome: Outcome) -> str:
                     f"{value:.4g}",
                 )
             )
-    return _table(("held-out set", "pairs", "measure", "before", "after"), rows)
+    return markdown_table(("held-out set", "pairs", "measure", "before", "after"), rows)
 
 
 def _meta_section(outcome: Outcome) -> list[str]:
     if not outcome.meta:
         return []
     rows = [(META_LOGS[key], f"{value:.4g}") for key, value in outcome.meta.items()]
-    return ["## Meta step", _table(("measure", "value"), rows), *_meta_words(outcome)]
+    return ["## Meta step", markdown_table(("measure", "value"), rows), *_meta_words(outcome)]
 
 
 def _versions(outcome: Outcome) -> str:
@@ -234,8 +266,9 @@ def _versions(outcome: Outcome) -> str:
     return ", ".join([f"shiftrm {shiftrm.__version__}", *found])
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table, its cells on one line each."""
+    lines: list[Sequence[Any]] = [header, ("---",) * len(header), *rows]
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
         for line in lines

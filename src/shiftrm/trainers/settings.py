@@ -57,6 +57,15 @@ LEAST = {
 
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
+OPTIONS = {
+    "train": ("pairs", "eval_pairs", "groups"),
+    "adapt": (
+        *("pairs", "eval_pairs", "groups", "eval_groups", "holdout", "policy", "prompts"),
+        *("responses", "max_new_tokens", "temperature", "top_p", "repetition_penalty"),
+    ),
+}
+"""Options beside the settings, by command: what a mistyped setting may have meant, too."""
+
 NULL = ("", "~", "null", "none", "None")
 
 NEED_PEFT = ("lora_", "use_rslora", "use_dora")
@@ -112,13 +121,16 @@ class Settings:
         return found | {k: v for k, v in self.given.items() if k not in found}
 
 
-def resolve(given: Mapping[str, Any], *, meta: bool, work: Path) -> Settings:
+def resolve(
+    given: Mapping[str, Any], *, meta: bool, work: Path, command_name: str = "train"
+) -> Settings:
     """Build the configurations from what was said.
 
     Args:
         given: values by setting; strings are read as YAML where the setting is no text.
         meta: whether there are groups, so that MetaRM's settings apply.
         work: the folder that training writes into.
+        command_name: for errors.
 
     Raises:
         UserError: an unknown setting (the nearest is suggested), or a value that cannot be.
@@ -131,7 +143,7 @@ def resolve(given: Mapping[str, Any], *, meta: bool, work: Path) -> Settings:
     for key, value in given.items():
         key, value = _positive(key, value, known)
         if key not in known:
-            raise UserError(f"unknown setting {key!r}{_hint(key, known, meta=meta)}")
+            raise UserError(f"unknown setting {key!r}{_hint(key, known, command_name, meta=meta)}")
         values[key] = _value(key, value, hints[key])
     model_fields = {f.name for f in dataclasses.fields(ModelConfig)}
     model = {key: value for key, value in values.items() if key in model_fields}
@@ -161,13 +173,15 @@ def _positive(key: str, value: Any, known: list[str]) -> tuple[str, Any]:
     return key, value
 
 
-def _hint(key: str, known: list[str], *, meta: bool) -> str:
+def _hint(key: str, known: list[str], command_name: str, *, meta: bool) -> str:
     if key in REFUSED:
         return f"; {REFUSED[key]}"
     if not meta and key in {f.name for f in dataclasses.fields(MetaRMConfig)}:
         return "; it is MetaRM's: give --groups"
-    near = suggest(key, [*known, "pairs", "eval_pairs", "groups"])
-    return near if "did you mean" in near else "; `shiftrm train --help` says which there are"
+    near = suggest(key, [*known, *OPTIONS[command_name]])
+    if "did you mean" in near:
+        return near
+    return f"; `shiftrm {command_name} --help` says which there are"
 
 
 def _value(key: str, given: Any, hint: Any) -> Any:

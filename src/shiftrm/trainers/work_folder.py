@@ -16,6 +16,7 @@ __all__ = [
     "MarkCompleteCheckpoints",
     "check",
     "claim",
+    "has_samples",
     "is_disk_full",
     "last_checkpoint",
     "release",
@@ -27,6 +28,9 @@ RUN_FILE = "run.json"
 FINISHED = "finished"
 """The result while it is being written; then it is renamed."""
 
+SAMPLES = "groups.jsonl"
+"""Groups sampled from a policy before training; with the suffix `.partial` while they are."""
+
 MARK = "complete"
 """In a checkpoint: every file of it is written."""
 
@@ -35,7 +39,8 @@ def check(work: Path, run: dict[str, Any]) -> None:
     """Refuse a folder of another run; changes nothing.
 
     Args:
-        run: model, settings, data and processes, as plain data.
+        run: model, settings, data and processes, as plain data; and under "sampling" how groups
+            are sampled, which alone must be the same where there is no checkpoint yet.
 
     Raises:
         UserError: the folder is another run's, or no run's; the message says what differs.
@@ -47,7 +52,10 @@ def check(work: Path, run: dict[str, Any]) -> None:
         if work.is_dir() and all(p.name.startswith(".") for p in work.iterdir()):
             return  # killed before it could write its first file
         raise UserError(f"{work}: in the way and no training's folder; move it, or choose another")
-    found = differences(json.loads(path.read_text(encoding="utf-8")), run)
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if last_checkpoint(work) is None and has_samples(work):  # they fit any training
+        old, run = {"sampling": old.get("sampling")}, {"sampling": run.get("sampling")}
+    found = differences(old, run)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(
@@ -60,17 +68,24 @@ def check(work: Path, run: dict[str, Any]) -> None:
 def claim(work: Path, run: dict[str, Any]) -> None:
     """Make the folder this run's, without what an interruption left half-written."""
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / RUN_FILE).exists():
-        atomic_write_text(work / RUN_FILE, json.dumps(run, indent=1))
+    text = json.dumps(run, indent=1)
+    if not (work / RUN_FILE).exists() or (work / RUN_FILE).read_text(encoding="utf-8") != text:
+        atomic_write_text(work / RUN_FILE, text)
     _remove_half_written(work)
 
 
 def release(work: Path) -> None:
-    """After a failure: keep the complete checkpoints; nothing at all if there are none."""
-    if last_checkpoint(work) is None:
+    """After a failure: keep complete checkpoints and samples; nothing at all if there are none."""
+    if last_checkpoint(work) is None and not has_samples(work):
         shutil.rmtree(work, ignore_errors=True)
     else:
         _remove_half_written(work)
+
+
+def has_samples(work: Path) -> bool:
+    """Whether there is a group sampled from a policy."""
+    partial = work / f"{SAMPLES}.partial"  # its first line says by which settings
+    return (work / SAMPLES).exists() or (partial.exists() and partial.read_bytes().count(b"\n") > 1)
 
 
 def _remove_half_written(work: Path) -> None:

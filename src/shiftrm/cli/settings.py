@@ -1,0 +1,150 @@
+"""Options and settings of the commands that train: from flags, `key=value` words and a file."""
+
+import argparse
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from shiftrm.errors import UserError, suggest
+
+FLAG = re.compile(r"--(\w[\w-]*)(?:=(.*))?", re.DOTALL)
+
+SETTING = re.compile(r"[A-Za-z_]\w*=")
+
+HELP = """Settings: every option of trl.RewardConfig (and so of TrainingArguments), with groups of
+MetaRMConfig (preset, meta_step, meta_learning_rate, meta_batch_size, deploy), and of
+trl.ModelConfig (dtype, attn_implementation, use_peft, lora_r, lora_alpha, ...), as key=value, as
+--key value (--learning-rate 5e-6, --bf16, --no-bf16) or in the file. Code that comes with a model
+is run with --trust-remote-code only.
+"""
+"""For the --help of these commands."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all of these commands have."""
+    parser.add_argument("--config", metavar="FILE", help="YAML with the options and settings below")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint or hub name (needed)")
+    parser.add_argument("--pairs", metavar="DATA", help="preference pairs (needed)")
+    parser.add_argument(
+        "--eval-pairs",
+        metavar="[NAME=]DATA",
+        action="append",
+        help="held-out pairs; may be repeated, with a name for each",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder of the result (needed)")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="any setting, as learning_rate=5e-6"
+    )
+
+
+def quieten_libraries() -> None:
+    """Before TRL is imported: no telemetry, no warnings that nobody who reads them can act on."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # TRL's and PEFT's own use of the old name.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def fold_flags(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Flags that are no options of the command, as the words `key=value` that they stand for.
+
+    Which settings there are is known only once torch is loaded; so the flags are collected here
+    and judged there.
+
+    Args:
+        arguments: the words behind the command.
+        known: names of the command's own options, as they stand in a file.
+    """
+    options: list[str] = []
+    words: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        flag = FLAG.fullmatch(word)
+        name = flag[1].replace("-", "_") if flag else ""
+        if flag is None:
+            (options if word.startswith("-") else words).append(word)
+        elif name in (*known, "help"):
+            option = f"--{name.replace('_', '-')}"
+            options += [option] if flag[2] is None else [f"{option}={flag[2]}"]
+            if name != "help" and flag[2] is None and rest:
+                options.append(rest.pop(0))
+        elif flag[2] is not None:
+            words.append(f"{name}={flag[2]}")
+        else:
+            values = []
+            while rest and not rest[0].startswith("--") and not SETTING.match(rest[0]):
+                values.append(rest.pop(0))
+            text = values[0] if len(values) == 1 else json.dumps(values) if values else "true"
+            words.append(f"{name}={text}")
+    return [*options, *words]  # argparse takes positional words from one place only
+
+
+def merged(
+    args: argparse.Namespace, known: Sequence[str], *, numbers: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options and settings: those of the file, and over them those of the command line.
+
+    Args:
+        known: names of the command's options.
+        numbers: those that may be numbers in the file; all others are text.
+
+    Raises:
+        UserError: no such file, a word that is no setting, or model, pairs or output missing.
+    """
+    options: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    if args.config is not None:
+        from shiftrm.config import read_yaml
+
+        for word, value in read_yaml(args.config).items():
+            key = str(word).replace("-", "_")
+            (options if key in known else settings)[key] = value
+        if "config" in options:
+            raise UserError(f"{args.config}: a configuration cannot name another one")
+        several = (*numbers, *(key for key in known if key.startswith("eval_")))
+        for key in known:
+            if key not in several and not isinstance(options.get(key, ""), str):
+                raise UserError(f"{args.config}: {key} is {options[key]!r}; expected text")
+    options |= {key: v for key in known if (v := getattr(args, key)) is not None}
+    for word in args.settings:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not a setting; write key=value, as learning_rate=5e-6")
+        if key in known:
+            raise UserError(f"unknown setting {key!r}; it is the option --{key.replace('_', '-')}")
+        settings[key] = text
+    for key in ("model", "pairs", "output"):
+        if options.get(key) is None:
+            close = [k for k in settings if suggest(k, [key]).startswith("; did you mean")]
+            hint = f"; {close[0]!r} is no option" if close else ""
+            raise UserError(f"--{key} is missing; give it here or as {key} in --config{hint}")
+    return options, settings
+
+
+def named(given: Any, option: str) -> dict[str, str]:
+    """Held-out sources by name: of `DATA`, `NAME=DATA`, or what the file says."""
+    if isinstance(given, dict):
+        named = [(str(name), source) for name, source in given.items()]
+    else:
+        words = [given] if isinstance(given, str) else given or []
+        named = [_name_and_source(word) for word in words]
+    for name, source in named:
+        if not isinstance(source, str):
+            raise UserError(f"{option} {name}: {source!r}; expected a file or a hub name")
+        if not re.fullmatch(r"[\w-]*", name):
+            raise UserError(f"{option}: {name!r} is no name; use letters, digits, _ and -")
+    names = [name for name, _ in named]
+    if len(named) > 1 and ("" in names or len(set(names)) < len(names)):
+        flag = f"--{option.replace('_', '-')}"
+        raise UserError(f"several {flag} need a name each, as {flag} chat=chat.jsonl")
+    return dict(named)
+
+
+def _name_and_source(word: Any) -> tuple[str, Any]:
+    if not isinstance(word, str):
+        return "", word
+    name, equals, source = word.partition("=")
+    return (name, source) if equals and not os.path.exists(word) else ("", word)

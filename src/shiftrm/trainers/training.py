@@ -1,0 +1,319 @@
+"""One training from files to a folder: what `shiftrm train` and `shiftrm adapt` share.
+
+`prepare` checks what it can before anything is written, `open_work` makes the folder beside the
+output ours, `train_in_work` leaves the result in it, and `publish` gives the result its name.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from shiftrm.data.pairs import COLUMNS, read_pairs
+from shiftrm.data.sources import fingerprint
+from shiftrm.errors import UserError
+from shiftrm.files import Row, atomic_write_text, replace_directory
+from shiftrm.trainers import work_folder
+from shiftrm.trainers.metarm import MetaRMTrainer
+from shiftrm.trainers.model_card import DataSet, Outcome, measurements
+from shiftrm.trainers.reward import RewardTrainer
+from shiftrm.trainers.settings import Settings, resolve
+
+__all__ = ["Job", "open_work", "prepare", "publish", "train_in_work"]
+
+
+@dataclass
+class Job:
+    """A training whose options were checked.
+
+    Attributes:
+        model: checkpoint folder or hub name to start from.
+        output, target: the folder to write, as the user calls it and in full.
+        work: the folder beside it that is used until the result is whole.
+        tables: pairs, "pairs" and "eval NAME".
+        data: the inputs, for the card.
+        command: how the card says this run can be repeated.
+    """
+
+    model: str
+    output: Path
+    target: Path
+    work: Path
+    chosen: Settings
+    tables: dict[str, Dataset]
+    data: list[DataSet]
+    command: str | None = None
+
+    @property
+    def finished(self) -> Path:
+        """Where the result is until it is published."""
+        return self.work / work_folder.FINISHED
+
+    def add_data(self, name: str, source: str, rows: list[Row]) -> None:
+        """Name one more input on the card and in the record of the run."""
+        self.data.append(DataSet(name, source, len(rows), fingerprint(source, rows)))
+
+
+def prepare(
+    model: str,
+    *,
+    pairs: str,
+    output: Path,
+    eval_pairs: Mapping[str, str] | None,
+    settings: Mapping[str, Any],
+    meta: bool,
+    command: str | None,
+    command_name: str = "train",
+) -> Job:
+    """Check options and read the pairs; nothing is written.
+
+    Args:
+        model, pairs, output, eval_pairs, settings, command: as in `command.train`.
+        meta: whether there will be groups.
+        command_name: for errors.
+
+    Raises:
+        UserError: as `command.train`, as far as model and groups need not be read for it.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: already there and not empty; choose another --output")
+    target = Path(os.path.abspath(output))  # which has a name, even where "." is given
+    work = target.with_name(f".{target.name}.work")
+    chosen = resolve(settings, meta=meta, work=work, command_name=command_name)
+    if not _exists(model):
+        raise UserError(f"{model}: no such folder; give a checkpoint folder or a hub name")
+    template = chosen.args.chat_template_path
+    if template is not None and not (Path(template).exists() or _exists(template)):
+        raise UserError(f"chat_template_path={template}: no such file or folder")
+    job = Job(model, output, target, work, chosen, {}, [], command)
+    sources = {"pairs": pairs}
+    sources |= {f"eval {name}".strip(): source for name, source in (eval_pairs or {}).items()}
+    for key, source in sources.items():
+        rows = read_pairs(source)
+        job.tables[key] = _table(source, rows)
+        job.add_data(key, source, rows)
+    return job
+
+
+def train_in_work(
+    job: Job, groups: list[Row] | None, checkpoint: Path | None, *, evaluate: bool = True
+) -> Outcome:
+    """Train, and write the result to `job.finished`; when this returns, the trainer is gone.
+
+    Args:
+        groups: unlabelled responses; with them, every step is a MetaRM step.
+        checkpoint: to continue from.
+        evaluate: whether the trainer measures the held-out pairs before and after.
+    """
+    used = job.chosen.beyond_defaults()
+    trainer = _trainer(job.model, job.chosen, job.tables, groups)
+    before, result, after = _run(trainer, checkpoint, evaluate=evaluate)
+    outcome = Outcome(
+        model=job.model,
+        output=str(job.output),
+        data=job.data,
+        settings=used,
+        seed=job.chosen.args.seed,
+        command=job.command,
+        before=before,
+        after=after,
+        **measurements(trainer, result),
+    )
+    _write(trainer, job.finished)
+    return outcome
+
+
+def _table(source: str, rows: list[Row]) -> Dataset:
+    """The columns of pairs that training reads, as one table."""
+    kept = [{c: row[c] for c in COLUMNS if c in row} for row in rows]
+    try:
+        return Dataset.from_list(kept)
+    except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's: say, mixed messages
+        raise UserError(f"{source}: the rows do not fit one table ({_line(error)})") from None
+
+
+def _trainer(
+    model: str, chosen: Settings, tables: Mapping[str, Dataset], groups: list[Row] | None
+) -> RewardTrainer:
+    heldout = {
+        name.removeprefix("eval").strip(): t for name, t in tables.items() if name != "pairs"
+    }
+    args = chosen.args
+    args.model_init_kwargs = chosen.model_options
+    data = {
+        "train_dataset": tables["pairs"],
+        "eval_dataset": heldout.get("", heldout or None),
+        **chosen.trainer_options,
+    }
+    try:
+        if groups is None:
+            trainer = RewardTrainer(model, args, **data)
+        else:
+            trainer = MetaRMTrainer(model, args, meta_dataset=groups, **data)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _user_error(model, error, chosen) from error
+    trainer.remove_callback(PrinterCallback)
+    if args.disable_tqdm:
+        trainer.add_callback(_ProgressInWords())
+    trainer.add_callback(work_folder.MarkCompleteCheckpoints())
+    return trainer
+
+
+def _user_error(model: str, error: Exception, chosen: Settings) -> Exception:
+    """What libraries raise where model and settings do not fit, as one line; or the same again."""
+    words = _line(error)
+    if isinstance(error, OSError) and not work_folder.is_disk_full(error):
+        return UserError(f"{model}: cannot be loaded ({words})")
+    if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+        return UserError(
+            f"{model}: its weights do not fit a reward model of one label; give a policy, or a "
+            "checkpoint with num_labels=1"
+        )
+    if isinstance(error, ValueError) and "`pad_token` ('None')" in str(error):
+        return UserError(
+            f"{model}: the tokenizer has neither a pad nor an EOS token; set them and save it "
+            "again, or give eos_token=..."
+        )
+    if isinstance(error, TypeError) and chosen.given.get("model_init_kwargs"):
+        return UserError(f"{model}: does not take these model_init_kwargs: {words}")
+    if isinstance(error, ValueError | ImportError) or "to be installed" in str(error):
+        return UserError(f"{model}: cannot be trained with these settings: {words}")
+    return error
+
+
+def _run(
+    trainer: RewardTrainer, checkpoint: Path | None, *, evaluate: bool
+) -> tuple[dict[str, Any] | None, Any, dict[str, Any]]:
+    """Evaluate, train (from a checkpoint, if there is one) and evaluate again."""
+    before = None
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # by train() only
+    if evaluate and not sharded:
+        before = _evaluations(trainer)
+    if checkpoint is not None and trainer.accelerator.is_main_process:
+        print(f"Continuing from {checkpoint}", flush=True)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return before, result, _evaluations(trainer) if evaluate else {}
+
+
+def _evaluations(trainer: RewardTrainer) -> dict[str, Any]:
+    """The metrics of each held-out set, by its name, without prefix."""
+    sets = trainer.eval_dataset
+    if sets is None:
+        return {}
+    names = list(sets) if isinstance(sets, dict) else [""]
+    found = {}
+    for name in names:
+        prefix = f"eval_{name}" if name else "eval"
+        metrics = trainer.evaluate(name or None, metric_key_prefix=prefix)
+        found[name] = {
+            key.removeprefix(f"{prefix}_").removeprefix("eval_"): value
+            for key, value in metrics.items()
+        }
+    return found
+
+
+def _write(trainer: RewardTrainer, finished: Path) -> None:
+    """Write the model whole, with its tokenizer."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    merged = hasattr(model, "merge_and_unload") and not getattr(model, "quantization_method", None)
+    if merged and not sharded:
+        # Loaded alone, an adapter's head does not fit a policy, whose configuration has two labels.
+        trainer.save_model(str(finished / "adapter"))
+        if trainer.args.should_save:
+            model.merge_and_unload().save_pretrained(finished)
+            trainer.processing_class.save_pretrained(finished)
+    else:
+        trainer.save_model(str(finished))
+    trainer.accelerator.wait_for_everyone()
+
+
+def publish(job: Job, card: str) -> None:
+    """Add the card, and give the result its name; for the main process."""
+    atomic_write_text(job.finished / "README.md", card)
+    if (job.work / "runs").is_dir():  # what report_to=tensorboard wrote
+        (job.work / "runs").rename(job.finished / "runs")
+    if job.target.exists():
+        job.target.rmdir()
+    replace_directory(job.finished, job.target)
+    shutil.rmtree(job.work, ignore_errors=True)
+
+
+@contextmanager
+def open_work(job: Job, more: Mapping[str, Any] | None = None) -> Iterator[Path | None]:
+    """Yield the checkpoint to continue from, in a folder that is ours.
+
+    Whatever happens inside, only complete checkpoints and sampled groups stay, and errors say where
+    they are.
+
+    Args:
+        more: what else must be the same for an interrupted run to be continued.
+    """
+    work, record = job.work, _run_record(job) | dict(more or {})
+    work_folder.check(work, record)
+    processes = PartialState()
+    processes.wait_for_everyone()  # nobody may write while another still checks
+    try:
+        if processes.is_main_process:
+            work_folder.claim(work, record)
+        processes.wait_for_everyone()
+        yield work_folder.resumable(work)
+    except BaseException as error:
+        if processes.is_main_process:
+            work_folder.release(work)
+        kept = work_folder.last_checkpoint(work)
+        if isinstance(error, UserError) and kept is not None and str(kept) not in str(error):
+            raise UserError(f"{error}; the last good checkpoint is {kept}") from None
+        if work_folder.is_disk_full(error):
+            again = "to start anew" if kept is None else f"to continue from {kept}"
+            again = "to continue" if kept is None and work_folder.has_samples(work) else again
+            raise UserError(
+                f"{work}: no space left on the disk; free some, then give the same command again "
+                f"{again}"
+            ) from None
+        raise
+
+
+def _run_record(job: Job) -> dict[str, Any]:
+    """What must be the same for an interrupted training to be continued."""
+    return {
+        "model": job.model,
+        "settings": job.chosen.given,
+        "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in job.data},
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+class _ProgressInWords(TrainerCallback):
+    """A line for every log where there is no progress bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = ("loss", "accuracy", "meta_influence")
+        values = {
+            key: value
+            for key, value in (logs or {}).items()
+            if key in shown or (key.startswith("eval_") and key.endswith(shown))
+        }
+        if state.is_world_process_zero and values:
+            place = f"step {state.global_step} of {state.max_steps}"
+            words = ", ".join(f"{key} {float(value):.4g}" for key, value in values.items())
+            print(f"{place if state.max_steps else 'before training'}: {words}", flush=True)
+
+
+def _exists(model: str) -> bool:
+    """A local folder, or a name that only the hub can judge (`owner/name`)."""
+    return Path(model).is_dir() or (model.count("/") == 1 and not model.startswith((".", "/")))
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
