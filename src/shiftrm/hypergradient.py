@@ -159,8 +159,8 @@ def hypergradient(
             what they owe to phi is left out. Default: all.
         micro_batch_size: rows in one pass; changes memory, not the result. Default: all at once.
         curvature_micro_batch_size: rows in one pass that differentiates twice, which takes about
-            four times the memory of an ordinary one. Default: micro_batch_size or a quarter of the
-            batch, whichever is smaller.
+            four times the memory of an ordinary one. Default: a quarter of micro_batch_size, and
+            1 at least.
         finite_difference_step: eps ||lam|| relative to ||theta_t||. Default: 1e-4 in fp32, 1e-5 in
             fp64.
         trajectory_device: where theta_0..theta_{D-1} are kept; default: with the parameters.

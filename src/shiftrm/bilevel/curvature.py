@@ -115,7 +115,7 @@ class InnerLoss:
         """
         size = self.curvature_micro_batch_size
         if size is None:
-            size = min(self.micro_batch_size or len(weights_B), max(1, len(weights_B) // 4))
+            size = max(1, (self.micro_batch_size or len(weights_B)) // 4)
         curved = self._zeros()
 
         def by_gates(loss: Tensor, gate: Tensor, state: Gates) -> Tensor:
