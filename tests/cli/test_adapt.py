@@ -305,6 +305,7 @@ def refused(shiftrm, arguments, message):
         (["--groups", "many.jsonl", "--eval-groups", "pairs.jsonl"], "give them as --eval-pairs"),
         (["--groups", "many.jsonl", "--model", "policy"], "policy: has no score head"),
         (["--groups", "many.jsonl", "--model", "none"], "none: no such folder"),
+        (["--groups", "many.jsonl", "--model", "lora"], "lora: is an adapter, which would stay"),
         (["--groups", "many.jsonl", "--output", "rm"], "rm: already there and not empty"),
         (["--groups", "many.jsonl", "hold_out=0.5"], "'hold_out'; did you mean 'holdout'?"),
         (["--groups", "many.jsonl", "zzzzzzz=1"], "`shiftrm adapt --help` says which"),
@@ -312,6 +313,8 @@ def refused(shiftrm, arguments, message):
     ],
 )
 def test_bad_options(shiftrm, arguments, message):
+    Path("lora").mkdir()
+    Path("lora/adapter_config.json").write_text("{}")
     write_jsonl("single.jsonl", [{"prompt": "the", "responses": [" cat"]}])
     write_jsonl("few.jsonl", [{"prompt": w, "responses": [" cat", " dog"]} for w in "abc"])
     long = [" cat" * 70, " dog" * 70]

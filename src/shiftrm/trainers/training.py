@@ -90,6 +90,11 @@ def prepare(
     chosen = resolve(settings, meta=meta, work=work, command_name=command_name)
     if not _exists(model):
         raise UserError(f"{model}: no such folder; give a checkpoint folder or a hub name")
+    if (Path(model) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{model}: is an adapter, which would stay as it is while the head is trained; merge "
+            "it into its model first (`shiftrm train` has written the merged one beside it)"
+        )
     template = chosen.args.chat_template_path
     if template is not None and not (Path(template).exists() or _exists(template)):
         raise UserError(f"chat_template_path={template}: no such file or folder")
