@@ -283,7 +283,7 @@ def test_models_of_the_wrong_kind(here, capsys, tmp_path, policy, tokenizer):
         tokenizer.save_pretrained(tmp_path / name)
     for name, message in (
         ("policy", "has no score head"),
-        ("three", "the model has num_labels=3"),
+        ("three", "three has num_labels=3"),
         ("nan", "groups.jsonl:1: nan gives a reward that is not a number"),
     ):
         status, output = run(capsys, "--model", tmp_path / name, "--data", "groups.jsonl")

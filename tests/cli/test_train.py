@@ -142,7 +142,7 @@ def test_models_of_several_labels_are_no_reward_models(shiftrm, files, tokenizer
     LlamaForSequenceClassification(llama_config(num_labels=2)).save_pretrained(files / "two")
     tokenizer.save_pretrained(files / "two")
     score = ["score", "--model", "two", "--data", "pairs.jsonl", "--output", "o.jsonl"]
-    _refused(shiftrm, score, "the model has num_labels=2; a reward model has num_labels=1")
+    _refused(shiftrm, score, "two has num_labels=2; a reward model has num_labels=1")
     _refused(shiftrm, [*score, "--model", "policy"], "policy: the checkpoint has no score head")
     _refused(shiftrm, [*TRAIN, "--model", "two"], "do not fit a reward model of one label")
 

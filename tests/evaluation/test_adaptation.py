@@ -89,6 +89,7 @@ def test_louder_on_groups_where_labels_show_nothing():
     )
     assert found.word == "louder, not sharper"
     assert "9 times what it was, 9 relative to the reference" in found.sentence
+    assert "label responses of today's policy" in found.advice[0]
 
 
 def test_sharper_on_one_and_duller_on_another():

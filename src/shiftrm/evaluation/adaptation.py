@@ -16,13 +16,17 @@ LOUDER, LOUDER_UNPROVEN = "louder, not sharper", "louder, and nothing says sharp
 QUIETER, UNCHANGED, UNCLEAR = "quieter", "unchanged", "unclear"
 
 LABEL_MORE = f"Give about {ENOUGH_LABELS} labelled pairs of today's policy as --eval-pairs."
+TRAIN_ON_LABELS = (
+    "Wider differences alone help nobody: label responses of today's policy, a few hundred pairs at "
+    "least, and train on them (shiftrm train)."
+)
 KEEP_THE_OLD = "Keep the model from before, or adapt with a smaller step (meta_learning_rate)."
 
 
 def adaptation_verdict(
     comparisons: Sequence[Comparison], diagnoses: Sequence[Diagnosis]
 ) -> Verdict:
-    """One word and its numbers over all files.
+    """One word over all files, and the numbers that say it, a line each.
 
     Args:
         comparisons: after against before, one a file.
@@ -50,7 +54,7 @@ def adaptation_verdict(
             f"Nothing says whether it orders the responses of {' and '.join(unlabelled)} better: "
             "spread is not sight."
         )
-    return Verdict(word, " ".join(parts), tuple(warnings), _advice(word, bool(labelled)))
+    return Verdict(word, "\n".join(parts), tuple(warnings), _advice(word, bool(labelled)))
 
 
 def _has_interval(c: Comparison) -> bool:
@@ -102,4 +106,6 @@ def _spread(c: Comparison, word: str) -> str:
 def _advice(word: str, labelled: bool) -> tuple[str, ...]:
     if word in (DULLER, MIXED):
         return (KEEP_THE_OLD,)
-    return () if word == SHARPER or (labelled and word != LOUDER) else (LABEL_MORE,)
+    if word == LOUDER:
+        return (TRAIN_ON_LABELS,)
+    return () if labelled else (LABEL_MORE,)
