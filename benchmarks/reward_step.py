@@ -127,13 +127,14 @@ def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None
         def on_step_end(self, args, state, control, **kwargs):
             if on_gpu:
                 torch.cuda.synchronize()
-            link.send(time.perf_counter() - self.started)
+            now = time.perf_counter(), time.process_time()
+            link.send([now[0] - self.started[0], now[1] - self.started[1]])
             link.recv()
-            self.started = time.perf_counter()
+            self.started = time.perf_counter(), time.process_time()
 
         def on_train_begin(self, args, state, control, **kwargs):
             link.recv()
-            self.started = time.perf_counter()
+            self.started = time.perf_counter(), time.process_time()
 
     settings = {
         "output_dir": str(Path(options.output).parent / "unused"),
@@ -185,7 +186,7 @@ def measure(shape: str, options: argparse.Namespace) -> dict:
         processes[arm] = context.Process(target=arm_process, args=(arm, options, shape, other))
         processes[arm].start()
         assert links[arm].recv() == "ready"
-    times: dict[str, list[float]] = {arm: [] for arm in options.arms}
+    times: dict[str, list[list[float]]] = {arm: [] for arm in options.arms}
     for step in range(WARM_UP + options.steps):
         for arm in options.arms:
             links[arm].send("go")
@@ -196,34 +197,38 @@ def measure(shape: str, options: argparse.Namespace) -> dict:
     result = {}
     for arm in options.arms:
         links[arm].send("go")
-        result[arm] = {**links[arm].recv(), "seconds": times[arm]}
+        wall, cpu = zip(*times[arm], strict=True)
+        result[arm] = {**links[arm].recv(), "seconds": wall, "cpu_seconds": cpu}
         processes[arm].join()
     return result
 
 
+def ratio(result: dict, above: str, below: str, clock: str = "seconds") -> float:
+    """Median of the ratios within a round of turns."""
+    pairs = zip(result[above][clock], result[below][clock], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
 def table(shape: str, result: dict, batch: int) -> str:
-    """Markdown; ratios are medians of the ratios within a round of turns."""
-    base = result["trl"]["seconds"]
+    """Markdown. CPU time counts what the arm itself used, whatever else the machine did."""
     lines = [
         f"**{shape}** ({SHAPES.get(shape, 'prompt/response tokens')}), {batch} pairs a step"
         f" and, for MetaRM, {batch} groups of {K}:",
         "",
-        "| | seconds a step, median (min-max) | TRL's step / this | peak memory, MB |",
-        "|---|---|---|---|",
+        "| | seconds a step, median (min-max) | TRL's / this | by CPU time | peak memory, MB |",
+        "|---|---|---|---|---|",
     ]
     for arm, found in result.items():
         seconds = found["seconds"]
-        ratio = statistics.median(b / s for b, s in zip(base, seconds, strict=True))
         lines.append(
-            f"| {WORDS[arm]} | {statistics.median(seconds):.3f}"
-            f" ({min(seconds):.3f}-{max(seconds):.3f}) | {ratio:.2f} | {found['peak'] / 1e6:.0f} |"
+            f"| {WORDS[arm]} | {statistics.median(seconds):.2f}"
+            f" ({min(seconds):.2f}-{max(seconds):.2f}) | {ratio(result, 'trl', arm):.2f} |"
+            f" {ratio(result, 'trl', arm, 'cpu_seconds'):.2f} | {found['peak'] / 1e6:.0f} |"
         )
     if {"metarm", "metarm_plain"} <= result.keys():
-        both = zip(result["metarm_plain"]["seconds"], result["metarm"]["seconds"], strict=True)
-        lines += [
-            "",
-            f"MetaRM's plain path / shared: {statistics.median(a / b for a, b in both):.2f}",
-        ]
+        wall = ratio(result, "metarm_plain", "metarm")
+        cpu = ratio(result, "metarm_plain", "metarm", "cpu_seconds")
+        lines += ["", f"MetaRM on the plain path / with shared prefixes: {wall:.2f} ({cpu:.2f})."]
     return "\n".join(lines)
 
 
