@@ -13,12 +13,15 @@ _HOME = {
     "MetaRMTrainer": "shiftrm.trainers.metarm",
     "PPOConfig": "shiftrm.trainers.ppo",
     "PPOTrainer": "shiftrm.trainers.ppo",
+    "RewardConfig": "shiftrm.trainers.reward",
     "RewardTrainer": "shiftrm.trainers.reward",
     "Scorer": "shiftrm.scoring",
     "SamplingConfig": "shiftrm.sampling",
     "UserError": "shiftrm.errors",
     "bradley_terry_loss": "shiftrm.losses",
     "difference_loss": "shiftrm.losses",
+    "preference_policy_loss": "shiftrm.losses",
+    "reward_weighted_loss": "shiftrm.losses",
 }
 
 __all__ = sorted(_HOME)

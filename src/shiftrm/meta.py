@@ -1,58 +1,79 @@
 """The MetaRM step over any parameters: look ahead along grad J, differentiate, come back.
 
-Dou et al., arXiv 2405.00438, Algorithm 1, first order. With theta the parameters, J the difference
-loss on unlabelled responses (Eq. 2) and L the preference loss (Eq. 1):
+Dou et al., arXiv 2405.00438, Algorithm 1. With theta the parameters, J the difference loss on
+unlabelled responses (Eq. 2) and L the preference loss (Eq. 1):
 
     theta' = theta + eta * grad J(theta)                     (Eq. 3, gradient ascent)
     theta <- theta - alpha * grad_{theta'} L(theta')         (Eq. 4, applied to theta)
 
-This module yields grad L(theta'); the optimizer that applies it is the caller's. What it leaves
-out, as the paper does, is the derivative of theta' itself: the exact gradient of
-`L(theta + eta grad J(theta))` is `(I + eta H_J) grad L(theta')`, with H_J the Hessian of J.
+This module yields grad L(theta'); the optimizer that applies it is the caller's. The paper leaves
+out the derivative of theta' itself; `meta_order="exact"` (ours) adds it: the gradient of
+`L(theta + eta d(grad J(theta)))` is `grad L(theta') + eta H_J D^T grad L(theta')`, with H_J the
+Hessian of J and D the Jacobian of the direction d.
+
+Where weights or activations are rounded to bf16, `theta'` rounds back to theta or its gradient
+drowns in rounding; `midpoint_change` computes grad L(theta') - grad L(theta) itself instead.
+`choose_meta_shift` knows when; docs/bf16-meta-step.md has the measurements.
 
 Imports torch only.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-MetaStep = Literal["sgd", "normalized", "adaptive"]
-"""How grad J becomes a direction; see `ascent_direction`."""
+from shiftrm.curvature import (
+    Curvature,
+    coarsest_type,
+    finite_difference_product,
+    hessian_vector_product,
+    relative_size,
+)
+from shiftrm.meta_direction import (
+    AdaptiveState,
+    MetaStep,
+    ascent_direction,
+    direction_vjp,
+    global_norm,
+    meta_directions,
+)
+from shiftrm.meta_shift import (
+    MetaShift,
+    add_unbiased_,
+    ascend_,
+    choose_meta_shift,
+    look_ahead,
+    midpoint_change,
+    midpoint_change_by_differences,
+)
 
+__all__ = [
+    "AdaptiveState",
+    "MetaOrder",
+    "MetaReport",
+    "MetaShift",
+    "MetaStep",
+    "add_unbiased_",
+    "ascend_",
+    "ascent_direction",
+    "choose_meta_shift",
+    "direction_vjp",
+    "global_norm",
+    "influence",
+    "look_ahead",
+    "meta_directions",
+    "metarm_gradient",
+    "midpoint_change",
+    "midpoint_change_by_differences",
+    "second_order_term",
+]
 
-@dataclass
-class AdaptiveState:
-    """Adam's moments of grad J, carried from one meta step to the next."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    steps: int = 0
-    first: list[Tensor] = field(default_factory=list)
-    second: list[Tensor] = field(default_factory=list)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything in it by name, to be saved; `from_tensors` reads it back."""
-        named = {"steps": torch.tensor(self.steps)}
-        for kind, moments in (("first", self.first), ("second", self.second)):
-            named |= {f"{kind}.{i}": m for i, m in enumerate(moments)}
-        return named
-
-    @classmethod
-    def from_tensors(cls, named: dict[str, Tensor]) -> "AdaptiveState":
-        """The state that `tensors` gave."""
-        count = (len(named) - 1) // 2
-        return cls(
-            steps=int(named["steps"]),
-            first=[named[f"first.{i}"] for i in range(count)],
-            second=[named[f"second.{i}"] for i in range(count)],
-        )
+MetaOrder = Literal["first", "exact"]
+"""first: grad L(theta'), the paper's. exact: the gradient through the step; see this module."""
 
 
 @dataclass(frozen=True)
@@ -77,120 +98,47 @@ class MetaReport:
     skipped: bool = False
 
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all entries together, a scalar in at least fp32.
-
-    Of sharded tensors (DTensor) it is the norm over all shards; every process must then call it.
-    """
-    if not tensors:
-        return torch.zeros(())
-    norms = [t.to(torch.promote_types(t.dtype, torch.float32)).norm() for t in tensors]
-    norms = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
-    return torch.stack([n.to(norms[0].device) for n in norms]).norm()
+# -- through the step ------------------------------------------------------------------------
 
 
-def ascent_direction(
-    gradients: Sequence[Tensor], *, meta_step: MetaStep, state: AdaptiveState | None = None
+def second_order_term(
+    objective_product: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    gradients: Sequence[Tensor],
+    shifted: Sequence[Tensor],
+    *,
+    meta_learning_rate: float,
+    meta_step: MetaStep,
+    state: AdaptiveState | None = None,
 ) -> list[Tensor]:
-    """The direction that is multiplied with eta in Eq. 3.
+    """`eta H_J(theta) D^T grad L(theta')`: what `meta_order="exact"` adds to grad L(theta').
 
     Args:
-        gradients: grad J, one tensor a parameter, of any shapes.
-        meta_step: "sgd" is the paper's plain gradient. "normalized" is `g / ||g||` over all
-            parameters together, so that eta is the length of the step whatever the scale of the
-            rewards (as in SAM; ours). "adaptive" is Adam's bias-corrected `m / (sqrt(v) + eps)`,
-            which is what an implementation with an Adam optimizer for the meta process would do
-            (the paper's text does not say so; ours).
-        state: Adam's moments, updated in place; required for "adaptive".
+        objective_product: v -> H_J v at theta, over the whole meta batch: micro-batches and
+            processes summed; by `hessian_vector_product` or `finite_difference_product`.
+        gradients: grad J(theta), from which the direction was made.
+        shifted: grad L(theta') over the whole batch of pairs.
+        meta_learning_rate: eta.
+        meta_step, state: see `direction_vjp`.
 
     Returns:
-        One tensor a parameter. All zero if the gradient is zero.
+        One tensor a parameter.
 
-    Raises:
-        ValueError: unknown rule, or "adaptive" without a state.
+    Cost: one Hessian-vector product of J. State: none. Memory: that of the product, D^T v and the
+    result (two copies of the trainable parameters), and grad J, which must be kept until here.
     """
-    if meta_step == "sgd":
-        return list(gradients)
-    if meta_step == "normalized":
-        norm = global_norm(gradients)
-        scale = torch.where(norm > 0, 1.0 / norm, torch.zeros_like(norm))
-        return [g * scale.to(g.dtype) for g in gradients]
-    if meta_step == "adaptive":
-        if state is None:
-            raise ValueError("meta_step='adaptive' needs an AdaptiveState")
-        return _adam_direction(gradients, state)
-    raise ValueError(f"meta_step is {meta_step!r}; expected one of {get_args(MetaStep)}")
+    vectors = direction_vjp(gradients, shifted, meta_step=meta_step, state=state)
+    return [meta_learning_rate * product for product in objective_product(vectors)]
 
 
-def meta_directions(
-    gradients: Sequence[Tensor], *, meta_step: MetaStep, state: AdaptiveState | None = None
-) -> tuple[list[Tensor], bool]:
-    """`ascent_direction`, or zeros and True if the gradient is not finite: a skipped meta step.
-
-    A skipped step leaves Adam's moments as they were.
-    """
-    if not math.isfinite(float(global_norm(gradients))):
-        return [torch.zeros_like(g) for g in gradients], True
-    return ascent_direction(gradients, meta_step=meta_step, state=state), False
-
-
-@torch.no_grad()
-def _adam_direction(gradients: Sequence[Tensor], state: AdaptiveState) -> list[Tensor]:
-    if not state.first:
-        state.first = [torch.zeros_like(g) for g in gradients]
-        state.second = [torch.zeros_like(g) for g in gradients]
-    state.steps += 1
-    beta1, beta2 = state.betas
-    correction1 = 1.0 - beta1**state.steps
-    correction2 = 1.0 - beta2**state.steps
-    directions = []
-    for g, m, v in zip(gradients, state.first, state.second, strict=True):
-        m.mul_(beta1).add_(g, alpha=1.0 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
-        directions.append((m / correction1) / ((v / correction2).sqrt() + state.eps))
-    return directions
-
-
-@contextmanager
-def look_ahead(
-    parameters: Sequence[Tensor], directions: Sequence[Tensor], *, meta_learning_rate: float
-) -> Iterator[None]:
-    """Inside, the parameters are theta' (Eq. 3); outside they are theta again, bit for bit.
-
-    The originals are cloned and copied back, also when an exception is raised inside: adding and
-    then subtracting would leave rounding behind in about 7 % of fp32 entries.
-
-    Args:
-        parameters: changed in place.
-        directions: from `ascent_direction`, one a parameter.
-        meta_learning_rate: eta.
-    """
-    originals = [p.detach().clone() for p in parameters]
-    try:
-        ascend_(parameters, directions, meta_learning_rate=meta_learning_rate)
-        yield
-    finally:
-        with torch.no_grad():
-            for p, original in zip(parameters, originals, strict=True):
-                p.copy_(original)
-
-
-@torch.no_grad()
-def ascend_(
-    parameters: Sequence[Tensor], directions: Sequence[Tensor], *, meta_learning_rate: float
-) -> None:
-    """theta <- theta + eta * direction, in place (Eq. 3)."""
-    for p, direction in zip(parameters, directions, strict=True):
-        p.add_(direction, alpha=meta_learning_rate)  # Eq. 3
+# -- the whole step --------------------------------------------------------------------------
 
 
 def influence(shifted: Sequence[Tensor], base: Sequence[Tensor]) -> float:
-    """`||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`; 0 if both gradients vanish."""
-    change = float(global_norm([s - b for s, b in zip(shifted, base, strict=True)]))
-    size = float(global_norm(base))
-    if size == 0.0:
-        return 0.0 if change == 0.0 else math.inf
-    return change / size
+    """`||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`; 0 if both gradients vanish.
+
+    In bf16 this measures rounding; take `relative_size(change, base)` of the midpoint change.
+    """
+    return relative_size([s - b for s, b in zip(shifted, base, strict=True)], base)
 
 
 def metarm_gradient(
@@ -201,9 +149,12 @@ def metarm_gradient(
     meta_learning_rate: float,
     meta_step: MetaStep = "sgd",
     state: AdaptiveState | None = None,
+    meta_order: MetaOrder = "first",
+    meta_shift: MetaShift = "in_place",
+    curvature: Curvature = "exact",
     diagnose: bool = True,
 ) -> tuple[list[Tensor], MetaReport]:
-    """One first-order MetaRM step: `grad L(theta')`, with the parameters left at theta.
+    """One MetaRM step: `grad L(theta')`, with the parameters left at theta.
 
     Args:
         parameters: leaf tensors that require gradients; `objective` and `loss` read them.
@@ -211,31 +162,94 @@ def metarm_gradient(
         loss: computes L, a scalar, likewise.
         meta_learning_rate: eta >= 0.
         meta_step, state: see `ascent_direction`.
+        meta_order: "first" is the paper's; "exact" adds `second_order_term`.
+        meta_shift: see `choose_meta_shift`.
+        curvature: how Hessians are multiplied, for "exact" and "midpoint"; "finite_difference"
+            needs no second derivative; its radius suits the parameters' type, not autocast's.
         diagnose: also measure J after the step and its influence, for one more forward pass of J
             and one more gradient of L.
 
     Returns:
         The gradient of L at theta', one tensor a parameter (zeros where L does not depend on it),
         and a report.
+
+    Raises:
+        ValueError: an unknown choice.
+        UserError: see `hessian_vector_product`.
     """
+    _require_choice("meta_order", meta_order, get_args(MetaOrder))
+    _require_choice("meta_shift", meta_shift, get_args(MetaShift))
+    _require_choice("curvature", curvature, get_args(Curvature))
     objective_before, gradients = _value_and_gradient(objective, parameters)
     directions, skipped = meta_directions(gradients, meta_step=meta_step, state=state)
-    base = _value_and_gradient(loss, parameters)[1] if diagnose else None
-    objective_after = None
+    base = change = objective_after = None
+    if diagnose or meta_shift == "midpoint":
+        base = _value_and_gradient(loss, parameters)[1]
+    if base is not None and meta_shift == "midpoint":
+        change = _change(loss, parameters, directions, meta_learning_rate, curvature)
+        shifted = [b + c for b, c in zip(base, change, strict=True)]
     with look_ahead(parameters, directions, meta_learning_rate=meta_learning_rate):  # Eq. 3
-        _, shifted = _value_and_gradient(loss, parameters)  # Eq. 4, at theta'
+        if change is None:
+            _, shifted = _value_and_gradient(loss, parameters)  # Eq. 4, at theta'
         if diagnose:
             with torch.no_grad():
                 objective_after = float(objective())
+    measured = None
+    if base is not None:
+        measured = influence(shifted, base) if change is None else relative_size(change, base)
+    if meta_order == "exact" and not skipped:
+        term = second_order_term(
+            lambda vectors: _product(objective, parameters, vectors, curvature),
+            gradients,
+            shifted,
+            meta_learning_rate=meta_learning_rate,
+            meta_step=meta_step,
+            state=state,
+        )
+        shifted = [s + t for s, t in zip(shifted, term, strict=True)]
     report = MetaReport(
         objective_before=objective_before,
         objective_after=objective_after,
         gradient_norm=math.nan if skipped else float(global_norm(gradients)),
         step_norm=meta_learning_rate * float(global_norm(directions)),
-        influence=None if base is None else influence(shifted, base),
+        influence=measured,
         skipped=skipped,
     )
     return shifted, report
+
+
+def _change(
+    loss: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    meta_learning_rate: float,
+    curvature: Curvature,
+) -> list[Tensor]:
+    if curvature == "exact":
+        return midpoint_change(loss, parameters, directions, meta_learning_rate=meta_learning_rate)
+    return midpoint_change_by_differences(
+        lambda: _value_and_gradient(loss, parameters)[1],
+        parameters,
+        directions,
+        meta_learning_rate=meta_learning_rate,
+        compute_type=coarsest_type(parameters),
+    )[0]
+
+
+def _product(
+    function: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    curvature: Curvature,
+) -> list[Tensor]:
+    if curvature == "exact":
+        return hessian_vector_product(function, parameters, vectors)
+    return finite_difference_product(
+        lambda: _value_and_gradient(function, parameters)[1],
+        parameters,
+        vectors,
+        compute_type=coarsest_type(parameters),
+    )[0]
 
 
 def _value_and_gradient(
@@ -246,3 +260,8 @@ def _value_and_gradient(
     return float(value.detach()), [
         torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
     ]
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {choices}")

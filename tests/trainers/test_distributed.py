@@ -7,22 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
 from shiftrm.scoring import Scorer
 from tests.trainers.distributed_run import CASES, LOGGED, run
 
 pytestmark = pytest.mark.slow
 
-# What a user gives `accelerate launch --config_file`; on GPUs without the line use_cpu.
-FSDP2 = """
+# What a user gives `accelerate launch --config_file`; on GPUs without the line use_cpu. (For DDP
+# on CPUs it is MULTI_GPU, too: with MULTI_CPU and no MPI, accelerate starts one process.)
+LAUNCH = """
 compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
 use_cpu: true
 num_machines: 1
 num_processes: 2
 main_process_port: 0
 mixed_precision: "no"
+"""
+DDP = "distributed_type: MULTI_GPU"
+FSDP2 = """distributed_type: FSDP
 fsdp_config:
   fsdp_version: 2
   fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
@@ -32,6 +35,9 @@ fsdp_config:
 """
 
 NAMES = [*CASES, "resumed"]
+MODES = [(mode, name) for mode in ("ddp", "fsdp2") for name in NAMES]
+MODES.remove(("fsdp2", "encoder"))  # under FSDP2 by training arguments
+BY_DIFFERENCES = ("second_order", "midpoint")  # under FSDP2
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +48,24 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def inputs(folder, reward_model, tokenizer, pairs, groups):
     if not (folder / "data.pt").exists():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        sizes["initializer_range"] = 0.3
+        config = BertConfig(num_attention_heads=2, vocab_size=32, num_labels=1, **sizes)
+        BertForSequenceClassification(config).save_pretrained(folder / "encoder")
         reward_model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         torch.save({"pairs": [*pairs, *pairs[:4]], "groups": groups}, folder / "data.pt")
     return folder
 
 
-def launch(folder, name, launcher):
+def launch(folder, mode, configuration):
     """Every case on two processes; what `distributed_run.run` returns on the first of them."""
-    output = folder / name
+    output = folder / mode
     output.mkdir()
+    file = folder / f"{mode}.yaml"
+    file.write_text(LAUNCH + configuration)
+    launcher = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
     script = str(Path(__file__).with_name("distributed_run.py"))
     done = subprocess.run(
         [sys.executable, "-m", *launcher, script, str(folder), str(output)],
@@ -74,33 +88,32 @@ def finished():
 @pytest.fixture
 def results(inputs, finished):
     def of(mode):
+        assert finished.get(mode) != "failed", f"the run of {mode} failed in an earlier test"
         if mode not in finished:
+            finished[mode] = "failed"
             if mode == "one":
                 finished[mode] = run(inputs, inputs / mode, processes=1)
-            elif mode == "ddp":
-                finished[mode] = launch(
-                    inputs, mode, ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-                )
             else:
-                (inputs / "fsdp2.yaml").write_text(FSDP2)
-                command = ["accelerate.commands.accelerate_cli", "launch", "--config_file"]
-                finished[mode] = launch(inputs, mode, [*command, str(inputs / "fsdp2.yaml")])
+                configuration = {"ddp": DDP, "fsdp2": FSDP2}[mode]
+                finished[mode] = launch(inputs, mode, configuration)
         return finished[mode]
 
     return of
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("mode", "name"), MODES)
 def test_two_processes_train_what_one_does(results, name, mode):
     one, two = results("one")[name], results(mode)[name]
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["weights"].keys() == one["weights"].keys()
+    rough = mode == "fsdp2" and name in BY_DIFFERENCES
     for key, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-9, msg=key)
+        tolerance = 2e-3 if rough else 1e-9
+        torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=tolerance, msg=key)
     for what in LOGGED:
-        assert two[what] == pytest.approx(one[what], abs=1e-6), what
+        assert two[what] == pytest.approx(one[what], rel=1e-2 if rough else 0, abs=1e-6), what
     assert max(one["grad_norm"]) > 0.2, "clipping was on"
+    assert one["sharing"] == two["sharing"] == (name != "encoder"), "of prefixes"
 
 
 def test_influence_under_fsdp2_is_that_of_one_process(results):
@@ -108,11 +121,11 @@ def test_influence_under_fsdp2_is_that_of_one_process(results):
     assert two["meta_influence"] == pytest.approx(one["meta_influence"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for mode, name in MODES if mode == "fsdp2"])
 def test_parameters_are_sharded_under_fsdp2(results, name):
     left = results("fsdp2")[name]
     assert left["wrapped"].startswith("FSDP")
-    assert len(left["sharded"]) == (5 if name != "resumed" else 2), "looked at after every step"
+    assert len(left["sharded"]) == (2 if name == "resumed" else 5), "after every step"
     for all_dtensors, share in left["sharded"]:
         assert all_dtensors
         assert 0.49 < share < 0.51, "each process holds a half"
@@ -129,12 +142,25 @@ def test_the_meta_step_moves_what_forward_passes_see_and_returns(results):
     assert two["in_shards"], "the last act of training was such a pass, too"
 
 
-@pytest.mark.parametrize("name", ["arguments", "arguments_resumed"])
+@pytest.mark.parametrize("name", ["arguments", "arguments_resumed", "arguments_encoder"])
 def test_fsdp2_by_training_arguments_is_the_same(results, name):
-    one, two = results("one")["adaptive"], results("ddp")[name]
+    one = results("one")["encoder" if name == "arguments_encoder" else "adaptive"]
+    two = results("ddp")[name]
     assert all(all_dtensors for all_dtensors, _ in two["sharded"])
     for key, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_mixed_precision_is_near_full_precision(results, mode):
+    full, half = results("one")["scale_free"], results(mode)["bf16"]
+    assert half["sharing"]
+    assert {w.dtype for w in half["weights"].values()} == {torch.float32}
+    assert half["meta_objective"] == pytest.approx(full["meta_objective"], abs=1e-3)
+    assert half["meta_influence"] == pytest.approx(
+        full["meta_influence"], rel=0.1 if mode == "fsdp2" else 1
+    )
+    assert half["eval_loss"] == pytest.approx(full["eval_loss"], abs=5e-3)
 
 
 def test_the_meta_step_matters_in_these_runs(results):

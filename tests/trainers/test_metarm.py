@@ -252,7 +252,7 @@ def test_non_finite_meta_gradient_is_skipped_and_counted(make_trainer, reward_mo
     make_trainer(plain, RewardTrainer, max_steps=2).train()
     trainer = make_trainer(meta, max_steps=2, meta_learning_rate=0.5)
     monkeypatch.setattr(
-        "shiftrm.trainers.metarm.difference_loss",
+        "shiftrm.trainers.meta_passes.difference_loss",
         lambda rewards, mask: rewards.sum(1) * float("nan"),
     )
     trainer.train()

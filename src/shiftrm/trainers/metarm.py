@@ -1,9 +1,9 @@
 """MetaRM as a drop-in for `trl.RewardTrainer`: preference pairs and unlabelled response groups."""
 
 import logging
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from shiftrm.curvature import coarsest_type, relative_size
 from shiftrm.errors import UserError
-from shiftrm.losses import difference_loss
 from shiftrm.meta import (
     AdaptiveState,
     ascend_,
+    choose_meta_shift,
     global_norm,
     influence,
     look_ahead,
     meta_directions,
+    second_order_term,
 )
-from shiftrm.prefix import SharedRows, pack
-from shiftrm.trainers.meta_groups import MetaGroups, TokenGroup
+from shiftrm.trainers.meta_groups import MetaGroups
+from shiftrm.trainers.meta_passes import MetaPasses
 from shiftrm.trainers.metarm_config import PRESETS, MetaRMConfig
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.sharding import (
-    gradients_in_shards,
-    is_sharded,
     refuse_deepspeed,
     refuse_model_parallelism,
     reshard,
@@ -43,7 +43,24 @@ META_STATE_FILE = "meta_state.safetensors"
 """Beside a checkpoint's optimizer state: Adam's moments of grad J (meta_step "adaptive")."""
 
 
-class MetaRMTrainer(RewardTrainer):
+@dataclass
+class MetaStepState:
+    """What the micro-batches of one optimizer step share.
+
+    Attributes:
+        directions: grad J as a step, one tensor a parameter.
+        objective_gradient: grad J itself, kept for the exact order only.
+        skipped: grad J was not finite; the directions are zero.
+        change: sum over micro-batches of grad L(theta') - grad L(theta) (meta_shift "midpoint").
+    """
+
+    directions: list[Tensor]
+    objective_gradient: list[Tensor] | None
+    skipped: bool
+    change: list[Tensor]
+
+
+class MetaRMTrainer(MetaPasses, RewardTrainer):
     """Trains a reward model on pairs so that it stays sharp on responses nobody labelled.
 
     Each optimizer step: grad J once, over a global meta batch of groups; all micro-batches of pairs
@@ -74,6 +91,9 @@ class MetaRMTrainer(RewardTrainer):
             meta_dataset, self.processing_class, max_length=args.max_length, seed=args.seed
         )
         self._shift: ExitStack | None = None
+        self._step_state: MetaStepState | None = None
+        self._radius = {}
+        self._choose_shift()
         self._adaptive_state = AdaptiveState()
         world = self.accelerator.num_processes
         pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
@@ -84,6 +104,30 @@ class MetaRMTrainer(RewardTrainer):
                 "each process needs a group"
             )
 
+    def _choose_shift(self) -> None:
+        """How theta' is reached and curvature taken, unless the settings say.
+
+        Under autocast fp32 parameters still move in place: what a step below a few percent of
+        influence then changes is rounding, but no more than in any bf16 gradient, and the midpoint
+        would cost several gradients a step (docs/bf16-meta-step.md).
+        """
+        self.meta_shift = self.args.meta_shift
+        if self.meta_shift == "auto":
+            self.meta_shift = choose_meta_shift(self._trainable())
+        sharded = self.is_fsdp_enabled
+        self.meta_curvature = self.args.meta_curvature or (
+            "finite_difference" if sharded else "exact"
+        )
+        second = self.meta_shift == "midpoint" or self.args.meta_order == "exact"
+        if second and sharded and self.meta_curvature == "exact":
+            raise UserError(
+                "meta_curvature='exact': sharded parameters cannot be differentiated twice; leave "
+                "it out, or set finite_difference"
+            )
+        autocast_type = torch.bfloat16 if self.args.bf16 else torch.float32
+        # fp32 at best: that is what norms and softmax work in, whatever the weights are.
+        self._compute_type = coarsest_type(self.model.parameters(), autocast_type=autocast_type)
+
     # -- one optimizer step ------------------------------------------------------------------
 
     def training_step(
@@ -92,32 +136,126 @@ class MetaRMTrainer(RewardTrainer):
         inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        base_gradient = None
-        if self._shift is None:  # the first micro-batch of an optimizer step
-            diagnosing = self._diagnosing()
-            directions = self._meta_directions(model)
-            if diagnosing:
-                base_gradient = self._base_gradient(model, inputs)
-            self._look_ahead(directions)
-            if diagnosing:
-                self._metrics["train"]["meta_objective_after"].append(self._objective_only(model))
+        base = None
+        if self._step_state is None:  # the first micro-batch of an optimizer step
+            self._step_state = self._begin_step(model)
+            if self._diagnosing() and self.meta_shift == "in_place":
+                base = self._influence_at_theta(model, inputs)
+            self._look_ahead(model)
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.meta_shift == "midpoint":
+                self._add_midpoint_change(model, inputs)
         except BaseException:
-            self._return_to_theta()
+            self._end_step()
             raise
-        if base_gradient is not None:
-            change = influence(self._gradients(), base_gradient)
-            self._metrics["train"]["meta_influence"].append(change)
+        if base is not None:
+            self._log_meta("meta_influence", influence(self._gradients(), base))
         if self.accelerator.sync_gradients:  # the last micro-batch: clip and step happen at theta
             self._return_to_theta()
+            self._finish_gradient(model)
+            self._end_step()
         return loss
+
+    def _influence_at_theta(
+        self, model: nn.Module, inputs: dict[str, Tensor]
+    ) -> list[Tensor] | None:
+        """grad L(theta) of this micro-batch, for comparison with the one that the step will take.
+
+        In bf16 the two would differ by rounding alone; the change is then measured itself, and
+        nothing is left to compare.
+        """
+        state = self._step_state
+        # With the last micro-batch the shifted gradient will be an average over processes.
+        averaged = self.accelerator.sync_gradients
+        if torch.finfo(self._compute_type).eps <= torch.finfo(torch.float32).eps:
+            return self._pair_gradient(model, inputs, averaged=averaged)
+        if state is not None and not state.skipped:
+            change = self._change_by_differences(model, inputs, state.directions)
+            base = self._pair_gradient(model, inputs, averaged=True)
+            self._log_meta("meta_influence", relative_size(change, base))
+        return None
+
+    def _begin_step(self, model: nn.Module) -> "MetaStepState":
+        self._radius = {}  # a resumed run tries the same steps as a straight one
+        objective, gradients = self._objective_gradient(model)
+        directions, skipped = meta_directions(
+            gradients, meta_step=self.args.meta_step, state=self._adaptive_state
+        )
+        self._log_meta("meta_skipped", float(skipped))
+        if skipped:
+            logger.warning("step %d: grad J is not finite; meta step skipped", self._step())
+        else:
+            self._log_meta("meta_objective", objective)
+            self._log_meta("meta_gradient_norm", float(global_norm(gradients)))
+        exact = self.args.meta_order == "exact" and not skipped
+        return MetaStepState(directions, gradients if exact else None, skipped, [])
+
+    def _look_ahead(self, model: nn.Module) -> None:
+        """To theta', until `_return_to_theta`; where it would round away the parameters stay."""
+        state = self._step_state
+        if state is None or self.meta_shift != "in_place":
+            return
+        eta = self.args.meta_learning_rate
+        self._shift = ExitStack()
+        self._shift.enter_context(
+            look_ahead(self._trainable(), state.directions, meta_learning_rate=eta)
+        )
+        if self._diagnosing():
+            self._log_meta("meta_objective_after", self._objective_only(model))
+
+    def _return_to_theta(self) -> None:
+        if self._shift is not None:
+            self._shift.close()
+            self._shift = None
+            reshard(self.model)
+
+    def _end_step(self) -> None:
+        self._return_to_theta()
+        self._step_state = None
+
+    # -- what bf16 and the exact order add to the gradient ---------------------------------------
+
+    def _add_midpoint_change(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        """grad L(theta') - grad L(theta) of one micro-batch, summed up until the last one.
+
+        `.grad` holds grad L(theta) of the micro-batches so far; see `meta.midpoint_change`.
+        """
+        state = self._step_state
+        if state is None or state.skipped:
+            return
+        change = self._midpoint_change(model, inputs, state.directions)
+        if self._diagnosing() and not state.change:  # so far .grad is this micro-batch's alone
+            self._log_meta("meta_influence", relative_size(change, self._gradients()))
+        for so_far, more in zip(state.change, change, strict=False):
+            so_far.add_(more)
+        state.change = state.change or change
+
+    def _finish_gradient(self, model: nn.Module) -> None:
+        """At theta, `.grad` whole and averaged: add what is not in it yet."""
+        state = self._step_state
+        if state is None:
+            return
+        if state.change:
+            self._add_to_gradients(state.change)
+        if state.objective_gradient is not None:
+            term = second_order_term(
+                lambda vectors: self._objective_product(model, vectors),
+                state.objective_gradient,
+                self._gradients(),
+                meta_learning_rate=self.args.meta_learning_rate,
+                meta_step=self.args.meta_step,
+                state=self._adaptive_state,
+            )
+            size = relative_size(term, self._gradients())
+            self._log_meta("meta_second_order", size)
+            self._add_to_gradients(term)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             output = super().train(*args, **kwargs)
         finally:
-            self._return_to_theta()
+            self._end_step()
         if self.args.deploy == "adapted":
             self.adapt_()
         return output
@@ -127,10 +265,15 @@ class MetaRMTrainer(RewardTrainer):
 
         Logs J of that batch before and after. If grad J is not finite, theta stays, with a warning.
         """
-        directions = self._meta_directions(self.model_wrapped)
+        directions = self._begin_step(self.model_wrapped).directions
         before = self._metrics["train"].pop("meta_objective", [])
         self._metrics["train"].clear()
-        ascend_(self._trainable(), directions, meta_learning_rate=self.args.meta_learning_rate)
+        ascend_(
+            self._trainable(),
+            directions,
+            meta_learning_rate=self.args.meta_learning_rate,
+            seed=self.args.seed,  # bf16 parameters are rounded at random
+        )
         if before:
             after = self._objective_only(self.model_wrapped)
             self.log({"deploy_objective_before": before[0], "deploy_objective_after": after})
@@ -141,81 +284,8 @@ class MetaRMTrainer(RewardTrainer):
         Steps end at theta anyway; a streamed epoch can end in the middle of one. Its next
         micro-batch then looks ahead again, from the same theta on the same groups.
         """
-        self._return_to_theta()
+        self._end_step()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _look_ahead(self, directions: list[Tensor]) -> None:
-        self._shift = ExitStack()
-        self._shift.enter_context(
-            look_ahead(
-                self._trainable(), directions, meta_learning_rate=self.args.meta_learning_rate
-            )
-        )
-
-    def _return_to_theta(self) -> None:
-        if self._shift is not None:
-            self._shift.close()
-            self._shift = None
-            reshard(self.model)
-
-    # -- grad J ------------------------------------------------------------------------------
-
-    def _meta_directions(self, model: nn.Module) -> list[Tensor]:
-        """grad J on this step's meta batch, turned into a direction; zeros if not finite."""
-        objective, gradients = self._objective_gradient(model)
-        directions, skipped = meta_directions(
-            gradients, meta_step=self.args.meta_step, state=self._adaptive_state
-        )
-        metrics = self._metrics["train"]
-        metrics["meta_skipped"].append(float(skipped))
-        if skipped:
-            logger.warning("step %d: grad J is not finite; meta step skipped", self._step())
-        else:
-            metrics["meta_objective"].append(objective)
-            metrics["meta_gradient_norm"].append(float(global_norm(gradients)))
-        return directions
-
-    def _objective_gradient(self, model: nn.Module) -> tuple[float, list[Tensor]]:
-        """J and its gradient over the global meta batch, in micro-batches.
-
-        The sum over processes is taken by hand under DDP, which under gradient accumulation would
-        not synchronise here; FSDP2 has averaged by then.
-        """
-        total = 0.0
-        sharded = is_sharded(model)
-        averaged_over = self.accelerator.num_processes if sharded else 1
-        gradients_in_shards(model)  # up to the first micro-batch of pairs, for the influence
-        model.train()  # as for the pairs; dropout is switched off
-        with self._gradients_set_aside(), _unsynchronised(model):
-            for weight, micro_batch in self._micro_batches():
-                with self.compute_loss_context_manager():
-                    J = self._objective(model, micro_batch).sum()
-                    objective = weight * J / self.meta_batch_size
-                (objective * averaged_over).backward()
-                total += float(objective.detach())
-            gradients = self._gradients()
-        if not sharded:
-            gradients = [self._reduce(g, "sum") for g in gradients]
-        return self._sum_over_processes(total), gradients
-
-    def _objective(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:
-        """J of each group (Eq. 2), shape [B]."""
-        rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
-        rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
-        return difference_loss(self._group_rewards(model, rows), mask=rows.exists)  # Eq. 2
-
-    def _micro_batches(self) -> list[tuple[float, list[TokenGroup]]]:
-        """This process's share of the step's groups, in micro-batches with their weight.
-
-        A process with fewer than others repeats a group with weight 0, because all must run as
-        many passes: they communicate in FSDP2, and in DDP where the model has buffers.
-        """
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        groups = self._groups.batch(self._step(), self.meta_batch_size)[rank::world]
-        size = self.args.per_device_train_batch_size
-        own = [(1.0, groups[i : i + size]) for i in range(0, len(groups), size)]
-        most = math.ceil(math.ceil(self.meta_batch_size / world) / size)
-        return own + [(0.0, groups[:1])] * (most - len(own))
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -244,68 +314,6 @@ class MetaRMTrainer(RewardTrainer):
         """At the first step and before every logging step: it costs a forward and a gradient."""
         every = max(1, int(self.state.logging_steps or 1))
         return self._step() == 0 or (self._step() + 1) % every == 0
-
-    def _base_gradient(self, model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """grad L(theta) on the first micro-batch, to compare with grad L(theta')."""
-        with self._gradients_set_aside(), _unsynchronised(model):
-            with self.compute_loss_context_manager():
-                losses, *_ = self._pair_losses(model, self._prepare_inputs(inputs))
-            (losses.mean() / self.current_gradient_accumulation_steps).backward()
-            gradients = self._gradients()
-        if self.accelerator.sync_gradients and not is_sharded(model):
-            # then the shifted gradient is an average, too; FSDP2 has averaged already
-            gradients = [self._reduce(g, "mean") for g in gradients]
-        return gradients
-
-    @torch.no_grad()
-    def _objective_only(self, model: nn.Module) -> float:
-        with self.compute_loss_context_manager():
-            values = [
-                weight * float(self._objective(model, part).sum())
-                for weight, part in self._micro_batches()
-            ]
-        reshard(model)
-        return self._sum_over_processes(sum(values) / self.meta_batch_size)
-
-    # -- small helpers -----------------------------------------------------------------------
-
-    def _trainable(self) -> list[nn.Parameter]:
-        reshard(self.model)  # an evaluation may have left gathered copies in the shards' place
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def _gradients(self) -> list[Tensor]:
-        """The parameters' gradients; zeros where there is none."""
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trainable()]
-
-    @contextmanager
-    def _gradients_set_aside(self) -> Iterator[None]:
-        """Inside, `.grad` is empty; outside it is what it was, whatever was accumulated."""
-        parameters = self._trainable()
-        held = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        try:
-            yield
-        finally:
-            for p, gradient in zip(parameters, held, strict=True):
-                p.grad = gradient
-
-    def _reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return tensor
-        return self.accelerator.reduce(tensor, reduction=reduction)
-
-    def _sum_over_processes(self, value: float) -> float:
-        return float(self._reduce(torch.tensor(value, device=self.args.device), "sum"))
-
-    def _step(self) -> int:
-        return int(self.state.global_step)
-
-
-def _unsynchronised(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes inside leave DDP's gradients local to the process."""
-    no_sync: Any = getattr(model, "no_sync", nullcontext)
-    return no_sync()
 
 
 def _check_arguments(args: Any) -> None:

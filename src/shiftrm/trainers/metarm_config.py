@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from shiftrm.curvature import Curvature
 from shiftrm.errors import UserError, suggest
-from shiftrm.meta import MetaStep
+from shiftrm.meta import MetaOrder, MetaShift, MetaStep
 from shiftrm.trainers.reward_config import RewardConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -47,6 +48,30 @@ class MetaRMConfig(RewardConfig):
         },
     )
 
+    meta_order: str = field(
+        default="first",
+        metadata={
+            "help": "first: grad L at theta' (Eq. 4, the paper's). exact: the gradient through the "
+            "step, for one Hessian-vector product of J more."
+        },
+    )
+    meta_shift: str = field(
+        default="auto",
+        metadata={
+            "help": "in_place: the parameters move to theta'. midpoint: grad L(theta') - grad "
+            "L(theta) is computed itself, where theta' would round away; several times slower. "
+            "auto: in_place if what is trained is in fp32, else midpoint."
+        },
+    )
+    meta_curvature: str | None = field(
+        default=None,
+        metadata={
+            "help": "How Hessian-vector products (midpoint, exact) are made: exact differentiates "
+            "twice, with plain attention and its memory; finite_difference takes any attention, "
+            "checkpointing and FSDP2. Default: exact, but finite_difference under FSDP2."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_choice("preset", self.preset, list(PRESETS))
@@ -56,6 +81,10 @@ class MetaRMConfig(RewardConfig):
         if self.meta_learning_rate is None:
             self.meta_learning_rate = self.learning_rate  # the paper: eta = alpha
         _require_choice("meta_step", self.meta_step, list(get_args(MetaStep)))
+        _require_choice("meta_order", self.meta_order, list(get_args(MetaOrder)))
+        _require_choice("meta_shift", self.meta_shift, ["auto", *get_args(MetaShift)])
+        if self.meta_curvature is not None:
+            _require_choice("meta_curvature", self.meta_curvature, list(get_args(Curvature)))
         _require_choice("deploy", self.deploy, ["base", "adapted"])
         if self.meta_learning_rate < 0:
             raise UserError(f"meta_learning_rate is {self.meta_learning_rate}; it must be >= 0")

@@ -46,6 +46,7 @@ class RewardTrainer(TRLRewardTrainer):
     - Non-finite gradients stop the run before they reach the weights, and the message says where.
     - Logged beside TRL's metrics: std_reward, auc, ece, length_correlation. Aggregates are taken
       over pairs and processes, also in evaluation, whatever the size of the last batch.
+    - FSDP2 runs on CPUs, too, and what is saved under it is whole (`trainers/sharding.py`).
     - `predict` returns rewards of shape [B, 2], chosen and rejected.
     """
 

@@ -1,0 +1,220 @@
+"""The passes of a MetaRM step: J and L, their gradients and curvature, on one process or many."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftrm.curvature import finite_difference_product, hessian_vector_product
+from shiftrm.losses import difference_loss
+from shiftrm.meta import add_unbiased_, midpoint_change, midpoint_change_by_differences
+from shiftrm.prefix import SharedRows, pack
+from shiftrm.trainers.meta_groups import MetaGroups, TokenGroup
+from shiftrm.trainers.sharding import gradients_in_shards, is_sharded, reshard
+
+if TYPE_CHECKING:
+    from shiftrm.trainers.reward import RewardTrainer as _Base
+else:
+    _Base = object
+
+
+class MetaPasses(_Base):
+    """What `MetaRMTrainer` computes with; when, is the trainer's own file.
+
+    Every method leaves the parameters, and `.grad` but for `_add_to_gradients`, as they were.
+    """
+
+    _groups: MetaGroups
+    meta_batch_size: int
+    meta_curvature: str
+    _compute_type: torch.dtype
+    _radius: dict[str, float]  # of finite differences, carried from step to step
+
+    # -- grad J ------------------------------------------------------------------------------
+
+    def _objective_gradient(self, model: nn.Module) -> tuple[float, list[Tensor]]:
+        """J and its gradient over the global meta batch, in micro-batches.
+
+        The sum over processes is taken by hand under DDP, which under gradient accumulation would
+        not synchronise here; FSDP2 has averaged by then.
+        """
+        total = 0.0
+        sharded = is_sharded(model)
+        averaged_over = self.accelerator.num_processes if sharded else 1
+        gradients_in_shards(model)  # up to the first micro-batch of pairs, for the influence
+        model.train()  # as for the pairs; dropout is switched off
+        with self._gradients_set_aside(), _unsynchronised(model):
+            for weight, micro_batch in self._micro_batches():
+                objective = self._part_of_objective(model, weight, micro_batch)
+                (objective * averaged_over).backward()
+                total += float(objective.detach())
+            gradients = self._gradients()
+        if not sharded:
+            gradients = [self._reduce(g, "sum") for g in gradients]
+        return self._sum_over_processes(total), gradients
+
+    def _part_of_objective(
+        self, model: nn.Module, weight: float, groups: Sequence[TokenGroup]
+    ) -> Tensor:
+        """What these groups add to J of the global meta batch, a scalar."""
+        with self.compute_loss_context_manager():
+            return weight * self._objective(model, groups).sum() / self.meta_batch_size
+
+    def _objective(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:
+        """J of each group (Eq. 2), shape [B]."""
+        rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
+        rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
+        return difference_loss(self._group_rewards(model, rows), mask=rows.exists)  # Eq. 2
+
+    def _micro_batches(self) -> list[tuple[float, list[TokenGroup]]]:
+        """This process's share of the step's groups, in micro-batches with their weight.
+
+        A process with fewer than others repeats a group with weight 0, because all must run as
+        many passes: they communicate in FSDP2, and in DDP where the model has buffers.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        groups = self._groups.batch(self._step(), self.meta_batch_size)[rank::world]
+        size = self.args.per_device_train_batch_size
+        own = [(1.0, groups[i : i + size]) for i in range(0, len(groups), size)]
+        most = math.ceil(math.ceil(self.meta_batch_size / world) / size)
+        return own + [(0.0, groups[:1])] * (most - len(own))
+
+    def _micro_batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """L of a micro-batch, scaled as the Trainer scales its gradient."""
+        with self.compute_loss_context_manager():
+            losses, *_ = self._pair_losses(model, self._prepare_inputs(inputs))
+        return losses.mean() / self.current_gradient_accumulation_steps
+
+    def _pair_gradient(
+        self, model: nn.Module, inputs: dict[str, Tensor], *, averaged: bool
+    ) -> list[Tensor]:
+        """grad L of a micro-batch, where the parameters stand, averaged over processes or not.
+
+        FSDP2 has averaged in any case.
+        """
+        with self._gradients_set_aside(), _unsynchronised(model):
+            gradients_in_shards(model)
+            self._micro_batch_loss(model, inputs).backward()
+            gradients = self._gradients()
+        if averaged and not is_sharded(model):
+            gradients = [self._reduce(g, "mean") for g in gradients]
+        return gradients
+
+    @torch.no_grad()
+    def _objective_only(self, model: nn.Module) -> float:
+        with self.compute_loss_context_manager():
+            values = [
+                weight * float(self._objective(model, part).sum())
+                for weight, part in self._micro_batches()
+            ]
+        reshard(model)
+        return self._sum_over_processes(sum(values) / self.meta_batch_size)
+
+    # -- curvature ---------------------------------------------------------------------------
+
+    def _midpoint_change(
+        self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """grad L(theta') - grad L(theta) of one micro-batch, averaged over the processes."""
+        if self.meta_curvature != "exact":
+            return self._change_by_differences(model, inputs, directions)
+        with _unsynchronised(model):
+            change = midpoint_change(
+                lambda: self._micro_batch_loss(model, inputs),
+                self._trainable(),
+                directions,
+                meta_learning_rate=self.args.meta_learning_rate,
+            )
+        return [self._reduce(c, "mean") for c in change]
+
+    def _change_by_differences(
+        self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The same by gradients alone; averaged inside: all processes then try the same steps."""
+        change, self._radius["L"] = midpoint_change_by_differences(
+            lambda: self._pair_gradient(model, inputs, averaged=True),
+            self._trainable(),
+            directions,
+            meta_learning_rate=self.args.meta_learning_rate,
+            compute_type=self._compute_type,
+            radius=self._radius.get("L"),
+        )
+        return change
+
+    def _objective_product(self, model: nn.Module, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H_J v over the global meta batch."""
+        parameters = self._trainable()
+        if self.meta_curvature != "exact":
+            product, self._radius["J"] = finite_difference_product(
+                lambda: self._objective_gradient(model)[1],
+                parameters,
+                vectors,
+                compute_type=self._compute_type,
+                radius=self._radius.get("J"),
+            )
+            return product
+        total = [torch.zeros_like(p) for p in parameters]
+        with _unsynchronised(model):
+            for weight, part in self._micro_batches():
+                products = hessian_vector_product(
+                    partial(self._part_of_objective, model, weight, part),
+                    parameters,
+                    vectors,
+                )
+                total = [t + p for t, p in zip(total, products, strict=True)]
+        return [self._reduce(t, "sum") for t in total]
+
+    # -- small helpers -----------------------------------------------------------------------
+
+    def _log_meta(self, name: str, value: float) -> None:
+        self._metrics["train"][name].append(value)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        reshard(self.model)  # an evaluation may have left gathered copies in the shards' place
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _gradients(self) -> list[Tensor]:
+        """The parameters' gradients; zeros where there is none."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trainable()]
+
+    @contextmanager
+    def _gradients_set_aside(self) -> Iterator[None]:
+        """Inside, `.grad` is empty; outside it is what it was, whatever was accumulated."""
+        parameters = self._trainable()
+        held = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, gradient in zip(parameters, held, strict=True):
+                p.grad = gradient
+
+    def _reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor, reduction=reduction)
+
+    def _sum_over_processes(self, value: float) -> float:
+        return float(self._reduce(torch.tensor(value, device=self.args.device), "sum"))
+
+    def _step(self) -> int:
+        return int(self.state.global_step)
+
+    def _add_to_gradients(self, changes: Sequence[Tensor]) -> None:
+        """Into `.grad`; in bf16 rounded at random, so that small changes count on average."""
+        for p in self._trainable():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        seed = int(self.args.seed) * 1_000_003 + self._step()
+        add_unbiased_(self._gradients(), changes, seed=seed)
+
+
+def _unsynchronised(model: nn.Module) -> AbstractContextManager[None]:
+    """Backward passes inside leave DDP's gradients local to the process."""
+    no_sync: Any = getattr(model, "no_sync", nullcontext)
+    return no_sync()
