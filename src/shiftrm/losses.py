@@ -1,12 +1,18 @@
 """The losses of reward modelling, as pure functions on tensors (torch only).
 
-Notation is METHODS.md's: `B` pairs or groups in a batch, `K` responses in a group. Every loss
-returns per-example values of shape [B]; the caller takes the mean.
+Notation is METHODS.md's: `B` pairs or groups in a batch, `K` responses in a group, `T` tokens, `V`
+words in the vocabulary. Every loss returns per-example values of shape [B]; the caller takes the
+mean.
 """
+
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+TokenReduction = Literal["sum", "mean"]
+"""How token log-probabilities become one number a response; see `response_log_likelihood`."""
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None) -> Tensor:
@@ -76,6 +82,150 @@ def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor
     discrimination = torch.sigmoid((rewards_BK[:, i] - rewards_BK[:, j]).abs())
     discrimination = discrimination * (mask[:, i] & mask[:, j])
     return 2.0 / size_B.to(rewards_BK.dtype) ** 2 * discrimination.sum(dim=1)  # Eq. 2
+
+
+def response_log_likelihood(
+    logits_BTV: Tensor,
+    input_ids_BT: Tensor,
+    response_mask_BT: Tensor,
+    *,
+    reduction: TokenReduction = "sum",
+) -> Tensor:
+    """log pi(y|x): the log-probability of the response's tokens, each given all before it.
+
+    Args:
+        logits_BTV: a causal language model's logits, shape [B, T, V]; those at t predict t + 1.
+            Computed on in at least fp32.
+        input_ids_BT: the tokens, shape [B, T].
+        response_mask_BT: True at the tokens of y, shape [B, T]. Token 0 has nothing before it that
+            could predict it, so it never counts.
+        reduction: "sum" is what the papers' text implies, log pi(y|x) being the probability of the
+            whole response. "mean" divides by the number of response tokens (ours): then long
+            responses do not weigh more than short ones.
+
+    Returns:
+        Log-likelihoods in nats, shape [B].
+
+    Raises:
+        ValueError: shapes do not fit, or a row has no response token.
+    """
+    _require_same_shape(input_ids=input_ids_BT, response_mask=response_mask_BT)
+    if logits_BTV.shape[:2] != input_ids_BT.shape:
+        raise ValueError(
+            f"logits {tuple(logits_BTV.shape)} do not fit tokens {tuple(input_ids_BT.shape)}"
+        )
+    if reduction not in get_args(TokenReduction):
+        raise ValueError(f"reduction is {reduction!r}; expected one of {get_args(TokenReduction)}")
+    # Tokens move one to the left, onto the logits that predict them; the last logits predict
+    # nothing. Slicing the logits instead would copy them.
+    mask = F.pad(response_mask_BT[:, 1:].bool(), (0, 1), value=False)
+    targets = F.pad(input_ids_BT[:, 1:], (0, 1), value=0).masked_fill(~mask, 0)
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"row {empty[0]} has no response token after its first token")
+    logits = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).flatten(0, 1)
+    token = -F.cross_entropy(logits, targets.flatten(), reduction="none").view(mask.shape)
+    total = token.masked_fill(~mask, 0.0).sum(dim=1)
+    return total if reduction == "sum" else total / mask.sum(dim=1)
+
+
+def reward_weights(rewards: Tensor, *, beta: float, normalize: bool = False) -> Tensor:
+    """The weights R of reward-weighted likelihood: `exp(r / beta)`.
+
+    Args:
+        rewards: r_phi(x, y) of a batch, shape [B], any float type.
+        beta: temperature, in units of reward, > 0: the smaller, the more the best examples count.
+        normalize: divide by the batch mean, so that the weights' mean is 1 and a constant added to
+            all rewards changes nothing. Computed as B * softmax(r / beta), which subtracts the
+            largest reward first, so it cannot overflow.
+
+    Returns:
+        Weights, dimensionless, shape [B]; differentiable in the rewards.
+
+    Raises:
+        ValueError: beta is not a positive number; rewards of another shape; or a weight is not
+            finite (the message names the example). In fp32, `exp` overflows beyond r/beta = 88.
+
+    Source: Jia, arXiv 2402.14760, R_t of Proposition 1. The normalised variant is ours.
+    """
+    _require_positive(beta=beta)
+    if rewards.dim() != 1 or len(rewards) == 0:
+        raise ValueError(f"rewards must have shape [B], got {tuple(rewards.shape)}")
+    if normalize:
+        weights = len(rewards) * torch.softmax(rewards / beta, dim=0)
+        # One bad reward makes every weight NaN: the one to name is the bad reward.
+        bad = ~torch.isfinite(rewards if not bool(torch.isfinite(weights).all()) else weights)
+    else:
+        weights = torch.exp(rewards / beta)  # Proposition 1's R_t
+        bad = ~torch.isfinite(weights)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        reward = float(rewards[index])
+        cause = (
+            "use normalised weights or a larger beta"
+            if abs(reward) < float("inf")
+            else "the reward model's output is not finite"
+        )
+        raise ValueError(
+            f"example {index}: its weight exp(r/beta) is not finite (reward {reward:g}, "
+            f"beta {beta:g}); {cause}"
+        )
+    return weights
+
+
+def reward_weighted_loss(
+    log_likelihood: Tensor, rewards: Tensor, *, beta: float, normalize: bool = False
+) -> Tensor:
+    """Reward-weighted negative log-likelihood: the inner loss of the bilevel method.
+
+    `l = -R log pi_theta(y|x)` with `R = exp(r_phi(x, y) / beta)`. Its minimiser over many examples
+    is the optimum `pi_ref(y|x) exp(r/beta)` of the KL-regularised objective, if the data was drawn
+    from pi_ref.
+
+    Args:
+        log_likelihood: log pi_theta(y|x), shape [B], from `response_log_likelihood`.
+        rewards: r_phi(x, y), shape [B].
+        beta, normalize: see `reward_weights`.
+
+    Returns:
+        Losses, shape [B]; differentiable in both tensors.
+
+    Raises:
+        ValueError: shapes differ, or as `reward_weights`.
+
+    Source: Jia, arXiv 2402.14760 (R is Proposition 1's R_t); the inner loss is the mean of this
+    over the batch.
+    """
+    _require_same_shape(log_likelihood=log_likelihood, rewards=rewards)
+    return -reward_weights(rewards, beta=beta, normalize=normalize) * log_likelihood
+
+
+def preference_policy_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """How badly a policy orders a pair: `l_PL = -log sigmoid(A)`, the outer loss.
+
+    `A = log pi(y|x) - log pi(y'|x)` for the preferred y. There is neither a temperature nor a
+    reference policy in it, unlike in DPO.
+
+    Args:
+        chosen: log pi(y|x) of the preferred responses, shape [B].
+        rejected: log pi(y'|x) of the others, shape [B].
+
+    Returns:
+        Losses in nats, shape [B].
+
+    Raises:
+        ValueError: shapes differ.
+
+    Source: Jia, arXiv 2402.14760, A_k of Proposition 1.
+    """
+    _require_same_shape(chosen=chosen, rejected=rejected)
+    return -F.logsigmoid(chosen - rejected)
+
+
+def _require_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; it must be a positive number")
 
 
 def _require_same_shape(**tensors: Tensor | None) -> None:

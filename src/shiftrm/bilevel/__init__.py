@@ -1,0 +1,1 @@
+"""The parts of `shiftrm.hypergradient`: likelihoods, the inner loop, products with derivatives."""

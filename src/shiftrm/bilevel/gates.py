@@ -1,0 +1,181 @@
+"""Per-sample products `<v, grad l_i>` of a whole batch in one backward pass.
+
+Give each sample i a scalar gate s_i = 0 and let every leaf module that owns parameters return
+`leaf(x) + s_i * leaf(x; parameters = v)`, x not differentiated. Then `d loss / d s_i` is
+`<v, grad l_i>`: the derivative along v of sample i's loss. Here the forward pass never computes the
+second term: `_Gate` returns `leaf(x)` unchanged, and its backward works the product out from the
+gradient g of the output: `s_i.grad += sum(g * leaf(x; v))`, or for a linear layer that widens
+(a language model's head) the cheaper `sum((g v) * x)`.
+
+So it needs no second derivative and no forward mode: fused attention, gradient checkpointing, LoRA
+and tied weights work. It costs one matrix product a layer on top of a backward pass and keeps
+nothing that the pass does not keep anyway. It needs leaves that are affine in their own parameters
+and whose output's first dimension is the sample; where the policy has others (mixture of experts),
+`unsupported` says so and the caller takes gradients of single samples instead.
+
+Torch only. The gate is ours; METHODS.md section 2 has its measurements.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def unsupported(model: nn.Module, parameters: Sequence[Tensor]) -> str | None:
+    """Why gates do not work for these parameters of the model: one phrase, or None if they do."""
+    wanted = {id(p) for p in parameters}
+    for name, module in model.named_modules():
+        if any(id(p) in wanted for p in module.parameters(recurse=False)) and not _affine(module):
+            return f"{name or 'the model'} is a {type(module).__name__}"
+    return None
+
+
+def _affine(leaf: nn.Module) -> bool:
+    if isinstance(leaf, nn.Embedding):
+        return leaf.max_norm is None and not leaf.scale_grad_by_freq
+    if isinstance(leaf, (nn.Linear, nn.LayerNorm, nn.RMSNorm)) or _is_conv1d(leaf):
+        return True
+    # Each family of models has its own class of RMSNorm, `x_hat * w` or `x_hat * (1 + w)`.
+    return type(leaf).__name__.endswith(("RMSNorm", "LayerNorm"))
+
+
+def _is_conv1d(leaf: nn.Module) -> bool:
+    """transformers' linear layer with a transposed weight (GPT-2)."""
+    return type(leaf).__name__ == "Conv1D"
+
+
+class UnseenParameters(RuntimeError):
+    """Some parameters were used without a call of the module that owns them."""
+
+
+@contextmanager
+def gates(
+    model: nn.Module, directions: dict[nn.Parameter, Tensor], gate_B: Tensor
+) -> Iterator[Callable[[], None]]:
+    """Install the gates for the forward passes inside the block.
+
+    The backward pass must be inside it too if activations are checkpointed.
+
+    Args:
+        model: its parameters in `directions` must satisfy `unsupported(...) is None`.
+        directions: v, by parameter.
+        gate_B: zeros that require a gradient, shape [B]; ask `torch.autograd.grad` for it.
+
+    Yields:
+        A check to call after the forward pass: it raises UnseenParameters if some parameter was not
+        reached through its module, so that the products would lack its share.
+    """
+    seen: set[int] = set()
+
+    def gate(leaf: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        own = {
+            name: directions[p]
+            for name, p in leaf.named_parameters(recurse=False)
+            if p in directions
+        }
+        if not own or kwargs or len(inputs) != 1 or not isinstance(output, Tensor):
+            return None  # Ours in `leaf_products`, or no plain layer: its parameters stay unseen.
+        B = len(gate_B)
+        if B > 1 and output.shape[0] == 1:  # position embeddings, the same for all samples
+            output = output.expand(B, *output.shape[1:])
+        elif B > 1 and output.shape[0] != B:
+            return None
+        seen.update(id(p) for p in leaf.parameters(recurse=False) if p in directions)
+        return _Gate.apply(output, gate_B, inputs[0], leaf, own)
+
+    owners = [
+        m for m in model.modules() if any(p in directions for p in m.parameters(recurse=False))
+    ]
+    handles = [m.register_forward_hook(gate, with_kwargs=True) for m in owners]
+
+    def check() -> None:
+        if any(id(p) not in seen for p in directions):
+            raise UnseenParameters
+
+    try:
+        yield check
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Gate(torch.autograd.Function):
+    """The identity on a leaf's output, whose backward also yields the products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        gate_B: Tensor,
+        inputs: Tensor,
+        leaf: nn.Module,
+        own: dict[str, Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.leaf, ctx.own, ctx.B = leaf, own, len(gate_B)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (inputs,) = ctx.saved_tensors
+        products = leaf_products(ctx.leaf, inputs, gradient, ctx.own)
+        return gradient, products.reshape(ctx.B, -1).sum(dim=1), None, None, None
+
+
+def leaf_products(
+    leaf: nn.Module, inputs: Tensor, gradient: Tensor, own: dict[str, Tensor]
+) -> Tensor:
+    """Products of v with the gradient of one leaf's parameters, still to be summed over features.
+
+    Args:
+        leaf: the module.
+        inputs: x, its input.
+        gradient: derivative of the loss by its output, shape [B, ..., features].
+        own: v, by name of the leaf's parameter; a name may be missing (a frozen parameter).
+
+    Returns:
+        Shape [B, ...], in fp32 at least; the sum over all but the first dimension is the product.
+    """
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    if type(leaf) is nn.Linear or _is_conv1d(leaf):
+        return _linear_products(leaf, inputs, gradient, own, dtype)
+    gradient = gradient.to(dtype)
+    if inputs.is_floating_point():
+        inputs = inputs.to(dtype)
+    if type(leaf) is nn.Embedding:
+        moved = F.embedding(inputs, own["weight"])
+    else:  # affine: subtract the constant
+        zeros = {name: torch.zeros_like(p) for name, p in leaf.named_parameters(recurse=False)}
+        moved = functional_call(leaf, {**zeros, **own}, (inputs,))
+        moved = moved - functional_call(leaf, zeros, (inputs,))
+    products = (moved.to(dtype) * gradient).sum(-1)
+    if isinstance(leaf, nn.Embedding) and leaf.padding_idx is not None:
+        # Torch gives that row no gradient, wherever the token stands.
+        products = products.masked_fill(inputs == leaf.padding_idx, 0.0)
+    return products
+
+
+def _linear_products(
+    leaf: nn.Module,
+    inputs: Tensor,
+    gradient: Tensor,
+    own: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    total = torch.zeros((), dtype=dtype, device=gradient.device)
+    compute = gradient.dtype  # bf16 under autocast: matrix products in it, sums in `dtype`
+    if "weight" in own:
+        v = own["weight"] if isinstance(leaf, nn.Linear) else own["weight"].T  # [out, in]
+        v = v.to(compute)
+        if v.shape[0] > v.shape[1]:  # the smaller of two intermediates
+            total = total + ((gradient.to(compute) @ v) * inputs).sum(-1, dtype=dtype)
+        else:
+            total = total + (F.linear(inputs.to(compute), v) * gradient).sum(-1, dtype=dtype)
+    if "bias" in own:
+        total = total + (gradient * own["bias"]).sum(-1, dtype=dtype)
+    return total
