@@ -44,6 +44,7 @@ from shiftrm.bilevel.likelihood import (
     Sequences,
     autocast_to,
     join,
+    require_plain_checkpointing,
     require_second_derivative,
     require_symmetric_hessian,
     without_dropout,
@@ -149,10 +150,10 @@ def hypergradient(
         beta: temperature of the weights, > 0, in units of reward.
         normalize_weights: see `losses.reward_weights`.
         reduction: see `losses.response_log_likelihood`; for both losses.
-        curvature: "exact" by differentiating twice (the policy then runs under math attention and
-            without gradient checkpointing). "finite_difference" from gradients at theta_t +- eps
-            lam, outside autocast, with any attention at first-order memory. "none" drops H_t: exact
-            for D = 1, wrong beyond.
+        curvature: "exact" by differentiating twice, for which the policy runs under math attention.
+            "finite_difference" from gradients at theta_t +- eps lam, outside autocast: any
+            attention, first-order memory, and as close as the loss is smooth (not across the
+            routing of a mixture of experts). "none" drops H_t: exact for D = 1, wrong beyond.
         last_steps: differentiate through this many last steps only; earlier steps are taken, but
             what they owe to phi is left out. Default: all.
         micro_batch_size: rows in one pass; changes memory, not the result. Default: all at once.
@@ -178,6 +179,8 @@ def hypergradient(
         raise ValueError(f"last_steps is {last_steps}; it must be between 1 and D = {D}")
     outer_batch.check()
     _check_models(policy, reward_model)
+    require_plain_checkpointing(policy, "policy")
+    require_plain_checkpointing(reward_model, "reward model")
     first = D - (last_steps or D)
     if curvature == "exact" and D - first > 1 and require_second_derivative(policy):
         say_once("math attention is used where the policy is differentiated twice")

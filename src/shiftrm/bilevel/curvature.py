@@ -9,14 +9,14 @@ Torch only.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from shiftrm.bilevel.gates import UnseenParameters, gates, unsupported
+from shiftrm.bilevel.gates import Gates, gates, unsupported
 from shiftrm.bilevel.likelihood import Passes, Sequences, math_attention
 from shiftrm.errors import UserError
 from shiftrm.losses import TokenReduction
@@ -105,28 +105,38 @@ class InnerLoss:
     def exact(
         self, batch: Sequences, weights_B: Tensor, v: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The products and H v, by differentiating the products once more.
+        """The products and H v: `H v = grad sum_i <v, grad (w_i l_i / B)>`.
 
-        Reverse over reverse. (Reverse over forward would do with fewer matrix products, but the
-        tangent of softmax is computed in place, which torch 2.13 then cannot differentiate.)
+        Differentiates the products, which gates yield without computing grad f: one matrix product
+        a layer less than differentiating `<v, grad f>`, and no gradient-sized graph. (Reverse over
+        forward would need as few, but the tangent of softmax is computed in place, which torch 2.13
+        then cannot differentiate.)
         """
         size = self.curvature_micro_batch_size
         if size is None:
             size = min(self.micro_batch_size or len(weights_B), max(1, len(weights_B) // 4))
-        products, curved = [], self._zeros()
+        curved = self._zeros()
+
+        def by_gates(loss: Tensor, gate: Tensor, state: Gates) -> Tensor:
+            [product] = torch.autograd.grad(loss, [gate], create_graph=True)
+            state.open = False
+            add_into(curved, self._gradients(product.sum()))
+            return product.detach()
+
+        def by_gradients(rows: Sequences, weights: Tensor) -> Tensor:
+            scale = torch.ones_like(weights, requires_grad=True)
+            loss = -(scale * weights * self.passes(rows)).sum()
+            gradient = torch.autograd.grad(
+                loss, self.parameters, create_graph=True, materialize_grads=True
+            )
+            *second, product = torch.autograd.grad(
+                _dot(gradient, v), [*self.parameters, scale], allow_unused=True
+            )
+            add_into(curved, second)
+            return product
+
         with math_attention():
-            for rows, weights in self._micro_batches(batch, weights_B, size):
-                scale = torch.ones_like(weights, requires_grad=True)
-                loss = -(scale * weights * self.passes(rows)).sum()
-                gradient = torch.autograd.grad(
-                    loss, self.parameters, create_graph=True, materialize_grads=True
-                )
-                *second, product = torch.autograd.grad(
-                    _dot(gradient, v), [*self.parameters, scale], allow_unused=True
-                )
-                add_into(curved, second)
-                products.append(product)
-        return torch.cat(products), curved
+            return self._over(batch, weights_B, v, by_gates, size, by_gradients, size), curved
 
     @torch.no_grad()
     def finite_difference(
@@ -156,7 +166,6 @@ class InnerLoss:
             del gradient
         return products, curved
 
-    @torch.enable_grad()
     def _products(
         self,
         batch: Sequences,
@@ -165,42 +174,55 @@ class InnerLoss:
         gradient: list[Tensor] | None,
     ) -> Tensor:
         """The products; grad f is added to `gradient` where it is given."""
-        why = unsupported(self.passes.policy, self.parameters)
-        if why is None:
-            try:
-                return self._gated(batch, weights_B, v, gradient)
-            except UnseenParameters:
-                why = "some parameters are used outside their module"
-        say_once(f"gradients are taken sample by sample: {why}")
-        products = []
-        for rows, weights in self._micro_batches(batch, weights_B, 1):
-            loss = -(weights * self.passes(rows)).sum()
-            single = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-            products.append(_dot(single, v))
-            if gradient is not None:
-                add_into(gradient, single)
-        return torch.stack(products).to(weights_B.dtype)
 
-    def _gated(
+        def by_gates(loss: Tensor, gate: Tensor, state: Gates) -> Tensor:
+            wanted = self.parameters if gradient is not None else []
+            product, *own = torch.autograd.grad(loss, [gate, *wanted], allow_unused=True)
+            if gradient is not None:
+                add_into(gradient, own)
+            return product
+
+        def of_one_sample(rows: Sequences, weights: Tensor) -> Tensor:
+            own = self._gradients(-(weights * self.passes(rows)).sum())
+            if gradient is not None:
+                add_into(gradient, own)
+            return _dot(own, v)[None].to(weights.dtype)
+
+        return self._over(batch, weights_B, v, by_gates, self.micro_batch_size, of_one_sample, 1)
+
+    @torch.enable_grad()
+    def _over(
         self,
         batch: Sequences,
         weights_B: Tensor,
         v: Sequence[Tensor],
-        gradient: list[Tensor] | None,
+        by_gates: Callable[[Tensor, Tensor, Gates], Tensor],
+        size: int | None,
+        without: Callable[[Sequences, Tensor], Tensor],
+        size_without: int | None,
     ) -> Tensor:
-        directions = dict(zip(self.parameters, v, strict=True))
-        wanted = self.parameters if gradient is not None else []
+        """Products of all micro-batches: by gates, or where they do not work, without."""
+        why = unsupported(self.passes.policy, self.parameters)
         products = []
-        for rows, weights in self._micro_batches(batch, weights_B, self.micro_batch_size):
-            gate = torch.zeros_like(weights, requires_grad=True)
-            with gates(self.passes.policy, directions, gate) as check:
-                loss = -(weights * self.passes(rows)).sum()
-                check()
-                product, *own = torch.autograd.grad(loss, [gate, *wanted], allow_unused=True)
-            products.append(product)
-            if gradient is not None:
-                add_into(gradient, own)
+        if why is None:
+            directions = dict(zip(self.parameters, v, strict=True))
+            for rows, weights in self._micro_batches(batch, weights_B, size):
+                gate = torch.zeros_like(weights, requires_grad=True)
+                with gates(self.passes.policy, directions, gate) as state:
+                    loss = -(weights * self.passes(rows)).sum()
+                    if state.unseen():
+                        why = "a parameter is used outside its module"
+                        break
+                    products.append(by_gates(loss, gate, state))
+        if why is not None:
+            say_once(f"gradients are taken without gates: {why}")
+            for rows, weights in self._micro_batches(batch, weights_B, size_without):
+                products.append(without(rows, weights))
         return torch.cat(products)
+
+    def _gradients(self, value: Tensor) -> list[Tensor]:
+        gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
+        return list(gradient)
 
     def _micro_batches(
         self, batch: Sequences, weights_B: Tensor, size: int | None

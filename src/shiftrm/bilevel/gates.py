@@ -16,8 +16,9 @@ and whose output's first dimension is the sample; where the policy has others (m
 Torch only. The gate is ours; METHODS.md section 2 has its measurements.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,14 +50,30 @@ def _is_conv1d(leaf: nn.Module) -> bool:
     return type(leaf).__name__ == "Conv1D"
 
 
-class UnseenParameters(RuntimeError):
-    """Some parameters were used without a call of the module that owns them."""
+@dataclass
+class Gates:
+    """State of the gates of one block.
+
+    Attributes:
+        directions: v, by parameter.
+        seen: ids of the parameters that forward passes reached through their module.
+        open: backward passes yield products. Close them to differentiate the products themselves,
+            which passes through the gates again and would compute products nobody asked for.
+    """
+
+    directions: dict[nn.Parameter, Tensor]
+    seen: set[int] = field(default_factory=set)
+    open: bool = True
+
+    def unseen(self) -> bool:
+        """Whether some parameter was not reached, so that the products lack its share."""
+        return any(id(p) not in self.seen for p in self.directions)
 
 
 @contextmanager
 def gates(
     model: nn.Module, directions: dict[nn.Parameter, Tensor], gate_B: Tensor
-) -> Iterator[Callable[[], None]]:
+) -> Iterator["Gates"]:
     """Install the gates for the forward passes inside the block.
 
     The backward pass must be inside it too if activations are checkpointed.
@@ -67,10 +84,9 @@ def gates(
         gate_B: zeros that require a gradient, shape [B]; ask `torch.autograd.grad` for it.
 
     Yields:
-        A check to call after the forward pass: it raises UnseenParameters if some parameter was not
-        reached through its module, so that the products would lack its share.
+        Their common state.
     """
-    seen: set[int] = set()
+    state = Gates(directions)
 
     def gate(leaf: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         own = {
@@ -85,20 +101,15 @@ def gates(
             output = output.expand(B, *output.shape[1:])
         elif B > 1 and output.shape[0] != B:
             return None
-        seen.update(id(p) for p in leaf.parameters(recurse=False) if p in directions)
-        return _Gate.apply(output, gate_B, inputs[0], leaf, own)
+        state.seen.update(id(p) for p in leaf.parameters(recurse=False) if p in directions)
+        return _Gate.apply(output, gate_B, inputs[0], leaf, own, state)
 
     owners = [
         m for m in model.modules() if any(p in directions for p in m.parameters(recurse=False))
     ]
     handles = [m.register_forward_hook(gate, with_kwargs=True) for m in owners]
-
-    def check() -> None:
-        if any(id(p) not in seen for p in directions):
-            raise UnseenParameters
-
     try:
-        yield check
+        yield state
     finally:
         for handle in handles:
             handle.remove()
@@ -115,16 +126,19 @@ class _Gate(torch.autograd.Function):
         inputs: Tensor,
         leaf: nn.Module,
         own: dict[str, Tensor],
+        state: Gates,
     ) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.leaf, ctx.own, ctx.B = leaf, own, len(gate_B)
+        ctx.leaf, ctx.own, ctx.B, ctx.state = leaf, own, len(gate_B), state
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.state.open:
+            return gradient, *[None] * 5
         (inputs,) = ctx.saved_tensors
         products = leaf_products(ctx.leaf, inputs, gradient, ctx.own)
-        return gradient, products.reshape(ctx.B, -1).sum(dim=1), None, None, None
+        return gradient, products.reshape(ctx.B, -1).sum(dim=1), *[None] * 4
 
 
 def leaf_products(

@@ -162,30 +162,34 @@ def attention_kernel(model: nn.Module) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
-def checkpoints_activations(model: nn.Module) -> bool:
-    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
 def require_second_derivative(policy: nn.Module) -> bool:
     """Whether `math_attention` is needed for it (False: the model's own attention has one).
 
     Raises:
-        UserError: the policy cannot be differentiated twice: an attention kernel outside torch, or
-            gradient checkpointing, whose recomputed activations are cut off from the graph.
+        UserError: the policy's attention kernel is outside torch and has none.
     """
-    advice = "or use curvature='finite_difference'"
     kernel = attention_kernel(policy)
     if kernel not in ("eager", "sdpa"):
         raise UserError(
-            f"the policy's attention {kernel!r} has no second derivative, which "
-            f"curvature='exact' needs: load it with attn_implementation='sdpa', {advice}"
-        )
-    if checkpoints_activations(policy):
-        raise UserError(
-            "gradient checkpointing has no second derivative, which curvature='exact' needs: call "
-            f"policy.gradient_checkpointing_disable() and lower micro_batch_size, {advice}"
+            f"the policy's attention {kernel!r} has no second derivative, which curvature='exact' "
+            "needs: load it with attn_implementation='sdpa', or use curvature='finite_difference'"
         )
     return kernel == "sdpa"
+
+
+def require_plain_checkpointing(model: nn.Module, name: str) -> None:
+    """Raises UserError for reentrant checkpointing, which knows only `.backward()`.
+
+    The other kind, transformers' default, works everywhere here, second derivatives included.
+    """
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise UserError(
+                    f"the {name} checkpoints activations with use_reentrant=True, which gives no "
+                    f"gradients of chosen tensors: enable it with use_reentrant=False"
+                )
 
 
 def require_symmetric_hessian(policy: nn.Module, batches: Iterable[Sequences]) -> None:
