@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from shiftrm import __version__
-from shiftrm.cli import demo, diagnose, report, sample, score, train
+from shiftrm.cli import demo, diagnose, meta_test, meta_train, report, sample, score, train
 from shiftrm.errors import UserError
 
-COMMANDS = (demo, report, sample, train, score, diagnose)
+COMMANDS = (demo, report, sample, train, score, diagnose, meta_train, meta_test)
 
 EPILOG = """examples:
   shiftrm demo                       the whole loop on the embedded gold world, in minutes
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"]:
         words = ["train", *train.fold_flags(words[1:])]
+    elif words[:1] in (["meta-train"], ["meta-test"]):
+        words = [words[0], *meta_train.settings_last(words[1:])]
     args = parser.parse_args(words)
     try:
         args.run(args)
