@@ -18,6 +18,7 @@ they are left out.
 """
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import importlib.util
@@ -86,7 +87,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="rows a step, and pairs")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of these in the prompt")
-    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="ours only")
+    parser.add_argument(
+        "--lengths",
+        choices=("varied", "equal"),
+        default="varied",
+        help="varied: as in real data, padded to the longest; ours skips padding in micro-batches",
+    )
+    parser.add_argument("--micro-batch-size", type=int, default=8, metavar="N", help="ours only")
     parser.add_argument("--curvature-micro-batch-size", type=int, metavar="N", help="ours only")
     parser.add_argument(
         "--clock",
@@ -166,7 +173,7 @@ def build(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def batches(args: argparse.Namespace, D: int, *, seed: int) -> tuple[Any, Any]:
-    """Rows of equal length, so that nobody gains by skipping padding."""
+    """Rows of random lengths from half of `--tokens` up, padded, or of equal length."""
     import torch
 
     from shiftrm.hypergradient import InnerBatch, OuterBatch, Sequences
@@ -176,9 +183,17 @@ def batches(args: argparse.Namespace, D: int, *, seed: int) -> tuple[Any, Any]:
     def rows() -> Sequences:
         shape = (args.batch, args.tokens)
         ids = torch.randint(1, args.vocabulary, shape, generator=generator).to(args.device)
-        response = torch.ones_like(ids)
+        real = torch.ones_like(ids)
+        if args.lengths == "varied":
+            length = torch.randint(
+                args.tokens // 2, args.tokens + 1, shape[:1], generator=generator
+            )
+            length[0] = args.tokens
+            real *= torch.arange(args.tokens)[None] < length[:, None]
+        real = real.to(args.device)
+        response = real.clone()
         response[:, : args.prompt] = 0
-        return Sequences(ids, torch.ones_like(ids), response)
+        return Sequences(ids, real, response)
 
     inner = []
     for _ in range(D):
@@ -324,7 +339,9 @@ def reset_peak(device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts from here
+    # Linux, glibc: what the warm-up freed goes back, so that using it again counts.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     return status_bytes("VmRSS")
 
 

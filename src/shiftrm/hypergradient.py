@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from shiftrm.bilevel.curvature import InnerLoss, add_into, micro_batches, say_once
+from shiftrm.bilevel.curvature import InnerLoss, add_into, say_once
 from shiftrm.bilevel.inner_loop import (
     InnerBatch,
     Rewarder,
@@ -44,6 +44,7 @@ from shiftrm.bilevel.likelihood import (
     Sequences,
     autocast_to,
     join,
+    micro_batches,
     require_plain_checkpointing,
     require_second_derivative,
     require_symmetric_hessian,
@@ -158,8 +159,8 @@ def hypergradient(
             what they owe to phi is left out. Default: all.
         micro_batch_size: rows in one pass; changes memory, not the result. Default: all at once.
         curvature_micro_batch_size: rows in one pass that differentiates twice, which takes about
-            four times the memory of an ordinary one. Default: micro_batch_size or a quarter of the
-            batch, whichever is smaller.
+            four times the memory of an ordinary one. Default: a quarter of micro_batch_size, and
+            1 at least.
         finite_difference_step: eps ||lam|| relative to ||theta_t||. Default: 1e-4 in fp32, 1e-5 in
             fp64.
         trajectory_device: where theta_0..theta_{D-1} are kept; default: with the parameters.
@@ -252,8 +253,13 @@ def preference_margins(
     """
     batch.check()
     passes = Passes.of(policy, reduction=reduction)
+    B = len(batch.chosen.input_ids)
     with torch.no_grad(), without_dropout(policy):
-        return torch.cat([_margins(passes, p) for p in _pairs(passes, batch, micro_batch_size)])
+        parts = [(rows, _margins(passes, p)) for rows, p in _pairs(batch, micro_batch_size)]
+    margins_B = parts[0][1].new_empty(B)
+    for rows, margins in parts:
+        margins_B[rows] = margins
+    return margins_B
 
 
 def gradient_cosine(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -295,23 +301,25 @@ def _outer_gradient(inner: InnerLoss, batch: OuterBatch) -> tuple[float, Tensor,
     """L, the margins A and lam = grad L at the present parameters."""
     B = len(batch.chosen.input_ids)
     lam = [torch.zeros_like(p) for p in inner.parameters]
-    losses, margins = [], []
-    for pairs in _pairs(inner.passes, batch, inner.micro_batch_size):
-        margins_B = _margins(inner.passes, pairs)
-        loss_B = preference_policy_loss(margins_B, torch.zeros_like(margins_B))
-        gradient = torch.autograd.grad(loss_B.sum() / B, inner.parameters, allow_unused=True)
-        add_into(lam, gradient)
-        losses.append(loss_B.detach())
-        margins.append(margins_B.detach())
-    return float(torch.cat(losses).mean()), torch.cat(margins), lam
+    margins_B = lam[0].new_empty(B)
+    for rows, pairs in _pairs(batch, inner.micro_batch_size):
+        margins = _margins(inner.passes, pairs)
+        loss = _loss(margins).sum() / B
+        add_into(lam, torch.autograd.grad(loss, inner.parameters, allow_unused=True))
+        margins_B[rows] = margins.detach()
+    return float(_loss(margins_B).mean()), margins_B, lam
 
 
-def _pairs(passes: Passes, batch: OuterBatch, micro_batch_size: int | None) -> Iterator[OuterBatch]:
-    """Micro-batches of pairs; a pair is two rows."""
-    device = next(passes.policy.parameters()).device
+def _loss(margins: Tensor) -> Tensor:
+    return preference_policy_loss(margins, torch.zeros_like(margins))
+
+
+def _pairs(batch: OuterBatch, micro_batch_size: int | None) -> Iterator[tuple[Tensor, OuterBatch]]:
+    """Micro-batches of pairs with their indices; a pair is two rows."""
     size = None if micro_batch_size is None else max(1, micro_batch_size // 2)
-    for rows in micro_batches(len(batch.chosen.input_ids), size):
-        yield OuterBatch(*(side.rows(rows).to(device) for side in batch))
+    lengths = torch.maximum(batch.chosen.lengths, batch.rejected.lengths)
+    for rows in micro_batches(lengths, size):
+        yield rows, OuterBatch(batch.chosen.rows(rows), batch.rejected.rows(rows))
 
 
 def _margins(passes: Passes, pairs: OuterBatch) -> Tensor:

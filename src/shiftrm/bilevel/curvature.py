@@ -9,7 +9,7 @@ Torch only.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftrm.bilevel.gates import Gates, gates, unsupported
-from shiftrm.bilevel.likelihood import Passes, Sequences, math_attention
+from shiftrm.bilevel.likelihood import Passes, Sequences, math_attention, micro_batches
 from shiftrm.errors import UserError
 from shiftrm.losses import TokenReduction
 
@@ -92,8 +92,9 @@ class InnerLoss:
     def gradient(self, batch: Sequences, weights_B: Tensor) -> tuple[float, list[Tensor]]:
         """f and grad f."""
         total, gradient = 0.0, self._zeros()
-        for rows, weights in self._micro_batches(batch, weights_B, self.micro_batch_size):
-            loss = -(weights * self.passes(rows)).sum()
+        for rows in micro_batches(batch.lengths, self.micro_batch_size):
+            weights = weights_B[rows] / len(weights_B)
+            loss = -(weights * self.passes(batch.rows(rows))).sum()
             add_into(gradient, torch.autograd.grad(loss, self.parameters, allow_unused=True))
             total += float(loss.detach())
         return total, gradient
@@ -114,7 +115,7 @@ class InnerLoss:
         """
         size = self.curvature_micro_batch_size
         if size is None:
-            size = min(self.micro_batch_size or len(weights_B), max(1, len(weights_B) // 4))
+            size = max(1, (self.micro_batch_size or len(weights_B)) // 4)
         curved = self._zeros()
 
         def by_gates(loss: Tensor, gate: Tensor, state: Gates) -> Tensor:
@@ -202,44 +203,32 @@ class InnerLoss:
         size_without: int | None,
     ) -> Tensor:
         """Products of all micro-batches: by gates, or where they do not work, without."""
+        products = torch.empty_like(weights_B)
+        scaled = weights_B / len(weights_B)
         why = unsupported(self.passes.policy, self.parameters)
-        products = []
-        if why is None:
-            directions = dict(zip(self.parameters, v, strict=True))
-            for rows, weights in self._micro_batches(batch, weights_B, size):
-                gate = torch.zeros_like(weights, requires_grad=True)
-                with gates(self.passes.policy, directions, gate) as state:
-                    loss = -(weights * self.passes(rows)).sum()
-                    if state.unseen():
-                        why = "a parameter is used outside its module"
-                        break
-                    products.append(by_gates(loss, gate, state))
+        directions = dict(zip(self.parameters, v, strict=True))
+        for number, rows in enumerate(micro_batches(batch.lengths, size) if why is None else ()):
+            gate = torch.zeros_like(scaled[rows], requires_grad=True)
+            with gates(self.passes.policy, directions, gate) as state:
+                loss = -(scaled[rows] * self.passes(batch.rows(rows))).sum()
+                if state.unseen():
+                    why = "a parameter is used outside its module"
+                    if number:  # what was summed before lacks its share
+                        raise RuntimeError(f"{why} in some batches only")
+                    break
+                products[rows] = by_gates(loss, gate, state)
         if why is not None:
             say_once(f"gradients are taken without gates: {why}")
-            for rows, weights in self._micro_batches(batch, weights_B, size_without):
-                products.append(without(rows, weights))
-        return torch.cat(products)
+            for rows in micro_batches(batch.lengths, size_without):
+                products[rows] = without(batch.rows(rows), scaled[rows])
+        return products
 
     def _gradients(self, value: Tensor) -> list[Tensor]:
         gradient = torch.autograd.grad(value, self.parameters, materialize_grads=True)
         return list(gradient)
 
-    def _micro_batches(
-        self, batch: Sequences, weights_B: Tensor, size: int | None
-    ) -> Iterator[tuple[Sequences, Tensor]]:
-        """Rows with their weights already divided by the size B of the whole batch."""
-        B = len(weights_B)
-        for rows in micro_batches(B, size):
-            yield batch.rows(rows).to(weights_B.device), weights_B[rows] / B
-
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros_like(p) for p in self.parameters]
-
-
-def micro_batches(rows: int, size: int | None) -> Iterator[slice]:
-    size = size or rows
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
 
 
 def add_into(total: list[Tensor], part: Sequence[Tensor | None]) -> None:

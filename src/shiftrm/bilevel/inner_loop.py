@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shiftrm.bilevel.curvature import InnerLoss, micro_batches
+from shiftrm.bilevel.curvature import InnerLoss, add_into
 from shiftrm.bilevel.likelihood import (
     Sequences,
     ambient_autocast,
     autocast_to,
     check_right_padding,
+    micro_batches,
     without_dropout,
 )
 from shiftrm.losses import TokenReduction, reward_weights
@@ -65,22 +66,25 @@ class Rewarder:
     def of(cls, model: nn.Module, *, micro_batch_size: int | None) -> "Rewarder":
         return cls(model, ambient_autocast(model), micro_batch_size)
 
-    def passes(self, batch: InnerBatch) -> Iterator[Tensor]:
-        """Rewards of one micro-batch after the other."""
+    def passes(self, batch: InnerBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and their rewards, one micro-batch after the other."""
         device = next(self.model.parameters()).device
-        ids, mask = batch.reward_input_ids, batch.reward_attention_mask
-        for rows in micro_batches(len(mask), self.micro_batch_size):
-            T = int(mask[rows].sum(dim=1).max())  # padding stands on the right
+        lengths = batch.reward_attention_mask.sum(dim=1)
+        for rows in micro_batches(lengths, self.micro_batch_size):
+            T = int(lengths[rows].max())  # padding stands on the right
+            ids, mask = batch.reward_input_ids[:, :T], batch.reward_attention_mask[:, :T]
             with autocast_to(self.autocast, self.model):
-                rewards = sequence_rewards(
-                    self.model, ids[rows, :T].to(device), mask[rows, :T].to(device)
-                )
-            yield rewards
+                rewards = sequence_rewards(self.model, ids[rows].to(device), mask[rows].to(device))
+            yield rows, rewards
 
     @torch.no_grad()
     def __call__(self, batch: InnerBatch) -> Tensor:
         """Rewards without gradient, shape [B]."""
-        return torch.cat(list(self.passes(batch)))
+        rows, rewards = zip(*self.passes(batch), strict=True)
+        together = torch.cat(rewards)
+        return torch.empty_like(together).index_copy_(
+            0, torch.cat(rows).to(together.device), together
+        )
 
     def gradient(
         self, batches: Sequence[InnerBatch], reward_gradients: Sequence[Tensor]
@@ -92,14 +96,10 @@ class Rewarder:
             for name, p in phi.items()
         }
         for batch, reward_gradient in zip(batches, reward_gradients, strict=True):
-            start = 0
-            for rewards in self.passes(batch):
-                part = reward_gradient[start : start + len(rewards)].to(rewards)
-                start += len(rewards)
+            for rows, rewards in self.passes(batch):
+                part = reward_gradient[rows.to(reward_gradient.device)].to(rewards)
                 gradient = torch.autograd.grad(rewards, list(phi.values()), part, allow_unused=True)
-                for t, g in zip(total.values(), gradient, strict=True):
-                    if g is not None:
-                        t.add_(g)
+                add_into(list(total.values()), gradient)
         return total
 
 

@@ -32,10 +32,15 @@ class Sequences(NamedTuple):
     attention_mask: Tensor
     response_mask: Tensor
 
-    def rows(self, chosen: slice) -> "Sequences":
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of each row, shape [B]."""
+        return self.attention_mask.sum(dim=1)
+
+    def rows(self, chosen: Tensor) -> "Sequences":
         """Some of the rows, without the columns in which all of these are padding."""
-        T = int(self.attention_mask[chosen].sum(dim=1).max())
-        return Sequences(*(tensor[chosen, :T] for tensor in self))
+        T = int(self.lengths[chosen].max())
+        return Sequences(*(tensor[:, :T][chosen] for tensor in self))
 
     def to(self, device: torch.device) -> "Sequences":
         return Sequences(*(tensor.to(device) for tensor in self))
@@ -63,6 +68,13 @@ def check_right_padding(attention_mask: Tensor, name: str) -> None:
             f"{name}, example {int(wrong.nonzero()[0])}: pad on the right (attention_mask must be "
             "ones, then zeros)"
         )
+
+
+def micro_batches(lengths: Tensor, size: int | None) -> list[Tensor]:
+    """Indices of the rows of each micro-batch, rows of like length together: less padding."""
+    if size is None or size >= len(lengths):
+        return [torch.arange(len(lengths), device=lengths.device)]
+    return list(lengths.argsort(stable=True).split(size))
 
 
 def join(first: Sequences, second: Sequences) -> Sequences:
@@ -99,7 +111,8 @@ class Passes:
 
     def __call__(self, sequences: Sequences) -> Tensor:
         """log pi(y|x) of each row, shape [B], in fp32 (fp64 for an fp64 policy)."""
-        ids, attention_mask, response_mask = sequences
+        device = next(self.policy.parameters()).device
+        ids, attention_mask, response_mask = sequences.to(device)
         response_mask = response_mask.bool() & attention_mask.bool()
         options: dict[str, Any] = {}
         if self.keeps_logits:
