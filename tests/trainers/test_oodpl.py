@@ -146,7 +146,7 @@ def test_evaluation_adapts_to_the_watched_domain_and_leaves_everything_as_it_was
 
     # Two SGD steps on a copy, by hand.
     policy, _ = make_models()
-    for batch in trainer._plan.support_of(domain, role="evaluate"):
+    for batch in trainer._plan.support_of(domain, role="evaluate")[0]:
         rewards = trainer.model(batch.reward_input_ids, batch.reward_attention_mask).logits[:, 0]
         loss = 0.0
         for i in range(3):
@@ -291,6 +291,18 @@ def test_weights_that_are_not_finite_stop_the_run_and_name_domain_and_row(make_t
         [source["prompt"]], [source["response"]], finished=[source["finished"]]
     )[0]
     assert reward / 1e-4 > 700, "the row that is named is one whose weight overflows"
+
+
+def test_an_evaluation_names_the_row_too_and_a_half_precision_policy_no_domain(make_trainer):
+    trainer = make_trainer(beta=1e-4)
+    with torch.no_grad():
+        trainer.model.score.weight.mul_(100)
+    with pytest.raises(UserError, match=r"^evaluation, domain '\w+', fine-tuning row \d: its weig"):
+        trainer.evaluate()
+    policy, reward_model = make_models()
+    trainer = make_trainer(models=(policy.bfloat16(), reward_model))
+    with pytest.raises(UserError, match=r"^step 1: the policy's trainable parameters are bfloat16"):
+        trainer.train()
 
 
 def test_a_diverged_inner_loop_stops_before_the_weights(make_trainer):

@@ -17,6 +17,7 @@ from shiftrm.data.domains import DomainSplit
 from shiftrm.errors import UserError
 from shiftrm.hypergradient import (
     Hypergradient,
+    InnerBatch,
     OuterBatch,
     adapted_policy,
     gradient_cosine,
@@ -156,7 +157,7 @@ class OODPLTrainer(Trainer):
                 if self._cosine_wanted() and task is tasks[0]:
                     statistics.add_cosine(self._cosine(reward_model, task, found))
         except ValueError as error:
-            failure = self._failure(error, task)
+            failure = self._failure(error, f"step {self._step() + 1}", task.rows)
         self._raise_together(failure)
         norm = 0.0
         for name, p in parameters.items():
@@ -218,16 +219,17 @@ class OODPLTrainer(Trainer):
 
     # -- failures, the same on every process ---------------------------------------------------
 
-    def _failure(self, error: ValueError, task: Task) -> str:
+    def _failure(
+        self, error: ValueError, when: str, rows: Sequence[Sequence[tuple[str, int]]]
+    ) -> str:
         """The message with domain and row in place of inner batch and example."""
         message = str(error)
         place = re.search(r"inner batch (\d+), example (\d+)", message)
         if place is None:
-            names = ", ".join(task.domains)
-            return f"step {self._step() + 1}, domain {names}: {message}"
-        name, row = task.rows[int(place[1])][int(place[2])]
+            return f"{when}: {message}"
+        name, row = rows[int(place[1])][int(place[2])]
         rest = message[place.end() :].lstrip(": ")
-        return f"step {self._step() + 1}, domain {name!r}, fine-tuning row {row + 1}: {rest}"
+        return f"{when}, domain {name!r}, fine-tuning row {row + 1}: {rest}"
 
     def _raise_together(self, failure: str | None) -> None:
         """One process's failure is every process's: none waits for gradients that never come."""
@@ -265,11 +267,12 @@ class OODPLTrainer(Trainer):
         table = torch.zeros(len(self._watched), 4, dtype=torch.float64)
         failure = None
         for row in range(rank, len(self._watched), world):
-            domain = self._watched[row]
+            batches, rows = self._plan.support_of(self._watched[row], role="evaluate")
             try:
-                table[row] = torch.tensor(self._evaluate_domain(domain), dtype=torch.float64)
+                numbers = self._evaluate_domain(self._watched[row], batches)
+                table[row] = torch.tensor(numbers, dtype=torch.float64)
             except ValueError as error:
-                failure = f"evaluation, domain {domain.name!r}: {error}"
+                failure = self._failure(error, "evaluation", rows)
         self._raise_together(failure)
         table = self._sum(table)
         names = ("accuracy", "loss", "reference_accuracy", "effective_sample_share")
@@ -285,7 +288,9 @@ class OODPLTrainer(Trainer):
         self.control: Any = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluate_domain(self, domain: EncodedDomain) -> tuple[float, float, float, float]:
+    def _evaluate_domain(
+        self, domain: EncodedDomain, batches: list[InnerBatch]
+    ) -> tuple[float, float, float, float]:
         reward_model = self.accelerator.unwrap_model(self.model)
         size = self.args.micro_batch_size or EVALUATION_BATCH
         pairs = outer_batch(domain.eval_pairs, policy_pad_id=self._plan.policy_pad_id)
@@ -295,7 +300,7 @@ class OODPLTrainer(Trainer):
             with adapted_policy(
                 self.policy,
                 reward_model,
-                self._plan.support_of(domain, role="evaluate"),
+                batches,
                 inner_learning_rate=self.args.inner_learning_rate,
                 beta=self.args.beta,
                 normalize_weights=self.args.normalize_weights,

@@ -70,11 +70,16 @@ class TaskPlan(NamedTuple):
             rows=[[(chosen[k].name, e.row) for k, e in batch] for batch in examples],
         )
 
-    def support_of(self, domain: EncodedDomain, *, role: str) -> list[InnerBatch]:
-        """D support batches of one domain, to adapt the policy for an evaluation."""
+    def support_of(
+        self, domain: EncodedDomain, *, role: str
+    ) -> tuple[list[InnerBatch], list[list[tuple[str, int]]]]:
+        """D support batches of one domain, to adapt to it for an evaluation; and their rows."""
         rng = random.Random(f"oodpl/{self.seed}/{role}/{domain.name}")
         drawn = draw_rows(rng, [domain.support], steps=self.inner_steps, batch=self.support_batch)
-        return [self.batch([e for _, e in batch]) for batch in drawn]
+        return (
+            [self.batch([e for _, e in batch]) for batch in drawn],
+            [[(domain.name, e.row) for _, e in batch] for batch in drawn],
+        )
 
     def batch(self, examples: Sequence[Example]) -> InnerBatch:
         return inner_batch(
