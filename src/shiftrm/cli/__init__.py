@@ -11,10 +11,20 @@ import sys
 from collections.abc import Sequence
 
 from shiftrm import __version__
-from shiftrm.cli import adapt, demo, diagnose, report, sample, score, train
+from shiftrm.cli import (
+    adapt,
+    demo,
+    diagnose,
+    meta_test,
+    meta_train,
+    report,
+    sample,
+    score,
+    train,
+)
 from shiftrm.errors import UserError
 
-COMMANDS = (demo, report, sample, train, adapt, score, diagnose)
+COMMANDS = (demo, report, sample, train, adapt, score, diagnose, meta_train, meta_test)
 
 FOLDING = {"train": train, "adapt": adapt}
 
@@ -32,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in FOLDING:  # where any setting may be a flag
         words = [words[0], *FOLDING[words[0]].fold_flags(words[1:])]
+    elif words[:1] in (["meta-train"], ["meta-test"]):
+        words = [words[0], *meta_train.settings_last(words[1:])]
     args = parser.parse_args(words)
     try:
         args.run(args)

@@ -1,0 +1,126 @@
+"""`shiftrm meta-train`: a reward model learnt over many domains, for one that nobody labelled."""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from typing import Any
+
+from shiftrm.errors import UserError
+
+EPILOG = """examples:
+  shiftrm meta-train --model models/sft --domains domains --output models/reward max_steps=1000
+  shiftrm meta-train --config recipes/shp.yaml --domains shp --model models/sft --output models/rm
+  accelerate launch -m shiftrm meta-train --config recipes/shp.yaml domains_per_step=4 ...
+
+A domain is a folder: DIR/NAME/finetune.jsonl (prompt, response) and pairs.jsonl (prompt, chosen,
+rejected), eval_pairs.jsonl to be watched; DIR/splits.json or the options say what is held out.
+
+Settings: every field of OODPLConfig, and so of transformers.TrainingArguments, as key=value:
+max_steps (K), learning_rate, inner_steps (D), inner_learning_rate, beta, normalize_weights,
+curvature (exact, finite_difference, none), last_steps, support_batch_size, query_batch_size,
+domains_per_step, mixture, micro_batch_size, reduction, max_length, eval_strategy, eval_steps, ...
+
+FILE.yaml holds the same options and settings in one flat mapping; the command line wins. A command
+that was interrupted continues from the last checkpoint when it is given again.
+"""
+
+OPTIONS = ("model", "policy", "domains", "output", "held_out", "validation")
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "meta-train",
+        help="meta-train a reward model over many domains (OODPL)",
+        description="Meta-trains a reward model: it is changed so that a policy fine-tuned on a "
+        "domain's data, weighted by its rewards, prefers what people of the domain prefer.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML with the options and settings below")
+    parser.add_argument("--model", metavar="DIR", help="reward model or policy to start from")
+    parser.add_argument("--policy", metavar="DIR", help="reference policy (default: --model)")
+    parser.add_argument("--domains", metavar="DIR", help="folder with a folder a domain")
+    parser.add_argument("--output", metavar="DIR", help="folder of the result")
+    parser.add_argument("--held-out", metavar="NAME,NAME", help="default: those of splits.json")
+    parser.add_argument("--validation", metavar="NAME,NAME", help="watched, not trained on")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting")
+    parser.set_defaults(run=run, again="to continue from the last checkpoint, if there is one")
+
+
+def settings_last(words: list[str]) -> list[str]:
+    """The command's words with `key=value` at the end: argparse takes them from one place only."""
+    options: list[str] = []
+    settings: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if re.match(r"[A-Za-z_][\w.]*=", word):
+            settings.append(word)
+            continue
+        options.append(word)
+        if word.startswith("--") and "=" not in word and word != "--help" and rest:
+            options.append(rest.pop(0))
+    return [*options, *settings]
+
+
+def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from shiftrm.cli.checks import output_folder
+    from shiftrm.cli.progress import only_on_terminals
+
+    options, settings = merged(args, OPTIONS)
+    for key in ("model", "domains", "output"):
+        if options.get(key) is None:
+            raise UserError(f"--{key} is missing; give it here or as {key} in --config")
+    output = output_folder(options["output"])
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from shiftrm.trainers.oodpl_command import meta_train
+
+    only_on_terminals()
+    summary = meta_train(
+        options["model"],
+        policy=options.get("policy") or options["model"],
+        domains=options["domains"],
+        output=Path(output),
+        held_out=names(options.get("held_out")),
+        validation=names(options.get("validation")),
+        settings=settings,
+        command=shlex.join(["shiftrm", *sys.argv[1:]]),
+    )
+    if summary is not None:
+        print(summary)
+
+
+def merged(
+    args: argparse.Namespace, known: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options and settings: those of the file, and over them those of the command line."""
+    options: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    if args.config is not None:
+        from shiftrm.config import read_yaml
+
+        for word, value in read_yaml(args.config).items():
+            key = str(word).replace("-", "_")
+            (options if key in known else settings)[key] = value
+    options |= {key: value for key in known if (value := getattr(args, key)) is not None}
+    for word in args.settings:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not a setting; write key=value, as beta=0.5")
+        if key in known:
+            raise UserError(f"unknown setting {key!r}; it is the option --{key.replace('_', '-')}")
+        settings[key] = text
+    return options, settings
+
+
+def names(given: Any) -> list[str] | None:
+    """Names of domains: of `a,b`, or of a list in a file."""
+    if given is None:
+        return None
+    words = given.split(",") if isinstance(given, str) else list(given)
+    return [str(word).strip() for word in words if str(word).strip()]

@@ -1,0 +1,164 @@
+"""shiftrm meta-train and meta-test on a user's folder of domains."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shiftrm.data.domains import write_domains
+from shiftrm.records import read_records
+from shiftrm.rounds import engine
+from shiftrm.scoring import Scorer
+from shiftrm.trainers.oodpl import OODPLTrainer
+from tests.transfer.domains import ANIMALS, make_domain
+
+TRAIN = ["meta-train", "--model", "policy", "--domains", "domains", "--output", "out"]
+SMALL = ["max_steps=4", "support_batch_size=3", "query_batch_size=2", "inner_learning_rate=0.05"]
+TEST = ["meta-test", "--policy", "policy", "--reward", "reward", "--domains", "domains"]
+TEST += ["--output", "test", "evaluation.sampling.max_new_tokens=4"]
+
+
+@pytest.fixture
+def folder(files, reward_model, tokenizer):
+    """Checkpoints, and four domains of which one is held out and one is watched."""
+    write_domains(
+        files / "domains",
+        [make_domain(name) for name in ANIMALS],
+        held_out=["fishes"],
+        validation=["birds"],
+    )
+    reward_model.save_pretrained(files / "reward")
+    tokenizer.save_pretrained(files / "reward")
+    return files
+
+
+def weights(folder):
+    return dict(Scorer.from_pretrained(folder).model.named_parameters())
+
+
+def test_meta_train_writes_a_reward_model_with_its_card(shiftrm, folder):
+    status, said = shiftrm(*TRAIN, *SMALL, "beta=0.7")
+    assert status == 0, said.err
+    assert "2 source domains, 4 outer steps of 1 tasks, D = 1, beta = 0.7" in said.out
+    assert "A_PL on 1 validation domains" in said.out
+    card = (folder / "out" / "README.md").read_text()
+    assert "- beta: 0.7" in card
+    assert "shiftrm" in card
+    [reward] = Scorer.from_pretrained(folder / "out")(["the red"], [" cat"])
+    assert reward == pytest.approx(reward)
+    assert not (folder / ".out.work").exists()
+    status, said = shiftrm(*TRAIN, *SMALL)
+    assert (status, said.out) == (2, "")
+    assert "already there and not empty" in said.err
+
+
+def test_an_interrupted_meta_training_continues_to_the_same_weights(shiftrm, folder, monkeypatch):
+    settings = [*SMALL, "save_steps=1", "learning_rate=0.01"]
+    assert shiftrm(*TRAIN, *settings)[0] == 0
+    straight = weights(folder / "out")
+    shutil.rmtree(folder / "out")
+    ordinary, steps = OODPLTrainer.training_step, []
+
+    def interrupted(self, *rest):
+        steps.append(self.state.global_step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return ordinary(self, *rest)
+
+    monkeypatch.setattr(OODPLTrainer, "training_step", interrupted)
+    status, said = shiftrm(*TRAIN, *settings)
+    assert status == 130
+    assert "give the same command again to continue" in said.err
+    assert shiftrm(*TRAIN, *settings)[0] == 0
+    assert steps == [0, 1, 2, 2, 3]
+    for name, weight in weights(folder / "out").items():
+        assert torch.equal(weight, straight[name])
+
+
+def test_options_and_settings_from_a_file(shiftrm, folder):
+    (folder / "recipe.yaml").write_text(
+        "model: policy\nheld_out: [dogs]\nvalidation: []\nmax_steps: 9\nbeta: 2e-1\n"
+        "support_batch_size: 3\nquery_batch_size: 2\n"
+    )
+    status, said = shiftrm(
+        "meta-train", "--config", "recipe.yaml", "--domains", "domains", "max_steps=1",
+        "--output", "out",
+    )  # fmt: skip
+    assert status == 0, said.err
+    assert "1 source domains, 1 outer steps" in said.out, "the other one is held out now"
+    assert "beta = 0.2" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["beta=0"], "beta is 0.0; it must be above 0"),
+        (["inner_step=2"], "unknown setting 'inner_step'; did you mean 'inner_steps'?"),
+        (["output_dir=x"], "unknown setting 'output_dir'; this command sets it"),
+        (["support_batch_size=9"], "domain 'cats': 8 fine-tuning rows, but a batch takes 9"),
+        (["--held-out", "fish"], "no held-out domain 'fish'; did you mean 'fishes'?"),
+        (["--held-out", ""], "no held-out domain; name at least one"),
+        (["--model", "nowhere"], "nowhere: no such folder"),
+        (["beta"], "'beta' is not a setting"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(shiftrm, folder, words, message):
+    settings = SMALL[:1] + SMALL[2:] if words[0].startswith("support") else SMALL
+    status, said = shiftrm(*TRAIN, *settings, *words)
+    assert (status, said.out) == (2, "")
+    assert message in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not (folder / "out").exists()
+    assert not (folder / ".out.work").exists()
+
+
+def test_meta_test_makes_and_measures_a_policy_for_the_held_out_domain(
+    shiftrm, folder, monkeypatch
+):
+    def in_process(waiting, finished, root, keys, seed, workers, notify):
+        for stage in waiting:
+            engine.execute(stage, root, keys[stage.name], seed)
+
+    monkeypatch.setattr(engine, "_run_pool", in_process)  # spares ten seconds of imports
+    settings = ["weighted.updates=3", "weighted.batch_size=4", "weighted.learning_rate=0.01"]
+    status, said = shiftrm(*TEST, "--judge", "reward", *settings)
+    assert status == 0, said.err
+    lines = said.out.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [
+        ["fishes", "reference"],
+        ["fishes", "weighted"],
+    ]
+    numbers = {
+        (r.method, r.metric): r.value for r in read_records(folder / "test" / "records.jsonl")
+    }
+    assert numbers["reference", "kl"] == 0.0
+    assert numbers["weighted", "kl"] > 0.0
+    assert numbers["weighted", "judged"] == numbers["weighted", "proxy"]
+    AutoModelForCausalLM.from_pretrained(folder / "test" / "fishes" / "policy")
+    again = shiftrm(*TEST, "--judge", "reward", *settings)
+    assert again[0] == 0
+    assert again[1].out == said.out
+    status, said = shiftrm(*TEST, "--judge", "reward", *settings, "weighted.beta=2.0")
+    assert status == 2
+    assert "made with another configuration" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--way", "rloo"], "--way is 'rloo'; choose one of weighted, ppo, plain"),
+        (["--way", "plain"], "--reward goes with --way weighted and ppo"),
+        (["weighted.beta=0"], "beta is 0.0; it must be above 0"),
+        (["weighted.batch_size=9"], "domain 'fishes': 8 fine-tuning rows, but a batch takes 9"),
+        (["ppo.step=3"], "unknown setting 'ppo.step'; did you mean 'steps'?"),
+        (["--judge", "nowhere", "weighted.batch_size=2"], "nowhere: no such folder"),
+        (["--only", "cows"], "cows"),
+    ],
+)
+def test_meta_test_refuses_in_one_line(shiftrm, folder, words, message):
+    status, said = shiftrm(*TEST, *words)
+    assert status == 2
+    assert message in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not (folder / "test").exists()
