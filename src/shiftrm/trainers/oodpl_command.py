@@ -15,10 +15,17 @@ from shiftrm.data.domains import DomainSplit, load_split
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError, suggest
 from shiftrm.trainers import work_folder
-from shiftrm.trainers.command import _exists, _line, _ProgressInWords, _publish, _work_folder
 from shiftrm.trainers.oodpl import OODPLTrainer
 from shiftrm.trainers.oodpl_config import OODPLConfig
 from shiftrm.trainers.settings import REFUSED, _value
+from shiftrm.trainers.training import (
+    ProgressInWords,
+    exists,
+    first_line,
+    hold_work,
+    publish_folder,
+    write_model,
+)
 
 __all__ = ["meta_train", "settings_of"]
 
@@ -59,7 +66,7 @@ def meta_train(
     work = target.with_name(f".{target.name}.work")
     args = settings_of(settings, work=work)
     for name in (model, policy):
-        if not _exists(name):
+        if not exists(name):
             raise UserError(f"{name}: no such folder; give a checkpoint folder or a hub name")
     split = load_split(
         domains,
@@ -75,21 +82,28 @@ def meta_train(
         "data": _data(split),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
-    with _work_folder(work, record) as checkpoint:
+    with hold_work(work, record) as checkpoint:
         try:
             trainer = OODPLTrainer(model, policy, args, split=split)
         except OSError as error:
-            raise UserError(f"{model} or {policy}: cannot be loaded ({_line(error)})") from None
+            raise UserError(
+                f"{model} or {policy}: cannot be loaded ({first_line(error)})"
+            ) from None
         trainer.remove_callback(PrinterCallback)
         if args.disable_tqdm:
-            trainer.add_callback(_ProgressInWords())
+            trainer.add_callback(ProgressInWords())
         trainer.add_callback(work_folder.MarkCompleteCheckpoints())
         watched = bool(trainer.eval_dataset)
         before = trainer.evaluate() if watched else {}
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         after = trainer.evaluate() if watched else {}
         summary = _summary(split, args, before, after, output)
-        _publish(trainer, work, target, _card(summary, model, policy, domains, args, command))
+        finished = work / work_folder.FINISHED
+        write_model(trainer, finished)
+        if trainer.accelerator.is_main_process:
+            card = _card(summary, model, policy, domains, args, command)
+            publish_folder(finished, work, target, card)
+        trainer.accelerator.wait_for_everyone()
     return summary if trainer.accelerator.is_main_process else None
 
 

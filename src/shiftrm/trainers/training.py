@@ -7,7 +7,7 @@ output ours, `train_in_work` leaves the result in it, and `publish` gives the re
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def prepare(
     target = Path(os.path.abspath(output))  # which has a name, even where "." is given
     work = target.with_name(f".{target.name}.work")
     chosen = resolve(settings, meta=meta, work=work, command_name=command_name)
-    if not _exists(model):
+    if not exists(model):
         raise UserError(f"{model}: no such folder; give a checkpoint folder or a hub name")
     if (Path(model) / "adapter_config.json").is_file():
         raise UserError(
@@ -96,7 +96,7 @@ def prepare(
             "it into its model first (`shiftrm train` has written the merged one beside it)"
         )
     template = chosen.args.chat_template_path
-    if template is not None and not (Path(template).exists() or _exists(template)):
+    if template is not None and not (Path(template).exists() or exists(template)):
         raise UserError(f"chat_template_path={template}: no such file or folder")
     job = Job(model, output, target, work, chosen, {}, [], command)
     sources = {"pairs": pairs}
@@ -132,7 +132,7 @@ def train_in_work(
         after=after,
         **measurements(trainer, result),
     )
-    _write(trainer, job.finished)
+    write_model(trainer, job.finished)
     return outcome
 
 
@@ -142,7 +142,7 @@ def _table(source: str, rows: list[Row]) -> Dataset:
     try:
         return Dataset.from_list(kept)
     except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's: say, mixed messages
-        raise UserError(f"{source}: the rows do not fit one table ({_line(error)})") from None
+        raise UserError(f"{source}: the rows do not fit one table ({first_line(error)})") from None
 
 
 def _trainer(
@@ -169,14 +169,14 @@ def _trainer(
         raise _user_error(model, error, chosen) from error
     trainer.remove_callback(PrinterCallback)
     if args.disable_tqdm:
-        trainer.add_callback(_ProgressInWords())
+        trainer.add_callback(ProgressInWords())
     trainer.add_callback(work_folder.MarkCompleteCheckpoints())
     return trainer
 
 
 def _user_error(model: str, error: Exception, chosen: Settings) -> Exception:
     """What libraries raise where model and settings do not fit, as one line; or the same again."""
-    words = _line(error)
+    words = first_line(error)
     if isinstance(error, OSError) and not work_folder.is_disk_full(error):
         return UserError(f"{model}: cannot be loaded ({words})")
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
@@ -227,7 +227,7 @@ def _evaluations(trainer: RewardTrainer) -> dict[str, Any]:
     return found
 
 
-def _write(trainer: RewardTrainer, finished: Path) -> None:
+def write_model(trainer: Any, finished: Path) -> None:
     """Write the model whole, with its tokenizer."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -245,26 +245,41 @@ def _write(trainer: RewardTrainer, finished: Path) -> None:
 
 def publish(job: Job, card: str) -> None:
     """Add the card, and give the result its name; for the main process."""
-    atomic_write_text(job.finished / "README.md", card)
-    if (job.work / "runs").is_dir():  # what report_to=tensorboard wrote
-        (job.work / "runs").rename(job.finished / "runs")
-    if job.target.exists():
-        job.target.rmdir()
-    replace_directory(job.finished, job.target)
-    shutil.rmtree(job.work, ignore_errors=True)
+    publish_folder(job.finished, job.work, job.target, card)
+
+
+def publish_folder(finished: Path, work: Path, target: Path, card: str) -> None:
+    """`publish`, of any training that worked in `work`."""
+    atomic_write_text(finished / "README.md", card)
+    if (work / "runs").is_dir():  # what report_to=tensorboard wrote
+        (work / "runs").rename(finished / "runs")
+    if target.exists():
+        target.rmdir()
+    replace_directory(finished, target)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def open_work(
+    job: Job, more: Mapping[str, Any] | None = None
+) -> AbstractContextManager[Path | None]:
+    """`hold_work` of a job.
+
+    Args:
+        more: what else must be the same for an interrupted run to be continued.
+    """
+    return hold_work(job.work, _run_record(job) | dict(more or {}))
 
 
 @contextmanager
-def open_work(job: Job, more: Mapping[str, Any] | None = None) -> Iterator[Path | None]:
+def hold_work(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
     """Yield the checkpoint to continue from, in a folder that is ours.
 
     Whatever happens inside, only complete checkpoints and sampled groups stay, and errors say where
     they are.
 
     Args:
-        more: what else must be the same for an interrupted run to be continued.
+        record: what must be the same for an interrupted run to be continued.
     """
-    work, record = job.work, _run_record(job) | dict(more or {})
     work_folder.check(work, record)
     processes = PartialState()
     processes.wait_for_everyone()  # nobody may write while another still checks
@@ -299,7 +314,7 @@ def _run_record(job: Job) -> dict[str, Any]:
     }
 
 
-class _ProgressInWords(TrainerCallback):
+class ProgressInWords(TrainerCallback):
     """A line for every log where there is no progress bar."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -315,10 +330,10 @@ class _ProgressInWords(TrainerCallback):
             print(f"{place if state.max_steps else 'before training'}: {words}", flush=True)
 
 
-def _exists(model: str) -> bool:
+def exists(model: str) -> bool:
     """A local folder, or a name that only the hub can judge (`owner/name`)."""
     return Path(model).is_dir() or (model.count("/") == 1 and not model.startswith((".", "/")))
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
