@@ -63,14 +63,14 @@ class DPOSettings:
 
 
 def gold_world_fine_tuning() -> FineTuningConfig:
-    """Ten epochs of a domain's 512 rows."""
-    return FineTuningConfig(updates=80, batch_size=64, learning_rate=3e-4)
+    """Seven and a half epochs of a domain's 512 rows."""
+    return FineTuningConfig(updates=60, batch_size=64, learning_rate=3e-4)
 
 
 def gold_world_ppo() -> PPOConfig:
-    """80 updates of 64 sequences, as fine-tuning takes."""
+    """60 updates of 64 sequences, as fine-tuning takes."""
     return PPOConfig(
-        steps=20,
+        steps=15,
         prompts_per_step=16,
         rollouts_per_prompt=16,
         minibatch_size=64,
