@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOME = {
     "MetaRMConfig": "shiftrm.trainers.metarm",
     "MetaRMTrainer": "shiftrm.trainers.metarm",
+    "OODPLConfig": "shiftrm.trainers.oodpl_config",
+    "OODPLTrainer": "shiftrm.trainers.oodpl",
     "PPOConfig": "shiftrm.trainers.ppo",
     "PPOTrainer": "shiftrm.trainers.ppo",
     "RewardConfig": "shiftrm.trainers.reward",
