@@ -139,7 +139,9 @@ def separate(rows: SharedRows, *, pad_token_id: int) -> tuple[Tensor, Tensor]:
 
 
 def visible(rows: SharedRows, *, window: int | None = None) -> Tensor:
-    """Which token sees which, bool [B, L (queries), L (keys)]. Its memory grows as B * L * L bytes.
+    """Which token sees which, bool [B, L (queries), L (keys)].
+
+    Its memory grows as B * L * L bytes; with a window, while it is made, four times that more.
 
     Args:
         window: sliding-window layers see so many positions back, themselves included, counted in
@@ -150,7 +152,8 @@ def visible(rows: SharedRows, *, window: int | None = None) -> Tensor:
     queries, keys = rows.segment_ids[:, :, None], rows.segment_ids[:, None, :]
     sees = (index[:, None] >= index) & ((keys == 0) | (queries == keys))
     if window is not None:
-        distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]
+        position_ids = rows.position_ids.to(torch.int32)
+        distance = position_ids[:, :, None] - position_ids[:, None, :]
         sees &= (distance < window) | (queries == -1)  # padding must see something, whatever
     return sees
 
@@ -171,7 +174,7 @@ def _mask_function(rows: SharedRows, window: int | None) -> Callable[..., Tensor
 
 def _one_mask(rows: SharedRows, window: int | None, implementation: str, dtype: Any) -> Any:
     """The mask as an attention implementation of transformers wants it."""
-    if implementation == "flex_attention":  # no L x L tensor at all
+    if implementation == "flex_attention":  # kept as blocks; making it takes an L x L tensor once
         from torch.nn.attention.flex_attention import create_block_mask
 
         B, L = rows.input_ids.shape
@@ -227,6 +230,8 @@ def obstacle(config: Any) -> str | None:
     others = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if others:
         return f"it has {sorted(others)[0]} layers, which do not look back through a mask"
+    if "local" in str(getattr(text, "attention_layers", "")):
+        return "its local layers (GPT-Neo) count their window in the row"
     if getattr(text, "alibi", False):
         return "its positions are distances in the row (ALiBi)"
     if getattr(text, "is_encoder_decoder", False):

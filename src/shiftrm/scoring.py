@@ -1,6 +1,7 @@
 """From a reward-model checkpoint to rewards of (prompt, response): text in, numbers out."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import nn
 from shiftrm.data.groups import check_prompt, check_responses
 from shiftrm.errors import UserError
 from shiftrm.rendering import Text, check_text, encode
-from shiftrm.rewards import find_head, pad_right, sequence_rewards
+from shiftrm.rewards import find_head, pad_right, quiet_loading, sequence_rewards
 
 
 class Scorable(NamedTuple):
@@ -103,10 +104,12 @@ class Scorer:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
             adapter = find_adapter_config_file(str(path)) is not None
             if adapter:  # its base may be a policy, whose head would else have two labels
-                model_options = {"num_labels": 1, **model_options}
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                str(path), output_loading_info=True, **model_options
-            )
+                # In fp32, as they are trained: a base saved in bf16 would round the scores.
+                model_options = {"num_labels": 1, "dtype": torch.float32, **model_options}
+            with quiet_loading() if adapter else nullcontext():
+                model, info = AutoModelForSequenceClassification.from_pretrained(
+                    str(path), output_loading_info=True, **model_options
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{path}: cannot be loaded as a reward model with its tokenizer "

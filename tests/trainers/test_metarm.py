@@ -308,7 +308,7 @@ def test_bad_groups_are_refused(make_trainer, reward_model, groups):
         make_trainer(reward_model, meta=one)
     with pytest.raises(UserError, match="meta_dataset, row 0: column 'responses' is missing"):
         make_trainer(reward_model, meta=[{"prompt": "a"}])
-    with pytest.raises(UserError, match="no group with two responses within max_length"):
+    with pytest.raises(UserError, match="no group with two different responses within max_length"):
         make_trainer(
             reward_model, meta=[{"prompt": "a", "responses": [" red" * 30] * 2}], max_length=20
         )
@@ -394,3 +394,33 @@ def test_trains_by_name_like_trl(make_trainer, reward_model, tokenizer, tmp_path
     from_memory = Scorer(trainer.model, tokenizer)
     rows = (["the red", "a"], [" cat runs", " dog"])
     assert scorer(*rows) == pytest.approx(from_memory(*rows), abs=1e-6)
+
+
+def test_groups_of_equal_responses_are_dropped_and_counted(make_trainer, reward_model, caplog):
+    same = {"prompt": "a dog", "responses": [" runs"] * 3}
+    mixed = {"prompt": "a dog", "responses": [" runs", " runs", " sits"]}
+    trainer = make_trainer(reward_model, meta=[same, mixed, same])
+    assert len(trainer._groups.groups) == 1
+    assert "2 groups of equal responses" in caplog.text
+    with pytest.raises(UserError, match="no group with two different responses"):
+        make_trainer(reward_model, meta=[same])
+    with pytest.raises(UserError, match="row 0: a response has no tokens"):
+        make_trainer(
+            reward_model,
+            meta=[{"prompt": "", "responses": ["", " a"], "finished": [False, True]}],
+        )
+
+
+def test_settings_that_contradict_the_meta_step_are_refused(make_trainer, reward_model):
+    with pytest.raises(UserError, match="load_best_model_at_end"):
+        make_trainer(
+            reward_model,
+            preset="scale_free",
+            load_best_model_at_end=True,
+            eval_strategy="steps",
+            save_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+        )
+    with pytest.raises(UserError, match="neftune"):
+        make_trainer(reward_model, neftune_noise_alpha=5.0)

@@ -276,7 +276,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
     handle.remove()
     message = str(caught.value)
     assert message.startswith("step 3: the gradient is not finite (the loss of train rows ")
-    assert "checkpoint-2" in message
+    assert "checkpoint-1" in message, "the weights of checkpoint-2 gave the loss that is not finite"
     assert torch.equal(state, good["weights"]), "the weights are those of the last good step"
     assert all(p.isfinite().all() for p in reward_model.parameters())
 
@@ -340,3 +340,107 @@ def test_longer_rows_than_the_models_context_are_fine(make_trainer, pairs):
     trainer = make_trainer(model, RewardTrainer, max_steps=2, max_length=12)
     trainer.train()
     assert trainer._sharing is True
+
+
+def test_without_a_pad_token_others_still_read_the_trained_reward(
+    reward_model, tokenizer, pairs, options, tmp_path
+):
+    """TRL pads with EOS then; transformers would pool before the EOS that was trained."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from shiftrm.scoring import Scorer
+
+    unpadded = copy.deepcopy(tokenizer)
+    unpadded.pad_token = None
+    trainer = RewardTrainer(
+        reward_model,
+        RewardConfig(**{**options, "max_steps": 3}),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=unpadded,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "rm"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    saved = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    texts = [row["prompt"] + row["chosen"] + saved.eos_token for row in pairs]
+    inputs = saved(texts, return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        theirs = model(**inputs).logits[:, 0].tolist()
+    ours = Scorer.from_pretrained(tmp_path / "rm")(
+        [row["prompt"] for row in pairs], [row["chosen"] for row in pairs]
+    )
+    assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_a_short_first_batch_does_not_hide_a_window(make_trainer, caplog, monkeypatch):
+    """The check also takes a pair as long as max_length: GPT-Neo's window is counted in the row."""
+    from transformers import GPTNeoConfig, GPTNeoForSequenceClassification
+
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        window_size=16,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=128,
+        num_labels=1,
+    )
+    monkeypatch.setattr(
+        "shiftrm.rewards.obstacle", lambda config: None
+    )  # only the comparison tells
+    model = GPTNeoForSequenceClassification(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    trainer = make_trainer(model, RewardTrainer, max_length=100)
+    trainer.train()
+    assert trainer._sharing is False
+    assert "cannot share prefixes" in caplog.text
+
+
+def test_a_stream_without_known_columns_of_tokenised_pairs(reward_model, tokenizer, options):
+    from datasets import IterableDataset
+
+    def rows():
+        for i in range(8):
+            yield {"chosen_ids": [5, 6, 7 + i % 3, 2], "rejected_ids": [5, 6, 2]}
+
+    trainer = RewardTrainer(
+        reward_model,
+        RewardConfig(**{**options, "max_steps": 2}),
+        train_dataset=IterableDataset.from_generator(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_collator_given_by_position_is_used(reward_model, tokenizer, pairs, options):
+    from trl.trainer.reward_trainer import DataCollatorForPreference
+
+    calls = []
+
+    class Mine(DataCollatorForPreference):
+        def torch_call(self, examples):
+            calls.append(len(examples))
+            return super().torch_call(examples)
+
+    data = {"train_dataset": Dataset.from_list(pairs), "processing_class": tokenizer}
+    RewardTrainer(reward_model, RewardConfig(**options), Mine(0), **data).train()
+    assert calls
+
+
+def test_what_cannot_work_is_refused(make_trainer, reward_model, tokenizer, pairs):
+    from peft import PromptTuningConfig, get_peft_model
+
+    with pytest.raises(UserError, match="torch_compile"):
+        make_trainer(copy.deepcopy(reward_model), RewardTrainer, torch_compile=True)
+    prompt_tuning = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    with pytest.raises(UserError, match="prompt tuning"):
+        make_trainer(get_peft_model(copy.deepcopy(reward_model), prompt_tuning), RewardTrainer)
+    empty = {"prompt": "", "chosen": "", "rejected": "a cat", "chosen_finished": False}
+    rows = [{**pair, "chosen_finished": True} for pair in pairs]
+    with pytest.raises(UserError, match="row 12: chosen has no tokens"):
+        make_trainer(copy.deepcopy(reward_model), RewardTrainer, train=[*rows, empty])

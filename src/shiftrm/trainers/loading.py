@@ -1,8 +1,5 @@
 """The model a reward trainer starts from: a trained head is kept, a new one is small and seeded."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from shiftrm.rewards import score_head
+from shiftrm.rewards import quiet_loading, score_head
 
 __all__ = ["load_reward_model", "new_head_"]
 
@@ -40,25 +37,13 @@ def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> A
         "dtype": dtype,
         "num_labels": 1,
     }
-    with _quiet_loading():
+    with quiet_loading():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             str(path), output_loading_info=True, **options
         )
     if any("score" in key or "classifier" in key for key in info["missing_keys"]):
         new_head_(score_head(model), seed=seed)
     return model
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' report of the head it lacks and the language head it leaves out."""
-    noisy = logging.getLogger("transformers.modeling_utils")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        noisy.setLevel(level)
 
 
 def _one_accelerator() -> bool:

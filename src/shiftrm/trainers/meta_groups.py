@@ -56,9 +56,14 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
 def _encode_groups(
     groups: Iterable[dict[str, Any]], tokenizer: Any, max_length: int | None
 ) -> list[TokenGroup]:
-    """Token ids of every response of every group; over-long responses are dropped and counted."""
+    """Token ids of every response of every group.
+
+    Dropped and counted: over-long responses, groups left with fewer than two, and groups whose
+    responses are all the same tokens. Of these J is constant, so that its gradient is nothing but
+    rounding, which a normalised step would blow up (the paper says nothing about them).
+    """
     encoded: list[TokenGroup] = []
-    dropped = small = 0
+    long = small = alike = 0
     for index, row in enumerate(groups):
         check_group(row, f"meta_dataset, row {index}")
         finished = row.get("finished") or [True] * len(row["responses"])
@@ -66,21 +71,29 @@ def _encode_groups(
             encode(tokenizer, row["prompt"], response, finished=done)
             for response, done in zip(row["responses"], finished, strict=True)
         ]
+        if not all(sequences):
+            raise UserError(f"meta_dataset, row {index}: a response has no tokens; remove it")
         kept = [s for s in sequences if max_length is None or len(s) <= max_length]
-        dropped += len(sequences) - len(kept)
-        if len(kept) >= 2:
-            encoded.append(kept)
-        else:
+        long += len(sequences) - len(kept)
+        if len(kept) < 2:
             small += 1
-    if dropped:
+        elif all(s == kept[0] for s in kept):
+            alike += 1
+        else:
+            encoded.append(kept)
+    if long or alike:
         logger.warning(
-            "meta data: dropped %d responses longer than max_length=%s tokens, and %d groups left "
-            "with fewer than two; %d groups left",
-            dropped,
+            "meta data: dropped %d responses longer than max_length=%s tokens, %d groups left with "
+            "fewer than two, and %d groups of equal responses; %d groups left",
+            long,
             max_length,
             small,
+            alike,
             len(encoded),
         )
     if not encoded:
-        raise UserError("meta_dataset has no group with two responses within max_length")
+        raise UserError(
+            "meta_dataset has no group with two different responses within max_length: "
+            f"{small} groups were left with fewer than two, {alike} hold equal ones"
+        )
     return encoded

@@ -328,6 +328,16 @@ def _check_arguments(args: Any) -> None:
             "disable_dropout=False: MetaRM compares gradients at theta and theta', so dropout "
             "is off during both; leave disable_dropout at True"
         )
+    if args.neftune_noise_alpha:
+        raise UserError(
+            "neftune_noise_alpha: noise in the embeddings differs between the two gradients that "
+            "MetaRM compares; leave it out"
+        )
+    if args.deploy == "adapted" and args.load_best_model_at_end:
+        raise UserError(
+            "load_best_model_at_end chooses a checkpoint by its evaluation, and deploy='adapted' "
+            "would then move it one step away; set deploy='base' or leave the choice out"
+        )
     if args.fp16:
         raise UserError(
             "fp16=True: the gradient of J would need loss scaling of its own; use bf16=True"

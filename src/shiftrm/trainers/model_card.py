@@ -161,7 +161,10 @@ def _meta_words(outcome: Outcome) -> list[str]:
         return []
     words = f"The meta step changed the gradient by {influence:.2g} of its length."
     if influence < INFLUENCE_FLOOR:
-        words += " That is too small to matter: raise meta_learning_rate, or use preset=scale_free."
+        other = (
+            "" if outcome.settings.get("preset") == "scale_free" else ", or use preset=scale_free"
+        )
+        words += f" That is too small to matter: raise meta_learning_rate{other}."
     return [words]
 
 

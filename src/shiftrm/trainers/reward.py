@@ -4,21 +4,23 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 from trl import RewardTrainer as TRLRewardTrainer
+from trl.data_utils import get_dataset_column_names
 
 from shiftrm.data.pairs import check_pair
 from shiftrm.errors import UserError
 from shiftrm.losses import bradley_terry_loss
-from shiftrm.prefix import SharedRows
+from shiftrm.prefix import SharedRows, pack
 from shiftrm.rendering import encode, pin_template
-from shiftrm.rewards import group_rewards, sequence_rewards, sharing_obstacle
+from shiftrm.rewards import group_rewards, model_config, sequence_rewards, sharing_obstacle
 from shiftrm.trainers.collator import ROW, PairCollator, shared_rows
 from shiftrm.trainers.loading import load_reward_model
 from shiftrm.trainers.pair_metrics import PairStatistics
@@ -50,7 +52,14 @@ class RewardTrainer(TRLRewardTrainer):
     - `predict` returns rewards of shape [B, 2], chosen and rejected.
     """
 
-    def __init__(self, model: Any, args: Any = None, *rest: Any, **keywords: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Any = None,
+        *rest: Any,
+        **keywords: Any,
+    ) -> None:
         self.dropped_pairs: dict[str, dict[str, int]] = {}
         self._statistics = PairStatistics()
         self._sharing: bool | None = None  # decided on the first batch
@@ -62,9 +71,20 @@ class RewardTrainer(TRLRewardTrainer):
         model_init_kwargs = getattr(args, "model_init_kwargs", None)
         if args is not None:  # they are used up; TRL would warn that it ignores them
             args.model_init_kwargs = None
-        super().__init__(model, args, *rest, **keywords)
+        if getattr(args, "torch_compile", False):
+            raise UserError(
+                "torch_compile=True: rewards are read by a hook, which torch.compile does not "
+                "trace; leave it out"
+            )
+        super().__init__(model, args, data_collator, *rest, **keywords)
         self.args.model_init_kwargs = model_init_kwargs
-        if keywords.get("data_collator") is None:
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UserError(
+                "prompt tuning puts tokens of its own before the text, which moves the place where "
+                "a reward is read; use LoRA"
+            )
+        self._keep_pad_apart_from_eos()
+        if data_collator is None:
             multiple = self.args.pad_to_multiple_of
             self.data_collator = PairCollator(
                 self.processing_class.pad_token_id, int(multiple) if multiple else None
@@ -88,6 +108,28 @@ class RewardTrainer(TRLRewardTrainer):
                 weights = self.accelerator.get_state_dict(self.model)  # every process takes part
                 self._save(output_dir or self.args.output_dir, state_dict=weights)
         super().save_model(output_dir, _internal_call)
+
+    def _keep_pad_apart_from_eos(self) -> None:
+        """A pad token that is no EOS, for those who will read the saved model.
+
+        Our positions are explicit, but transformers' own pooling (and so TRL's reward functions and
+        vLLM) takes the last token that is not pad: with pad == EOS, TRL's choice for a tokenizer
+        without pad, that is the token before the one that was trained.
+        """
+        tokenizer = self.processing_class
+        if tokenizer.pad_token_id != tokenizer.eos_token_id:
+            return
+        for token in (tokenizer.unk_token, tokenizer.bos_token):
+            if token is not None and token != tokenizer.eos_token and not self.args.pad_token:
+                tokenizer.pad_token = token
+                config = self.accelerator.unwrap_model(self.model).config
+                config.get_text_config().pad_token_id = tokenizer.pad_token_id
+                return
+        logger.warning(
+            "pad and EOS are the same token (%s): libraries that pool by themselves will read the "
+            "reward before it, where nothing was trained; give pad_token=... another token",
+            tokenizer.eos_token,
+        )
 
     def _send_telemetry(self) -> None:
         """TRL reports to its makers that a trainer was made; ours does not."""
@@ -142,7 +184,7 @@ class RewardTrainer(TRLRewardTrainer):
         """Compare the first batch with the plain path; all processes decide alike."""
         if not getattr(self.args, "shared_prefixes", True):
             return False
-        reason = sharing_obstacle(model, rows)
+        reason = sharing_obstacle(model, rows) or sharing_obstacle(model, self._longest_rows(rows))
         failed = torch.tensor(float(reason is not None), device=rows.input_ids.device)
         if self.accelerator.num_processes > 1:
             failed = self.accelerator.reduce(failed, reduction="sum")
@@ -156,23 +198,45 @@ class RewardTrainer(TRLRewardTrainer):
         )
         return False
 
+    def _longest_rows(self, rows: SharedRows) -> SharedRows:
+        """A pair as long as pairs may get, of the batch's tokens: windows show only at length."""
+        limits = (self.args.max_length, _context(model_config(self.model)), 1024)
+        L = max(4, min(limit for limit in limits if limit))
+        tokens = rows.input_ids[rows.segment_ids >= 0].tolist()
+        tokens = (tokens * (L // len(tokens) + 1))[:L]
+        P = 3 * L // 4
+        # The second one's two tokens stand far from the prefix in the row, but next to it in fact.
+        pair = [tokens, [*tokens[:P], tokens[0], tokens[-1]]]
+        longest = pack([pair], pad_token_id=0)
+        return SharedRows(*(tensor.to(rows.input_ids.device) for tensor in longest))
+
     # -- stopping before the weights are spoiled -----------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called before every optimizer step: a norm that is not finite must not become weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        rows = [int(i) for part in self._suspects for i in part if i >= 0]
-        self._suspects = []
+        suspects, self._suspects = self._suspects, []
         if norm is None or math.isfinite(float(norm)) or self.args.fp16:  # fp16's scaler skips it
             return norm
+        rows = [int(i) for part in suspects for i in part if i >= 0]
         culprits = ", ".join(map(str, rows[:8])) + (" and others" if len(rows) > 8 else "")
-        checkpoint = get_last_checkpoint(self.args.output_dir) or "none was saved"
         raise UserError(
             f"step {self.state.global_step + 1}: the gradient is not finite"
             + (f" (the loss of train rows {culprits} is not)" if rows else "")
-            + f"; stopped before it reached the weights. Last good checkpoint: {checkpoint}. Look "
-            "at these rows, lower learning_rate or set max_grad_norm"
+            + "; stopped before it reached the weights. Last good checkpoint: "
+            + f"{self._last_good_checkpoint(loss_is_finite=not rows)}. Look at these rows, lower "
+            "learning_rate or set max_grad_norm"
         )
+
+    def _last_good_checkpoint(self, *, loss_is_finite: bool) -> str:
+        """The last one whose weights gave a finite loss, as far as is known."""
+        folders = Path(self.args.output_dir).glob("checkpoint-*")
+        steps = sorted(int(f.name.split("-")[1]) for f in folders if f.name[11:].isdigit())
+        if not loss_is_finite:  # a checkpoint of this very step has the weights that failed
+            steps = [step for step in steps if step < self.state.global_step]
+        if not steps:
+            return "none was saved"
+        return str(Path(self.args.output_dir) / f"checkpoint-{steps[-1]}")
 
     # -- logging -----------------------------------------------------------------------------
 
@@ -219,8 +283,8 @@ class RewardTrainer(TRLRewardTrainer):
             return {"num_proc": args.dataset_num_proc, "desc": f"{what} {dataset_name} pairs"}
 
         with PartialState().main_process_first():
-            columns = dataset.column_names or []
-            if "chosen_input_ids" in columns:  # TRL's former names
+            columns = get_dataset_column_names(dataset)
+            if "chosen_ids" not in columns and "chosen_input_ids" in columns:  # TRL's former names
                 for side in ("chosen", "rejected"):
                     dataset = dataset.rename_column(f"{side}_input_ids", f"{side}_ids")
             elif "chosen_ids" not in columns:
@@ -267,7 +331,17 @@ def _encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> 
         )
         for side in ("chosen", "rejected")
     }
+    for side, ids in sides.items():
+        if not ids:
+            raise UserError(
+                f"{name} data, row {index}: {side.removesuffix('_ids')} has no tokens; remove the "
+                "row"
+            )
     return {**sides, ROW: index}
+
+
+def _context(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _load(path: str, args: Any, quantization_config: Any) -> Any:

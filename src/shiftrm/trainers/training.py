@@ -120,7 +120,10 @@ def train_in_work(
     """
     used = job.chosen.beyond_defaults()
     trainer = _trainer(job.model, job.chosen, job.tables, groups)
-    before, result, after = _run(trainer, checkpoint, evaluate=evaluate)
+    try:
+        before, result, after = _run(trainer, checkpoint, evaluate=evaluate)
+    except (ImportError, NotImplementedError) as error:  # an optimizer or kernel that is not there
+        raise _user_error(job.model, error, job.chosen) from error
     outcome = Outcome(
         model=job.model,
         output=str(job.output),
@@ -191,7 +194,9 @@ def _user_error(model: str, error: Exception, chosen: Settings) -> Exception:
         )
     if isinstance(error, TypeError) and chosen.given.get("model_init_kwargs"):
         return UserError(f"{model}: does not take these model_init_kwargs: {words}")
-    if isinstance(error, ValueError | ImportError) or "to be installed" in str(error):
+    if isinstance(
+        error, ValueError | ImportError | NotImplementedError
+    ) or "to be installed" in str(error):
         return UserError(f"{model}: cannot be trained with these settings: {words}")
     return error
 
@@ -292,8 +297,9 @@ def hold_work(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
         if processes.is_main_process:
             work_folder.release(work)
         kept = work_folder.last_checkpoint(work)
-        if isinstance(error, UserError) and kept is not None and str(kept) not in str(error):
-            raise UserError(f"{error}; the last good checkpoint is {kept}") from None
+        if isinstance(error, UserError) and kept is not None:
+            said = "" if "checkpoint" in str(error) else f"; the last good checkpoint is {kept}"
+            raise UserError(f"{error}{said}; to start with other settings, delete {work}") from None
         if work_folder.is_disk_full(error):
             again = "to start anew" if kept is None else f"to continue from {kept}"
             again = "to continue" if kept is None and work_folder.has_samples(work) else again
