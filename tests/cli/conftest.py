@@ -23,6 +23,7 @@ def shiftrm(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
 
     def run(*arguments):
+        capsys.readouterr()  # what making the files has printed
         status = main([str(a) for a in arguments])
         return status, capsys.readouterr()
 

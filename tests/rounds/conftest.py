@@ -43,6 +43,8 @@ def demo(output, *settings, workers=2, kill_after=None, how=signal.SIGKILL):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        # A runner in the background ignores Ctrl-C, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     if kill_after is None:
         _, errors = process.communicate(timeout=300)

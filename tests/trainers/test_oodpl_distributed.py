@@ -32,7 +32,12 @@ def test_two_processes_train_what_one_does(tokenizer, tmp_path):
         text=True,
         timeout=150,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),  # for what the script shares with tests
+        },
     )
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two" / "results.pt")

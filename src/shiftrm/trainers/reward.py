@@ -224,19 +224,18 @@ class RewardTrainer(TRLRewardTrainer):
             f"step {self.state.global_step + 1}: the gradient is not finite"
             + (f" (the loss of train rows {culprits} is not)" if rows else "")
             + "; stopped before it reached the weights. Last good checkpoint: "
-            + f"{self._last_good_checkpoint(loss_is_finite=not rows)}. Look at these rows, lower "
+            + f"{self._last_good_checkpoint()}. Look at these rows, lower "
             "learning_rate or set max_grad_norm"
         )
 
-    def _last_good_checkpoint(self, *, loss_is_finite: bool) -> str:
-        """The last one whose weights gave a finite loss, as far as is known."""
+    def _last_good_checkpoint(self) -> str:
+        """The last one from before this step: one of this very step has the weights that failed."""
         folders = Path(self.args.output_dir).glob("checkpoint-*")
-        steps = sorted(int(f.name.split("-")[1]) for f in folders if f.name[11:].isdigit())
-        if not loss_is_finite:  # a checkpoint of this very step has the weights that failed
-            steps = [step for step in steps if step < self.state.global_step]
-        if not steps:
+        steps = [int(f.name[11:]) for f in folders if f.name[11:].isdigit()]
+        good = [step for step in steps if step < self.state.global_step]
+        if not good:
             return "none was saved"
-        return str(Path(self.args.output_dir) / f"checkpoint-{steps[-1]}")
+        return str(Path(self.args.output_dir) / f"checkpoint-{max(good)}")
 
     # -- logging -----------------------------------------------------------------------------
 
