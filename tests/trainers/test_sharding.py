@@ -26,7 +26,7 @@ def accelerator(plugin):
 def test_deepspeed_is_refused_before_anything_is_read(options, field):
     args = MetaRMConfig(**options)
     setattr(args, field, "zero3.json")  # what a configuration, or the launcher, leaves there
-    with pytest.raises(UserError, match=r"does not run under DeepSpeed.*use FSDP2"):
+    with pytest.raises(UserError, match=r"do not run under DeepSpeed.*use FSDP2"):
         MetaRMTrainer("no/such/model", args, meta_dataset=None)
 
 

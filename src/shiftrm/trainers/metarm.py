@@ -28,7 +28,6 @@ from shiftrm.trainers.meta_passes import MetaPasses
 from shiftrm.trainers.metarm_config import PRESETS, MetaRMConfig
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.sharding import (
-    refuse_deepspeed,
     refuse_model_parallelism,
     reshard,
     sharded_like,
@@ -322,7 +321,6 @@ def _check_arguments(args: Any) -> None:
             f"args is a {type(args).__name__}; MetaRMTrainer takes a MetaRMConfig, which has all "
             "of RewardConfig's fields"
         )
-    refuse_deepspeed(args)
     if not args.disable_dropout:
         raise UserError(
             "disable_dropout=False: MetaRM compares gradients at theta and theta', so dropout "

@@ -25,7 +25,7 @@ from shiftrm.trainers.collator import ROW, PairCollator, shared_rows
 from shiftrm.trainers.loading import load_reward_model
 from shiftrm.trainers.pair_metrics import PairStatistics
 from shiftrm.trainers.reward_config import RewardConfig
-from shiftrm.trainers.sharding import reset_after_failure, set_up_fsdp
+from shiftrm.trainers.sharding import refuse_deepspeed, reset_after_failure, set_up_fsdp
 
 __all__ = ["RewardConfig", "RewardTrainer"]
 
@@ -64,6 +64,8 @@ class RewardTrainer(TRLRewardTrainer):
         self._statistics = PairStatistics()
         self._sharing: bool | None = None  # decided on the first batch
         self._suspects: list[Tensor] = []
+        if args is not None:
+            refuse_deepspeed(args)
         if isinstance(model, str):
             if args is None:
                 args = RewardConfig(f"{model.rstrip('/').split('/')[-1]}-Reward")

@@ -85,8 +85,9 @@ def refuse_deepspeed(args: Any) -> None:
     """Raises UserError if DeepSpeed is configured, in the arguments or by the launcher."""
     if getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "deepspeed", None):
         raise UserError(
-            "MetaRMTrainer does not run under DeepSpeed, which reduces and steps inside its own "
-            "backward, where theta' cannot be undone; use FSDP2 (fsdp_version: 2) or DDP"
+            "the reward trainers do not run under DeepSpeed: it reduces and steps inside its own "
+            "backward, where theta' cannot be undone, and may release a score head's weights "
+            "before rewards are read; use FSDP2 (fsdp_version: 2) or DDP"
         )
 
 
