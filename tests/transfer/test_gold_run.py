@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from transformers import AutoTokenizer
+
 from shiftrm.config import apply_overrides, from_mapping, to_mapping
+from shiftrm.data.domains import load_split
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.records import Record, read_records
+from shiftrm.rendering import encode
 from shiftrm.report.plots import render
 from shiftrm.rounds import engine
+from shiftrm.testbed.domain_world import DOMAINS
 from shiftrm.testbed.domains import HELD_OUT, SOURCES, gold
+from shiftrm.trainers.collator import ROW
 from shiftrm.transfer.config import METHODS, DomainRunConfig
 from shiftrm.transfer.figures import (
     LABELS,
@@ -23,6 +29,7 @@ from shiftrm.transfer.figures import (
 )
 from shiftrm.transfer.plan import plan, sources, targets
 from shiftrm.transfer.tables import all_tables
+from tests.draws import watch
 
 TINY = [
     "betas=[1.0]", "meta.outer_steps=2", "meta.evaluations=1", "meta.support_batch_size=4",
@@ -154,3 +161,34 @@ def test_tables_and_figures_from_records(tmp_path, monkeypatch, capsys):
         gradient_norm_figure(records),
     ):
         assert render(figure, format="png").startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_baselines_share_head_and_order(tmp_path, monkeypatch):
+    """The pooled reward model starts as OODPL's, and DPO sees its pairs in the same order."""
+    config = configure(*TINY, "methods=[pooled_weighted,dpo]", "betas=[]")
+    stages = [s for s in plan(config) if not s.name.startswith("policies")]
+    keys = engine.stage_keys(stages, 0)
+    seen = watch(monkeypatch, rows_or_chosen)
+    for stage in stages:
+        engine.execute(stage, tmp_path, keys[stage.name], 0)
+    by_kind = {draws.trainer: draws for draws in seen}
+    pooled, dpo = by_kind["RewardTrainer"], by_kind["DPOTrainer"]
+    assert by_kind["OODPLTrainer"].head == pooled.head
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft")
+    domains = load_split(tmp_path / "world" / "files" / DOMAINS).all
+    pairs = [row for d in domains if d.name in SOURCES for row in d.query]
+    texts = [encode(tokenizer, row["prompt"], row["chosen"], finished=False) for row in pairs]
+    assert len(pooled.batches) == len(dpo.batches) == 2
+    for rows, chosen in zip(pooled.batches, dpo.batches, strict=True):
+        assert chosen == [texts[row] for row in rows]
+
+
+def rows_or_chosen(inputs):
+    """Of the reward model's batches the rows, of DPO's the tokens of the preferred sides."""
+    if ROW in inputs:
+        return inputs[ROW].tolist()
+    if "completion_mask" not in inputs:
+        return None
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    return [row[kept].tolist()[:-1] for row, kept in zip(ids, mask, strict=True)][: len(ids) // 2]

@@ -185,7 +185,11 @@ class _Planner:
     def _reward(
         self, here: str, name: str, number: int, arm: Arm | None, groups: tuple[str, ...]
     ) -> Stage:
-        """From the fine-tuned policy's backbone and a new head, as every round's reward model."""
+        """From the fine-tuned policy's backbone and a new head, as every round's reward model.
+
+        All arms and rounds share the head's draws and the order of the pairs, so that what differs
+        between two reward models of a run is what was trained, and not the luck of a start.
+        """
         section = self.recipe.reward
         words = ["train", *self._of_policy("--model", None)]
         words += ["--pairs", "{stage:data}/pairs.jsonl"]
@@ -200,7 +204,7 @@ class _Planner:
             words,
             ("data", *self._needs_policy(None), *groups),
             record_as("reward_model", name, number),
-            f"reward/{number}",
+            "reward",
             section,
             settings=settings,
             logged=REWARD_LOG,

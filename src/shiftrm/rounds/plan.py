@@ -47,7 +47,7 @@ def _beginning(config: RunConfig) -> list[Stage]:
         Stage(
             "reward_model",
             f"{STAGES}:train_reward",
-            {**reward, "preset": None, "round": 0},
+            {**reward, "preset": None, "round": 1},  # head and order of the first round's arms
             ("sft", "pairs"),
             record_as("reward_model", "sft", 0),
         ),

@@ -130,7 +130,8 @@ def buy_labels(context: StageContext) -> None:
 def train_reward(context: StageContext) -> None:
     """A reward model from the SFT backbone and a new head: vanilla, or MetaRM with groups.
 
-    Every arm takes the same number of optimizer steps; all arms of a round share head and order.
+    Every arm takes the same number of optimizer steps; all arms of a round share head and order,
+    in the first round with the reward model that the arm "fixed" keeps.
     """
     settings = context.stage.settings
     pairs = read_pairs(context.folder("pairs") / "train.jsonl")

@@ -149,7 +149,7 @@ def train_dpo(context: StageContext) -> None:
         for row in domain.query
     ]
     args = DPOConfig(
-        **training_arguments(context, "dpo"),
+        **training_arguments(context, "pairs"),  # in the order of the pooled reward model
         max_steps=settings["steps"],
         per_device_train_batch_size=settings["pairs"],
         learning_rate=settings["learning_rate"],
