@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-
 from transformers import AutoTokenizer
 
 from shiftrm.config import apply_overrides, from_mapping, to_mapping

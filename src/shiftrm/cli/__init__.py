@@ -28,6 +28,7 @@ from shiftrm.cli import (
     train,
 )
 from shiftrm.errors import UserError
+from shiftrm.progress import reporting
 
 COMMANDS = (
     *(demo, run, report),
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = [words[0], *convert.words_last(words[1:])]
     args = parser.parse_args(words)
     try:
-        args.run(args)
+        with reporting(words[0], speaks=speaks()):
+            args.run(args)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under accelerate, one process speaks for all
             print(f"shiftrm: error: {error}", file=sys.stderr)
@@ -81,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shiftrm: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def speaks() -> bool:
+    """Whether progress is said in lines: no terminal shows bars, and one process for all."""
+    return not sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
 def _output_advice(error: OSError, output: str | None) -> str | None:

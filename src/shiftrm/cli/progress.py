@@ -1,20 +1,32 @@
-"""Progress of long work: a bar on a terminal, nothing elsewhere."""
+"""Progress of long work: a bar on a terminal, lines elsewhere (`shiftrm.progress`)."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from shiftrm.progress import task
+
 
 @contextmanager
 def bar(label: str, total: int | None) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield a function to call with (done, total); None where the total is not known."""
+    """Yield a function to call with (done, total); None where the total is not known yet."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(escape(label), total=total)
-        yield lambda done, _total: progress.update(task, completed=done)
+    with (
+        task(label, total) as advance,
+        Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
+    ):
+        shown = progress.add_task(escape(label), total=total)
+
+        def update(done: int, total: int | None = None) -> None:
+            advance(done, total)
+            if total is not None:
+                progress.update(shown, total=total)
+            progress.update(shown, completed=done)
+
+        yield update
 
 
 def only_on_terminals() -> None:

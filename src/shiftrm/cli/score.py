@@ -31,7 +31,7 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one, output_rows, to_accelerator
-    from shiftrm.cli.progress import only_on_terminals
+    from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
     from shiftrm.files import json_line, write_jsonl
@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
         for _, where, texts in rows
         for text in texts
     ]
-    rewards = iter(scorer.score_ids(sequences, batch_size=args.batch_size))
+    with bar("scoring", len(sequences)) as advance:
+        scored = scorer.score_ids(sequences, batch_size=args.batch_size, progress=advance)
+    rewards = iter(scored)
     for row, _, texts in rows:
         values = [next(rewards) for _ in texts]
         if "response" in row:

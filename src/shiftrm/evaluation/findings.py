@@ -12,11 +12,11 @@ from shiftrm.evaluation.verdict import Overall, Verdict, overall, verdicts
 from shiftrm.files import Row
 from shiftrm.scoring import Scorer
 
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int], None]]]
-"""`bar(label, total)` yields a function to call with (done, total)."""
+Bar = Callable[[str, int | None], AbstractContextManager[Callable[[int, int], None]]]
+"""`bar(label, total)` yields a function to call with (done, total); None: not known before."""
 
 
-def no_bar(label: str, total: int) -> AbstractContextManager[Callable[[int, int], None]]:
+def no_bar(label: str, total: int | None) -> AbstractContextManager[Callable[[int, int], None]]:
     """Progress that nobody sees."""
     return nullcontext(lambda done, total: None)
 
@@ -52,7 +52,7 @@ def find(
         load: makes the scorer of a model, where it shall run.
         batch_size: rows a forward pass.
         seed: of the bootstrap.
-        bar: shows progress, in percent of a file.
+        bar: shows progress, in token sequences of a file.
 
     Raises:
         UserError: as `load` and `score_data`.
@@ -61,13 +61,13 @@ def find(
     for model, path in models.items():
         scorer = load(path)
         for file in data:
-            with bar(f"{model}: {file.name}", 100) as update:
+            with bar(f"{model}: {file.name}", None) as update:
                 scored, behind = score_data(
                     scorer,
                     file,
                     model=model,
                     batch_size=batch_size,
-                    progress=_in_percent(update),
+                    progress=update,
                 )
             files.append(scored)
             rows.append(behind)
@@ -82,7 +82,3 @@ def find(
         overall=overall(list(zip(diagnoses, words, strict=True))),
         comparisons=compare(files, diagnoses, seed=seed),
     )
-
-
-def _in_percent(update: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    return lambda done, total: update(100 * done // total, 100)

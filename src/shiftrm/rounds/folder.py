@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shiftrm.config import differences, read_yaml
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
+from shiftrm.progress import Task, current
 from shiftrm.rounds.engine import Stage
 
 __all__ = ["CONFIG_FILE", "claim", "progress"]
@@ -66,15 +67,23 @@ def _is_foreign(path: Path) -> bool:
 
 @contextmanager
 def progress(stages: list[Stage]) -> Iterator[Any]:
-    """A bar over stages with what runs now; a plain line a stage where there is no terminal."""
+    """A bar over stages with what runs now; without a terminal a line a stage, and now and then."""
     if not sys.stderr.isatty():
-        count = [0]
+        done = 0
+        begun: dict[str, Task] = {}
+        reporter = current()
 
         def plain(event: str, name: str) -> None:
-            if event in ("done", "skipped"):
-                count[0] += 1
-                word = "already there" if event == "skipped" else "done"
-                print(f"[{count[0]}/{len(stages)}] {name} {word}", file=sys.stderr, flush=True)
+            nonlocal done
+            if event == "start":
+                if reporter is not None:
+                    begun[name] = reporter.begin(f"stage {name}", None)
+                return
+            if reporter is not None and name in begun:
+                reporter.end(begun.pop(name))
+            done += 1
+            word = "already there" if event == "skipped" else "done"
+            print(f"[{done}/{len(stages)}] {name} {word}", file=sys.stderr, flush=True)
 
         yield plain
         return

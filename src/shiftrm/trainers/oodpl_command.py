@@ -88,8 +88,7 @@ def meta_train(
                 f"{model} or {policy}: cannot be loaded ({first_line(error)})"
             ) from None
         trainer.remove_callback(PrinterCallback)
-        if args.disable_tqdm:
-            trainer.add_callback(ProgressInWords())
+        trainer.add_callback(ProgressInWords(speaks=args.disable_tqdm))
         trainer.add_callback(work_folder.MarkCompleteCheckpoints())
         watched = bool(trainer.eval_dataset)
         before = trainer.evaluate() if watched else {}

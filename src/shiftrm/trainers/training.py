@@ -26,7 +26,7 @@ from shiftrm.trainers.memory import explain_out_of_memory, identity
 from shiftrm.trainers.metarm import MetaRMTrainer
 from shiftrm.trainers.metarm_config import MetaRMConfig
 from shiftrm.trainers.model_card import DataSet, Outcome, measurements
-from shiftrm.trainers.progress import SHOWN, ProgressInWords
+from shiftrm.trainers.progress import SHOWN, ProgressInWords, log_progress_to
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 from shiftrm.trainers.settings import Settings, resolve
 from shiftrm.trainers.training_log import write_training_log
@@ -224,8 +224,7 @@ def add_callbacks(trainer: Any, shown: Sequence[str] = SHOWN) -> None:
         shown: which metrics the words name.
     """
     trainer.remove_callback(PrinterCallback)
-    if trainer.args.disable_tqdm:
-        trainer.add_callback(ProgressInWords(shown))
+    trainer.add_callback(ProgressInWords(shown, speaks=trainer.args.disable_tqdm))
     trainer.add_callback(work_folder.MarkCompleteCheckpoints())
 
 
@@ -307,6 +306,7 @@ def publish(job: Job, card: str) -> None:
 
 def publish_folder(finished: Path, work: Path, target: Path, card: str) -> None:
     """`publish`, of any training that worked in `work`."""
+    log_progress_to(None)  # the folder is about to go
     atomic_write_text(finished / "README.md", card)
     if (work / "runs").is_dir():  # what report_to=tensorboard wrote
         (work / "runs").rename(finished / "runs")
@@ -344,9 +344,11 @@ def hold_work(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
     try:
         if processes.is_main_process:
             work_folder.claim(work, record)
+            log_progress_to(work)
         processes.wait_for_everyone()
         yield work_folder.resumable(work)
     except BaseException as error:
+        log_progress_to(None)
         if processes.is_main_process:
             work_folder.release(work)
         kept = work_folder.last_checkpoint(work)

@@ -14,6 +14,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import write_jsonl
 from shiftrm.records import Record, Recorder, read_records
 from shiftrm.rounds.engine import RECORDS_FILE, Stage, StageContext, run_stages
+from shiftrm.rounds.folder import progress
 from shiftrm.sampling import load_policy
 from shiftrm.scoring import Scorer
 from shiftrm.trainers.ppo_config import PPOConfig
@@ -119,7 +120,8 @@ def meta_test(
     for path in (policy, reward, judge):
         if path is not None and not Path(path).is_dir() and path.count("/") != 1:
             raise UserError(f"{path}: no such folder; give a checkpoint folder or a hub name")
-    run_stages(stages, output, seed=config.seed, workers=workers)
+    with progress(stages) as on_progress:
+        run_stages(stages, output, seed=config.seed, workers=workers, on_progress=on_progress)
     return _table(read_records(output / RECORDS_FILE), list(names), way, output)
 
 

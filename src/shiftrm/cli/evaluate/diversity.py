@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     if args.embedder is not None:
         embed = load_embedder(args.embedder, batch_size=args.batch_size)
     scopes = {"both": (WITHIN, ACROSS), "within": (WITHIN,), "across": (ACROSS,)}[args.scope]
-    with bar("measuring diversity", 1000) as advance:  # how much there is, only the cut will tell
+    with bar("measuring diversity", None) as advance:  # how much there is, only the cut will tell
         report = measure_diversity(
             files,
             embed=embed,
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
             tokenizer=args.tokenize,
             max_prompts=args.prompts,
             seed=args.seed,
-            progress=lambda done, total: advance(1000 * done // total, 1000),
+            progress=advance,
         )
     if output is not None:
         _write(output, args, named, report)

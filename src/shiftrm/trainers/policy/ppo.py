@@ -18,6 +18,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text
+from shiftrm.progress import task
 from shiftrm.rendering import Text
 from shiftrm.trainers.policy.card import PolicyOutcome
 from shiftrm.trainers.policy.kl import MeasuredKL, measure_kl
@@ -33,6 +34,7 @@ from shiftrm.trainers.policy.text_reward import reward_scale
 from shiftrm.trainers.policy.watch import Watch, open_watch
 from shiftrm.trainers.ppo import PPOTrainer, Rollouts, StepLog, make_critic
 from shiftrm.trainers.ppo_config import PPOConfig
+from shiftrm.trainers.progress import say
 from shiftrm.trainers.settings import command_defaults
 from shiftrm.trainers.training import Job, first_line
 from shiftrm.trainers.training_log import write_training_log
@@ -271,14 +273,18 @@ def _beyond_defaults(config: PPOConfig, given: Mapping[str, Any]) -> Row:
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[StepLog], None]]:
     """A bar on a terminal; elsewhere a line a step, of the main process."""
-    with tqdm(total=steps, desc="PPO", disable=not sys.stderr.isatty()) as shown:
+    with (
+        task("PPO step", steps) as advance,
+        tqdm(total=steps, desc="PPO", disable=not sys.stderr.isatty()) as shown,
+    ):
 
         def show(log: StepLog) -> None:
+            advance(log.step, steps)
             if not shown.disable:
                 shown.update(log.step - shown.n)
             elif PartialState().is_main_process:
                 words = f"reward {log.score_mean:.4g}, sequence_kl {log.kl:.4g}"
-                print(f"step {log.step} of {steps}: {words}", flush=True)
+                say(f"step {log.step} of {steps}: {words}")
 
         yield show
 

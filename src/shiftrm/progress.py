@@ -1,0 +1,194 @@
+"""Where long work is: a line at least every half minute where no terminal shows a bar.
+
+A command opens a `Progress`; whatever works long names its task there (`task`) and says how much is
+done. A thread of its own speaks, so that a line also comes where one batch takes minutes, or where
+nobody counts.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+__all__ = ["EVERY", "LOG_FILE", "Progress", "Task", "current", "duration", "reporting", "task"]
+
+EVERY = 25.0
+"""Seconds of silence after which a line is due; below 30, since a busy machine wakes threads late.
+"""
+
+LOG_FILE = "progress.log"
+"""In a work folder: every line, with the time of day."""
+
+
+class Task:
+    """Something that is being done, and how much of it.
+
+    Attributes:
+        label: what, as "sampling".
+        done, total: in whatever the task counts; None where that is not known.
+    """
+
+    def __init__(self, label: str, total: int | None, clock: Callable[[], float]) -> None:
+        self.label, self.total, self.done = label, total, 0
+        self._clock, self._start = clock, clock()
+        self._first: tuple[float, int] | None = None
+
+    def advance(self, done: int, total: int | None = None) -> None:
+        """Say how much is done now, and of how much if that was not known before."""
+        if self._first is None and done:
+            self._first = (self._clock(), done)
+        self.done, self.total = done, self.total if total is None else total
+
+    def words(self) -> str:
+        """Done and total, elapsed, estimated rest."""
+        parts = [self.label]
+        if self.done or self.total:
+            parts[0] += f": {self.done:,}" + (f" of {self.total:,}" if self.total else "")
+        parts.append(f"{duration(self._clock() - self._start)} so far")
+        rest = self._rest()
+        if rest is not None:
+            parts.append(f"about {duration(rest)} left")
+        return ", ".join(parts)
+
+    def _rest(self) -> float | None:
+        """At the rate since the first count: an interrupted work may begin anywhere, and slowly."""
+        if self.total is None or self._first is None or self.done >= self.total:
+            return None
+        at, first = self._first
+        seconds, done = self._clock() - at, self.done - first
+        if not done:  # one count so far: its own time has to do
+            seconds, done = at - self._start, first
+        return seconds / done * (self.total - self.done)
+
+
+class Progress:
+    """The tasks of one command, and the lines that tell of them.
+
+    Args:
+        label: what is said where no task is named, as the command's name.
+        say: takes a line; None where a bar is shown instead.
+        clock: seconds, from anywhere.
+        every: seconds of silence after which a line is due.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        say: Callable[[str], None] | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        every: float = EVERY,
+    ) -> None:
+        self._clock, self._every, self._say = clock, every, say
+        self._tasks = [Task(label, None, clock)]
+        self._spoke = clock()
+        self._log: Path | None = None
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def task(self, label: str, total: int | None) -> Iterator[Task]:
+        """A task while it is under way; the latest one is what lines tell of."""
+        begun = self.begin(label, total)
+        try:
+            yield begun
+        finally:
+            self.end(begun)
+
+    def begin(self, label: str, total: int | None) -> Task:
+        """As `task`, for callers whose work is no block."""
+        with self._lock:
+            self._tasks.append(Task(label, total, self._clock))
+            return self._tasks[-1]
+
+    def end(self, task: Task) -> None:
+        """A task that `begin` gave is over."""
+        with self._lock:
+            if task in self._tasks:
+                self._tasks.remove(task)
+
+    def log_to(self, folder: Path | None) -> None:
+        """Write all lines to `LOG_FILE` in this folder, too, as long as it is there."""
+        with self._lock:
+            self._log = None if folder is None else folder / LOG_FILE
+
+    def note(self, line: str) -> None:
+        """A line that was said elsewhere: it goes to the log, and breaks the silence."""
+        with self._lock:
+            self._spoke = self._clock()
+            if self._log is not None:
+                with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def speak_if_due(self) -> float:
+        """Say where the latest task is if it was silent for long; returns seconds to the next."""
+        with self._lock:
+            if self._clock() - self._spoke >= self._every:
+                line = self._tasks[-1].words()
+                self.note(line)
+                if self._say is not None:
+                    self._say(line)
+            return self._spoke + self._every - self._clock()
+
+    def watch(self, wait: Callable[[float], bool]) -> None:
+        """Speak whenever a line is due, until `wait(seconds)` says that it is over."""
+        while not wait(max(0.1, self.speak_if_due())):
+            pass
+
+
+_stack: list[Progress] = []
+
+
+def current() -> Progress | None:
+    """The progress of the command that runs, if one does."""
+    return _stack[-1] if _stack else None
+
+
+@contextlib.contextmanager
+def task(label: str, total: int | None) -> Iterator[Callable[[int, int | None], None]]:
+    """A task of the running command; yields a function to call with (done, total)."""
+    progress = current()
+    if progress is None:
+        yield Task(label, total, time.monotonic).advance  # which nobody watches
+        return
+    with progress.task(label, total) as begun:
+        yield begun.advance
+
+
+@contextlib.contextmanager
+def reporting(label: str, *, speaks: bool) -> Iterator[Progress]:
+    """Open a command's progress.
+
+    Args:
+        label: the command's name.
+        speaks: whether lines go to standard error; they go to a work folder's log in any case.
+    """
+    progress = Progress(label, _say if speaks else None)
+    over = threading.Event()
+    thread = threading.Thread(target=progress.watch, args=(over.wait,), daemon=True)
+    _stack.append(progress)
+    thread.start()
+    try:
+        yield progress
+    finally:
+        _stack.remove(progress)
+        over.set()
+        thread.join()
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """As "45 s", "3 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
