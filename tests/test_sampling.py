@@ -113,7 +113,7 @@ def test_without_a_pad_token_eos_pads(policy, tokenizer):
 
 
 def test_rows_are_batches_with_a_seed_each(policy, tokenizer):
-    """`seed + start` a batch: held against `generate` called by hand."""
+    """A hashed seed a batch: held against `generate` called by hand."""
     rows = sample_rows(
         policy, tokenizer, PROMPTS, config=CONFIG, num_responses=2, batch_size=3, seed=7
     )
@@ -127,13 +127,16 @@ def test_rows_are_batches_with_a_seed_each(policy, tokenizer):
             ids[start : start + 3],
             config=CONFIG,
             num_responses=2,
-            seed=7 + start,
+            seed=sampling.draw_seed(7, start),
         )
     ]
     assert [r["prompt"] for r in rows] == PROMPTS
     assert [f for r in rows for f in r["finished"]] == [s.finished for s in samples]
-    texts = [tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in samples]
+    words = [s.response_ids[:-1] if s.finished else s.response_ids for s in samples]
+    texts = [tokenizer.decode(ids) for ids in words]
     assert [t.strip() for r in rows for t in r["responses"]] == texts
+    assert [ids for r in rows for ids in r["response_ids"]] == [s.response_ids for s in samples]
+    assert [r["prompt_ids"] for r in rows] == ids
 
 
 def test_group_file_and_rows_agree(policy, tokenizer, tmp_path):
@@ -208,7 +211,7 @@ def test_an_interrupted_file_resumes_to_the_same_result(policy, tokenizer, tmp_p
 def test_line_separators_in_responses_survive_resuming(policy, tokenizer, tmp_path, monkeypatch):
     """A JSON line ends at LF alone; U+2028, U+2029 and U+0085 are text."""
     strange = "a\u2028b\u2029c\u0085d\x0be\x1cf"
-    monkeypatch.setattr(sampling, "decode_response", lambda *_: strange)
+    monkeypatch.setattr(sampling, "decode_response", lambda *_, **__: strange)
     options = {"config": CONFIG, "num_responses": 2, "batch_size": 2}
 
     class Killed(Exception):
@@ -272,8 +275,8 @@ def test_refusals(policy, tokenizer, tmp_path):
             policy, tokenizer, prompts, tmp_path / "g.jsonl", **{"config": CONFIG, **options}
         )
 
-    with pytest.raises(UserError, match="at least two responses"):
-        call(PROMPTS, num_responses=1)
+    with pytest.raises(UserError, match="num_responses is 0; it must be at least 1"):
+        call(PROMPTS, num_responses=0)
     with pytest.raises(UserError, match="no prompts"):
         call([])
     with pytest.raises(UserError, match="batch_size is 0"):

@@ -18,11 +18,10 @@ from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.rendering import encode_prompt
-from shiftrm.sampling import SamplingConfig, generate, sample_rows
+from shiftrm.sampling import SamplingConfig, draw_seed, generate, sample_rows
 from shiftrm.sampling_vllm import (
     connect,
     load_tokenizer,
-    prompt_seed,
     sample_groups_vllm,
     sample_rows_vllm,
 )
@@ -56,12 +55,14 @@ def expected_rows(tokenizer, prompts=PROMPTS, *, num_responses, seed=0):
             {
                 "prompt": encode_prompt(tokenizer, prompt),
                 "n": num_responses,
-                "seed": prompt_seed(seed, index),
+                "seed": draw_seed(seed, index),
                 "stop_token_ids": [2],
                 "max_tokens": CONFIG.max_new_tokens,
             }
         )
-        texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in said]
+        ends = [s.token_ids[-1] == 2 for s in said]
+        words = [s.token_ids[:-1] if e else s.token_ids for s, e in zip(said, ends, strict=True)]
+        texts = [tokenizer.decode(ids) for ids in words]
         rows.append((prompt, texts, [s.token_ids[-1] == 2 for s in said]))
     return rows
 
@@ -94,8 +95,8 @@ def test_the_request_is_vllms(server, fake, tokenizer):
             "frequency_penalty": 0.0,
             "ignore_eos": True,
             "stop_token_ids": [2],
-            "seed": prompt_seed(7, 0),
-            "skip_special_tokens": True,
+            "seed": draw_seed(7, 0),
+            "skip_special_tokens": False,
             "return_token_ids": True,
         }
     ]
@@ -104,7 +105,7 @@ def test_the_request_is_vllms(server, fake, tokenizer):
 
 def test_seeds_of_neighbours_share_no_draws():
     """vLLM adds the number of the response to the seed: 100 responses may not overlap."""
-    seeds = sorted(prompt_seed(seed, index) for seed in range(20) for index in range(500))
+    seeds = sorted(draw_seed(seed, index) for seed in range(20) for index in range(500))
     assert min(b - a for a, b in pairwise(seeds)) > 100
     assert seeds[0] >= 0
     assert seeds[-1] + 100 < 2**63
@@ -264,7 +265,7 @@ def test_refusals(server, fake, tokenizer, tmp_path):
         )
 
     for options, message in (
-        ({"num_responses": 1}, "at least two responses"),
+        ({"num_responses": 0}, "num_responses is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"prompts": []}, "no prompts"),
         ({"prompts": ["a", ""]}, "prompt 1 is empty"),

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from shiftrm.errors import UserError
+from shiftrm.responses import Response
 from shiftrm.rewards import pad_right, rewards_at, score_head, sequence_rewards, token_values
-from shiftrm.scoring import Scorer, scorable_texts
+from shiftrm.scoring import Scorer, row_responses
 from tests.conftest import llama_config
 
 PROMPTS = ["the red", "a", "the small green bird", "a dog"]
@@ -216,11 +217,9 @@ def test_arguments_of_a_scorer(reward_model, tokenizer):
 
 def test_texts_of_a_row():
     """Finished or not, in every kind of row."""
-    assert [t.finished for t in scorable_texts({"response": "a"}, "f:1")] == [True]
-    assert [t.finished for t in scorable_texts({"response": "a", "finished": False}, "f")] == [
-        False
-    ]
+    assert [t.finished for t in row_responses({"response": "a"}, "f:1")] == [True]
+    assert [t.finished for t in row_responses({"response": "a", "finished": False}, "f")] == [False]
     row = {"prompt": "p", "responses": ["a", "b"], "finished": [False, True]}
-    assert scorable_texts(row, "f:1") == [("p", "a", False), ("p", "b", True)]
+    assert row_responses(row, "f:1") == [Response("p", "a", False), Response("p", "b", True)]
     pair = {"chosen": "a", "rejected": "b", "rejected_finished": False}
-    assert scorable_texts(pair, "f:1") == [(None, "a", True), (None, "b", False)]
+    assert row_responses(pair, "f:1") == [Response(None, "a"), Response(None, "b", False)]

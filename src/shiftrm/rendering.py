@@ -1,11 +1,14 @@
-"""Text to tokens, in one way, for training and for scoring.
+"""Text to tokens and back, in one way, for training, sampling and scoring.
 
-A prompt is a string or a list of chat messages; a response is a string or a list of messages. The
-token ids are the ones `trl.RewardTrainer` makes of the same row (a test holds the two together):
-strings are concatenated and closed with EOS, chats go through the tokenizer's template. Beyond TRL,
-a response that was cut off by a length limit can be rendered as what it is: left open, without
-EOS and without the template's end of turn. A lone surrogate, which JSON can hold and no tokenizer
-takes, is read as "?".
+A prompt is a string or a list of chat messages; a response is a string or a list of messages. A
+string that answers a chat is what the policy says after the opening of its answer, to the letter;
+messages are written by the tokenizer's template. The tokens of a prompt (`encode_prompt`) are those
+that a policy continues, and the tokens of a chat with its answer begin with them. A finished answer
+ends with the token that ended it (`stop_token_ids`), an unfinished one with its last word.
+
+Of the same rows `trl.RewardTrainer` makes the same tokens (tests hold the two together), except
+that what a template writes after the closing token is left out here, and that no EOS is doubled. A
+lone surrogate, which JSON can hold and no tokenizer takes, is read as "?".
 """
 
 import datetime
@@ -16,6 +19,31 @@ from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.files import encodable
+from shiftrm.templates import (
+    answered_text,
+    end_at_closing,
+    opening_text,
+    render,
+    text_of,
+    turn,
+    unfinished_text,
+)
+
+__all__ = [
+    "PINNED_DAY",
+    "Messages",
+    "Text",
+    "check_template_options",
+    "check_text",
+    "decode_response",
+    "encode",
+    "encode_prompt",
+    "end_at_closing",
+    "is_conversational",
+    "pin_template",
+    "stop_token_ids",
+    "template_options",
+]
 
 Messages = list[dict[str, str]]
 Text = str | Messages
@@ -55,6 +83,10 @@ def check_text(text: Any, what: str) -> None:
             raise UserError(f"{what}, message {number} has no 'role'; expected a name, as 'user'")
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
             raise UserError(f"{what}, message {number} has no 'content'; expected text")
+        try:
+            text_of(message, number)
+        except UserError as error:
+            raise UserError(f"{what}, {error}") from None
 
 
 def check_template_options(row: dict[str, Any], where: str) -> None:
@@ -98,32 +130,29 @@ def encode(
     Args:
         tokenizer: a Hugging Face tokenizer with an EOS token (and a template, for chats).
         prompt: string or messages; None when the response holds the whole conversation.
-        response: string (for a chat prompt: the assistant's answer) or messages.
+        response: string (for a chat prompt: what the assistant says after the opening) or messages.
         finished: False for a response cut off by a length limit: it is not closed.
         template_options: what else the chat template takes (`tools`, `chat_template_kwargs`).
 
     Returns:
-        Token ids without padding.
+        Token ids without padding. Those of a chat begin with `encode_prompt` of its prompt.
 
     Raises:
-        UserError: a prompt or response that is no text, a chat without a template, or no EOS token
-            to close a string with.
+        UserError: a prompt or response that is no text, a chat without a template or one that the
+            template refuses, or no EOS token to close a string with.
     """
     if prompt is not None and prompt != []:
         check_text(prompt, "prompt")
     check_text(response, "response")
-    if is_conversational(prompt) or is_conversational(response):
-        options = dict(template_options or {})
-        if not finished:
-            options["continue_final_message"] = True
-        return _encode_chat(tokenizer, prompt, response, options)
-    text = encodable(f"{prompt or ''}{response}")
+    if (is_conversational(prompt) and prompt) or is_conversational(response):
+        return _encode_chat(tokenizer, prompt, response, finished, template_options or {})
+    ids = _encode_string(tokenizer, f"{prompt or ''}{response}")
     if finished:
         if tokenizer.eos_token is None:
             raise UserError("tokenizer has no EOS token: set tokenizer.eos_token before rendering")
-        if not text.endswith(tokenizer.eos_token):
-            text += tokenizer.eos_token
-    return list(tokenizer(text)["input_ids"])
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+    return ids
 
 
 def encode_prompt(
@@ -131,39 +160,71 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids a policy continues: the prompt and, for a chat, the opening of its answer.
 
+    A chat that ends with the assistant's words is continued after them.
+
     Args:
         template_options: as `encode`.
 
     Raises:
-        UserError: the prompt is no text, or a chat without a template.
+        UserError: the prompt is no text, or a chat without a template or one that it refuses.
     """
     check_text(prompt, "prompt")
-    prompt = encodable(prompt)
-    if is_conversational(prompt):
-        _require_template(tokenizer)
-        return list(
-            tokenizer.apply_chat_template(
-                prompt,
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=True,
-                **(template_options or {}),
-            )["input_ids"]
-        )
-    return list(tokenizer(prompt)["input_ids"])
+    if isinstance(prompt, list):
+        return _plain_ids(tokenizer, opening_text(tokenizer, prompt, template_options or {}))
+    return _encode_string(tokenizer, prompt)
 
 
-def decode_response(tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
+    """The tokens that end an answer, in ascending order; the one place that says so.
+
+    The tokenizer's EOS, those of the policy's generation config, and the token with which the chat
+    template closes the assistant's turn (`<|im_end|>`, `<end_of_turn>`, `<|eot_id|>`, ...).
+
+    Args:
+        generation_config: the policy's, or None.
+
+    Raises:
+        UserError: the tokenizer has no EOS, with which to close a text.
+    """
+    configured = getattr(generation_config, "eos_token_id", None)
+    if configured is None or isinstance(configured, int):
+        configured = [configured]
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token: set tokenizer.eos_token, then sample")
+    found = {tokenizer.eos_token_id, turn(tokenizer).stop_id, *configured} - {None}
+    return tuple(sorted(int(token) for token in found))
+
+
+def decode_response(
+    tokenizer: Any,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    *,
+    finished: bool | None = None,
+) -> str:
     """The response's text, such that `prompt + text` reads as the sampled sequence.
 
-    Decoded together with its prompt, since decoding the response alone loses the space between
-    the two with most tokenizers.
+    Special tokens inside the answer stay; the one that ended it does not. Decoded together with its
+    prompt, since decoding the response alone loses the space between the two with most tokenizers.
+
+    Args:
+        finished: whether the last token is the one that ended the response. None: if it is one of
+            `stop_token_ids`.
     """
-    whole = tokenizer.decode([*prompt_ids, *response_ids], skip_special_tokens=True)
-    opening = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
+    response_ids = list(response_ids)
+    if finished is None:
+        finished = bool(response_ids) and response_ids[-1] in stop_token_ids(tokenizer)
+    if finished:
+        response_ids = response_ids[:-1]
+    whole = _decode(tokenizer, [*prompt_ids, *response_ids])
+    opening = _decode(tokenizer, list(prompt_ids))
     if whole.startswith(opening):
-        return str(whole[len(opening) :])
-    return str(tokenizer.decode(list(response_ids), skip_special_tokens=True))
+        return whole[len(opening) :]
+    return _decode(tokenizer, response_ids)
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def pin_template(tokenizer: Any) -> None:
@@ -189,20 +250,58 @@ def pin_template(tokenizer: Any) -> None:
 
 
 def _encode_chat(
-    tokenizer: Any, prompt: Text | None, response: Text, options: dict[str, Any]
+    tokenizer: Any, prompt: Text | None, response: Text, finished: bool, options: dict[str, Any]
 ) -> list[int]:
-    _require_template(tokenizer)
-    head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else (prompt or [])
-    tail = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
-    rendered = tokenizer.apply_chat_template(
-        encodable([*head, *tail]), tokenize=True, return_dict=True, **options
-    )
-    return list(rendered["input_ids"])
+    head: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else []
+    head = head or list(prompt or [])
+    if isinstance(response, list) and not head:  # a whole conversation: its last turn is the answer
+        head, response = response[:-1], response[-1:]
+    if isinstance(response, list) and response[-1]["role"] != "assistant":  # there is no answer
+        return _plain_ids(tokenizer, render(tokenizer, [*head, *response], options))
+    opening = opening_text(tokenizer, head, options) if head else ""
+    if isinstance(response, str):
+        text = opening + encodable(response)
+    elif finished:
+        text = answered_text(tokenizer, head, response, options)
+    else:
+        text = unfinished_text(tokenizer, head, response, options)
+    if finished:
+        text += _missing(text, turn(tokenizer).closing)
+    return _continued(tokenizer, opening, text)
 
 
-def _require_template(tokenizer: Any) -> None:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the data is conversational but the tokenizer has no chat template: set "
-            "tokenizer.chat_template (or --chat_template_path), or use plain strings"
-        )
+def _missing(text: str, closing: Sequence[str]) -> str:
+    """What of the closing tokens the text does not end with yet."""
+    for count in range(len(closing), 0, -1):
+        if text.endswith("".join(closing[:count])):
+            return "".join(closing[count:])
+    return "".join(closing)
+
+
+def _continued(tokenizer: Any, opening: str, text: str) -> list[int]:
+    """Tokens of a text, such that those of its opening stand first, as where a policy goes on."""
+    ids = _plain_ids(tokenizer, text)
+    first = _plain_ids(tokenizer, opening) if opening else []
+    if ids[: len(first)] == first:
+        return ids
+    return first + _plain_ids(tokenizer, text[len(opening) :])
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode_string(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text, after those that the tokenizer puts before every text (BOS), once.
+
+    What it puts behind every text is left out: whether an EOS belongs there, the caller knows.
+    """
+    text = encodable(text)
+    ids = _plain_ids(tokenizer, text)
+    if not tokenizer.num_special_tokens_to_add(pair=False):
+        return ids
+    probe = _plain_ids(tokenizer, "a")
+    around = list(tokenizer("a")["input_ids"])
+    places = [i for i in range(len(around)) if around[i : i + len(probe)] == probe]
+    before = around[: places[0]] if probe and places else []
+    return ids if before and ids[: len(before)] == before else before + ids

@@ -1,5 +1,6 @@
 """K responses per prompt from a policy, and group files made of them."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,14 +13,25 @@ import torch
 from shiftrm.data.group_files import holds_groups, write_groups
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.rendering import Text, check_text, decode_response, encode, encode_prompt
+from shiftrm.rendering import Text, check_text, decode_response, encode_prompt, stop_token_ids
+from shiftrm.responses import (
+    IDS,
+    PROMPT_IDS,
+    TOKENIZER,
+    Response,
+    encode_response,
+    group_responses,
+    sampled_ids,
+    tokenizer_name,
+)
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How responses are drawn.
 
-    The defaults are the policy's own distribution. `PAPER_SAMPLING` holds MetaRM's settings.
+    The defaults are the policy's own distribution; temperature 0 takes the likeliest token each
+    time. `PAPER_SAMPLING` holds MetaRM's settings.
     """
 
     max_new_tokens: int = 128
@@ -30,8 +42,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}; it must be above 0 and finite")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 or more, and finite")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if not 0 < self.repetition_penalty < math.inf:
@@ -50,7 +62,7 @@ class Sample:
 
     Attributes:
         prompt_ids: the prompt's tokens.
-        response_ids: the response's tokens, the closing EOS included if there is one.
+        response_ids: the response's tokens, the one that ended it included if there is one.
         finished: True if the policy closed the response itself; False if the length limit did.
     """
 
@@ -66,7 +78,7 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
     which is safe here: masks and lengths say what is padding, not the token.
 
     Raises:
-        UserError: nothing there, not a causal language model, or a tokenizer without EOS.
+        UserError: nothing there, not a causal language model, or nothing that ends a response.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,7 +117,8 @@ def generate(
     """Sample responses to a batch of tokenised prompts with `model.generate`.
 
     Nothing but `config` shapes the distribution: what the checkpoint's generation config says
-    (another temperature, `no_repeat_ngram_size`, ...) is left out.
+    (another temperature, `no_repeat_ngram_size`, ...) is left out, except for the tokens that end a
+    response (`rendering.stop_token_ids`).
 
     Args:
         model: a causal language model of transformers.
@@ -123,7 +136,7 @@ def generate(
     from transformers import GenerationConfig
 
     check_prompt_lengths(prompts, model.config, config.max_new_tokens)
-    eos, pad = closing_tokens(tokenizer)
+    stop, pad = stop_token_ids(tokenizer, generation_config(model)), padding_token(tokenizer)
     device = next(model.parameters()).device
     T = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), T), pad, dtype=torch.long)
@@ -131,13 +144,16 @@ def generate(
     for row, prompt in enumerate(prompts):  # on the left, so that all responses start together
         ids[row, T - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
         mask[row, T - len(prompt) :] = 1
-    drawing = GenerationConfig(
-        do_sample=True,
-        num_return_sequences=num_responses,
-        top_k=0,
+    greedy = config.temperature == 0
+    same = num_responses if greedy else 1  # the likeliest response is drawn once
+    drawing = {"do_sample": False, "repetition_penalty": config.repetition_penalty}
+    if not greedy:
+        drawing = {"do_sample": True, "top_k": 0, **asdict(config)}
+    settings = GenerationConfig(
+        **{**drawing, "max_new_tokens": config.max_new_tokens},
+        num_return_sequences=num_responses // same,
         pad_token_id=pad,
-        eos_token_id=eos,
-        **asdict(config),
+        eos_token_id=list(stop),
     )
     was_training = model.training
     model.eval()
@@ -145,13 +161,22 @@ def generate(
     with torch.random.fork_rng(devices=devices), _without_generation_defaults(model):
         torch.manual_seed(seed)
         output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=drawing
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
         )
     model.train(was_training)
+    rows = [row for row in output[:, T:].tolist() for _ in range(same)]
     return [
-        Sample(list(prompts[i // num_responses]), *cut_at_eos(row, eos))
-        for i, row in enumerate(output[:, T:].tolist())
+        Sample(list(prompts[i // num_responses]), *cut_at_stop(row, stop))
+        for i, row in enumerate(rows)
     ]
+
+
+def generation_config(model: Any) -> Any:
+    """A policy's generation config, inside wrappers too; None if it has none."""
+    while model is not None and "generation_config" not in vars(model):
+        inner = getattr(model, "get_base_model", None)
+        model = inner() if inner is not None else getattr(model, "module", None)
+    return None if model is None else model.generation_config
 
 
 @contextmanager
@@ -173,19 +198,42 @@ def _without_generation_defaults(model: Any) -> Iterator[None]:
             module.generation_config = generation_config
 
 
-def closing_tokens(tokenizer: Any) -> tuple[int, int]:
-    """The ids of EOS and pad; EOS pads where there is no pad token."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if eos is None:
-        raise UserError("the tokenizer has no EOS token: set tokenizer.eos_token, then sample")
-    return eos, eos if pad is None else pad
+def remember_stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Write all tokens that end a response into a policy's generation config, which is saved.
+
+    So that whoever generates with the saved policy stops where we do.
+
+    Returns:
+        `rendering.stop_token_ids`.
+    """
+    config = generation_config(model)
+    stop = list(stop_token_ids(tokenizer, config))
+    if config is not None:
+        config.eos_token_id = stop if len(stop) > 1 else stop[0]
+    return stop
 
 
-def cut_at_eos(tokens: list[int], eos_token_id: int) -> tuple[list[int], bool]:
-    """Drop what follows the first EOS (padding); say whether there was one."""
-    if eos_token_id in tokens:
-        return tokens[: tokens.index(eos_token_id) + 1], True
+def padding_token(tokenizer: Any) -> int:
+    """The id that pads; EOS where there is no pad token (masks and lengths say what is padding)."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
+def cut_at_stop(tokens: list[int], stop: Sequence[int]) -> tuple[list[int], bool]:
+    """Drop what follows the first token that ends a response; say whether there was one."""
+    for place, token in enumerate(tokens):
+        if token in stop:
+            return tokens[: place + 1], True
     return tokens, False
+
+
+def draw_seed(seed: int, place: int) -> int:
+    """The seed of the draw at some place, below 2**56.
+
+    Hashed: with `seed + place` neighbouring places and neighbouring seeds would share draws.
+    """
+    digest = hashlib.sha256(f"{seed} {place}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def check_prompt_lengths(
@@ -228,12 +276,15 @@ def encode_prompts(
         UserError: a prompt that is no text, has no tokens, or is too long; a tokenizer without
             EOS, or without a template for a chat.
     """
-    closing_tokens(tokenizer)
+    stop_token_ids(tokenizer)
     names = names or [f"prompt {index}" for index in range(len(prompts))]
     encoded = []
     for name, prompt in zip(names, prompts, strict=True):
         check_text(prompt, name)
-        encoded.append(encode_prompt(tokenizer, prompt))
+        try:
+            encoded.append(encode_prompt(tokenizer, prompt))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
         if not encoded[-1]:
             raise UserError(f"{name} is empty: there are no tokens to continue; leave it out")
     check_prompt_lengths(encoded, model.config, room, names=names)
@@ -250,18 +301,18 @@ def sample_rows(
     batch_size: int,
     seed: int,
 ) -> list[Row]:
-    """`{"prompt", "responses", "finished"}`, one row a prompt, in memory.
+    """`group_row`, one row a prompt, in memory.
 
     Args:
         prompts: strings or chat messages.
         num_responses: responses per prompt, one or more.
         batch_size: prompts a call of `generate`. The batch from prompt i on has the random seed
-            `seed + i`, so other batches are other draws.
+            `draw_seed(seed, i)`, so other batches are other draws.
 
     Raises:
         UserError: as `encode_prompts`; or num_responses or batch_size below one.
     """
-    check_counts(num_responses, batch_size, at_least=1)
+    check_counts(num_responses, batch_size)
     encoded = encode_prompts(model, tokenizer, prompts, room=config.max_new_tokens)
     batches = _sample_batches(
         model,
@@ -277,16 +328,19 @@ def sample_rows(
 
 
 def as_samples(tokenizer: Any, rows: Sequence[Row]) -> list[Sample]:
-    """Sampled responses (`sample_rows`) as tokens again.
+    """Sampled responses (`sample_rows`) as tokens again: those that were sampled.
 
-    Exact where the tokenizer gives a decoded response the tokens it was sampled as.
+    Rows from elsewhere are encoded anew, and so are those of another tokenizer.
     """
     samples = []
     for row in rows:
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        for response, done in zip(row["responses"], row["finished"], strict=True):
-            ids = encode(tokenizer, row["prompt"], response, finished=done)
-            samples.append(Sample(prompt, ids[len(prompt) :], done))
+        ours = row.get(TOKENIZER) == tokenizer_name(tokenizer)
+        prompt = list((ours and row.get(PROMPT_IDS)) or encode_prompt(tokenizer, row["prompt"]))
+        for response in group_responses(row):
+            ids = sampled_ids(tokenizer, response, prompt)
+            if ids is None:
+                ids = encode_response(tokenizer, response)[len(prompt) :]
+            samples.append(Sample(prompt, ids, response.finished))
     return samples
 
 
@@ -309,7 +363,7 @@ def sample_groups(
 
     Args:
         path: the group file to write. If it holds groups of these prompts, nothing is done.
-        num_responses: K, responses per prompt, two or more.
+        num_responses: K, responses per prompt; one is a sample, and no group to adapt to.
         progress: called with (groups done, groups in all) after every batch.
 
     Raises:
@@ -317,7 +371,7 @@ def sample_groups(
             that was begun with other settings. All before anything is written.
     """
     path = Path(path)
-    check_counts(num_responses, batch_size, at_least=2)
+    check_counts(num_responses, batch_size)
     if not prompts:
         raise UserError("there are no prompts to sample for")
     if holds_groups(path, prompts, num_responses=num_responses):
@@ -343,11 +397,10 @@ def sample_groups(
     )
 
 
-def check_counts(num_responses: int, batch_size: int, *, at_least: int) -> None:
-    """Refuse fewer than `at_least` responses a prompt, and batches of none."""
-    if num_responses < at_least:
-        why = "a group needs at least two responses" if at_least == 2 else "it must be at least 1"
-        raise UserError(f"num_responses is {num_responses}; {why}")
+def check_counts(num_responses: int, batch_size: int) -> None:
+    """Refuse no responses a prompt, and batches of none."""
+    if num_responses < 1:
+        raise UserError(f"num_responses is {num_responses}; it must be at least 1")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
 
@@ -373,7 +426,7 @@ def _sample_batches(
             encoded[start : start + batch_size],
             config=config,
             num_responses=K,
-            seed=seed + start,
+            seed=draw_seed(seed, start),
         )
         yield [
             group_row(tokenizer, prompt, samples[i * K : (i + 1) * K])
@@ -381,10 +434,25 @@ def _sample_batches(
         ]
 
 
+def as_response(tokenizer: Any, prompt: Text, sample: Sample) -> Response:
+    """A sampled response with its text and its tokens."""
+    ids, done = sample.response_ids, sample.finished
+    text = decode_response(tokenizer, sample.prompt_ids, ids, finished=done)
+    return Response(prompt, text, done, ids, tokenizer_name(tokenizer))
+
+
 def group_row(tokenizer: Any, prompt: Text, samples: Sequence[Sample]) -> Row:
-    """`{"prompt", "responses", "finished"}` of the samples of one prompt."""
+    """The row of one prompt's samples: text for people, and the tokens that were sampled.
+
+    Returns:
+        `{"prompt", "responses", "finished", "prompt_ids", "response_ids", "tokenizer"}`.
+    """
+    responses = [as_response(tokenizer, prompt, sample) for sample in samples]
     return {
         "prompt": prompt,
-        "responses": [decode_response(tokenizer, s.prompt_ids, s.response_ids) for s in samples],
-        "finished": [s.finished for s in samples],
+        "responses": [r.text for r in responses],
+        "finished": [r.finished for r in responses],
+        PROMPT_IDS: list(samples[0].prompt_ids),
+        IDS: [list(sample.response_ids) for sample in samples],
+        TOKENIZER: tokenizer_name(tokenizer),
     }

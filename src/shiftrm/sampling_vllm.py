@@ -5,7 +5,6 @@ text in one place, `rendering`. Source of the request: vLLM's OpenAI-compatible 
 parameters" of the completions API, and `CompletionRequest` in vLLM's source.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +15,14 @@ from shiftrm.data.group_files import holds_groups, write_groups
 from shiftrm.endpoint import Answer, Endpoint, EndpointConfig, map_bounded
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, encodable
-from shiftrm.rendering import Text
+from shiftrm.rendering import Text, stop_token_ids
+from shiftrm.responses import IDS, PROMPT_IDS, TOKENIZER
 from shiftrm.sampling import (
     Sample,
     SamplingConfig,
     check_counts,
-    closing_tokens,
-    cut_at_eos,
+    cut_at_stop,
+    draw_seed,
     encode_prompts,
     group_row,
 )
@@ -46,11 +46,13 @@ class VllmServer:
 
     Attributes:
         max_model_len: the longest prompt and response together, in tokens; None if it did not say.
+        generation_config: the policy's own, which knows more tokens that end a response.
     """
 
     endpoint: Endpoint
     model: str
     max_model_len: int | None = None
+    generation_config: Any = None
 
     @property
     def config(self) -> Any:
@@ -85,7 +87,18 @@ def connect(url: str, model: str, *, served: str | None = None) -> VllmServer:
             + "; start vLLM with this policy, or give its name there as --served-model"
         )
     limit = found[0].get("max_model_len")
-    return VllmServer(endpoint, found[0]["id"], limit if isinstance(limit, int) else None)
+    limit = limit if isinstance(limit, int) else None
+    return VllmServer(endpoint, found[0]["id"], limit, _generation_config(model))
+
+
+def _generation_config(path: str) -> Any:
+    """A policy's generation config; None where there is none at hand."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -102,7 +115,7 @@ def load_tokenizer(path: str | Path) -> Any:
         raise UserError(
             f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})"
         ) from None
-    closing_tokens(tokenizer)
+    stop_token_ids(tokenizer)
     return tokenizer
 
 
@@ -142,7 +155,7 @@ def sample_rows_vllm(
     Raises:
         UserError: as `sampling.sample_rows`; or the server fails, or does not answer as vLLM does.
     """
-    check_counts(num_responses, batch_size, at_least=1)
+    check_counts(num_responses, batch_size)
     encoded = encode_prompts(server, tokenizer, prompts, room=config.max_new_tokens)
     rows = _rows(
         server,
@@ -176,7 +189,7 @@ def sample_groups_vllm(
 
     Args:
         path: the group file to write. If it holds groups of these prompts, nothing is done.
-        num_responses: K, responses per prompt, two or more.
+        num_responses: K, responses per prompt.
         batch_size, seed: as in `sample_rows_vllm`.
         progress: called with (groups done, groups in all) after every group.
 
@@ -184,7 +197,7 @@ def sample_groups_vllm(
         UserError: as `sampling.sample_groups` and `sample_rows_vllm`.
     """
     path = Path(path)
-    check_counts(num_responses, batch_size, at_least=2)
+    check_counts(num_responses, batch_size)
     if not prompts:
         raise UserError("there are no prompts to sample for")
     if holds_groups(path, prompts, num_responses=num_responses):
@@ -216,13 +229,16 @@ def sample_groups_vllm(
 
 
 def completion_parameters(
-    config: SamplingConfig, *, num_responses: int, eos_token_id: int, seed: int
+    config: SamplingConfig, *, num_responses: int, stop: Sequence[int], seed: int
 ) -> dict[str, Any]:
     """What a request says beside model and prompt.
 
     What is not said here, vLLM takes from the model's generation config, as other sampling defaults
-    and further closing tokens. So everything is said: the draw ends at the tokenizer's EOS alone,
-    as in `sampling.generate`, and nothing but `config` shapes the distribution.
+    and further closing tokens. So everything is said: the draw ends where `sampling.generate` ends
+    it, and nothing but `config` shapes the distribution.
+
+    Args:
+        stop: the ids of `rendering.stop_token_ids`.
     """
     return {
         "n": num_responses,
@@ -235,21 +251,11 @@ def completion_parameters(
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "ignore_eos": True,
-        "stop_token_ids": [eos_token_id],
+        "stop_token_ids": list(stop),
         "seed": seed,
-        "skip_special_tokens": True,
+        "skip_special_tokens": False,
         "return_token_ids": True,
     }
-
-
-def prompt_seed(seed: int, index: int) -> int:
-    """The seed of one prompt's request, within vLLM's 64 bits.
-
-    vLLM gives the k-th response the seed plus k (`ParentRequest`), so consecutive seeds would let
-    neighbouring prompts share draws; a hash keeps them apart.
-    """
-    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def _rows(
@@ -265,17 +271,20 @@ def _rows(
     first: int = 0,
 ) -> Iterator[Row]:
     """Rows in the order of the prompts, from prompt `first` on."""
-    eos, _ = closing_tokens(tokenizer)
+    stop = stop_token_ids(tokenizer, server.generation_config)
+    same = num_responses if config.temperature == 0 else 1  # vLLM draws one greedy response only
 
     def ask(index: int) -> Row:
         parameters = completion_parameters(
             config,
-            num_responses=num_responses,
-            eos_token_id=eos,
-            seed=prompt_seed(seed, index),
+            num_responses=num_responses // same,
+            stop=stop,
+            seed=draw_seed(seed, index),  # vLLM gives the k-th response the seed plus k
         )
         answers = server.endpoint.complete(server.model, encoded[index], **parameters)
-        return _row(server, tokenizer, prompts[index], encoded[index], answers, num_responses)
+        _check_answers(server, answers, num_responses // same)
+        answers = [answer for answer in answers for _ in range(same)]
+        return _row(tokenizer, prompts[index], encoded[index], answers, stop)
 
     early: dict[int, Row] = {}
     following = first
@@ -286,21 +295,11 @@ def _rows(
             following += 1
 
 
-def _row(
-    server: VllmServer,
-    tokenizer: Any,
-    prompt: Text,
-    prompt_ids: list[int],
-    answers: Sequence[Answer],
-    num_responses: int,
-) -> Row:
-    """The row of one prompt, once it is sure that the answers are whole.
-
-    Servers that do not send token ids (vLLM before 0.10.2) are believed their text.
-    """
-    if len(answers) != num_responses:
+def _check_answers(server: VllmServer, answers: Sequence[Answer], expected: int) -> None:
+    """Refuse fewer answers than were asked for, and those that ended in another way."""
+    if len(answers) != expected:
         raise UserError(
-            f"{server.endpoint.base_url}: sent {len(answers)} responses for {num_responses}; "
+            f"{server.endpoint.base_url}: sent {len(answers)} responses for {expected}; "
             "give the address of a vLLM server"
         )
     for answer in answers:
@@ -309,13 +308,29 @@ def _row(
                 f"{server.endpoint.base_url}: a response ended with {answer.finish_reason!r}, "
                 "neither by itself nor at its length; look at the server's log"
             )
-    eos, _ = closing_tokens(tokenizer)
+
+
+def _row(
+    tokenizer: Any,
+    prompt: Text,
+    prompt_ids: list[int],
+    answers: Sequence[Answer],
+    stop: Sequence[int],
+) -> Row:
+    """The row of one prompt.
+
+    Servers that do not send token ids (vLLM before 0.10.2) are believed their text, and the row
+    then has no tokens.
+    """
     samples = [
-        Sample(prompt_ids, *cut_at_eos(list(answer.token_ids or ()), eos)) for answer in answers
+        Sample(prompt_ids, *cut_at_stop(list(answer.token_ids or ()), stop)) for answer in answers
     ]
     row = group_row(tokenizer, prompt, samples)
     for place, answer in enumerate(answers):
         if answer.token_ids is None:
             row["responses"][place] = encodable(answer.text)
             row["finished"][place] = answer.finish_reason == "stop"
+    if any(answer.token_ids is None for answer in answers):
+        for column in (PROMPT_IDS, IDS, TOKENIZER):
+            del row[column]
     return row

@@ -3,27 +3,25 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from shiftrm.data.groups import check_prompt, check_responses
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.rendering import Text, check_text, encode
+from shiftrm.rendering import Text, check_text
+from shiftrm.responses import (
+    Response,
+    check_prompt,
+    check_responses,
+    encode_response,
+    group_responses,
+)
 from shiftrm.rewards import find_head, pad_right, quiet_loading, sequence_rewards
 
 
-class Scorable(NamedTuple):
-    """One response to score, with its prompt; `finished` as in `rendering.encode`."""
-
-    prompt: Text | None
-    response: Text
-    finished: bool = True
-
-
-def scorable_texts(row: dict[str, Any], where: str) -> list[Scorable]:
+def row_responses(row: Row, where: str) -> list[Response]:
     """The responses of a row: `response`, `responses`, or `chosen` and `rejected`, in this order.
 
     Raises:
@@ -33,18 +31,16 @@ def scorable_texts(row: dict[str, Any], where: str) -> list[Scorable]:
     prompt = row.get("prompt")
     if "response" in row:
         check_text(row["response"], f"{where}: column 'response'")
-        return [Scorable(prompt, row["response"], _flag(row, "finished", where))]
+        return [Response(prompt, row["response"], _flag(row, "finished", where))]
     if "responses" in row:
-        responses = check_responses(row, where)
-        if not responses:
+        if not check_responses(row, where):
             raise UserError(f"{where}: column 'responses' is an empty list; remove the row")
-        flags = row.get("finished") or [True] * len(responses)
-        return [Scorable(prompt, r, f) for r, f in zip(responses, flags, strict=True)]
+        return group_responses(row)
     if "chosen" in row and "rejected" in row:
         for side in ("chosen", "rejected"):
             check_text(row[side], f"{where}: column {side!r}")
         return [
-            Scorable(prompt, row[side], _flag(row, f"{side}_finished", where))
+            Response(prompt, row[side], _flag(row, f"{side}_finished", where))
             for side in ("chosen", "rejected")
         ]
     raise UserError(
@@ -71,7 +67,7 @@ class Scorer:
     [0.42]
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, *, batch_size: int = 64) -> None:
         find_head(model)
         labels = getattr(getattr(model, "config", None), "num_labels", 1)
         if labels != 1:
@@ -90,6 +86,7 @@ class Scorer:
             text_config.pad_token_id = self._pad_token_id
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.batch_size = batch_size
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **model_options: Any) -> "Scorer":
@@ -132,14 +129,15 @@ class Scorer:
         responses: Sequence[Text],
         *,
         finished: Sequence[bool] | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> list[float]:
         """Rewards of responses to prompts, in the order given.
 
         Args:
             prompts, responses: of equal length; see `rendering.encode`.
             finished: False where a response was cut off by a length limit. Default: all finished.
-            batch_size: rows a forward pass. It changes speed and memory, not the rewards.
+            batch_size: rows a forward pass; by default the scorer's. It changes speed and memory,
+                not the rewards.
 
         Raises:
             UserError: lists of other lengths, or a response that `encode` refuses.
@@ -153,18 +151,26 @@ class Scorer:
                 f"{len(prompts)} prompts, {len(responses)} responses and {len(finished)} entries "
                 "of finished; they must be as many"
             )
-        sequences = [
-            self.encode(prompt, response, finished=done, name=f"response {index}")
-            for index, (prompt, response, done) in enumerate(
-                zip(prompts, responses, finished, strict=True)
-            )
-        ]
+        given = map(Response, prompts, responses, finished)
+        return self.score(list(given), batch_size=batch_size)
+
+    def score(self, responses: Sequence[Response], *, batch_size: int | None = None) -> list[float]:
+        """Rewards of responses in the order given, by their sampled tokens where they have them.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        sequences = [self.encode_response(r, name=f"response {i}") for i, r in enumerate(responses)]
         return self.score_ids(sequences, batch_size=batch_size)
 
     def encode(
         self, prompt: Text | None, response: Text, *, finished: bool = True, name: str = "response"
     ) -> list[int]:
-        """Token ids of a response with its prompt, as `rendering.encode` makes them.
+        """`encode_response` of a text that has no tokens yet."""
+        return self.encode_response(Response(prompt, response, finished), name=name)
+
+    def encode_response(self, response: Response, *, name: str = "response") -> list[int]:
+        """Token ids of a response with its prompt, as `responses.encode_response` makes them.
 
         Args:
             name: how errors call it.
@@ -173,7 +179,7 @@ class Scorer:
             UserError: not text, no tokens, or more of them than the model's context holds.
         """
         try:
-            sequence = encode(self.tokenizer, prompt, response, finished=finished)
+            sequence = encode_response(self.tokenizer, response)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         if not sequence:
@@ -191,7 +197,7 @@ class Scorer:
         self,
         sequences: Sequence[Sequence[int]],
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[float]:
         """Rewards of token sequences. Rows of like length share a batch, so padding stays small.
@@ -199,6 +205,7 @@ class Scorer:
         Args:
             progress: called with (done, total) after every batch.
         """
+        batch_size = self.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -217,17 +224,38 @@ class Scorer:
         return rewards
 
 
+def rewards_of(
+    reward_fn: Callable[..., Sequence[float]], responses: Sequence[Response]
+) -> list[float]:
+    """Rewards of responses: by their tokens if it is a `Scorer`, by their text otherwise.
+
+    Raises:
+        UserError: not one reward a response.
+    """
+    if isinstance(reward_fn, Scorer):
+        return reward_fn.score(responses)
+    given = reward_fn(
+        [r.prompt for r in responses],
+        [r.text for r in responses],
+        finished=[r.finished for r in responses],
+    )
+    rewards = [float(reward) for reward in given]
+    if len(rewards) != len(responses):
+        raise UserError(
+            f"reward_fn gave {len(rewards)} rewards for {len(responses)} responses; "
+            "it must give one each"
+        )
+    return rewards
+
+
 def score_rows(scorer: Callable[..., Sequence[float]], rows: Sequence[Row]) -> list[list[float]]:
     """Rewards of every response of every row, `{"prompt", "responses", "finished"}`.
 
     Args:
         scorer: a `Scorer`, or anything that is called as one.
     """
-    prompts = [row["prompt"] for row in rows for _ in row["responses"]]
-    responses = [response for row in rows for response in row["responses"]]
-    finished = [done for row in rows for done in row["finished"]]
-    flat = iter(scorer(prompts, responses, finished=finished))
-    return [[float(next(flat)) for _ in row["responses"]] for row in rows]
+    flat = iter(rewards_of(scorer, [r for row in rows for r in group_responses(row)]))
+    return [[next(flat) for _ in row["responses"]] for row in rows]
 
 
 def mean_and_spread(rewards: Sequence[Sequence[float]]) -> tuple[float, float]:

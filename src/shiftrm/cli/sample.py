@@ -14,8 +14,12 @@ EPILOG = """examples:
   shiftrm sample --policy models/ppo-round-1 --prompts prompts.jsonl --output groups.jsonl \\
       --server http://localhost:8000/v1 --served-model policy
 
-Each row of the prompts holds {"prompt": "text"} or {"prompt": [chat messages]}. Each line of the
-output holds {"prompt", "responses", "finished"}. An interrupted call continues when repeated.
+Each row of the prompts holds {"prompt": "text"} or {"prompt": [chat messages]}; a chat that ends
+with the assistant's words is continued. Each line of the output holds {"prompt", "responses",
+"finished", "prompt_ids", "response_ids", "tokenizer"}: the text for people, and the tokens that
+were sampled. A group for `shiftrm adapt` needs at least two responses. A response ends with the
+tokenizer's EOS, the end tokens of the policy's generation config, or the token with which the chat
+template closes a turn. An interrupted call continues when repeated.
 With vLLM the tokenizer of --policy makes and reads the tokens, and the server only continues them;
 a server that needs a key gets that of the environment variable VLLM_API_KEY.
 """
@@ -35,7 +39,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="group file to write")
     parser.add_argument("--responses", type=int, default=5, metavar="K", help="default: 5")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0: greedy"
+    )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1 (none)"
@@ -70,12 +76,10 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.progress import only_on_terminals
     from shiftrm.data.group_files import holds_groups
     from shiftrm.data.prompts import read_prompts
-    from shiftrm.errors import UserError
     from shiftrm.sampling import SamplingConfig
 
     at_least_one(args.batch_size, "--batch-size")
-    if args.responses < 2:
-        raise UserError(f"--responses is {args.responses}; a group needs at least two responses")
+    at_least_one(args.responses, "--responses")
     config = SamplingConfig(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
     from shiftrm.files import json_line, write_jsonl
-    from shiftrm.scoring import Scorer, scorable_texts
+    from shiftrm.scoring import Scorer, row_responses
 
     at_least_one(args.batch_size, "--batch-size")
     output = output_rows(args.output)
-    rows = [(row, where, scorable_texts(row, where)) for where, row in iterate_rows(args.data)]
+    rows = [(row, where, row_responses(row, where)) for where, row in iterate_rows(args.data)]
     if not rows:
         raise UserError(f"{args.data}: the file has no rows")
     for row, where, _ in rows:
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> None:
     scorer = Scorer.from_pretrained(args.model)
     to_accelerator(scorer.model)
     sequences = [
-        scorer.encode(text.prompt, text.response, finished=text.finished, name=where)
-        for _, where, texts in rows
-        for text in texts
+        scorer.encode_response(text, name=where) for _, where, texts in rows for text in texts
     ]
     with bar("scoring", len(sequences)) as advance:
         scored = scorer.score_ids(sequences, batch_size=args.batch_size, progress=advance)

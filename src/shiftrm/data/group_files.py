@@ -30,7 +30,7 @@ def holds_groups(path: str | Path, prompts: Sequence[Text], *, num_responses: in
         return False
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file to write")
-    rows = read_groups(path)
+    rows = read_groups(path, least=1)
     sizes = {len(row["responses"]) for row in rows}
     if len(rows) != len(prompts):
         found = f"{len(rows)} groups, not {len(prompts)}"

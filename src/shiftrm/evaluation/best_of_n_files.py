@@ -16,8 +16,8 @@ from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.evaluation.discrimination import Floats
 from shiftrm.files import Row
-from shiftrm.rendering import encode
-from shiftrm.scoring import Scorable, Scorer, scorable_texts
+from shiftrm.responses import Response, encode_response
+from shiftrm.scoring import Scorer, row_responses
 
 Scores = Callable[[Sequence[tuple[str, Row]]], list[Floats | None]]
 """From rows, each with where it stands, to the scores of each row's samples; None: left out."""
@@ -58,10 +58,10 @@ def gold_world_scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
 
     found: list[Floats | None] = []
     for where, row in rows:
-        texts = scorable_texts(row, where)
+        texts = row_responses(row, where)
         try:
             found.append(
-                np.array([gold_reward(t.prompt, t.response, finished=t.finished) for t in texts])  # type: ignore[arg-type]
+                np.array([gold_reward(t.prompt, t.text, finished=t.finished) for t in texts])  # type: ignore[arg-type]
             )
         except (UserError, AttributeError, TypeError) as error:
             raise UserError(
@@ -82,7 +82,7 @@ def model_scores(scorer: Scorer, name: str, *, batch_size: int = 64) -> Scores:
         index: dict[tuple[int, ...], int] = {}
         which: list[list[int] | None] = []
         for where, row in rows:
-            ids = [_encode(scorer, text, where) for text in scorable_texts(row, where)]
+            ids = [_encode(scorer, text, where) for text in row_responses(row, where)]
             if limit is not None and max(map(len, ids)) > limit:
                 which.append(None)
             else:
@@ -98,9 +98,9 @@ def model_scores(scorer: Scorer, name: str, *, batch_size: int = 64) -> Scores:
     return scores
 
 
-def _encode(scorer: Scorer, text: Scorable, where: str) -> tuple[int, ...]:
+def _encode(scorer: Scorer, text: Response, where: str) -> tuple[int, ...]:
     try:
-        ids = encode(scorer.tokenizer, text.prompt, text.response, finished=text.finished)
+        ids = encode_response(scorer.tokenizer, text)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if not ids:
@@ -122,7 +122,7 @@ def count_samples(source: str, *, columns: Sequence[str], texts: bool) -> int:
     for where, row in iterate_rows(source, required=("prompt",)):
         sizes = {}
         if texts:
-            sizes["responses"] = len(scorable_texts(row, where))
+            sizes["responses"] = len(row_responses(row, where))
         for name in columns:
             if name not in row:
                 raise UserError(

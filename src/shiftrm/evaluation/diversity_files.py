@@ -28,7 +28,7 @@ from shiftrm.evaluation.intervals import Measured, measured, weighted_mean
 from shiftrm.evaluation.thresholds import FEW_PROMPTS
 from shiftrm.files import Row
 from shiftrm.rendering import Text
-from shiftrm.scoring import scorable_texts
+from shiftrm.scoring import row_responses
 
 WITHIN, ACROSS = "within prompts", "across prompts"
 
@@ -116,7 +116,7 @@ def _responses(row: Row, where: str) -> list[str]:
             f"{where}: expected a column 'responses' or 'response'; the row has "
             f"{', '.join(map(repr, row))}"
         )
-    return [_plain(text.response) for text in scorable_texts(row, where)]
+    return [_plain(text.text) for text in row_responses(row, where)]
 
 
 def _plain(text: Text) -> str:

@@ -13,8 +13,9 @@ from shiftrm.errors import UserError
 from shiftrm.evaluation.diagnosis import ScoredFile
 from shiftrm.evaluation.scored import ScoredGroup, ScoredPair, ScoredResponse
 from shiftrm.files import Row
-from shiftrm.rendering import Text, encode, encode_prompt, is_conversational
-from shiftrm.scoring import Scorable, Scorer, scorable_texts
+from shiftrm.rendering import Text, encode_prompt, is_conversational
+from shiftrm.responses import Response, encode_response
+from shiftrm.scoring import Scorer, row_responses
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def score_data(
     for where, row, found in fitting:
         responses = tuple(
             ScoredResponse(rewards[index[sequence]], length, text.finished, index[sequence])
-            for (sequence, length), text in zip(found, scorable_texts(row, where), strict=True)
+            for (sequence, length), text in zip(found, row_responses(row, where), strict=True)
         )
         if not all(math.isfinite(response.reward) for response in responses):
             raise UserError(
@@ -130,11 +131,11 @@ def encode_data(
 
 def _encode(scorer: Scorer, row: Row, where: str) -> list[tuple[tuple[int, ...], int]] | None:
     """Token ids and response length of every response; None if one is longer than the context."""
-    texts = scorable_texts(row, where)
+    texts = row_responses(row, where)
     sequences = []
     for text in texts:
         try:
-            ids = encode(scorer.tokenizer, text.prompt, text.response, finished=text.finished)
+            ids = encode_response(scorer.tokenizer, text)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if not ids:
@@ -153,10 +154,10 @@ def _context(scorer: Scorer) -> int | None:
 
 
 def _prompt_length(
-    tokenizer: Any, texts: Sequence[Scorable], sequences: Sequence[tuple[int, ...]]
+    tokenizer: Any, texts: Sequence[Response], sequences: Sequence[tuple[int, ...]]
 ) -> int:
     """Tokens before the responses: the prompt, or what all sides share where none is given."""
-    prompt, conversational = texts[0].prompt, is_conversational(texts[0].response)
+    prompt, conversational = texts[0].prompt, is_conversational(texts[0].text)
     if prompt is None or prompt == []:
         return _shared(sequences)
     if isinstance(prompt, str) and conversational:

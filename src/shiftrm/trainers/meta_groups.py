@@ -8,7 +8,7 @@ from typing import Any
 
 from shiftrm.data.groups import check_group
 from shiftrm.errors import UserError
-from shiftrm.rendering import encode
+from shiftrm.responses import encode_response, group_responses
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +66,10 @@ def _encode_groups(
     long = small = alike = 0
     for index, row in enumerate(groups):
         check_group(row, f"meta_dataset, row {index}")
-        finished = row.get("finished") or [True] * len(row["responses"])
-        sequences = [
-            encode(tokenizer, row["prompt"], response, finished=done)
-            for response, done in zip(row["responses"], finished, strict=True)
-        ]
+        try:
+            sequences = [encode_response(tokenizer, r) for r in group_responses(row)]
+        except UserError as error:
+            raise UserError(f"meta_dataset, row {index}: {error}") from None
         if not all(sequences):
             raise UserError(f"meta_dataset, row {index}: a response has no tokens; remove it")
         kept = [s for s in sequences if max_length is None or len(s) <= max_length]

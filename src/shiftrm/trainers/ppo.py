@@ -314,7 +314,10 @@ class PPOTrainer:
         rewards = [reward for _, _, reward in own]
         prompts = [self.prompts[i] for i in drawn for _ in range(config.rollouts_per_prompt)]
         require_finite(torch.tensor(rewards), "the reward", step, prompts)
-        responses = [decode_response(self.tokenizer, s.prompt_ids, s.response_ids) for s in samples]
+        responses = [
+            decode_response(self.tokenizer, s.prompt_ids, s.response_ids, finished=s.finished)
+            for s in samples
+        ]
         return Rollouts(prompts, responses, [s.finished for s in samples], rewards, samples)
 
     def _next_prompt(self) -> int:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from shiftrm.errors import UserError
-from shiftrm.rendering import Text, decode_response
-from shiftrm.sampling import Sample, generate
+from shiftrm.rendering import Text
+from shiftrm.sampling import Sample, as_response, generate
+from shiftrm.scoring import rewards_of
 from shiftrm.trainers.ppo_config import PPOConfig
 from shiftrm.trainers.ppo_update import autocast
 
@@ -17,7 +18,7 @@ from shiftrm.trainers.ppo_update import autocast
 class RewardFunction(Protocol):
     """Text in, rewards out; `finished` is False where the length limit cut a response off.
 
-    A `scoring.Scorer` is one.
+    A `scoring.Scorer` is one, and reads the sampled tokens where its tokenizer is the policy's.
     """
 
     def __call__(
@@ -119,14 +120,8 @@ def sample_chunks(
         texts += [prompts[i] for i in drawn for _ in range(K)]
     if not samples:  # more processes than chunks
         return []
-    responses = [decode_response(tokenizer, s.prompt_ids, s.response_ids) for s in samples]
-    given = reward_fn(texts, responses, finished=[s.finished for s in samples])
-    rewards = [float(reward) for reward in given]
-    if len(rewards) != len(responses):
-        raise UserError(
-            f"reward_fn gave {len(rewards)} rewards for {len(responses)} responses; "
-            "it must give one each"
-        )
+    responses = [as_response(tokenizer, *one) for one in zip(texts, samples, strict=True)]
+    rewards = rewards_of(reward_fn, responses)
     return list(zip(places, samples, rewards, strict=True))
 
 

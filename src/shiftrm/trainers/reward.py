@@ -16,7 +16,7 @@ from shiftrm.data.pairs import check_pair
 from shiftrm.errors import UserError
 from shiftrm.losses import bradley_terry_loss
 from shiftrm.prefix import SharedRows, pack
-from shiftrm.rendering import encode, pin_template, template_options
+from shiftrm.rendering import encode, end_at_closing, pin_template, template_options
 from shiftrm.rewards import group_rewards, model_config, sequence_rewards, sharing_obstacle
 from shiftrm.trainers.collator import ROW, PairCollator, shared_rows
 from shiftrm.trainers.finite import require_finite_gradient
@@ -36,8 +36,9 @@ class RewardTrainer(TRLRewardTrainer):
     - The tokens that the two sides of a pair begin with are computed once (`shared_prefixes`). The
       first batch is also computed the plain way; if the states differ, nothing is shared.
     - Rewards are read in fp32 at each sequence's last token, not at the last one that is not pad.
-    - Text becomes tokens through `shiftrm.rendering`, the same function that scoring uses; a chat
-      template that asks for today's date is given a fixed day, and saved so.
+    - Text becomes tokens through `shiftrm.rendering`, the same function that scoring uses. A chat
+      template that asks for today's date is given a fixed day, one that writes more after the token
+      that closes an answer (ChatML's line break) ends with that token, and it is saved so.
     - Pairs that are too long, or identical once tokenised, are dropped and counted in the log and
       in `dropped_pairs`. A row may say that a side was cut off by a length limit
       (`chosen_finished`, `rejected_finished`: false); it is then not closed with EOS.
@@ -265,6 +266,7 @@ class RewardTrainer(TRLRewardTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         pin_template(processing_class)
+        end_at_closing(processing_class)
         in_memory = isinstance(dataset, Dataset)  # a stream takes neither num_proc nor desc
         if in_memory and len(dataset) == 0:
             raise UserError(f"the {dataset_name} data set is empty; there is nothing to learn from")
@@ -308,16 +310,19 @@ class RewardTrainer(TRLRewardTrainer):
 
 def _encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> dict[str, Any]:
     check_pair(row, f"{name} data, row {index}")
-    sides = {
-        f"{side}_ids": encode(
-            tokenizer,
-            row.get("prompt"),
-            row[side],
-            finished=row.get(f"{side}_finished", True),
-            template_options=template_options(row),
-        )
-        for side in ("chosen", "rejected")
-    }
+    try:
+        sides = {
+            f"{side}_ids": encode(
+                tokenizer,
+                row.get("prompt"),
+                row[side],
+                finished=row.get(f"{side}_finished", True),
+                template_options=template_options(row),
+            )
+            for side in ("chosen", "rejected")
+        }
+    except UserError as error:
+        raise UserError(f"{name} data, row {index}: {error}") from None
     for side, ids in sides.items():
         if not ids:
             raise UserError(

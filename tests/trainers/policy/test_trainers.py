@@ -167,8 +167,9 @@ def test_logged_rewards_are_the_scorers(kind, chat, arguments, tokenizer, scorer
         assert max(expected) - min(expected) > 1e-3, "equal rewards would show nothing"
         assert finished == [tokens[-1] == tokenizer.eos_token_id for tokens in ids]
         assert all(len(t) == 6 for t, done in zip(ids, finished, strict=True) if not done)
-    completions = [c[0]["content"] if chat else c for c in trainer._logs["completion"]]
-    assert [r.strip() for r in recorded.calls[-1][1]] == [c.strip() for c in completions]
+    _, ids = seen[-1]
+    words = [i[:-1] if done else i for i, done in zip(ids, recorded.calls[-1][2], strict=True)]
+    assert [r.strip() for r in recorded.calls[-1][1]] == [tokenizer.decode(i) for i in words]
     if not chat:
         assert all(r.startswith(" ") for r in recorded.calls[-1][1] if r), "as it was sampled"
 

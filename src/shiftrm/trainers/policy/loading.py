@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def load_reference(path: str, chosen: Settings, tokenizer: Any) -> Any:
     return model
 
 
-def load_scorer(path: str, *, batch_size: int) -> Any:
+def load_scorer(path: str, *, batch_size: int) -> Scorer:
     """A reward model as a text reward, on this process's device.
 
     Args:
@@ -107,7 +106,8 @@ def load_scorer(path: str, *, batch_size: int) -> Any:
     """
     scorer = Scorer.from_pretrained(path)
     scorer.model.to(PartialState().device)
-    return partial(scorer, batch_size=batch_size)
+    scorer.batch_size = batch_size
+    return scorer
 
 
 class AdapterOff:

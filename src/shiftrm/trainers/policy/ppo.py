@@ -20,6 +20,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text
 from shiftrm.progress import task
 from shiftrm.rendering import Text
+from shiftrm.sampling import remember_stop_tokens
 from shiftrm.trainers.policy.card import PolicyOutcome
 from shiftrm.trainers.policy.kl import MeasuredKL, measure_kl
 from shiftrm.trainers.policy.loading import (
@@ -250,6 +251,7 @@ def _final_kl(
 
 def _write(policy: Any, tokenizer: Any, finished: Path) -> None:
     """The model whole, with its tokenizer; of LoRA the merged one, and the adapter beside it."""
+    remember_stop_tokens(policy, tokenizer)
     if hasattr(policy, "merge_and_unload"):
         policy.save_pretrained(finished / "adapter")
         policy = policy.merge_and_unload()

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from shiftrm.errors import UserError
-from shiftrm.rendering import Text, decode_response, encode_prompt
+from shiftrm.rendering import Text, decode_response, encode_prompt, stop_token_ids
+from shiftrm.responses import Response, tokenizer_name
 from shiftrm.sampling import SamplingConfig, sample_rows
-from shiftrm.scoring import mean_and_spread, score_rows
+from shiftrm.scoring import mean_and_spread, rewards_of, score_rows
 from shiftrm.trainers.ppo import RewardFunction
 
 __all__ = ["SCALE_SAMPLES", "TextReward", "reward_scale"]
@@ -20,11 +21,12 @@ SCALE_SAMPLES = 256
 class TextReward:
     """Rewards of sampled tokens by a text reward, as TRL's RLOO and GRPO trainers want them.
 
-    The text is decoded here and not taken from TRL, which decodes a response alone and so loses the
-    space between it and its prompt; and what the length limit cut off is scored as unfinished.
+    A reward model with the policy's tokenizer reads the sampled tokens. The text for others is
+    decoded here and not taken from TRL, which decodes a response alone and so loses the space
+    between it and its prompt; and what the length limit cut off is scored as unfinished.
 
     Attributes:
-        eos_token_ids: the tokens that end a response; the trainer knows them.
+        stop: the tokens that end a response; the trainer sets those it samples with.
     """
 
     __name__ = "reward_model"  # under which TRL logs the rewards
@@ -34,17 +36,18 @@ class TextReward:
     ) -> None:
         self.reward_fn, self.tokenizer = reward_fn, tokenizer
         self.template_options = template_options
-        self.eos_token_ids: frozenset[int] = frozenset([tokenizer.eos_token_id])
+        self.stop: Sequence[int] = stop_token_ids(tokenizer)
 
     def __call__(
         self, *, prompts: list[Text], completion_ids: list[list[int]], **_: Any
     ) -> list[float]:
-        responses = [
-            decode_response(self.tokenizer, self._encode(prompt), ids)
-            for prompt, ids in zip(prompts, completion_ids, strict=True)
-        ]
-        finished = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids]
-        rewards = [float(r) for r in self.reward_fn(prompts, responses, finished=finished)]
+        rewards = rewards_of(
+            self.reward_fn,
+            [
+                self._response(prompt, ids)
+                for prompt, ids in zip(prompts, completion_ids, strict=True)
+            ],
+        )
         for prompt, reward in zip(prompts, rewards, strict=True):
             if not math.isfinite(reward):
                 raise UserError(
@@ -52,8 +55,11 @@ class TextReward:
                 )
         return rewards
 
-    def _encode(self, prompt: Text) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, template_options=self.template_options)
+    def _response(self, prompt: Text, ids: list[int]) -> Response:
+        opening = encode_prompt(self.tokenizer, prompt, template_options=self.template_options)
+        finished = bool(ids) and ids[-1] in self.stop
+        text = decode_response(self.tokenizer, opening, ids, finished=finished)
+        return Response(prompt, text, finished, ids, tokenizer_name(self.tokenizer))
 
 
 def reward_scale(

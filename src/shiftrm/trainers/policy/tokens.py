@@ -65,10 +65,14 @@ def encode_preference(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int
     """`prompt_ids`, `chosen_ids` and `rejected_ids`, as `trl.DPOTrainer` takes them.
 
     Args:
-        row: as `data.pairs` reads it; a prompt that both sides hold is found by TRL.
+        row: as `data.pairs` reads it. In messages without a prompt it is found by TRL; texts
+            without one are whole responses to an empty prompt (a common beginning of letters is no
+            prompt).
     """
     options = template_options(row)
-    if row.get("prompt") is None:
+    if row.get("prompt") is None and isinstance(row["chosen"], str):
+        row = {**row, "prompt": ""}
+    elif row.get("prompt") is None:
         row = {**row, **extract_prompt({side: row[side] for side in ("chosen", "rejected")})}
     sides = {
         side: encode(

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
 
 from shiftrm.rendering import pin_template
+from shiftrm.sampling import remember_stop_tokens
 from shiftrm.trainers.finite import require_finite_gradient
 from shiftrm.trainers.policy.text_reward import TextReward
 from shiftrm.trainers.policy.tokens import drop, encode_demonstration, encode_preference
@@ -58,6 +59,7 @@ class SFTTrainer(_Guarded, trl.SFTTrainer):
         if args.completion_only_loss is None:
             args.completion_only_loss = True  # TRL would not, for rows of messages
         super().__init__(model, args, **rest)
+        remember_stop_tokens(self.model, self.processing_class)
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: Any, *rest: Any
@@ -85,6 +87,7 @@ class DPOTrainer(_Guarded, trl.DPOTrainer):
     def __init__(self, model: Any, reference: Any, args: Any, **rest: Any) -> None:
         self.dropped, self._context = {}, _context(model)
         super().__init__(model, reference, args, **rest)
+        remember_stop_tokens(self.model, self.processing_class)
         if args.disable_dropout:
             switch_off_dropout(self.model)
             if self.ref_model is not None:
@@ -194,8 +197,14 @@ class _Rewarded(_Guarded):
             super().__init__(  # type: ignore[call-arg]
                 model, rewarders, args, processing_class=tokenizer, **rest
             )
+        # TRL knows the generation config's, but not the token that closes a turn of the template.
+        self.eos_token_ids = remember_stop_tokens(self.model, tokenizer)  # type: ignore[attr-defined]
+        if not args.use_vllm:
+            drawing: Any = self
+            drawing.generation_config.eos_token_id = self.eos_token_ids
+            drawing.generation_kwargs["eos_token_id"] = self.eos_token_ids
         for rewarder in rewarders:
-            rewarder.eos_token_ids = frozenset(self.eos_token_ids)  # type: ignore[attr-defined]
+            rewarder.stop = self.eos_token_ids
         self.beta = args.beta
         if reference is not None and self.beta != 0.0:
             if args.disable_dropout:

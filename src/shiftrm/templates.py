@@ -1,0 +1,314 @@
+"""What a chat template writes around an answer: its opening, and the token that ends it.
+
+Templates are programs, so they are asked: a conversation with a marker as the answer is rendered,
+and what stands before and after the marker is read off. Chats are rendered here and nowhere else.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from shiftrm.errors import UserError
+from shiftrm.files import encodable
+
+__all__ = ["Turn", "end_at_closing", "opening_text", "render", "special_ids", "turn"]
+
+Messages = list[dict[str, Any]]
+
+MARKER = "shiftrm0answer0"
+"""Stands for an answer; no template changes it (no spaces, no capitals, no markup)."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a template ends an assistant's last turn.
+
+    Attributes:
+        tail: everything it writes after the answer, such as `<|im_end|>` and a line break.
+        closing: texts of the tail up to and including the token that ends the answer, one a token;
+            the tokenizer's EOS alone where the template writes no such token.
+        stop_id: the id of that token; None if there is neither.
+    """
+
+    tail: str
+    closing: tuple[str, ...]
+    stop_id: int | None
+
+
+def render(
+    tokenizer: Any, messages: Messages, options: dict[str, Any], *, open_answer: bool = False
+) -> str:
+    """A conversation as text.
+
+    Args:
+        options: what else the template takes (`tools`, `enable_thinking`, ...).
+        open_answer: end with the opening of the assistant's answer.
+
+    Raises:
+        UserError: no template, or the template is broken or refuses this chat; content that is no
+            text; tool calls that the template leaves out.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the data is conversational but the tokenizer has no chat template: set "
+            "tokenizer.chat_template (or --chat_template_path), or use plain strings"
+        )
+    plain = [_with_text(message, number) for number, message in enumerate(messages, start=1)]
+    if _kept(tokenizer, "parts", _takes_parts_only):
+        plain = [_in_parts(message) for message in plain]
+    try:
+        text = _apply(tokenizer, plain, options, open_answer=open_answer)
+    except Exception as error:  # a template is somebody's program and may raise anything
+        problem = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the chat template cannot render this chat ({type(error).__name__}: {problem:.200}); "
+            "check the roles and contents of its messages, or the template"
+        ) from None
+    for number, message in enumerate(messages, start=1):
+        for name in _called(message):
+            if name not in text:
+                raise UserError(
+                    f"message {number} calls the tool {name!r}, but the chat template leaves tool "
+                    "calls out; use a template that writes them, or put them into the content"
+                )
+    return text
+
+
+def opening_text(tokenizer: Any, prompt: Messages, options: dict[str, Any]) -> str:
+    """What a policy continues: the prompt and the opening of its answer.
+
+    A prompt that ends with the assistant's words is continued, not closed.
+    """
+    if not prompt or prompt[-1].get("role") != "assistant":
+        return render(tokenizer, prompt, options, open_answer=True)
+    *before, begun = prompt
+    words = text_of(begun, len(prompt))
+    opening = render(tokenizer, before, options, open_answer=True) if before else ""
+    written, _ = _around(tokenizer, [*before, {**begun, "content": MARKER}], options)
+    return opening + between(opening, written, words) + words
+
+
+def between(opening: str, written: str, words: str) -> str:
+    """What a template writes between the opening that a policy is given and the answer.
+
+    Some write an empty thought there (`<think></think>`) once the answer is known to have none.
+
+    Args:
+        written: the conversation up to the answer, as the template writes it as a whole.
+        words: the answer; nothing goes before one that brings its own reasoning.
+    """
+    return "" if "</think>" in words else written[_common(opening, written) :]
+
+
+def answered_text(tokenizer: Any, prompt: Messages, answer: Messages, options: Any) -> str:
+    """Prompt and answering messages without what the template writes after the last one's words.
+
+    It begins with `opening_text` of the prompt, also under templates that write the opening in
+    another way once the answer is there (as those do that drop an earlier `<think>`).
+    """
+    opening = opening_text(tokenizer, prompt, options) if prompt else ""
+    if prompt and prompt[-1].get("role") == "assistant" and len(answer) == 1:
+        return opening + text_of(answer[0], len(prompt) + 1)  # goes on with what was begun
+    whole = render(tokenizer, [*prompt, *answer], options)
+    tail = turn(tokenizer).tail
+    if tail and whole.endswith(tail):
+        whole = whole[: -len(tail)]
+    if whole.startswith(opening):
+        return whole
+    # Not what both begin with: the answer itself may begin as the opening goes on.
+    written, _ = _around(tokenizer, [*prompt, {**answer[0], "content": MARKER}], options)
+    return opening + whole[_common(opening, written) :]
+
+
+def unfinished_text(tokenizer: Any, prompt: Messages, answer: Messages, options: Any) -> str:
+    """Prompt and answering messages whose last was cut off: its own words to the last character."""
+    *before, last = answer
+    words = text_of(last, len(prompt) + len(answer))
+    opening = opening_text(tokenizer, prompt, options) if prompt else ""
+    if prompt and prompt[-1].get("role") == "assistant" and not before:
+        return opening + words
+    marked = [*prompt, *before, {**last, "content": MARKER}]
+    written, _ = _around(tokenizer, marked, options)
+    return opening + between(opening, written, words) + words
+
+
+def text_of(message: dict[str, Any], number: int) -> str:
+    """A message's content as text, parts joined; "" for one that only calls tools.
+
+    Raises:
+        UserError: a part that is no text, such as an image.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        return str(encodable(content))
+    return "".join(str(encodable(part["text"])) for part in _text_parts(content, number))
+
+
+def _text_parts(content: Any, number: int) -> list[dict[str, Any]]:
+    parts = content or []
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(
+                f"message {number} holds a part of type {kind!r}; only text can be read "
+                '({"type": "text", "text": ...})'
+            )
+    return list(parts)
+
+
+def turn(tokenizer: Any) -> Turn:
+    """How this tokenizer's template ends an answer; EOS for one without a template."""
+    return _kept(tokenizer, "turn", _read_turn)
+
+
+_KEPT: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def _kept(tokenizer: Any, what: str, read: Callable[[Any], Any]) -> Any:
+    """What was read off a tokenizer's template, once for each template and EOS it has had."""
+    found = _KEPT.setdefault(tokenizer, {})
+    key = (what, str(tokenizer.chat_template), tokenizer.eos_token)
+    if key not in found:
+        found[key] = read(tokenizer)
+    return found[key]
+
+
+def _read_turn(tokenizer: Any) -> Turn:
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    by_eos = Turn("", () if eos is None else (eos,), eos_id)
+    question = {"role": "user", "content": "a"}
+    answer = {"role": "assistant", "content": MARKER}
+    try:
+        _, tail = _around(tokenizer, [question, answer], {})
+    except UserError:
+        return by_eos
+    closing = _closing(tokenizer, tail)
+    if not closing and not tail.strip():  # the next turn's opening ends this one, as in GLM
+        try:
+            _, further = _around(tokenizer, [question, answer, question], {})
+        except UserError:
+            further = ""
+        closing = _closing(tokenizer, further)[:1]
+    if not closing:
+        return Turn(tail, by_eos.closing, eos_id)
+    return Turn(tail, tuple(text for _, text in closing), closing[-1][0])
+
+
+def _closing(tokenizer: Any, tail: str) -> list[tuple[int, str]]:
+    """The tokens of a tail up to the last of its first run of special tokens; none without one."""
+    special = special_ids(tokenizer)
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    found: list[tuple[int, str]] = []
+    for token in ids:
+        if token in special:
+            found.append((token, tokenizer.convert_ids_to_tokens(token)))
+        elif found:
+            break
+        elif tokenizer.decode([token]).strip():  # words stand before it: no end of a turn
+            return []
+    if not found:
+        return []
+    before, _, _ = tail.partition(found[0][1])  # a line break, in some templates
+    return [(found[0][0], before + found[0][1]), *found[1:]]
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of tokens that stand for no text of their own."""
+    return frozenset(tokenizer.all_special_ids) | frozenset(
+        getattr(tokenizer, "added_tokens_decoder", {})
+    )
+
+
+def end_at_closing(tokenizer: Any) -> None:
+    """Make the chat template itself end a finished answer with the token that ends it, in place.
+
+    Our rendering ends there. Saved with a reward model, the template then gives the same tokens to
+    whoever renders with it (TRL, vLLM, transformers): without this they would read the reward at
+    the line break that ChatML puts after `<|im_end|>`, or find no closing token at all. It changes
+    nothing else, and nothing where the template ends so by itself.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return
+    ends = turn(tokenizer)
+    closing = "".join(ends.closing)
+    if ends.tail == closing:
+        return
+    kept = template.removesuffix("\n")  # as jinja does with the last line break of a source
+    cut = f"shiftrm_text[:{-len(ends.tail)}]" if ends.tail else "shiftrm_text"
+    tokenizer.chat_template = (
+        "{% set shiftrm_text %}{{ '' }}" + kept + "{{ '' }}{% endset %}"
+        "{% if not add_generation_prompt and messages and messages[-1]['role'] == 'assistant' "
+        f"and shiftrm_text.endswith({ends.tail!r}) %}}"
+        f"{{{{ {cut} + {closing!r} }}}}"
+        "{% else %}{{ shiftrm_text }}{% endif %}"
+    )
+
+
+def _around(tokenizer: Any, messages: Messages, options: dict[str, Any]) -> tuple[str, str]:
+    """What stands before and after the marker.
+
+    Raises:
+        UserError: the template does not write it.
+    """
+    text = render(tokenizer, messages, options)
+    before, found, after = text.rpartition(MARKER)
+    if not found:
+        raise UserError("the chat template does not write the assistant's answers")
+    return before, after
+
+
+def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """The message with its content as one text; null stays, for messages that only call tools."""
+    if message.get("content") is None:
+        return dict(message)
+    return {**message, "content": text_of(message, number)}
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _called(message: dict[str, Any]) -> Sequence[str]:
+    """Names of the tools that a message calls."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return ()
+    functions = [call.get("function") or call for call in calls if isinstance(call, dict)]
+    names = [f.get("name") for f in functions if isinstance(f, dict)]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _takes_parts_only(tokenizer: Any) -> bool:
+    """Whether a template wants content as a list of parts, and loses it or fails as a string."""
+
+    def writes(content: Any) -> bool:
+        chat = [{"role": "user", "content": content}]
+        try:
+            return MARKER in _apply(tokenizer, chat, {}, open_answer=True)
+        except Exception:  # as in `render`
+            return False
+
+    return not writes(MARKER) and writes([{"type": "text", "text": MARKER}])
+
+
+def _apply(
+    tokenizer: Any, messages: Messages, options: dict[str, Any], *, open_answer: bool
+) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            encodable(messages), tokenize=False, add_generation_prompt=open_answer, **options
+        )
+    )
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters two texts begin with in common."""
+    for place, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(second))
