@@ -295,7 +295,7 @@ def test_refusals(policy, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"prompt 1 has 60 tokens; .* context of 64"):
         call(["the", "the " * 60])
     for bad in (
-        {"temperature": 0},
+        {"temperature": -0.1},
         {"temperature": float("nan")},
         {"top_p": 1.5},
         {"max_new_tokens": 0},

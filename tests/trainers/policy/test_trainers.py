@@ -198,12 +198,12 @@ def test_rloo_is_trls(arguments, tokenizer, scorer, tmp_path):
     model().save_pretrained(tmp_path / "policy")
 
     def their_reward(prompts, completions, completion_ids, **_):
+        done = [ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
         whole = [
-            tokenizer.decode([*encode_prompt(tokenizer, prompt), *ids], skip_special_tokens=True)
-            for prompt, ids in zip(prompts, completion_ids, strict=True)
+            tokenizer.decode([*encode_prompt(tokenizer, prompt), *(ids[:-1] if end else ids)])
+            for prompt, ids, end in zip(prompts, completion_ids, done, strict=True)
         ]
         responses = [text.removeprefix(p) for text, p in zip(whole, prompts, strict=True)]
-        done = [ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
         return scorer(prompts, responses, finished=done)
 
     theirs = trl.RLOOTrainer(
