@@ -12,6 +12,7 @@ from shiftrm.transfer.batches import (
     outer_batch,
 )
 from shiftrm.transfer.tasks import TaskPlan
+from tests.byte_level import byte_level
 from tests.transfer.domains import make_domain, make_split
 
 PLAN = TaskPlan(
@@ -39,14 +40,9 @@ def test_the_response_begins_after_the_prompt_and_ends_with_eos_where_it_is_fini
 
 
 def test_a_token_that_joins_prompt_and_response_counts_as_the_responses():
-    class Joining:
-        eos_token, eos_token_id = "</s>", 9
-
-        def __call__(self, text):
-            parts = text.replace("</s>", " 9").replace("ab", " 3 ").replace("a", " 1 ").split()
-            return {"input_ids": [int(p) for p in parts if p.isdigit()]}
-
-    assert encode_for_policy(Joining(), "7 a", "b 5") == ([7, 3, 5, 9], 1)
+    joining = byte_level(None, merges=[("a", "b")])
+    seven, space, joined, x = joining.convert_tokens_to_ids(["7", "\u0120", "ab", "x"])
+    assert encode_for_policy(joining, "7 a", "bx") == ([seven, space, joined, x, 2], 2)
 
 
 def test_batches_by_hand(tokenizer):
