@@ -20,7 +20,7 @@ from shiftrm.errors import UserError
 from shiftrm.rewards import token_values
 from shiftrm.sampling import PAPER_SAMPLING, Sample, SamplingConfig, generate
 from shiftrm.scoring import Scorer
-from shiftrm.trainers import ppo
+from shiftrm.trainers import ppo, ppo_math
 from shiftrm.trainers.ppo import (
     KLController,
     PPOConfig,
@@ -34,7 +34,7 @@ from shiftrm.trainers.ppo import (
     token_rewards,
     whiten,
 )
-from shiftrm.trainers.ppo_math import Rows
+from shiftrm.trainers.ppo_math import Rows, kl_and_entropy
 
 WORDS = ("go", "on", "a", "b", "c", "d", "e", "f", "g")
 V = len(WORDS) + 2
@@ -226,6 +226,19 @@ def plain_logprobs(model, sample):
     return torch.stack([table[P - 1 + t, w] for t, w in enumerate(sample.response_ids)])
 
 
+def plain_states(policy, reference, sample):
+    """KL to the reference and entropy at each state of one row, plainly and in fp64."""
+    ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+    states = slice(len(sample.prompt_ids) - 1, -1)
+    with torch.no_grad():
+        log_p, log_q = (
+            model(input_ids=ids).logits[0, states].double().log_softmax(-1)
+            for model in (policy, reference)
+        )
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(-1), -(p * log_p).sum(-1)
+
+
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 @pytest.mark.parametrize("make_model", [make_llama, make_gpt2])
 def test_old_logprobs_are_the_unmodified_policys(monkeypatch, make_model, pad_is_eos):
@@ -256,7 +269,8 @@ def test_old_logprobs_are_the_unmodified_policys(monkeypatch, make_model, pad_is
     assert 0 < sum(rollouts.finished) < len(rollouts.finished)
     assert log.kl == pytest.approx(0.0, abs=1e-5)
     assert log.length_mean == sum(len(s.response_ids) for s in rollouts.samples) / 32
-    assert log.entropy == pytest.approx(-seen["old"][seen["mask"]].mean().item(), abs=1e-5)
+    entropies = [plain_states(before, before, sample)[1] for sample in rollouts.samples]
+    assert log.entropy == pytest.approx(float(torch.cat(entropies).mean()), abs=1e-5)
     assert log.explained_variance == pytest.approx(0.0, abs=1e-6)  # the critic still says 0
     for row, sample in enumerate(rollouts.samples):
         mask = seen["mask"][row]
@@ -392,6 +406,60 @@ def test_kl_estimates_against_the_exact_sequence_kl():
     for estimate in (k1, full):
         assert abs(float(estimate.mean()) - kl) < 4 * float(estimate.std()) / math.sqrt(4000)
     assert float(full.var()) < 0.5 * float(k1.var())
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(8), SamplingConfig(8, 0.8, 0.9, 1.1)])
+@pytest.mark.parametrize("at_once", [ppo.LOGITS_AT_ONCE, 3 * V, 1])
+def test_logged_kl_and_controller_do_not_depend_on_how_responses_are_drawn(
+    monkeypatch, sampling, at_once
+):
+    """Sharper samples than the policy's own make log pi/pi_ref fall where the KL grows."""
+    monkeypatch.setattr(ppo, "LOGITS_AT_ONCE", at_once)
+    reference = make_llama(scale=30.0)
+    policy = make_llama(scale=15.0)
+    settings = {"steps": 1, "prompts_per_step": 16, "rollouts_per_prompt": 8}
+    settings |= {"learning_rate": 1e-12, "critic_learning_rate": 1e-12, "kl_target": 0.2}
+    config = PPOConfig(sampling=sampling, kl_coefficient=0.05, **settings)
+    trainer = PPOTrainer(
+        copy.deepcopy(policy),
+        reference,
+        make_critic(policy),
+        share_of_a,
+        make_tokenizer(),
+        ["go", "go on a b", "on go"],
+        config,
+    )
+    log, rollouts = trainer.step(1)
+    found = [plain_states(policy, reference, sample) for sample in rollouts.samples]
+    assert len({len(sample.response_ids) for sample in rollouts.samples}) > 2
+    assert log.kl == pytest.approx(sum(float(kl.sum()) for kl, _ in found) / 128, rel=1e-5)
+    assert log.kl > 0.25
+    assert log.entropy == pytest.approx(float(torch.cat([h for _, h in found]).mean()), rel=1e-5)
+    k1 = [plain_logprobs(policy, s) - plain_logprobs(reference, s) for s in rollouts.samples]
+    assert log.kl_sampled == pytest.approx(sum(float(d.sum()) for d in k1) / 128, abs=1e-5)
+    assert (log.kl_sampled < 0) == (sampling.temperature != 1)
+    assert trainer.controller.coefficient > 0.05
+
+
+def test_kl_and_entropy_in_slices_and_at_the_edges(monkeypatch):
+    torch.manual_seed(0)
+    logits, other = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    logits[0, 0] = torch.tensor([0.0, 0.0, -math.inf, -math.inf, -math.inf])  # 2 of 5 words
+    other[0, 0] = torch.tensor([math.log(3.0), 0.0, -math.inf, 0.0, 0.0])
+    mask = bools([1, 1, 0], [0, 1, 1])
+    kl, entropy = kl_and_entropy(logits, other, mask)
+    # KL((1/2, 1/2) || (1/2, 1/6)): the reference has 6 sixths, of which the last two are elsewhere.
+    assert float(kl[0, 0]) == pytest.approx(0.5 * math.log(3.0), abs=1e-6)
+    assert float(entropy[0, 0]) == pytest.approx(math.log(2.0), abs=1e-6)
+    assert bool((kl[~mask] == 0).all()) and bool((entropy[~mask] == 0).all())
+    monkeypatch.setattr(ppo_math, "_SLICE", 11)
+    for whole, part in zip((kl, entropy), kl_and_entropy(logits, other, mask), strict=True):
+        assert torch.equal(whole, part)
+    low = kl_and_entropy(logits.bfloat16(), other.bfloat16(), mask)[0]
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, kl, rtol=0.05, atol=0.02)
+    logits[1, 1, 0] = math.nan
+    assert math.isnan(kl_and_entropy(logits, other, mask)[0][1, 1])
 
 
 # Training

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,19 @@ from shiftrm.trainers import ppo_checkpoint
 from shiftrm.trainers.ppo_config import PPOConfig
 from shiftrm.trainers.ppo_distributed import Processes
 from shiftrm.trainers.ppo_math import (
+    LOGITS_AT_ONCE,
     KLController,
     Rows,
     clipped_policy_loss,
     clipped_value_loss,
     exact_token_kl,
     gae,
+    kl_and_entropy,
     masked_mean,
     masked_variance,
     policy_logprobs,
     token_rewards,
+    vocabulary_of,
     whiten,
 )
 from shiftrm.trainers.ppo_models import (
@@ -69,6 +72,20 @@ __all__ = [
     "token_rewards",
     "whiten",
 ]
+
+
+class _Old(NamedTuple):
+    """What is computed of the roll-outs before the update, shape [B, A] each.
+
+    Log-probabilities of the sampled tokens under policy and reference, the critic's values, and
+    over the whole vocabulary the KL to the reference and the policy's entropy.
+    """
+
+    logprobs: Tensor
+    reference: Tensor
+    values: Tensor
+    kl: Tensor
+    entropy: Tensor
 
 
 class PPOTrainer:
@@ -249,10 +266,11 @@ class PPOTrainer:
         raw = torch.tensor(rollouts.rewards, dtype=torch.float64)
         standardised = (raw - (config.reward_mean or 0.0)) / (config.reward_std or 1.0)
 
-        old, reference, values = self._old_quantities(step, rows)
+        old, reference, values, kl_BA, entropy = self._old_quantities(step, rows)
         mask = rows.response_mask
-        kl_B = (old - reference).sum(dim=1)
-        require_finite(kl_B, "the KL to the reference", step, rollouts.prompts)
+        sampled_B, kl_B = (old - reference).sum(dim=1), kl_BA.sum(dim=1)
+        for numbers in (sampled_B, kl_B):
+            require_finite(numbers, "the KL to the reference", step, rollouts.prompts)
         coefficient = self.controller.coefficient
         rewards = token_rewards(
             self._scores(standardised, rollouts.finished).to(old),
@@ -279,8 +297,9 @@ class PPOTrainer:
             score_mean=float(raw.mean()),
             standardised_mean=float(standardised.mean()),
             kl=kl,
+            kl_sampled=float(sampled_B.mean()),
             kl_coefficient=coefficient,
-            entropy=-float(masked_mean(old, mask)),
+            entropy=float(masked_mean(entropy, mask)),
             explained_variance=1 - unexplained / spread if spread > 0 else None,
             length_mean=float(mask.sum()) / len(rows),
             truncated_share=1 - sum(rollouts.finished) / len(rows),
@@ -337,21 +356,24 @@ class PPOTrainer:
         return scores - config.truncation_penalty * (~torch.tensor(finished)).to(scores.dtype)
 
     @torch.no_grad()
-    def _old_quantities(self, step: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of policy and reference, and values, all before the update: [B, A]."""
+    def _old_quantities(self, step: int, rows: Rows) -> _Old:
         ix = self.processes.mine(range(len(rows)))
+        size = self.config.forward_batch_size
+        few = min(size, rows.within(LOGITS_AT_ONCE, vocabulary_of(self.policy)))
+        found: list[tuple[Tensor, ...]] = []
         with self.processes.together(), self._out_of_memory(step, "in a pass without gradient"):
-            chunks = list(rows.select(ix).chunks(self.config.forward_batch_size))
-            old = [self._pass(chunk.logprobs, self.policy) for chunk in chunks]
-            with reference_of(self.policy, self.reference) as reference:
-                theirs = [self._pass(chunk.logprobs, reference) for chunk in chunks]
+            own = rows.select(ix)
+            for chunk in own.chunks(few):
+                logits = self._pass(chunk.logits, self.policy)
+                with reference_of(self.policy, self.reference) as reference:
+                    theirs = self._pass(chunk.logits, reference)
+                kl, entropy = kl_and_entropy(logits, theirs, chunk.response_mask)
+                found.append((chunk.chosen(logits), chunk.chosen(theirs), kl, entropy))
             with activity(self.critic):
-                values = [self._pass(chunk.values, self.critic) for chunk in chunks]
-        return (
-            self._whole(old, ix, rows),
-            self._whole(theirs, ix, rows),
-            self._whole(values, ix, rows),
-        )
+                values = [self._pass(chunk.values, self.critic) for chunk in own.chunks(size)]
+        by_name = [[f[k] for f in found] for k in range(4)]
+        by_name.insert(2, values)
+        return _Old(*(self._whole(parts, ix, rows) for parts in by_name))
 
     def _whole(self, parts: list[Tensor], ix: list[int], rows: Rows) -> Tensor:
         """All rows on every process, of those at `ix` on this one."""

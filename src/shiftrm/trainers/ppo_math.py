@@ -19,6 +19,12 @@ from torch import Tensor, nn
 from shiftrm.rewards import pad_right, token_values
 from shiftrm.sampling import Sample
 
+LOGITS_AT_ONCE = 2**27
+"""Logits of one model held at once where no gradient needs them (512 MiB in fp32)."""
+
+_SLICE = 2**23
+"""Logits copied to fp32 at once."""
+
 
 def gae(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float
@@ -241,26 +247,34 @@ class Rows:
             yield self.select(slice(start, start + size))
 
     def logits(self, model: Any) -> Tensor:
-        """Unmodified logits (fp32 or more) of the last A tokens, shape [B, A, V]."""
+        """Unmodified logits of the last A tokens, as the model gives them, shape [B, A, V]."""
         A = self.response_mask.shape[1]
         options: dict[str, Any] = {}
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
             options["logits_to_keep"] = A + 1  # spares the prompts the vocabulary projection
-        logits = model(
+        logits: Tensor = model(
             input_ids=self.input_ids,
             attention_mask=self.attention_mask,
             use_cache=False,
             **options,
         ).logits[:, -(A + 1) : -1]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits
 
     def logprobs(self, model: Any) -> Tensor:
         """Log-probabilities of the last A tokens, shape [B, A]; 0 where the mask is False."""
-        logits = self.logits(model)
+        return self.chosen(self.logits(model))
+
+    def chosen(self, logits: Tensor) -> Tensor:
+        """The like, of logits [B, A, V]; in fp32 or more."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         tokens = self.input_ids[:, -self.response_mask.shape[1] :]
         chosen = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
         return chosen.masked_fill(~self.response_mask, 0.0)
+
+    def within(self, logits: int, vocabulary: int) -> int:
+        """How many rows, at least one, have at most so many logits together."""
+        return max(1, logits // max(1, self.response_mask.shape[1] * vocabulary))
 
     def values(self, critic: nn.Module) -> Tensor:
         """The critic's value of the state before each of the last A tokens, shape [B, A]."""
@@ -295,16 +309,59 @@ def exact_token_kl(
 
     `sum_t KL(pi(.|s_t) || pi_ref(.|s_t))`. Its expectation over samples of the unmodified policy is
     the sequence KL (chain rule), as for the usual `sum_t log pi/pi_ref` (k1), with less variance
-    and never negative. Samples drawn otherwise (temperature, top-p) bias both.
+    and never negative. Along samples drawn otherwise (temperature, top-p, penalties) it is the KL
+    over the states that those visit; k1 along them estimates nothing and may be negative.
+
+    Args:
+        batch_size: rows in one pass at most; fewer where their logits exceed `LOGITS_AT_ONCE`.
 
     Returns:
         Nats, shape [B].
     """
     rows = Rows.pack(samples, device=next(policy.parameters()).device)
+    size = min(batch_size, rows.within(LOGITS_AT_ONCE, vocabulary_of(policy)))
     kl: list[Tensor] = []
-    for chunk in rows.chunks(batch_size):
-        log_p = chunk.logits(policy).log_softmax(-1)
-        log_q = chunk.logits(reference).log_softmax(-1)
-        by_token = (log_p.exp() * (log_p - log_q)).sum(-1)
-        kl.append(by_token.masked_fill(~chunk.response_mask, 0.0).sum(1))
+    for chunk in rows.chunks(size):
+        kl_BA, _ = kl_and_entropy(
+            chunk.logits(policy), chunk.logits(reference), chunk.response_mask
+        )
+        kl.append(kl_BA.sum(1))
     return torch.cat(kl)
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many logits a causal language model of transformers gives a token."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+@torch.no_grad()
+def kl_and_entropy(
+    logits_BTV: Tensor, ref_logits_BTV: Tensor, mask_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL to the reference and entropy at each state, exactly over the vocabulary; in fp32 or more.
+
+    `KL_t = sum_v pi_v (log pi_v - log pi_ref_v)`, `H_t = -sum_v pi_v log pi_v`.
+
+    Args:
+        logits_BTV, ref_logits_BTV: of policy and reference, any precision, shape [B, T, V].
+        mask_BT: True at response tokens, shape [B, T].
+
+    Returns:
+        Nats, shape [B, T] each, at least 0; 0 where the mask is False, NaN where a logit is.
+    """
+    dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
+    V = logits_BTV.shape[-1]
+    logits_NV, ref_NV = logits_BTV.reshape(-1, V), ref_logits_BTV.reshape(-1, V)
+    kl, entropy = [], []
+    size = max(1, _SLICE // V)  # of states: the copies in fp32 stay small
+    for start in range(0, len(logits_NV), size):
+        log_p = logits_NV[start : start + size].to(dtype).log_softmax(-1)
+        log_q = ref_NV[start : start + size].to(dtype).log_softmax(-1)
+        p = log_p.exp()
+        never = p == 0  # where log p may be -inf
+        entropy.append(-(p * log_p).masked_fill(never, 0.0).sum(-1))
+        kl.append((p * (log_p - log_q)).masked_fill(never, 0.0).sum(-1))
+    return (
+        torch.cat(kl).view_as(mask_BT).clamp(min=0.0).masked_fill(~mask_BT, 0.0),
+        torch.cat(entropy).view_as(mask_BT).clamp(min=0.0).masked_fill(~mask_BT, 0.0),
+    )

@@ -52,10 +52,16 @@ class StepLog:
         step: from 1.
         score_mean: raw reward.
         standardised_mean: `(reward - reward_mean) / reward_std`.
-        kl: sequence KL to the reference in nats, mean of `sum_t log pi/pi_ref` (k1); unbiased if
-            sampling leaves the policy unmodified (temperature 1, top-p 1, no penalty).
+        kl: sequence KL to the reference in nats, mean over the responses of the sum over their
+            states of KL(pi || pi_ref) over the whole vocabulary. Never negative, whatever the
+            sampling; unbiased for the policy's own KL if it leaves the policy unmodified
+            (temperature 1, top-p 1, no penalty), else the KL over the states that it visits. The
+            controller steers by it.
+        kl_sampled: the same by `sum_t log pi/pi_ref` of the sampled tokens (k1), which the penalty
+            in the rewards consists of. With modified sampling it estimates no KL and can be
+            negative while the policy moves away.
         kl_coefficient: the one used in this step.
-        entropy: nats a token, estimated by `-log pi` of the sampled tokens.
+        entropy: nats a token, exactly over the vocabulary at the states visited.
         clip_fraction: share of tokens whose ratio left the clip range, mean over the updates.
         policy_loss, value_loss, gradient_norm: mean over the step's updates.
         explained_variance: of the returns by the old values; 1 is a perfect critic; None
@@ -70,6 +76,7 @@ class StepLog:
     score_mean: float
     standardised_mean: float
     kl: float
+    kl_sampled: float
     kl_coefficient: float
     entropy: float
     clip_fraction: float

@@ -45,7 +45,7 @@ __all__ = ["log_row", "reporting", "reporting_arguments", "run_ppo"]
 SCALE_FILE = "reward_scale.json"
 """In the work folder: mean and spread of the rewards, measured once."""
 
-RENAMED = {"kl": "sequence_kl", "score_mean": "reward"}
+RENAMED = {"kl": "sequence_kl", "kl_sampled": "sequence_kl_sampled", "score_mean": "reward"}
 """Numbers of a `StepLog` under the names that they have with every method."""
 
 
