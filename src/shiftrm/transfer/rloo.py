@@ -90,8 +90,8 @@ class RLOOLog:
     Attributes:
         step: from 1.
         score_mean: raw reward.
-        kl: sequence KL to the reference in nats, mean of `sum_t log pi/pi_ref`; None where
-            kl_coefficient is 0 and no reference is asked.
+        kl: sequence KL to the reference in nats, as `StepLog.kl` (on some of the roll-outs); None
+            where kl_coefficient is 0 and no reference is asked.
     """
 
     step: int

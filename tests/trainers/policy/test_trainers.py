@@ -14,6 +14,7 @@ from shiftrm.errors import UserError
 from shiftrm.rendering import encode_prompt
 from shiftrm.sampling import Sample, as_samples
 from shiftrm.scoring import Scorer
+from shiftrm.trainers.policy import trainers
 from shiftrm.trainers.policy.configs import DPOConfig, GRPOConfig, RLOOConfig
 from shiftrm.trainers.policy.loading import AdapterOff
 from shiftrm.trainers.policy.trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
@@ -174,10 +175,31 @@ def test_logged_rewards_are_the_scorers(kind, chat, arguments, tokenizer, scorer
         assert all(r.startswith(" ") for r in recorded.calls[-1][1] if r), "as it was sampled"
 
 
+def plain_kl(policy, reference, sample):
+    """Over the whole vocabulary at each state of the response, plainly and in fp64."""
+    ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+    states = slice(len(sample.prompt_ids) - 1, -1)
+    with torch.no_grad():
+        log_p, log_q = (
+            m(input_ids=ids).logits[0, states].double().log_softmax(-1) for m in (policy, reference)
+        )
+    return float((log_p.exp() * (log_p - log_q)).sum())
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.5}, {"temperature": 0.8, "top_p": 0.6, "repetition_penalty": 1.2}],
+)
+@pytest.mark.parametrize("at_once", [trainers.LOGITS_AT_ONCE, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sequence_kl_by_a_plain_account(kind, arguments, tokenizer, scorer):
-    """To the given reference, over the samples of the first step; k1 for RLOO, k3 for GRPO."""
-    trainer = rewarded(kind, arguments, tokenizer, scorer, reference=model(1), max_steps=1)
+def test_sequence_kl_by_a_plain_account(
+    monkeypatch, kind, at_once, sampling, arguments, tokenizer, scorer
+):
+    """To the given reference, exactly along the samples of the first step, however drawn."""
+    monkeypatch.setattr(trainers, "LOGITS_AT_ONCE", at_once)
+    trainer = rewarded(
+        kind, arguments, tokenizer, scorer, reference=model(1), max_steps=1, **sampling
+    )
     seen = sampled_tokens(trainer)
     trainer.train()
     [(prompts, responses)] = seen
@@ -185,12 +207,43 @@ def test_sequence_kl_by_a_plain_account(kind, arguments, tokenizer, scorer):
         Sample(encode_prompt(tokenizer, prompt), ids, True)
         for prompt, ids in zip(prompts, responses, strict=True)
     ]
-    own, mask = policy_logprobs(model(), samples)
-    ratio = policy_logprobs(model(1), samples)[0] - own
-    by_token = -ratio if kind == "rloo" else (ratio.exp() - 1 - ratio) * mask
     [log] = [row for row in trainer.state.log_history if "reward" in row]
-    assert log["sequence_kl"] == pytest.approx(float(by_token.sum(1).mean()), rel=1e-4)
-    assert abs(log["sequence_kl"]) > 1e-3
+    expected = [plain_kl(model(), model(1), sample) for sample in samples]
+    assert log["sequence_kl"] == pytest.approx(sum(expected) / len(samples), rel=1e-4)
+    assert log["sequence_kl"] > 1e-3
+    assert "kl" not in log
+    if not sampling:  # k1 for RLOO, k3 for GRPO
+        own, mask = policy_logprobs(model(), samples)
+        ratio = policy_logprobs(model(1), samples)[0] - own
+        by_token = -ratio if kind == "rloo" else (ratio.exp() - 1 - ratio) * mask
+        sampled = float(by_token.sum(1).mean())
+        assert log["sequence_kl_sampled"] == pytest.approx(sampled, rel=1e-4)
+
+
+def test_sequence_kl_of_some_rows_and_of_masked_ones(monkeypatch, arguments, tokenizer, scorer):
+    """Every third of 8 samples; one that the limit cut off counts for nothing, as in the loss."""
+    monkeypatch.setattr(trainers, "KL_ROWS", 3)
+    trainer = rewarded(
+        *("grpo", arguments, tokenizer, scorer),
+        reference=model(1),
+        max_steps=1,
+        per_device_train_batch_size=8,
+        mask_truncated_completions=True,
+        max_completion_length=12,
+    )
+    seen = sampled_tokens(trainer)
+    trainer.train()
+    [(prompts, responses)] = seen
+    kept = [
+        plain_kl(
+            model(), model(1), Sample(encode_prompt(tokenizer, prompts[k]), responses[k], True)
+        )
+        for k in (0, 3, 6)
+        if responses[k][-1] == tokenizer.eos_token_id
+    ]
+    assert 0 < len(kept) < 3
+    [log] = [row for row in trainer.state.log_history if "reward" in row]
+    assert log["sequence_kl"] == pytest.approx(sum(kept) / len(kept), rel=1e-4)
 
 
 def test_rloo_is_trls(arguments, tokenizer, scorer, tmp_path):

@@ -15,17 +15,21 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from shiftrm.rendering import pin_template
-from shiftrm.sampling import remember_stop_tokens
+from shiftrm.sampling import Sample, remember_stop_tokens
 from shiftrm.trainers.finite import require_finite_gradient
 from shiftrm.trainers.policy.text_reward import TextReward
 from shiftrm.trainers.policy.tokens import drop, encode_demonstration, encode_preference
 from shiftrm.trainers.policy.watch import GOLD_WORLD
+from shiftrm.trainers.ppo_math import LOGITS_AT_ONCE, Rows, kl_and_entropy, vocabulary_of
 from shiftrm.trainers.reward import switch_off_dropout
 
-__all__ = ["DPOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer"]
+__all__ = ["KL_ROWS", "DPOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer"]
+
+KL_ROWS = 32
+"""Samples of a process on which RLOO's and GRPO's KL is measured each time: two passes more."""
 
 
 class _Guarded:
@@ -165,8 +169,11 @@ class _SameOrder(TrainerCallback):
 class _Rewarded(_Guarded):
     """RLOO or GRPO with any text reward, any reference, and the sequence KL in the log.
 
-    The KL is between the distributions that are sampled: with another temperature than 1, both
-    models' are tempered.
+    `sequence_kl` is `ppo_math.exact_token_kl` of at most `KL_ROWS` of the samples that a process
+    draws at once: between the models as they are, along the samples as they are drawn. What TRL's
+    loss penalises is logged, too, in nats a response, as `sequence_kl_sampled` (TRL logs it by
+    token, as `kl`): an estimate by the sampled tokens, between the models tempered as the samples
+    are, which top-p and penalties bias, below 0 even.
 
     Args:
         reference: a model to stay close to, or None: the base model with the adapter off under
@@ -230,17 +237,76 @@ class _Rewarded(_Guarded):
             return prepare_fsdp(reference, accelerator)
         return accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def _log_sequence_kl(self, mask: Tensor) -> None:
-        """Nats a sequence, from TRL's `kl`, which is a mean over tokens.
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if self.beta != 0.0:
+            self._log_sequence_kl(output)
+        return output
+
+    @torch.no_grad()
+    def _log_sequence_kl(self, output: dict[str, Any]) -> None:
+        model, accelerator = self.model, self.accelerator  # type: ignore[attr-defined]
+        samples, counted = _samples(output, most=KL_ROWS)
+        rows = Rows.pack(samples, device=accelerator.device)
+        # The same on all processes: where weights are sharded, every pass is a common one.
+        fitting = torch.tensor([rows.within(LOGITS_AT_ONCE, vocabulary_of(model))])
+        size = int(accelerator.gather(fitting.to(accelerator.device)).min())
+        training, kl = model.training, []
+        model.eval()
+        try:
+            for chunk in rows.chunks(size):
+                with accelerator.autocast():
+                    logits = chunk.logits(model)
+                    with self._reference() as reference:
+                        theirs = chunk.logits(reference)
+                kl.append(kl_and_entropy(logits, theirs, chunk.response_mask)[0].sum(dim=1))
+        finally:
+            model.train(training)
+        weight = torch.tensor(counted, device=accelerator.device, dtype=torch.float32)
+        local = torch.stack([(torch.cat(kl) * weight).sum(), weight.sum()])
+        total, count = accelerator.reduce(local, reduction="sum")
+        self._logged()["sequence_kl"].append(float(total / count.clamp(min=1.0)))
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        """The reference that TRL takes: a model, or the policy with another adapter or none."""
+        held, model = self.ref_model, self.model  # type: ignore[attr-defined]
+        if held is not None:
+            yield held
+            return
+        inner = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
+        with use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None):
+            yield model
+
+    def _log_sampled_kl(self, mask: Tensor) -> None:
+        """TRL's `kl`, a mean over tokens, in nats a sequence and under a name of its own.
 
         Args:
             mask: of the tokens that the mean was taken over, shape [B, T].
         """
-        metrics = self._metrics["train" if self.model.training else "eval"]  # type: ignore[attr-defined]
         local = torch.stack([mask.sum().float(), mask.any(dim=1).sum().float()])
         tokens, sequences = self.accelerator.reduce(local, reduction="sum")  # type: ignore[attr-defined]
         mean_tokens = float(tokens / sequences.clamp(min=1.0))
-        metrics["sequence_kl"].append(metrics["kl"][-1] * mean_tokens)
+        metrics = self._logged()
+        metrics["sequence_kl_sampled"].append(metrics.pop("kl")[-1] * mean_tokens)
+
+    def _logged(self) -> dict[str, list[float]]:
+        return self._metrics["train" if self.model.training else "eval"]  # type: ignore[attr-defined]
+
+
+def _samples(output: dict[str, Any], *, most: int) -> tuple[list[Sample], list[bool]]:
+    """At most so many of TRL's rows, evenly spread, and whether TRL trains on each of them."""
+    count = output["completion_ids"].shape[0]
+    samples, counted = [], []
+    for row in range(0, count, -(-count // most)):
+        prompt, response = (
+            output[f"{part}_ids"][row][output[f"{part}_mask"][row].bool()].tolist()
+            for part in ("prompt", "completion")
+        )
+        counted.append(bool(response))
+        # One that is masked out whole still has its place in every process's passes.
+        samples.append(Sample(prompt, response or output["completion_ids"][row, :1].tolist(), True))
+    return samples, counted
 
 
 @contextmanager
@@ -254,20 +320,20 @@ def _without_reference(args: Any) -> Iterator[None]:
 
 
 class RLOOTrainer(_Rewarded, trl.RLOOTrainer):
-    """`trl.RLOOTrainer`; `sequence_kl` is the mean of `sum_t log pi/pi_ref` over the samples."""
+    """`trl.RLOOTrainer`; its sampled KL is the mean of `sum_t log pi/pi_ref`."""
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self.beta != 0.0:
-            self._log_sequence_kl(output["completion_mask"])
+            self._log_sampled_kl(output["completion_mask"])
         return output
 
 
 class GRPOTrainer(_Rewarded, trl.GRPOTrainer):
-    """`trl.GRPOTrainer`; `sequence_kl` is the mean of `sum_t (pi_ref/pi - 1 - log pi_ref/pi)`."""
+    """`trl.GRPOTrainer`; its sampled KL is the mean of `sum_t (pi_ref/pi - 1 - log pi_ref/pi)`."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss = super()._compute_loss(model, inputs)
         if self.beta != 0.0:
-            self._log_sequence_kl(inputs["completion_mask"])
+            self._log_sampled_kl(inputs["completion_mask"])
         return loss
