@@ -17,6 +17,9 @@ from shiftrm.errors import UserError
 Row = dict[str, Any]
 """One JSONL object."""
 
+TEMPORARY = ".{name}.{unique:8}.tmp"
+"""A file until it is whole; `unique` has eight characters."""
+
 BEYOND_JSON = "valid JSON, but nested too deep or with a number too long to read; correct it"
 
 
@@ -32,7 +35,7 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file whole or not at all, as `atomic_write_text`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(TEMPORARY.format(name=path.name, unique=uuid.uuid4().hex[:8]))
     try:
         with open(temporary, "wb") as handle:
             handle.write(content)
@@ -45,8 +48,17 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> Path:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> Path:
-    """Write rows as JSON lines, atomically. Keys keep their order; text stays readable UTF-8."""
-    return atomic_write_text(path, "".join(json_line(row) for row in rows))
+    """Write rows as JSON lines, atomically. Keys keep their order; text stays readable UTF-8.
+
+    A file called .gz is packed; the same rows give the same bytes.
+    """
+    return write_lines(path, "".join(json_line(row) for row in rows).encode())
+
+
+def write_lines(path: str | Path, lines: bytes) -> Path:
+    """Write lines as they are, or packed where the file is called .gz, atomically."""
+    packed = Path(path).suffix.lower() == ".gz"
+    return atomic_write_bytes(path, gzip.compress(lines, mtime=0) if packed else lines)
 
 
 def json_line(row: Row) -> str:

@@ -182,7 +182,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 
     with open(tmp_path / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run is using this folder"):
+        with pytest.raises(UserError, match="another command is writing it"):
             run(tmp_path, stages())
 
 

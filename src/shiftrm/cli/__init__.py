@@ -28,6 +28,7 @@ from shiftrm.cli import (
     train,
 )
 from shiftrm.errors import UserError
+from shiftrm.locks import holding
 from shiftrm.progress import reporting
 
 COMMANDS = (
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = [words[0], *convert.words_last(words[1:])]
     args = parser.parse_args(words)
     try:
-        with reporting(words[0], speaks=speaks()):
+        with reporting(words[0], speaks=speaks()), holding(words):
             args.run(args)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under accelerate, one process speaks for all

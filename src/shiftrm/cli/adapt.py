@@ -90,12 +90,11 @@ def fold_flags(arguments: Sequence[str]) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from shiftrm.cli.checks import output_folder
     from shiftrm.cli.diagnose import show_tables
     from shiftrm.cli.progress import bar, only_on_terminals
 
     options, chosen = settings.merged(args, OPTIONS, numbers=(*SAMPLING, "holdout"))
-    output = output_folder(options["output"])  # before the seconds that the next imports take
+    output = settings.output(options, args.config)  # before the seconds that the next imports take
     numbers = {key: _number(key, options[key]) for key in (*SAMPLING, "holdout") if key in options}
     _check_policy(options, numbers)
     settings.quieten_libraries()

@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
     at_least_one(args.batch_size, "--batch-size")
     not_negative(args.seed, "--seed")
     sources = named_paths(args.data, "--data")
-    page, json_files = _outputs(args.output, args.json, list(sources.values()))
     models = named_paths(args.model, "--model", suffix=True)
+    page, json_files = _outputs(args.output, args.json, [*sources.values(), *models.values()])
     data = [read_data(source, name) for name, source in sources.items()]
     only_on_terminals()
     found = _diagnose(models, data, batch_size=args.batch_size, seed=args.seed)
@@ -88,11 +88,12 @@ def _outputs(
     if output is not None and output.lower().endswith((".html", ".htm")):
         page = output_file(output, apart_from=sources)
     elif output is not None:
-        folder = output_folder(output)
-        page = output_file(str(folder / "diagnosis.html"))
-        json_files.append(output_file(str(folder / "diagnosis.json")))
+        folder = output_folder(output, apart_from=sources)
+        page = output_file(str(folder / "diagnosis.html"), apart_from=sources)
+        json_files.append(output_file(str(folder / "diagnosis.json"), apart_from=sources))
     if json_file is not None:
-        json_files.append(output_file(json_file, apart_from=[*sources, str(page or "") or None]))
+        taken = [*sources, page, *json_files]
+        json_files.append(output_file(json_file, apart_from=taken))
     return page, json_files
 
 

@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.progress import only_on_terminals
 
     at_least_one(args.workers, "--workers")
-    output = output_folder(args.output)
+    output = output_folder(
+        args.output, apart_from=[args.policy, args.reward, args.domains, args.judge]
+    )
     from shiftrm.transfer.command import meta_test
 
     only_on_terminals()

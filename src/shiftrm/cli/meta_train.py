@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from shiftrm.cli.settings import add_words, from_file
+from shiftrm.cli.settings import output as result_folder
 from shiftrm.errors import UserError
 
 EPILOG = """examples:
@@ -74,7 +75,6 @@ def settings_last(words: list[str]) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from shiftrm.cli.checks import output_folder
     from shiftrm.cli.progress import only_on_terminals
 
     options, settings = from_file(args.config, OPTIONS)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     for key in ("model", "domains", "output"):
         if options.get(key) is None:
             raise UserError(f"--{key} is missing; give it here or as {key} in --config")
-    output = output_folder(options["output"])
+    output = result_folder(options, args.config)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from shiftrm.trainers.oodpl_command import meta_train
 

@@ -83,14 +83,13 @@ def fold_flags(arguments: Sequence[str]) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from shiftrm.cli.checks import output_folder
     from shiftrm.cli.progress import only_on_terminals
 
     first = args.settings[:1]
     if first and "=" not in first[0]:  # METHOD; it may stand in the file instead
         args.method, args.settings = first[0], args.settings[1:]
     options, chosen = settings.merged(args, OPTIONS, needed=("method", "policy", "output"))
-    output = output_folder(options["output"])  # before the seconds that the next import takes
+    output = settings.output(options, args.config)  # before the seconds that the next import takes
     settings.quieten_libraries()
     from shiftrm.trainers.policy.commands import optimise
 

@@ -31,7 +31,13 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from shiftrm.cli.checks import output_file
-    from shiftrm.rounds.run import report
+    from shiftrm.rounds.engine import RECORDS_FILE
+    from shiftrm.rounds.folder import CONFIG_FILE
+    from shiftrm.rounds.run import PAGE_FILE, report
 
-    output = output_file(args.output) if args.output else Path(args.runs[0]) / "report.html"
-    print(f"Page: {report([Path(run) for run in args.runs], output)}")
+    runs = [Path(run) for run in args.runs]
+    inputs = [run / name for run in runs for name in (RECORDS_FILE, CONFIG_FILE)]
+    own = Path(args.output or runs[0] / PAGE_FILE)
+    again = own in [run / PAGE_FILE for run in runs]  # a run's own page is made anew
+    output = output_file(str(own), apart_from=inputs, may_exist=again)
+    print(f"Page: {report(runs, output)}")

@@ -61,5 +61,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         dry_run(recipe)
         return
-    output = output_folder(args.output or str(Path("runs") / recipe.name))
+    inputs = [args.recipe, recipe.model, recipe.judge.model, recipe.evaluation.gold]
+    inputs += [source.source for source in vars(recipe.data).values() if hasattr(source, "source")]
+    output = output_folder(args.output or str(Path("runs") / recipe.name), apart_from=inputs)
     run_recipe(recipe, output)

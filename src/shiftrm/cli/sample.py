@@ -87,7 +87,12 @@ def run(args: argparse.Namespace) -> None:
         repetition_penalty=args.repetition_penalty,
     )
     words = _check_server_options(args)
-    output = output_rows(args.output)
+    output = output_rows(
+        args.output,
+        apart_from=[args.policy, args.prompts],
+        beside=["{name}.partial", "{name}.vllm.log"],
+        may_exist=True,  # with the same groups; see below
+    )
     names, prompts = read_prompts(args.prompts)
     if holds_groups(output, prompts, num_responses=args.responses):
         print(

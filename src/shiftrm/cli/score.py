@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.scoring import Scorer, row_responses
 
     at_least_one(args.batch_size, "--batch-size")
-    output = output_rows(args.output)
+    output = output_rows(args.output, apart_from=[args.model, args.data])
     rows = [(row, where, row_responses(row, where)) for where, row in iterate_rows(args.data)]
     if not rows:
         raise UserError(f"{args.data}: the file has no rows")

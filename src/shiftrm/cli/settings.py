@@ -5,7 +5,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError, suggest
@@ -166,6 +167,22 @@ def add_words(
         if key in known:
             raise UserError(f"unknown setting {key!r}; it is the option --{key.replace('_', '-')}")
         settings[key] = text
+
+
+def output(options: Mapping[str, Any], config: str | None) -> Path:
+    """The folder of the result, apart from everything that the options name.
+
+    Raises:
+        UserError: as `checks.output_folder`.
+    """
+    from shiftrm.cli.checks import WORK, output_folder
+
+    inputs: list[Any] = [config]
+    for value in (value for key, value in options.items() if key not in ("output", "method")):
+        several = list(value.values()) if isinstance(value, dict) else value
+        for source in several if isinstance(several, list) else [several]:
+            inputs += [source, _name_and_source(source)[1]]
+    return output_folder(str(options["output"]), apart_from=inputs, beside=[WORK])
 
 
 def named(given: Any, option: str) -> dict[str, str]:

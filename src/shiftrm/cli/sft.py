@@ -48,11 +48,10 @@ def fold_flags(arguments: Sequence[str]) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from shiftrm.cli.checks import output_folder
     from shiftrm.cli.progress import only_on_terminals
 
     options, chosen = settings.merged(args, OPTIONS, needed=("model", "demonstrations", "output"))
-    output = output_folder(options["output"])  # before the seconds that the next import takes
+    output = settings.output(options, args.config)  # before the seconds that the next import takes
     settings.quieten_libraries()
     from shiftrm.trainers.policy.commands import sft
 

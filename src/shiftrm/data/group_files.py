@@ -11,7 +11,7 @@ from typing import Any
 
 from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
-from shiftrm.files import Row, atomic_write_text, json_line
+from shiftrm.files import Row, atomic_write_text, json_line, write_lines
 from shiftrm.rendering import Text
 
 __all__ = ["begin_or_resume", "finish", "holds_groups", "settings_key", "write_groups"]
@@ -104,6 +104,6 @@ def write_groups(
 def finish(partial: Path, path: Path) -> Path:
     """Publish the groups under their name, without the line of settings."""
     _, _, groups = partial.read_bytes().partition(b"\n")
-    atomic_write_text(path, groups.decode())
+    write_lines(path, groups)
     partial.unlink()
     return path

@@ -9,7 +9,6 @@ files: every stage draws its random numbers from the run's seed, not from what r
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -30,6 +29,7 @@ from typing import Any
 from shiftrm.config import differences
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text, replace_directory
+from shiftrm.locks import exclusive
 from shiftrm.records import Recorder, library_versions, read_records, write_records
 from shiftrm.rounds.children import end_children, end_with_signal
 
@@ -140,7 +140,7 @@ def run_stages(
     _finished(stages, root, keys, seed)  # refuses a folder of another configuration untouched
     root.mkdir(parents=True, exist_ok=True)
     notify = on_progress or (lambda _event, _name: None)
-    with _exclusive(root):
+    with exclusive(root / ".lock", root):
         _discard_work(root)
         finished = _finished(stages, root, keys, seed)
         for stage in stages:
@@ -329,17 +329,6 @@ def _is_finished(stage: Stage, root: Path, keys: dict[str, str], seed: int) -> b
         f"{root}: stage {stage.name} was made with another configuration ({what}); "
         "choose another output folder or delete this one"
     )
-
-
-@contextlib.contextmanager
-def _exclusive(root: Path) -> Iterator[None]:
-    """Two runs must not share a folder; the lock goes with the process, however it ends."""
-    with open(root / ".lock", "w", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{root}: another run is using this folder; wait for it") from None
-        yield
 
 
 def _start_worker(threads: int | None) -> None:

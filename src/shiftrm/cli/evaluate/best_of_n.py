@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     at_least_one(args.batch_size, "--batch-size")
     not_negative(args.seed, "--seed")
     ns = _numbers(args.n)
-    output, picture = _outputs(args.output, args.samples)
+    output, picture = _outputs(args.output, [args.samples, args.proxy, args.gold])
     options = (args.proxy, args.gold)
     columns = [o.removeprefix("column:") for o in options if o.startswith("column:")]
     total = count_samples(args.samples, columns=columns, texts=len(columns) < 2)
@@ -85,14 +85,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"Numbers: {output}\nPicture: {picture}")
 
 
-def _outputs(option: str, samples: str) -> tuple[Path, Path]:
+def _outputs(option: str, inputs: list[str]) -> tuple[Path, Path]:
     from shiftrm.cli.checks import output_file
     from shiftrm.errors import UserError
 
-    output = output_file(option, apart_from=[samples])
+    output = output_file(option, apart_from=inputs)
     if output.suffix.lower() != ".json":
         raise UserError(f"{option}: the output is JSON; call it {output.stem}.json")
-    return output, output_file(str(output.with_suffix(".png")))
+    return output, output_file(str(output.with_suffix(".png")), apart_from=inputs)
 
 
 def _numbers(option: str | None) -> list[int] | None:

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     named = named_paths(args.files)
     output = None
     if args.output is not None:
-        output = output_file(args.output, apart_from=named.values())
+        output = output_file(args.output, apart_from=[*named.values(), args.embedder])
     only_on_terminals()
     files = [read_responses(source, name) for name, source in named.items()]
     embed = None

@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> None:
     at_least_one(args.max_length, "--max-length")
     output = rows_file = None
     if args.output is not None:
-        output = output_file(args.output, apart_from=[args.data])
+        output = output_file(args.output, apart_from=[args.model, args.data])
     if args.scores is not None:
-        rows_file = output_rows(args.scores, apart_from=[args.data, args.output])
+        rows_file = output_rows(args.scores, apart_from=[args.model, args.data, args.output])
     only_on_terminals()
     data = read_rewardbench(args.data)
     scorer = Scorer.from_pretrained(args.model)

@@ -1,6 +1,7 @@
 """`shiftrm evaluate sheet`: a blind sheet of responses for human raters."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
     not_negative(args.limit, "--limit")
     at_least_one(args.raters, "--raters")
-    output = sheet_folder(args.output)
+    output = sheet_folder(args.output, [args.ours, args.theirs])
     sides = [[row for _, row in iterate_rows(source)] for source in (args.ours, args.theirs)]
     matched = match_rows(*sides, names=(args.ours, args.theirs))
     drawn = draw(matched, args.limit or None, seed=args.seed)
@@ -106,8 +107,8 @@ def _write(output: Path, files: dict[str, str]) -> None:
         raise
 
 
-def sheet_folder(option: str) -> Path:
-    """The folder for a sheet.
+def sheet_folder(option: str, inputs: Iterable[str]) -> Path:
+    """The folder for a sheet; `inputs` is what the command reads.
 
     Raises:
         UserError: it cannot be a folder, or holds a sheet already, whose answers need its key.
@@ -115,7 +116,7 @@ def sheet_folder(option: str) -> Path:
     from shiftrm.cli.checks import output_folder
     from shiftrm.errors import UserError
 
-    output = output_folder(option)
+    output = output_folder(option, apart_from=inputs)
     names = ["key.json", "sheet*.csv", "sheet*.html"]
     if any(path for name in names for path in output.glob(name)):
         raise UserError(

@@ -1,6 +1,7 @@
 """`shiftrm evaluate win-rate`: who answers better, as a judge sees it?"""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from shiftrm.data.sources import SOURCE_HELP
@@ -43,6 +44,9 @@ _FOR_ENDPOINTS = (
     "tokenizer",
 )
 """Options that other judges do not take; None is not given."""
+
+VERDICTS, NUMBERS, PAGE = FILES = ("verdicts.jsonl", "win_rate.json", "win_rate.html")
+"""What is written into the folder, beside the cache."""
 
 
 def register(subparsers: Any) -> None:
@@ -102,7 +106,6 @@ def _add_endpoint_options(group: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import output_folder
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.evaluation.winrate import problems, summarise
 
     _check(args)
-    folder = output_folder(args.output)
+    folder = _folder(args)
     sides = [[row for _, row in iterate_rows(source)] for source in (args.ours, args.theirs)]
     comparisons = match_rows(*sides, names=(args.ours, args.theirs))
     chosen = draw(comparisons, args.limit or None, seed=args.seed)
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         reasons = ", ".join(f"{word} ({n})" for word, n in problems(verdicts).items())
         raise UserError(
             f"not one of {len(verdicts)} comparisons has a verdict that can be read: {reasons}; "
-            f"see what the judge said in {folder / 'verdicts.jsonl'}"
+            f"see what the judge said in {folder / VERDICTS}"
         )
     settings = _settings(args, judge, len(comparisons))
     _write_numbers(folder, rate, verdicts, settings)
@@ -136,7 +139,45 @@ def run(args: argparse.Namespace) -> None:
         print(f"Judged: {len(chosen)} of {len(comparisons)} prompts, drawn with seed {args.seed}.")
     if args.judge == "endpoint":
         print(f"Requests sent: {judge.asked}, and {judge.endpoint.retries} sent again.")
-    print(f"Page: {folder / 'win_rate.html'}")
+    print(f"Page: {folder / PAGE}")
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """The folder to write: new, or one that these two files were judged in before."""
+    import json
+
+    from shiftrm.cli.checks import output_file, output_folder
+    from shiftrm.errors import UserError
+
+    inputs = [args.ours, args.theirs, None if args.judge == "endpoint" else args.model]
+    folder = output_folder(args.output, apart_from=inputs)
+    for name in FILES:
+        output_file(str(folder / name), apart_from=inputs, may_exist=True)
+    found = [folder / name for name in FILES if (folder / name).exists()]
+    if not found:
+        return folder
+    try:
+        judged = json.loads((folder / NUMBERS).read_bytes())["settings"]
+        same = all(judged[side] == getattr(args, side) for side in ("ours", "theirs"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        same = found == [folder / VERDICTS] and _holds_verdicts(folder / VERDICTS)
+    if not same:
+        raise UserError(
+            f"{found[0]}: already there and not of a judgement of these two files; choose another "
+            "--output, or delete it first"
+        )
+    return folder
+
+
+def _holds_verdicts(path: Path) -> bool:
+    """Whether these are verdicts, as they stand alone where none could be read."""
+    from shiftrm.errors import UserError
+    from shiftrm.files import iterate_jsonl
+
+    try:
+        return all({"ours", "theirs", "outcome"} <= set(row) for _, row in iterate_jsonl(path))
+    except UserError:
+        return False
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -179,7 +220,9 @@ def _open(args: argparse.Namespace, folder: Any) -> Any:
 
     cache = None
     if args.judge == "endpoint":
-        cache = output_rows(args.cache or str(folder / "answers.jsonl"))
+        others = [folder / name for name in FILES]
+        own = args.cache or str(folder / "answers.jsonl")
+        cache = output_rows(own, apart_from=others, may_exist=True)  # the cache itself judges it
     return open_judge(
         args.judge,
         model=args.model,
@@ -295,7 +338,7 @@ def _write_verdicts(folder: Any, verdicts: list[Any]) -> None:
     from shiftrm.evaluation.winrate_words import verdict_rows
     from shiftrm.files import write_jsonl
 
-    write_jsonl(folder / "verdicts.jsonl", verdict_rows(verdicts))
+    write_jsonl(folder / VERDICTS, verdict_rows(verdicts))
 
 
 def _write_numbers(folder: Any, rate: Any, verdicts: list[Any], settings: dict[str, Any]) -> None:
@@ -317,8 +360,8 @@ def _write_numbers(folder: Any, rate: Any, verdicts: list[Any], settings: dict[s
         "versions": library_versions(),
     }
     text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
-    atomic_write_text(folder / "win_rate.json", text)
-    write_page(rate, verdicts, settings, folder / "win_rate.html")
+    atomic_write_text(folder / NUMBERS, text)
+    write_page(rate, verdicts, settings, folder / PAGE)
 
 
 def _show(rate: Any, *, several: int) -> None:
