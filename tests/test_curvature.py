@@ -2,15 +2,23 @@
 
 import pytest
 import torch
-from transformers import LlamaForSequenceClassification
+from transformers import (
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from shiftrm.curvature import (
     coarsest_type,
     finite_difference_product,
     hessian_vector_product,
+    kinks,
     relative_size,
 )
 from shiftrm.errors import UserError
+from shiftrm.losses import difference_loss, held_signs, recorded_signs
 from shiftrm.scoring import sequence_rewards
 from tests.conftest import llama_config
 
@@ -127,6 +135,72 @@ def test_an_operation_with_one_derivative_is_refused_with_advice():
     theta = torch.ones(2, requires_grad=True)
     with pytest.raises(UserError, match="curvature='finite_difference'"):
         hessian_vector_product(lambda: Once.apply(theta).pow(2).sum(), [theta], [torch.ones(2)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("at_theta", [False, True])
+def test_differences_do_not_cross_the_kinks_of_the_difference_loss(seed, at_theta):
+    """Many differences near 0: of the raw J the difference was 9.6 times the product for seed 0."""
+    torch.manual_seed(seed)
+    config = llama_config(hidden_size=16, intermediate_size=32, num_labels=1)
+    model = LlamaForSequenceClassification(config)
+    ids = torch.randint(3, 32, (8, 5, 9))
+    theta = list(model.parameters())
+
+    def objective():
+        rewards = sequence_rewards(model, ids.view(40, 9), torch.ones(40, 9, dtype=torch.long))
+        return difference_loss(rewards.view(8, 5)).mean()
+
+    def gradient():  # in parts, as in a training step
+        return torch.autograd.grad(objective(), theta, materialize_grads=True)
+
+    v = [torch.randn_like(p) for p in theta]
+    exact = hessian_vector_product(objective, theta, v)
+    near, radius = finite_difference_product(
+        gradient, theta, v, at_theta=gradient() if at_theta else None
+    )
+    error = relative_size([a - b for a, b in zip(near, exact, strict=True)], exact)
+    assert error < (5e-3 if at_theta else 1e-4)
+    with recorded_signs() as signs:
+        gradient()
+
+    def held():
+        with held_signs(signs):
+            return gradient()
+
+    calls = []
+    again, _ = finite_difference_product(
+        lambda: calls.append(1) or held(), theta, v, radius=radius, trials=1
+    )
+    assert len(calls) == 2, "signs that are held cost no further gradient"
+    error = relative_size([a - b for a, b in zip(again, exact, strict=True)], exact)
+    assert error < (5e-3 if at_theta else 1e-4)
+
+
+def test_held_signs_are_those_of_the_same_calls():
+    rewards = torch.tensor([[0.1, 0.4, 0.2]], dtype=torch.float64, requires_grad=True)
+    with recorded_signs() as signs:
+        plain = difference_loss(rewards)
+    assert [s.tolist() for s in signs] == [[[-1.0, -1.0, 1.0]]]
+    with held_signs(signs):
+        assert torch.equal(difference_loss(rewards), plain)
+    turned = rewards.detach().flip(1)
+    with held_signs(signs):  # differences -0.2, 0.1 and 0.3, the first two times -1
+        hand = 2 / 9 * torch.sigmoid(torch.tensor([0.2, -0.1, 0.3]).double()).sum()
+        torch.testing.assert_close(difference_loss(turned)[0], hand)
+        with pytest.raises(RuntimeError, match="otherwise than when signs"):
+            difference_loss(turned)
+    with held_signs(signs), pytest.raises(RuntimeError, match="otherwise than when signs"):
+        difference_loss(turned[:, :2])
+
+
+def test_models_whose_gradient_jumps_are_known():
+    assert kinks(LlamaForSequenceClassification(llama_config(num_labels=1))) is None
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32, "hidden_size": 8}
+    opt = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=8, ffn_dim=8))
+    assert kinks(opt) == "model.decoder.layers.0.activation_fn is a ReLU, whose gradient jumps"
+    moe = MixtralConfig(**sizes, num_key_value_heads=2, intermediate_size=8, num_local_experts=2)
+    assert "Mixtral" in kinks(MixtralForCausalLM(moe))
 
 
 def test_the_type_that_rounds_most():

@@ -142,6 +142,20 @@ def test_tied_embeddings_with_pad_inside_sequences_have_no_finite_difference():
     assert relative_error(ours.gradients, oracle) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["opt", "qwen3_moe"])
+def test_differences_across_jumps_of_the_policys_gradient_are_refused(family):
+    """In fp32 they were wrong by twice the true gradient (ReLU), and by up to 4 times (experts)."""
+    policy, reward_model = make_policy(family).float(), make_reward_model().float()
+    inner, outer = make_problem(2)
+    with pytest.raises(UserError, match=r"whose gradient jumps.*use curvature='exact'"):
+        hypergradient(policy, reward_model, inner, outer, curvature="finite_difference", **OPTIONS)
+    if family == "opt":
+        policy, reward_model = make_policy(family), make_reward_model()
+        _, oracle = whole_unroll(policy, reward_model, inner, outer, **OPTIONS)
+        ours = hypergradient(policy, reward_model, inner, outer, **OPTIONS)
+        assert relative_error(ours.gradients, oracle) < 1e-10
+
+
 @pytest.mark.parametrize("curvature", ["exact", "finite_difference", "none"])
 def test_mixture_of_experts_without_gates(curvature):
     """Its router computes in fp32, hence the tolerance. The norm is taken over all parameters."""

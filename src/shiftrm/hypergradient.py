@@ -47,6 +47,7 @@ from shiftrm.bilevel.likelihood import (
     join,
     micro_batches,
     require_plain_checkpointing,
+    require_smooth,
     require_symmetric_hessian,
     without_dropout,
 )
@@ -187,6 +188,7 @@ def hypergradient(
     if curvature == "exact" and D - first > 1 and attention_kernel(policy) != "eager":
         say_once("math attention is used where the policy is differentiated twice")
     if curvature == "finite_difference" and D - first > 1:
+        require_smooth(policy)
         require_symmetric_hessian(policy, (b.policy for b in inner_batches))
     inner = InnerLoss.of(
         policy,

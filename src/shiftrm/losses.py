@@ -5,6 +5,9 @@ words in the vocabulary. Every loss returns per-example values of shape [B]; the
 mean.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
@@ -62,7 +65,7 @@ def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor
             responses (it has no pair to tell apart).
 
     Source: Dou et al., arXiv 2405.00438, Eq. 2. Ragged groups are ours; with a full mask the value
-    is the paper's.
+    is the paper's. So is that inside `held_signs` the signs of the differences stay what they were.
     """
     if rewards_BK.dim() != 2:
         raise ValueError(f"rewards must have shape [B, K], got {tuple(rewards_BK.shape)}")
@@ -79,9 +82,62 @@ def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor
     i, j = torch.triu_indices(K, K, offset=1, device=rewards_BK.device)
     # Filled before the difference, so that padding (inf or NaN, even) cannot reach the gradient.
     rewards_BK = rewards_BK.masked_fill(~mask, 0.0)
-    discrimination = torch.sigmoid((rewards_BK[:, i] - rewards_BK[:, j]).abs())
+    difference = rewards_BK[:, i] - rewards_BK[:, j]
+    # |d| is sign(d) d, with the same derivatives; the sign may be held.
+    discrimination = torch.sigmoid(_signs(difference.detach()) * difference)
     discrimination = discrimination * (mask[:, i] & mask[:, j])
     return 2.0 / size_B.to(rewards_BK.dtype) ** 2 * discrimination.sum(dim=1)  # Eq. 2
+
+
+# Where `difference_loss` puts its signs, and where it takes them from; both call by call.
+_signs_found: ContextVar[list[Tensor] | None] = ContextVar("signs_found", default=None)
+_signs_held: ContextVar[Iterator[Tensor] | None] = ContextVar("signs_held", default=None)
+
+
+@contextmanager
+def recorded_signs() -> Iterator[list[Tensor]]:
+    """Collect the signs of r_i - r_j that calls of `difference_loss` inside find, call by call."""
+    found: list[Tensor] = []
+    token = _signs_found.set(found)
+    try:
+        yield found
+    finally:
+        _signs_found.reset(token)
+
+
+@contextmanager
+def held_signs(signs: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the n-th call of `difference_loss` has the n-th of these signs.
+
+    J has a kink wherever two rewards are equal. With the signs of theta it is, near theta, the
+    smooth function whose derivatives at theta are those of J: what differences of gradients must be
+    taken of, for a step across a kink would divide its jump by the length of the step.
+
+    Args:
+        signs: from `recorded_signs`, of the same calls.
+
+    Raises:
+        RuntimeError: other calls than those that were recorded.
+    """
+    token = _signs_held.set(iter(signs))
+    try:
+        yield
+    finally:
+        _signs_held.reset(token)
+
+
+def _signs(difference: Tensor) -> Tensor:
+    held = _signs_held.get()
+    if held is not None:
+        signs = next(held, None)
+        if signs is None or signs.shape != difference.shape:
+            raise RuntimeError("difference_loss is called otherwise than when signs were recorded")
+        return signs
+    signs = difference.sign()
+    found = _signs_found.get()
+    if found is not None:
+        found.append(signs)
+    return signs
 
 
 def response_log_likelihood(

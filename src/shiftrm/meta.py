@@ -33,6 +33,7 @@ from shiftrm.curvature import (
     hessian_vector_product,
     relative_size,
 )
+from shiftrm.losses import held_signs, recorded_signs
 from shiftrm.meta_direction import (
     AdaptiveState,
     MetaStep,
@@ -180,7 +181,8 @@ def metarm_gradient(
     _require_choice("meta_order", meta_order, get_args(MetaOrder))
     _require_choice("meta_shift", meta_shift, get_args(MetaShift))
     _require_choice("curvature", curvature, get_args(Curvature))
-    objective_before, gradients = _value_and_gradient(objective, parameters)
+    with recorded_signs() as signs:
+        objective_before, gradients = _value_and_gradient(objective, parameters)
     directions, skipped = meta_directions(gradients, meta_step=meta_step, state=state)
     base = change = objective_after = None
     if diagnose or meta_shift == "midpoint":
@@ -199,7 +201,7 @@ def metarm_gradient(
         measured = influence(shifted, base) if change is None else relative_size(change, base)
     if meta_order == "exact" and not skipped:
         term = second_order_term(
-            lambda vectors: _product(objective, parameters, vectors, curvature),
+            lambda vectors: _product(objective, parameters, vectors, curvature, signs),
             gradients,
             shifted,
             meta_learning_rate=meta_learning_rate,
@@ -237,18 +239,21 @@ def _change(
 
 
 def _product(
-    function: Callable[[], Tensor],
+    objective: Callable[[], Tensor],
     parameters: Sequence[Tensor],
     vectors: Sequence[Tensor],
     curvature: Curvature,
+    signs: Sequence[Tensor],
 ) -> list[Tensor]:
     if curvature == "exact":
-        return hessian_vector_product(function, parameters, vectors)
+        return hessian_vector_product(objective, parameters, vectors)
+
+    def gradient() -> list[Tensor]:
+        with held_signs(signs):
+            return _value_and_gradient(objective, parameters)[1]
+
     return finite_difference_product(
-        lambda: _value_and_gradient(function, parameters)[1],
-        parameters,
-        vectors,
-        compute_type=coarsest_type(parameters),
+        gradient, parameters, vectors, compute_type=coarsest_type(parameters)
     )[0]
 
 

@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -65,6 +67,10 @@ def make_policy(family: str, **options: Any) -> nn.Module:
             experts_implementation="eager",
         )
         return in_fp64(Qwen3MoeForCausalLM(config))
+    if family == "opt":  # ReLU
+        shape = {**SHAPE, "ffn_dim": 24, "word_embed_proj_dim": 16, "init_std": 0.3, "dropout": 0.0}
+        del shape["intermediate_size"], shape["initializer_range"]
+        return in_fp64(OPTForCausalLM(OPTConfig(**{**shape, **options})))
     if family == "gpt_neox":
         return in_fp64(GPTNeoXForCausalLM(GPTNeoXConfig(**{**SHAPE, **options})))
     assert family == "gpt2"

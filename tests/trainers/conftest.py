@@ -43,4 +43,10 @@ def make_trainer(tokenizer, pairs, groups, options):
             **extra,
         )
 
+    make.options = options
+    make.data = {
+        "train_dataset": Dataset.from_list(pairs),
+        "processing_class": tokenizer,
+        "meta_dataset": groups,
+    }
     return make

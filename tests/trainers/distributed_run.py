@@ -36,7 +36,8 @@ COMMON = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
-LOGGED = ["meta_objective", "meta_objective_after", "meta_gradient_norm", "grad_norm", "eval_loss"]
+LOGGED = ["loss", "accuracy", "num_tokens"]
+LOGGED += ["meta_objective", "meta_objective_after", "meta_gradient_norm", "grad_norm", "eval_loss"]
 META = {"meta_batch_size": 3}  # does not divide among two processes
 CASES = {
     # pairs in a micro-batch over all processes, and the configuration
@@ -63,6 +64,17 @@ CASES = {
     "midpoint": (
         4,
         {**META, "preset": "scale_free", "meta_learning_rate": 0.2, "meta_shift": "midpoint"},
+    ),
+    # 13 pairs, 8 a step: the second step has 5, and at last one process only what fills a batch up.
+    "uneven": (
+        4,
+        {
+            **META,
+            "preset": "scale_free",
+            "meta_learning_rate": 0.2,
+            "max_steps": 4,
+            "center_rewards_coefficient": 0.1,
+        },
     ),
     # It cannot share prefixes, which is found out by a pass that fails halfway.
     "encoder": (4, {"max_steps": 2}),
@@ -100,9 +112,10 @@ def train(folder, output, case, *, processes, dtype=torch.float64, **options):
     config = {**COMMON, "per_device_train_batch_size": batch // processes, **config, **options}
     config["per_device_eval_batch_size"] = 1
     data = torch.load(folder / "data.pt")
+    pairs = data["pairs"][: 13 if case == "uneven" else None]
     watch = Watch()
     arguments = {
-        "train_dataset": Dataset.from_list(data["pairs"]),
+        "train_dataset": Dataset.from_list(pairs),
         "eval_dataset": Dataset.from_list(data["pairs"][:4]),
         "processing_class": AutoTokenizer.from_pretrained(folder / "model"),
         "callbacks": [watch],

@@ -140,6 +140,29 @@ def test_zero_meta_learning_rate_is_the_plain_trainer_bit_for_bit(make_trainer, 
     assert all(log["meta_influence"] == 0 for log in trainer.state.log_history if "loss" in log)
 
 
+@pytest.mark.parametrize("shift", ["in_place", "midpoint"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_influence_compares_gradients_of_one_function(make_trainer, reward_model, shift, bf16):
+    """A model that draws random numbers: with eta 0 nothing changes, and with little, little."""
+
+    class Noisy(MetaRMTrainer):
+        def _pair_losses(self, model, inputs):
+            losses, *rest = super()._pair_losses(model, inputs)
+            return losses * torch.rand_like(losses), *rest
+
+    def influences(eta):
+        model = copy.deepcopy(reward_model)
+        config = {"max_steps": 2, "learning_rate": 0.0, "meta_step": "normalized", "bf16": bf16}
+        config |= {"meta_shift": shift, "meta_curvature": "finite_difference"}
+        args = MetaRMConfig(**{**make_trainer.options, **config}, meta_learning_rate=eta)
+        trainer = Noisy(model, args, **make_trainer.data)
+        trainer.train()
+        return [log["meta_influence"] for log in trainer.state.log_history if "loss" in log]
+
+    assert influences(0.0) == [0.0, 0.0]
+    assert 0 < max(influences(1e-4)) < 0.02
+
+
 def test_dropout_is_off_during_both_gradients(make_trainer, groups):
     """attention_dropout is a number on the attention module, which TRL's switch does not reach."""
     from transformers import LlamaForSequenceClassification

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForSequenceClassification, OPTConfig, OPTForSequenceClassification
 
 from shiftrm.errors import UserError
 from shiftrm.rendering import encode
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
+from tests.conftest import llama_config
 from tests.trainers.test_metarm import difference_objective, preference_loss
 
 
@@ -211,3 +213,33 @@ def test_exact_order_with_eta_zero_is_the_plain_trainer(make_trainer, reward_mod
     make_trainer(meta, max_steps=2, meta_learning_rate=0.0, meta_order="exact").train()
     for a, b in zip(plain.parameters(), meta.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+def test_differences_are_of_the_smooth_part_of_the_difference_loss(make_trainer, tokenizer):
+    """A new head: rewards so close that steps cross hundreds of kinks."""
+    config = llama_config(hidden_size=16, intermediate_size=32, num_labels=1)
+    words = ["cat", "dog", "bird", "red", "small"]
+    groups = [{"prompt": f"the {w}", "responses": [f" {w} {x}" for x in words]} for w in words]
+    found = {}
+    for curvature in ("exact", "finite_difference"):
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config)
+        options = {"meta_order": "exact", "meta_curvature": curvature, "meta": groups}
+        gradient, log = one_step(make_trainer, model, eta=0.3, **options)
+        found[curvature] = flat(gradient)
+        assert log["meta_second_order"] > 0.05
+    change = found["finite_difference"] - found["exact"]
+    assert float(change.norm() / found["exact"].norm()) < 1e-4
+
+
+def test_differences_across_jumps_of_a_gradient_are_refused(make_trainer, tokenizer):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8}
+    config = OPTConfig(
+        vocab_size=len(tokenizer), ffn_dim=8, word_embed_proj_dim=8, num_labels=1, **sizes
+    )
+    with pytest.raises(UserError, match=r"ReLU, whose gradient jumps.*use meta_curvature='exact'"):
+        make_trainer(
+            OPTForSequenceClassification(config),
+            meta_order="exact",
+            meta_curvature="finite_difference",
+        )

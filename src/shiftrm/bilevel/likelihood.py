@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shiftrm.curvature import kinks
 from shiftrm.errors import UserError
 from shiftrm.losses import TokenReduction, response_log_likelihood
 
@@ -201,6 +202,19 @@ def require_plain_checkpointing(model: nn.Module, name: str) -> None:
                     f"the {name} checkpoints activations with use_reentrant=True, which gives no "
                     f"gradients of chosen tensors: enable it with use_reentrant=False"
                 )
+
+
+def require_smooth(policy: nn.Module) -> None:
+    """Raises UserError where differences of gradients would be wrong in any float type in use.
+
+    Routing to experts is left alone in fp64, whose steps are too short to change many choices.
+    """
+    jumps = kinks(policy)
+    if jumps is None or ("ReLU" not in jumps and next(policy.parameters()).dtype == torch.float64):
+        return
+    raise UserError(
+        f"the policy's {jumps}: curvature='finite_difference' would be wrong; use curvature='exact'"
+    )
 
 
 def require_symmetric_hessian(policy: nn.Module, batches: Iterable[Sequences]) -> None:

@@ -12,6 +12,9 @@ from shiftrm.prefix import SharedRows, pack
 ROW = "row_index"
 """The column that says which row of the data set a pair was, for messages."""
 
+COUNTED = "counted"
+"""In a batch that is trained on: 1 for each pair, 0 for one that only fills up the batch, [B]."""
+
 
 @dataclass
 class PairCollator:

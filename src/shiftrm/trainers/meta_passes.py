@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftrm.curvature import finite_difference_product, hessian_vector_product
-from shiftrm.losses import difference_loss
+from shiftrm.losses import difference_loss, held_signs
 from shiftrm.meta import add_unbiased_, midpoint_change, midpoint_change_by_differences
 from shiftrm.prefix import SharedRows, pack
 from shiftrm.trainers.meta_groups import MetaGroups, TokenGroup
@@ -68,7 +68,9 @@ class MetaPasses(_Base):
         """J of each group (Eq. 2), shape [B]."""
         rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
         rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
-        return difference_loss(self._group_rewards(model, rows), mask=rows.exists)  # Eq. 2
+        with self._draws_given_back():
+            rewards = self._group_rewards(model, rows)
+        return difference_loss(rewards, mask=rows.exists)  # Eq. 2
 
     def _micro_batches(self) -> list[tuple[float, list[TokenGroup]]]:
         """This process's share of the step's groups, in micro-batches with their weight.
@@ -84,10 +86,11 @@ class MetaPasses(_Base):
         return own + [(0.0, groups[:1])] * (most - len(own))
 
     def _micro_batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """L of a micro-batch, scaled as the Trainer scales its gradient."""
-        with self.compute_loss_context_manager():
-            losses, *_ = self._pair_losses(model, self._prepare_inputs(inputs))
-        return losses.mean() / self.current_gradient_accumulation_steps
+        """What a micro-batch adds to L of the optimizer step, as in training."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager(), self._draws_given_back():
+            losses, *_ = self._pair_losses(model, inputs)
+        return self._share_of_step(losses, inputs)
 
     def _pair_gradient(
         self, model: nn.Module, inputs: dict[str, Tensor], *, averaged: bool
@@ -145,12 +148,19 @@ class MetaPasses(_Base):
         )
         return change
 
-    def _objective_product(self, model: nn.Module, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """H_J v over the global meta batch."""
+    def _objective_product(
+        self, model: nn.Module, vectors: Sequence[Tensor], signs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """H_J v over the global meta batch; `signs` are those of the step's grad J."""
         parameters = self._trainable()
         if self.meta_curvature != "exact":
+
+            def gradient() -> list[Tensor]:
+                with held_signs(signs):
+                    return self._objective_gradient(model)[1]
+
             product, self._radius["J"] = finite_difference_product(
-                lambda: self._objective_gradient(model)[1],
+                gradient,
                 parameters,
                 vectors,
                 compute_type=self._compute_type,
@@ -193,6 +203,17 @@ class MetaPasses(_Base):
         finally:
             for p, gradient in zip(parameters, held, strict=True):
                 p.grad = gradient
+
+    @contextmanager
+    def _draws_given_back(self) -> Iterator[None]:
+        """Random numbers drawn inside are drawn again by whoever draws next.
+
+        Should a model draw any (it is made not to), gradients that are compared are then those of
+        one function, and what is measured beside a step does not change the step.
+        """
+        device = self.args.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+            yield
 
     def _reduce(self, tensor: Tensor, reduction: str) -> Tensor:
         if self.accelerator.num_processes == 1:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from shiftrm.curvature import coarsest_type, relative_size
+from shiftrm.curvature import coarsest_type, kinks, relative_size
 from shiftrm.errors import UserError
+from shiftrm.losses import recorded_signs
 from shiftrm.meta import (
     AdaptiveState,
     ascend_,
@@ -51,12 +52,16 @@ class MetaStepState:
         objective_gradient: grad J itself, kept for the exact order only.
         skipped: grad J was not finite; the directions are zero.
         change: sum over micro-batches of grad L(theta') - grad L(theta) (meta_shift "midpoint").
+        signs: of the differences of rewards in J, at theta, micro-batch by micro-batch.
+        waiting: `.grad` before the step, where a streamed epoch left some; else None.
     """
 
     directions: list[Tensor]
     objective_gradient: list[Tensor] | None
     skipped: bool
     change: list[Tensor]
+    signs: list[Tensor] = field(default_factory=list)
+    waiting: list[Tensor] | None = None
 
 
 class MetaRMTrainer(MetaPasses, RewardTrainer):
@@ -123,9 +128,20 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
                 "meta_curvature='exact': sharded parameters cannot be differentiated twice; leave "
                 "it out, or set finite_difference"
             )
+        self._jumps = kinks(self.model)
+        if second and self.meta_curvature != "exact" and self._jumps is not None:
+            raise UserError(
+                f"{self._jumps}: meta_curvature='finite_difference' would be wrong; use "
+                + ("meta_order='first' and fp32 weights" if sharded else "meta_curvature='exact'")
+            )
         autocast_type = torch.bfloat16 if self.args.bf16 else torch.float32
         # fp32 at best: that is what norms and softmax work in, whatever the weights are.
         self._compute_type = coarsest_type(self.model.parameters(), autocast_type=autocast_type)
+        if self._jumps and self.meta_shift == "in_place" and not self._is_fp32():
+            logger.warning("meta_influence is not measured in bf16: %s", self._jumps)
+
+    def _is_fp32(self) -> bool:
+        return torch.finfo(self._compute_type).eps <= torch.finfo(torch.float32).eps
 
     # -- one optimizer step ------------------------------------------------------------------
 
@@ -149,7 +165,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
             self._end_step()
             raise
         if base is not None:
-            self._log_meta("meta_influence", influence(self._gradients(), base))
+            self._log_meta("meta_influence", influence(self._gradients_of_first(), base))
         if self.accelerator.sync_gradients:  # the last micro-batch: clip and step happen at theta
             self._return_to_theta()
             self._finish_gradient(model)
@@ -165,11 +181,14 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         nothing is left to compare.
         """
         state = self._step_state
+        if state is None or state.skipped or self.args.meta_learning_rate == 0:
+            self._log_meta("meta_influence", 0.0)  # theta' is theta, bit for bit
+            return None
         # With the last micro-batch the shifted gradient will be an average over processes.
         averaged = self.accelerator.sync_gradients
-        if torch.finfo(self._compute_type).eps <= torch.finfo(torch.float32).eps:
+        if self._is_fp32():
             return self._pair_gradient(model, inputs, averaged=averaged)
-        if state is not None and not state.skipped:
+        if not self._jumps:
             change = self._change_by_differences(model, inputs, state.directions)
             base = self._pair_gradient(model, inputs, averaged=True)
             self._log_meta("meta_influence", relative_size(change, base))
@@ -177,7 +196,8 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
 
     def _begin_step(self, model: nn.Module) -> "MetaStepState":
         self._radius = {}  # a resumed run tries the same steps as a straight one
-        objective, gradients = self._objective_gradient(model)
+        with recorded_signs() as signs:
+            objective, gradients = self._objective_gradient(model)
         directions, skipped = meta_directions(
             gradients, meta_step=self.args.meta_step, state=self._adaptive_state
         )
@@ -188,7 +208,22 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
             self._log_meta("meta_objective", objective)
             self._log_meta("meta_gradient_norm", float(global_norm(gradients)))
         exact = self.args.meta_order == "exact" and not skipped
-        return MetaStepState(directions, gradients if exact else None, skipped, [])
+        waiting = any(p.grad is not None for p in self._trainable())
+        return MetaStepState(
+            directions,
+            gradients if exact else None,
+            skipped,
+            change=[],
+            signs=signs,
+            waiting=[g.clone() for g in self._gradients()] if waiting else None,
+        )
+
+    def _gradients_of_first(self) -> list[Tensor]:
+        """After the first micro-batch of a step: what it alone has added to `.grad`."""
+        gradients, state = self._gradients(), self._step_state
+        if state is None or state.waiting is None:
+            return gradients
+        return [g - w for g, w in zip(gradients, state.waiting, strict=True)]
 
     def _look_ahead(self, model: nn.Module) -> None:
         """To theta', until `_return_to_theta`; where it would round away the parameters stay."""
@@ -224,8 +259,8 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         if state is None or state.skipped:
             return
         change = self._midpoint_change(model, inputs, state.directions)
-        if self._diagnosing() and not state.change:  # so far .grad is this micro-batch's alone
-            self._log_meta("meta_influence", relative_size(change, self._gradients()))
+        if self._diagnosing() and not state.change:
+            self._log_meta("meta_influence", relative_size(change, self._gradients_of_first()))
         for so_far, more in zip(state.change, change, strict=False):
             so_far.add_(more)
         state.change = state.change or change
@@ -239,7 +274,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
             self._add_to_gradients(state.change)
         if state.objective_gradient is not None:
             term = second_order_term(
-                lambda vectors: self._objective_product(model, vectors),
+                lambda vectors: self._objective_product(model, vectors, state.signs),
                 state.objective_gradient,
                 self._gradients(),
                 meta_learning_rate=self.args.meta_learning_rate,
@@ -283,6 +318,8 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         Steps end at theta anyway; a streamed epoch can end in the middle of one. Its next
         micro-batch then looks ahead again, from the same theta on the same groups.
         """
+        if self._step_state is not None and self._step_state.change:
+            self._add_to_gradients(self._step_state.change)
         self._end_step()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 

@@ -18,17 +18,22 @@ class PairStatistics:
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
 
-    def add(self, rewards: Tensor, lengths: Tensor, losses: Tensor, gather: Callable) -> None:
+    def add(
+        self, rewards: Tensor, lengths: Tensor, losses: Tensor, counted: Tensor, gather: Callable
+    ) -> None:
         """Add a batch.
 
         Args:
             rewards: of chosen and rejected, [B, 2].
             lengths: of the sequences in tokens, [B, 2].
             losses: one a pair, [B].
-            gather: joins the rows of all processes and drops those that only fill up a batch.
+            counted: False where a pair only fills up the batch, [B].
+            gather: joins the rows of all processes.
         """
-        row = torch.cat([rewards, lengths.to(rewards.dtype), losses[:, None]], dim=1)
-        self._rows.append(gather(row.detach()).to("cpu", torch.float64))
+        columns = [rewards, lengths, losses[:, None], counted[:, None]]
+        row = torch.cat([column.to(rewards.dtype) for column in columns], dim=1)
+        table = gather(row.detach()).to("cpu", torch.float64)
+        self._rows.append(table[table[:, -1] > 0, :-1])
 
     def take(self) -> dict[str, float]:
         """The metrics, empty if there were no pairs; forgets them.

@@ -18,7 +18,8 @@ from shiftrm.losses import bradley_terry_loss
 from shiftrm.prefix import SharedRows, pack
 from shiftrm.rendering import encode, end_at_closing, pin_template, template_options
 from shiftrm.rewards import group_rewards, model_config, sequence_rewards, sharing_obstacle
-from shiftrm.trainers.collator import ROW, PairCollator, shared_rows
+from shiftrm.trainers.collator import COUNTED, ROW, PairCollator, shared_rows
+from shiftrm.trainers.counting import CountsPairs
 from shiftrm.trainers.finite import require_finite_gradient
 from shiftrm.trainers.loading import load_reward_model
 from shiftrm.trainers.pair_metrics import PairStatistics
@@ -30,7 +31,7 @@ __all__ = ["RewardConfig", "RewardTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class RewardTrainer(TRLRewardTrainer):
+class RewardTrainer(CountsPairs, TRLRewardTrainer):
     """`trl.RewardTrainer` with these differences; every argument keeps its meaning.
 
     - The tokens that the two sides of a pair begin with are computed once (`shared_prefixes`). The
@@ -145,15 +146,18 @@ class RewardTrainer(TRLRewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         losses, rewards, lengths = self._pair_losses(model, inputs)
-        gather = self.accelerator.gather_for_metrics
+        counted = inputs.get(COUNTED)
+        gather = self.accelerator.gather
+        if counted is None:  # evaluation: its batches are not fetched ahead, so accelerate knows
+            counted, gather = torch.ones_like(losses), self.accelerator.gather_for_metrics
         if self.model.training:
-            tokens = gather(lengths.sum()).sum()
+            tokens = self.accelerator.gather((lengths * counted[:, None]).sum()).sum()
             self._total_train_tokens += int(tokens) // self._tp_size
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             if ROW in inputs:
                 self._suspects.append(torch.where(losses.detach().isfinite(), -1, inputs[ROW]))
-        self._statistics.add(rewards, lengths, losses, gather)
-        loss = losses.mean()
+        self._statistics.add(rewards, lengths, losses, counted, gather)
+        loss = self._share_of_step(losses, inputs)
         return (loss, {"logits": rewards}) if return_outputs else loss
 
     def _pair_losses(
@@ -236,7 +240,8 @@ class RewardTrainer(TRLRewardTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             seen = self._statistics.take()
-            seen.pop("loss", None)  # the Trainer logs its own
+            if "loss" not in logs:  # what sums a run up
+                seen.pop("loss", None)
             logs.update(seen)
         super().log(logs, start_time)
 
