@@ -24,12 +24,17 @@ def fitting_prompts(
         The prompts, and how many were dropped, by reason.
 
     Raises:
-        UserError: none is left.
+        UserError: none is left, or one that the tokenizer or its chat template cannot take.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     most = None if context is None else context - room
     options = dict(template_options or {})
-    lengths = [len(encode_prompt(tokenizer, p, template_options=options)) for p in prompts]
+    lengths = []
+    for row, prompt in enumerate(prompts):
+        try:
+            lengths.append(len(encode_prompt(tokenizer, prompt, template_options=options)))
+        except UserError as error:
+            raise UserError(f"prompts, row {row}: {error}") from None
     reasons = {}
     if limit is not None:
         reasons[f"longer than max_prompt_length={limit} tokens"] = limit

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
+from shiftrm.errors import UserError
 from shiftrm.rendering import pin_template
 from shiftrm.sampling import Sample, remember_stop_tokens
 from shiftrm.trainers.finite import require_finite_gradient
@@ -138,8 +139,9 @@ def _encoded(
     pin_template(tokenizer)
     with PartialState().main_process_first():
         dataset = dataset.map(
-            encode,
-            fn_kwargs={"tokenizer": tokenizer},
+            _encode_row,
+            with_indices=True,
+            fn_kwargs={"encode": encode, "tokenizer": tokenizer, "name": name},
             remove_columns=dataset.column_names,
             num_proc=args.dataset_num_proc,
             desc=f"Tokenising {name}",
@@ -152,6 +154,15 @@ def _encoded(
             reason = f"longer than the model's context of {context} tokens"
             filters[reason] = lambda row: length(row) <= context
         return drop(dataset, name, filters | more, advice="raise max_length")
+
+
+def _encode_row(
+    row: dict[str, Any], index: int, *, encode: Any, tokenizer: Any, name: str
+) -> dict[str, list[int]]:
+    try:
+        return dict(encode(row, tokenizer))
+    except UserError as error:
+        raise UserError(f"{name}, row {index}: {error}") from None
 
 
 class _SameOrder(TrainerCallback):
