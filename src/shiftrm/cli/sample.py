@@ -119,12 +119,14 @@ def _sample_here(
 ) -> None:
     from shiftrm.cli.checks import to_accelerator
     from shiftrm.cli.progress import bar
+    from shiftrm.data.prompts import warn_of_joined_ends
     from shiftrm.sampling import encode_prompts, load_policy, sample_groups
 
     model, tokenizer = load_policy(args.policy)
     to_accelerator(model)
     # Once more below, but only here do errors know the line.
     encode_prompts(model, tokenizer, prompts, room=args.max_new_tokens, names=names)
+    warn_of_joined_ends(tokenizer, prompts, source=args.prompts)
     with bar("sampling", len(prompts)) as advance:
         sample_groups(model, tokenizer, prompts, output, progress=advance, **options)
 
@@ -140,12 +142,14 @@ def _sample_by_vllm(
     from contextlib import nullcontext
 
     from shiftrm.cli.progress import bar
+    from shiftrm.data.prompts import warn_of_joined_ends
     from shiftrm.sampling import encode_prompts
     from shiftrm.sampling_vllm import connect, load_tokenizer, policy_limits, sample_groups_vllm
     from shiftrm.vllm_server import find_vllm, vllm_server
 
     tokenizer = load_tokenizer(args.policy)
     room = args.max_new_tokens
+    warn_of_joined_ends(tokenizer, prompts, source=args.prompts)
     if args.vllm:  # before the minutes that a server takes to start
         find_vllm()
         encode_prompts(policy_limits(args.policy), tokenizer, prompts, room=room, names=names)

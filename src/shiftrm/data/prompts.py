@@ -1,12 +1,20 @@
 """Prompts for a policy to answer, checked on reading."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
-from shiftrm.rendering import Text, check_text
+from shiftrm.rendering import Text, check_text, encode, encode_prompt
 
-__all__ = ["read_prompts"]
+__all__ = ["count_joined_ends", "read_prompts", "warn_of_joined_ends"]
+
+logger = logging.getLogger(__name__)
+
+FIRST_WORDS = ("The", "I", "a")
+"""As responses begin."""
 
 
 def read_prompts(path: str | Path) -> tuple[list[str], list[Text]]:
@@ -29,3 +37,41 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[Text]]:
     if not prompts:
         raise UserError(f"{path}: the file has no prompts")
     return names, prompts
+
+
+def count_joined_ends(tokenizer: Any, prompts: Sequence[Text]) -> int:
+    """How many prompts end in white space that the tokenizer joins with a response's first word.
+
+    Most tokenizers write a space into the word after it. "Answer: " then ends in a lone space that
+    a policy has seldom seen, and prompt and response read as one text have other tokens at their
+    border than the policy sampled.
+    """
+    return sum(_joins(tokenizer, prompt) for prompt in prompts)
+
+
+def _joins(tokenizer: Any, prompt: Text) -> bool:
+    if not isinstance(prompt, str) or not prompt or prompt == prompt.rstrip():
+        return False  # a chat ends as its template does
+    alone = encode_prompt(tokenizer, prompt)
+    return any(
+        encode(tokenizer, prompt, word, finished=False)[: len(alone)] != alone
+        for word in FIRST_WORDS
+    )
+
+
+def warn_of_joined_ends(tokenizer: Any, prompts: Sequence[Text], *, source: str) -> None:
+    """One warning with the count of `count_joined_ends`, if there are any.
+
+    Args:
+        source: what the warning calls the prompts, as their file.
+    """
+    count = count_joined_ends(tokenizer, prompts)
+    if count:
+        logger.warning(
+            "%s: %d of %d prompts end in white space, which the tokenizer joins with the first "
+            "word of a response: the policy has to answer after a token that it has seldom seen; "
+            'end them without it ("Answer:" instead of "Answer: ")',
+            source,
+            count,
+            len(prompts),
+        )

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from shiftrm.data.holdout import held_out, overlap
-from shiftrm.data.prompts import read_prompts
+from shiftrm.data.prompts import read_prompts, warn_of_joined_ends
 from shiftrm.errors import UserError
 from shiftrm.evaluation.adaptation import adaptation_verdict
 from shiftrm.evaluation.findings import Bar, Findings, find, no_bar
@@ -258,6 +258,8 @@ def _sample(job: Job, samples: PolicySamples, source: _Groups, *, bar: Bar) -> D
         room = samples.config.max_new_tokens
         # Once more below, but only here do errors know the row.
         encode_prompts(model, tokenizer, source.prompts, room=room, names=source.names)
+        if PartialState().is_main_process:
+            warn_of_joined_ends(tokenizer, source.prompts, source=samples.prompts)
         with bar("sampling", len(source.prompts)) as advance:
             sample_groups(
                 model,

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate import PartialState
+
+from shiftrm.data.prompts import warn_of_joined_ends
 from shiftrm.errors import UserError
 from shiftrm.rendering import Text, encode_prompt
 
@@ -19,6 +22,8 @@ def fitting_prompts(
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[list[Text], dict[str, int]]:
     """Prompts that leave `room` tokens in the context and have at most `limit`; and the others.
+
+    The main process warns of ends that the tokenizer joins with a response.
 
     Returns:
         The prompts, and how many were dropped, by reason.
@@ -50,4 +55,6 @@ def fitting_prompts(
     if not kept:
         words = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         raise UserError(f"no prompt is left after dropping {words}")
+    if PartialState().is_main_process:
+        warn_of_joined_ends(tokenizer, [prompt for prompt, _ in kept], source="--prompts")
     return [prompt for prompt, _ in kept], {r: n for r, n in dropped.items() if n}
