@@ -91,7 +91,7 @@ def virtual(case: Case, directions: Gradient, eta: float) -> Gradient:
 
 @contextmanager
 def virtual_shift(case: Case, directions: Gradient, eta: float) -> Iterator[None]:
-    """METHODS: every leaf returns leaf(x) + eta * leaf(x; parameters = d), x not detached.
+    """Every leaf returns leaf(x) + eta * leaf(x; parameters = d), x not detached.
 
     The score head is read through its weight (shiftrm.scoring), so it moves in place.
     """
@@ -155,7 +155,7 @@ def amplified(case: Case, directions: Gradient, eta: float) -> Gradient:
 
 CANDIDATES = {
     "in place": in_place,
-    "virtual (METHODS)": virtual,
+    "virtual": virtual,
     "fp32 copy, fp32 arithmetic": fp32_copy,
     "linearised at theta": linearised,
     "midpoint alone": midpoint,

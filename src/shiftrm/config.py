@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -105,10 +105,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return from_mapping(typing.cast(type, hint), value, where=f"{path}.")
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in typing.get_args(hint):
-            return None
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-        return _convert(hint, value, path)
+        kinds = typing.get_args(hint)
+        words = [w for k in kinds if typing.get_origin(k) is Literal for w in typing.get_args(k)]
+        if value in words or (value is None and type(None) in kinds):
+            return value
+        try:
+            return _convert(next(k for k in kinds if k is not type(None)), value, path)
+        except UserError as error:
+            raise UserError(" or ".join([str(error), *words])) from None
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{path} is {value!r}; expected a list, as {path}=[a, b]")

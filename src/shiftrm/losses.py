@@ -1,8 +1,7 @@
 """The losses of reward modelling, as pure functions on tensors (torch only).
 
-Notation is METHODS.md's: `B` pairs or groups in a batch, `K` responses in a group, `T` tokens, `V`
-words in the vocabulary. Every loss returns per-example values of shape [B]; the caller takes the
-mean.
+Notation: `B` pairs or groups in a batch, `K` responses in a group, `T` tokens, `V` words in the
+vocabulary. Every loss returns per-example values of shape [B]; the caller takes the mean.
 """
 
 from collections.abc import Iterator, Sequence

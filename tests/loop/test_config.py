@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from shiftrm.cli import main
-from shiftrm.loop.run import read_recipe, run_recipe
+from shiftrm.files import read_jsonl
+from shiftrm.loop.plan import plan
+from shiftrm.loop.run import notes, read_recipe, run_recipe
 from shiftrm.rounds import engine
 from tests.loop.conftest import RECIPES
 from tests.loop.gold_world import recipe, write_recipe
@@ -160,3 +162,54 @@ def test_another_folder_is_not_taken(world, tmp_path, capsys):
 def test_other_commands_recipes_are_not_taken(name, capsys):
     assert main(["run", str(RECIPES / f"{name}.yaml"), "model=x/y"]) == 2
     assert "not a recipe for `shiftrm run`" in capsys.readouterr().err
+
+
+def test_a_share_of_sets_that_are_named_is_refused(refused, world):
+    sets = {name: recipe(world)["data"]["pairs"] for name in ("heldout", "eval_prompts")}
+    said = refused(data={**recipe(world)["data"], **sets})
+    assert "data.heldout_share takes a share of what is not named, but data.heldout and " in said
+
+
+@pytest.mark.parametrize(
+    ("named", "left"), [("heldout", "prompts"), ("eval_prompts", "pairs"), (None, None)]
+)
+def test_a_share_of_one_set_alone_is_said(world, tmp_path, named, left):
+    data = recipe(world)["data"]
+    if named is not None:
+        data[named] = data["pairs"]
+    said = notes(read_recipe(write_recipe(tmp_path / "mine.yaml", world, data=data)))
+    if named is None:
+        assert said == []
+    else:
+        line = (
+            f"note: data.heldout_share=0.3 is a share of data.{left} alone: data.{named} is named"
+        )
+        assert said == [line]
+    del data["heldout_share"]
+    assert notes(read_recipe(write_recipe(tmp_path / "mine.yaml", world, data=data))) == []
+
+
+def test_a_retrained_arm_without_settings_is_said(world, tmp_path):
+    methods = {
+        "fixed": {"reward": "fixed"},
+        "again": {"reward": "retrained"},
+        "slower": {"reward": "retrained", "settings": {"learning_rate": 1e-6}},
+    }
+    [line] = notes(read_recipe(write_recipe(tmp_path / "mine.yaml", world, methods=methods)))
+    assert line.startswith("note: methods.again trains on the same pairs, from the same head")
+
+
+def test_groups_of_every_prompt(world, tmp_path, capsys):
+    """The paper samples responses to all training prompts; `all` says so."""
+    found = read_recipe(write_recipe(tmp_path / "mine.yaml", world), ["groups.prompts=all"])
+    root = tmp_path / "run"
+    [stage] = [stage for stage in plan(found) if stage.name == "data"]
+    engine.execute(stage, root, "key", found.seed)
+    prompts, drawn = (
+        {row["prompt"] for row in read_jsonl(root / "data" / f"{name}.jsonl")}
+        for name in ("prompts", "group_prompts-1")
+    )
+    assert drawn == prompts
+    assert len(prompts) > 4, "more than the recipe's own number"
+    assert main(["run", str(tmp_path / "mine.yaml"), "groups.prompts=most", "--dry-run"]) == 2
+    assert "groups.prompts is 'most'; expected int or all" in capsys.readouterr().err

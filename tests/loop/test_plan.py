@@ -46,7 +46,7 @@ def test_each_arm_has_its_stages(world):
     metarm = found["methods/metarm/round-2/reward_model"].settings["words"]
     assert "{stage:methods/metarm/round-2/groups}/groups.jsonl" in metarm
     assert {"meta_learning_rate=1e-06", "preset=paper"} <= set(metarm)
-    # The groups are of the policy that the round began with (METHODS: "previous round's policy").
+    # The groups are of the policy that the round began with (arXiv 2405.00438, settings).
     sampled = found["methods/metarm/round-2/groups"].settings["words"]
     assert "{stage:methods/metarm/round-1/policy}/model" in sampled
     first = found["methods/metarm/round-1/groups"].settings["words"]

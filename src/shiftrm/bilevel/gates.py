@@ -13,7 +13,7 @@ nothing that the pass does not keep anyway. It needs leaves that are affine in t
 and whose output's first dimension is the sample; where the policy has others (mixture of experts),
 `unsupported` says so and the caller takes gradients of single samples instead.
 
-Torch only. The gate is ours; METHODS.md section 2 has its measurements.
+Torch only. The gate is ours; docs/benchmarks.md measures it (the hypergradient).
 """
 
 from collections.abc import Iterator, Sequence

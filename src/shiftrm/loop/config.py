@@ -6,7 +6,7 @@ one place only.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from shiftrm.errors import UserError, suggest
 from shiftrm.loop.launch import Execution
@@ -60,6 +60,7 @@ class DataSettings:
         heldout: pairs to measure accuracy on; by default `heldout_share` of the prompts of `pairs`.
         prompts: that the policy answers, without labels: for groups and for policy optimisation.
         eval_prompts: to measure on; by default `heldout_share` of `prompts`.
+        heldout_share: 0.05 by default, of whichever of the two sets is not named.
         max_pairs, max_demonstrations, max_prompts: how many at most, drawn by the run's seed.
     """
 
@@ -68,19 +69,29 @@ class DataSettings:
     demonstrations: Source | None = None
     heldout: Source | None = None
     eval_prompts: Source | None = None
-    heldout_share: float = 0.05
+    heldout_share: float | None = None
     max_pairs: int | None = None
     max_demonstrations: int | None = None
     max_prompts: int | None = None
     max_heldout: int | None = 2000
 
     def __post_init__(self) -> None:
-        if not 0 < self.heldout_share < 1:
+        if not 0 < self.share < 1:
             raise UserError(f"data.heldout_share is {self.heldout_share}; it must lie in (0, 1)")
+        if self.heldout_share is not None and self.heldout and self.eval_prompts:
+            raise UserError(
+                "data.heldout_share takes a share of what is not named, but data.heldout and "
+                "data.eval_prompts are; leave it out, or say heldout=null or eval_prompts=null"
+            )
         for name in ("max_pairs", "max_demonstrations", "max_prompts", "max_heldout"):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise UserError(f"data.{name} is {value}; it must be at least 2, or null")
+
+    @property
+    def share(self) -> float:
+        """`heldout_share`, or its default."""
+        return 0.05 if self.heldout_share is None else self.heldout_share
 
 
 @dataclass(frozen=True)
@@ -106,9 +117,14 @@ class RewardSection:
 
 @dataclass(frozen=True)
 class GroupSection:
-    """Unlabelled responses of the round's policy (`shiftrm sample`)."""
+    """Unlabelled responses of the round's policy (`shiftrm sample`).
 
-    prompts: int = 1000
+    Attributes:
+        prompts: how many of the training prompts are answered, drawn anew each round; "all" for
+            every one of them, as in the paper.
+    """
+
+    prompts: int | Literal["all"] = 1000
     responses: int = 5
 
 

@@ -66,6 +66,7 @@ class _Planner:
             f"{STAGES}:prepare_data",
             {
                 **to_mapping(recipe.data),
+                "heldout_share": recipe.data.share,
                 "group_prompts": recipe.groups.prompts,
                 "eval_prompts_count": recipe.evaluation.prompts,
                 "best_of_n_prompts": recipe.evaluation.best_of_n

@@ -1,6 +1,7 @@
 """A recipe from its file to a finished folder, or to a plan in words (`--dry-run`)."""
 
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -114,6 +115,8 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
     stages = plan(recipe)
     check_settings(stages)
     check_inputs(recipe)
+    for line in notes(recipe):
+        print(line, file=sys.stderr, flush=True)
     claim(output, to_mapping(recipe), FOLDER_README, free=FREE)
     with progress(stages) as on_progress:
         run_stages(
@@ -172,6 +175,25 @@ def check_settings(stages: Sequence[Stage]) -> None:
             raise UserError(f"stage {stage.name}: {error}") from None
 
 
+def notes(recipe: Recipe) -> list[str]:
+    """What a recipe says that has less effect than one might think, a line each."""
+    data, found = recipe.data, []
+    named, other = ("heldout", "prompts") if data.heldout else ("eval_prompts", "pairs")
+    if data.heldout_share is not None and (data.heldout or data.eval_prompts):
+        found.append(
+            f"note: data.heldout_share={data.heldout_share} is a share of data.{other} alone: "
+            f"data.{named} is named"
+        )
+    for name, arm in recipe.methods.items():
+        if arm.reward == "retrained" and not arm.is_dpo and not arm.settings:
+            found.append(
+                f"note: methods.{name} trains on the same pairs, from the same head and in the "
+                "same order as the first reward model, so it will be that one again; give it "
+                "settings of its own, or leave it out"
+            )
+    return found
+
+
 def dry_run(recipe: Recipe) -> None:
     """Print the resolved plan: rows, stages, steps, memory, and the commands of every stage."""
     stages = plan(recipe)
@@ -181,7 +203,7 @@ def dry_run(recipe: Recipe) -> None:
     console = Console(soft_wrap=True)
     say = {"markup": False, "highlight": False}
     console.print(f"{recipe.name}: {len(stages)} stages", **say)  # type: ignore[arg-type]
-    for line in _sizes(recipe, found):
+    for line in [*_sizes(recipe, found), *notes(recipe)]:
         console.print(line, **say)  # type: ignore[arg-type]
     table = Table("", "stage", "steps", "memory", box=None, pad_edge=False)
     for number, stage in enumerate(found.stages, start=1):

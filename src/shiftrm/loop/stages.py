@@ -57,7 +57,9 @@ def prepare_data(context: StageContext) -> None:
     prompts = found["prompts"].rows
     for number in range(1, settings["rounds"] + 1):
         draws = random.Random(context.random_seed(f"groups/{number}"))
-        drawn = draws.sample(prompts, min(settings["group_prompts"], len(prompts)))
+        wanted = settings["group_prompts"]
+        count = len(prompts) if wanted == "all" else min(wanted, len(prompts))
+        drawn = draws.sample(prompts, count)
         write_jsonl(context.out / f"group_prompts-{number}.jsonl", drawn)
 
 

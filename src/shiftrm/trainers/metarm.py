@@ -68,7 +68,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
     """Trains a reward model on pairs so that it stays sharp on responses nobody labelled.
 
     Each optimizer step: grad J once, over a global meta batch of groups; all micro-batches of pairs
-    then see the same theta'; their gradient is applied to theta (METHODS section 1, Algorithm 1).
+    then see the same theta'; their gradient is applied to theta (arXiv 2405.00438, Algorithm 1).
 
     Args:
         meta_dataset: groups `{"prompt", "responses", "finished"?}`, strings or chat messages: K
