@@ -9,8 +9,17 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from shiftrm.prefix import common_prefix_length, like_lengths, model_inputs, pack, separate, visible
-from shiftrm.rewards import group_rewards, sequence_rewards, sharing_obstacle
+from shiftrm.prefix import (
+    cheap_split,
+    common_prefix_length,
+    like_lengths,
+    model_inputs,
+    pack,
+    separate,
+    visible,
+)
+from shiftrm.rewards import group_rewards, sequence_rewards
+from shiftrm.sharing import sharing_obstacle
 
 SMALL = {
     "vocab_size": 200,
@@ -237,14 +246,18 @@ def test_nothing_to_pack_is_refused(groups):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=7), st.sampled_from([0.0, 5.0, 1000.0]))
-def test_like_lengths_is_the_cheapest_split(lengths, overhead):
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=7),
+    st.sampled_from([0.0, 5.0, 1000.0]),
+    st.sampled_from([0.0, 70.0]),
+)
+def test_like_lengths_is_the_cheapest_split(lengths, overhead, least):
     """Against trying every way of cutting the rows, in order of length, into parts."""
-    parts = like_lengths(lengths, overhead=overhead)
+    parts = like_lengths(lengths, overhead=overhead, least=least)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
 
     def cost(split):
-        return sum(max(part) * len(part) + overhead for part in split)
+        return sum(max(max(part) * len(part), least) + overhead for part in split)
 
     ordered = sorted(lengths)
     splits = []
@@ -257,6 +270,59 @@ def test_like_lengths_is_the_cheapest_split(lengths, overhead):
         splits.append(split)
     ours = cost([[lengths[i] for i in part] for part in parts])
     assert ours == pytest.approx(min(map(cost, splits)))
+
+
+@pytest.mark.parametrize("parameters", [14_000_000, 134_500_000, 8_000_000_000])
+def test_few_passes(parameters):
+    """A batch of unequal rows is two passes on a CPU, and one where a GPU is not full."""
+    lengths = [224, 180, 257, 301, 233, 275, 340, 199]  # pairs of 150/35 tokens
+    assert len(cheap_split(lengths, parameters=parameters, device="cpu")) == 2
+    assert len(cheap_split(lengths, parameters=parameters, device="cuda")) == 1
+    assert len(cheap_split([300] * 8, parameters=parameters, device="cpu")) == 1
+    long = [4000] * 7 + [500] * 8  # half a second's padding for 8 B, next to nothing for 14 M
+    expected = 1 if parameters < 100_000_000 else 2
+    assert len(cheap_split(long, parameters=parameters, device="cuda")) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_positions_that_are_not_used_are_noticed(dtype, scale):
+    """Falcon takes position_ids and drops them; in bf16 that is within 5 % of its states."""
+    config = AutoConfig.for_model(
+        "falcon",
+        vocab_size=200,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    assert "position_ids" in sharing_obstacle(model, pack(ROWS, pad_token_id=0))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bf16_is_no_obstacle_and_a_wrong_mask_is(name, autocast, monkeypatch):
+    """Rounding differs as two orders of the same rows do; what rows see of each other, more."""
+    model = build(name, "eager" if name == "gemma2" else "sdpa")
+    if not autocast:
+        model.bfloat16()
+    rows = pack(ROWS, pad_token_id=0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert sharing_obstacle(model, rows) is None
+        # The second sequence sees the first one's rest, too.
+        monkeypatch.setattr("shiftrm.prefix.visible", _causal)
+        assert "hidden states" in sharing_obstacle(model, rows)
+
+
+def _causal(rows, *, window=None):
+    B, L = rows.input_ids.shape
+    return torch.ones(L, L, dtype=torch.bool).tril().expand(B, L, L)
 
 
 def test_lora_and_checkpointing_and_autocast():

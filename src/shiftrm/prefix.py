@@ -239,15 +239,16 @@ def obstacle(config: Any) -> str | None:
     return None
 
 
-def like_lengths(lengths: Sequence[int], *, overhead: float) -> list[list[int]]:
+def like_lengths(lengths: Sequence[int], *, overhead: float, least: float = 0.0) -> list[list[int]]:
     """Split a batch so that rows of like length are computed together.
 
-    The split with the least tokens, padding included, plus `overhead` tokens a part: a dynamic
-    programme over the rows in order of length.
+    The split that costs the fewest tokens: a part costs its rows, padding included, but not less
+    than `least`, plus `overhead`. A dynamic programme over the rows in order of length.
 
     Args:
         lengths: of each row, in tokens.
         overhead: what one more forward and backward pass costs, in tokens.
+        least: fewer tokens than these do not make a pass faster (a GPU that is not full).
 
     Returns:
         Indices of the rows of each part; together all of them.
@@ -258,7 +259,7 @@ def like_lengths(lengths: Sequence[int], *, overhead: float) -> list[list[int]]:
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
         for begin in range(end):
-            total = cost[begin] + (end - begin) * longest + overhead
+            total = cost[begin] + max((end - begin) * longest, least) + overhead
             if total < cost[end]:
                 cost[end], start[end] = total, begin
     parts, end = [], len(order)
@@ -266,3 +267,46 @@ def like_lengths(lengths: Sequence[int], *, overhead: float) -> list[list[int]]:
         parts.append(order[start[end] : end])
         end = start[end]
     return parts[::-1]
+
+
+class PassCost(NamedTuple):
+    """What a forward and backward pass costs beside its tokens, on one kind of device.
+
+    Attributes:
+        operations: work that stands for what a pass costs whatever its size (launching kernels,
+            Python), in floating-point operations.
+        tokens: the same for reading and writing every weight and gradient once, in tokens: it grows
+            with the model as their cost does, so it is one number for all models.
+        least: a pass of fewer tokens does not fill the device.
+    """
+
+    operations: float
+    tokens: float
+    least: float
+
+
+PASS_COSTS = {"cpu": PassCost(operations=3e9, tokens=32, least=0)}
+ANY_GPU = PassCost(operations=1e13, tokens=512, least=8192)
+
+WORTHWHILE = 0.1
+"""The share of a batch's tokens, padding included, that one more part must save.
+
+Few passes matter on a machine that others use, too: threads wait for each other in every one.
+"""
+
+
+def cheap_split(lengths: Sequence[int], *, parameters: int, device: str) -> list[list[int]]:
+    """`like_lengths` by the size of the model.
+
+    Nothing is timed: the same batch must be split in the same way in an interrupted run.
+
+    Args:
+        lengths: of each row, in tokens.
+        parameters: how many the model has.
+        device: a kind of torch device, as "cpu" or "cuda".
+    """
+    fixed = PASS_COSTS.get(device, ANY_GPU)
+    # 6: the operations a parameter and token of a forward and backward pass.
+    overhead = fixed.tokens + fixed.operations / (6 * parameters)
+    whole = len(lengths) * max(lengths)
+    return like_lengths(lengths, overhead=max(overhead, WORTHWHILE * whole), least=fixed.least)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftrm.errors import UserError
-from shiftrm.prefix import SharedRows, like_lengths, model_inputs, obstacle, separate
+from shiftrm.prefix import SharedRows, cheap_split, model_inputs, separate
 
 
 def pad_right(
@@ -186,16 +186,6 @@ def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
 
 # -- groups: several sequences a row ---------------------------------------------------------------
 
-SPLIT_COST = {"cpu": 3e9}
-"""What one more forward and backward pass costs on a device, in floating-point operations."""
-
-SPLIT_COST_ELSEWHERE = 1e14
-
-AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""How far hidden states of the two paths may be apart, relative to their length."""
-
-AGREEMENT_LOW_PRECISION = 0.05
-
 
 def group_rewards(model: nn.Module, rows: SharedRows, *, shared: bool, split: bool) -> Tensor:
     """Rewards of every sequence of every row.
@@ -214,9 +204,8 @@ def group_rewards(model: nn.Module, rows: SharedRows, *, shared: bool, split: bo
     parts = [list(range(len(rows.ends)))]
     if split and len(rows.ends) > 1:
         parameters = sum(p.numel() for p in model.parameters())
-        cost = SPLIT_COST.get(rows.input_ids.device.type, SPLIT_COST_ELSEWHERE)
-        # 6: the operations a parameter and token of a forward and backward pass.
-        parts = like_lengths(rows.lengths.tolist(), overhead=cost / (6 * parameters))
+        device = rows.input_ids.device.type
+        parts = cheap_split(rows.lengths.tolist(), parameters=parameters, device=device)
     if len(parts) == 1:
         return _part_rewards(model, rows, shared=shared)
     K = rows.ends.shape[1]
@@ -228,8 +217,26 @@ def group_rewards(model: nn.Module, rows: SharedRows, *, shared: bool, split: bo
 def _part_rewards(model: nn.Module, rows: SharedRows, *, shared: bool) -> Tensor:
     if shared:
         return _shared_values(model, rows).masked_fill(~rows.exists, 0.0)
-    values = _plain_values(model, rows)
+    values = sequence_rewards(model, *separate(rows, pad_token_id=0))
     return values.new_zeros(rows.ends.shape).masked_scatter(rows.exists, values)
+
+
+def shared_states(model: nn.Module, rows: SharedRows) -> Tensor:
+    """Hidden states under the head at the end of every sequence, by shared prefixes; [N, H]."""
+    return _shared_values(model, rows, states_only=True)[rows.exists]
+
+
+def plain_states(model: nn.Module, rows: SharedRows) -> Tensor:
+    """`shared_states`, every sequence a row of its own."""
+    return hidden_states(model, *separate(rows, pad_token_id=0))
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states under the head at the last token of each row; the rows are padded right."""
+    last = attention_mask.sum(1, keepdim=True) - 1
+    with _head_outputs(model, last, states_only=True) as collected:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return collected[0][:, 0]
 
 
 def _shared_values(model: nn.Module, rows: SharedRows, *, states_only: bool = False) -> Tensor:
@@ -239,51 +246,5 @@ def _shared_values(model: nn.Module, rows: SharedRows, *, states_only: bool = Fa
     return collected[0]
 
 
-def _plain_values(model: nn.Module, rows: SharedRows, *, states_only: bool = False) -> Tensor:
-    ids, mask = separate(rows, pad_token_id=0)  # any token pads: positions are explicit
-    last = mask.sum(1, keepdim=True) - 1
-    with _head_outputs(model, last, states_only=states_only) as collected:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return collected[0][:, 0]
-
-
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-@torch.no_grad()
-def sharing_obstacle(model: nn.Module, rows: SharedRows) -> str | None:
-    """Why this model must not share prefixes; None if both paths agree on these rows.
-
-    The hidden states under the head are compared, sequence by sequence: rewards of a new head are
-    too small and too alike to tell right from wrong. Costs one forward pass of either path, in
-    evaluation mode.
-    """
-    known = obstacle(model_config(model))
-    if known is not None:
-        return known
-    was_training = model.training
-    model.eval()
-    try:
-        theirs = _plain_values(model, rows, states_only=True)
-        try:
-            ours = _shared_values(model, rows, states_only=True)[rows.exists]
-        except (
-            UserError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            IndexError,
-            AttributeError,
-        ) as error:
-            message = (str(error).splitlines() or [""])[0]
-            return f"it does not take a block mask ({type(error).__name__}: {message[:120]})"
-    finally:
-        model.train(was_training)
-    apart = float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-12)).max())
-    limit = AGREEMENT.get(_dtype(model), AGREEMENT_LOW_PRECISION)
-    if torch.is_autocast_enabled(ours.device.type):
-        limit = AGREEMENT_LOW_PRECISION
-    if apart <= limit:
-        return None
-    return f"its hidden states then differ by {apart:.1e} of their length"

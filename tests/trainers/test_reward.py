@@ -372,6 +372,21 @@ def test_without_a_pad_token_others_still_read_the_trained_reward(
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["autocast", "pure"])
+def test_prefixes_are_shared_in_bf16(make_trainer, reward_model, pairs, precision, caplog):
+    """accelerate enters autocast inside `forward`, where the check cannot see it."""
+    with torch.no_grad():
+        for p in reward_model.parameters():
+            p.mul_(4)
+    model = reward_model.bfloat16() if precision == "pure" else reward_model
+    caplog.set_level(logging.INFO, "shiftrm")
+    trainer = make_trainer(model, RewardTrainer, bf16=precision == "autocast", max_steps=2)
+    trainer.train()
+    assert trainer._sharing is True
+    assert "prefixes are shared" in caplog.text
+    assert "cannot share" not in caplog.text
+
+
 def test_a_short_first_batch_does_not_hide_a_window(make_trainer, caplog, monkeypatch):
     """The check also takes a pair as long as max_length: GPT-Neo's window is counted in the row."""
     from transformers import GPTNeoConfig, GPTNeoForSequenceClassification
@@ -388,7 +403,7 @@ def test_a_short_first_batch_does_not_hide_a_window(make_trainer, caplog, monkey
         num_labels=1,
     )
     monkeypatch.setattr(
-        "shiftrm.rewards.obstacle", lambda config: None
+        "shiftrm.sharing.obstacle", lambda config: None
     )  # only the comparison tells
     model = GPTNeoForSequenceClassification(config)
     with torch.no_grad():

@@ -15,13 +15,15 @@ from trl.data_utils import get_dataset_column_names
 from shiftrm.data.pairs import check_pair
 from shiftrm.errors import UserError
 from shiftrm.losses import bradley_terry_loss
-from shiftrm.prefix import SharedRows, pack
+from shiftrm.prefix import SharedRows
 from shiftrm.rendering import encode, end_at_closing, pin_template, template_options
-from shiftrm.rewards import group_rewards, model_config, sequence_rewards, sharing_obstacle
+from shiftrm.rewards import group_rewards, sequence_rewards
 from shiftrm.trainers.collator import COUNTED, ROW, PairCollator, shared_rows
 from shiftrm.trainers.counting import CountsPairs
 from shiftrm.trainers.finite import require_finite_gradient
+from shiftrm.trainers.first_batch import first_obstacle, inspect_model
 from shiftrm.trainers.loading import load_reward_model
+from shiftrm.trainers.noise import switch_off_dropout
 from shiftrm.trainers.pair_metrics import PairStatistics
 from shiftrm.trainers.reward_config import RewardConfig
 from shiftrm.trainers.sharding import refuse_deepspeed, reset_after_failure, set_up_fsdp
@@ -63,6 +65,7 @@ class RewardTrainer(CountsPairs, TRLRewardTrainer):
         self.dropped_pairs: dict[str, dict[str, int]] = {}
         self._statistics = PairStatistics()
         self._sharing: bool | None = None  # decided on the first batch
+        self._inspected = False  # likewise, once training
         self._suspects: list[Tensor] = []
         if args is not None:
             refuse_deepspeed(args)
@@ -164,6 +167,11 @@ class RewardTrainer(CountsPairs, TRLRewardTrainer):
         self, model: nn.Module, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each pair [B]; rewards and lengths in tokens of its two sequences, [B, 2]."""
+        if self.model.training and not self._inspected:
+            args = self.args
+            quiet = args.disable_dropout and not args.neftune_noise_alpha
+            inspect_model(model, inputs, quiet=quiet)
+            self._inspected = True
         if "segment_ids" in inputs:
             rows = shared_rows(inputs)
             rewards, lengths = self._group_rewards(model, rows), rows.sequence_lengths
@@ -189,11 +197,12 @@ class RewardTrainer(CountsPairs, TRLRewardTrainer):
         """Compare the first batch with the plain path; all processes decide alike."""
         if not getattr(self.args, "shared_prefixes", True):
             return False
-        reason = sharing_obstacle(model, rows) or sharing_obstacle(model, self._longest_rows(rows))
+        reason = first_obstacle(model, rows, max_length=self.args.max_length)
         failed = torch.tensor(float(reason is not None), device=rows.input_ids.device)
         if self.accelerator.num_processes > 1:
             failed = self.accelerator.reduce(failed, reduction="sum")
         if not float(failed):
+            logger.info("prefixes are shared")
             return True
         reset_after_failure(model)
         logger.warning(
@@ -202,18 +211,6 @@ class RewardTrainer(CountsPairs, TRLRewardTrainer):
             reason or "another process found a difference",
         )
         return False
-
-    def _longest_rows(self, rows: SharedRows) -> SharedRows:
-        """A pair as long as pairs may get, of the batch's tokens: windows show only at length."""
-        limits = (self.args.max_length, _context(model_config(self.model)), 1024)
-        L = max(4, min(limit for limit in limits if limit))
-        tokens = rows.input_ids[rows.segment_ids >= 0].tolist()
-        tokens = (tokens * (L // len(tokens) + 1))[:L]
-        P = 3 * L // 4
-        # The second one's two tokens stand far from the prefix in the row, but next to it in fact.
-        pair = [tokens, [*tokens[:P], tokens[0], tokens[-1]]]
-        longest = pack([pair], pad_token_id=0)
-        return SharedRows(*(tensor.to(rows.input_ids.device) for tensor in longest))
 
     # -- stopping before the weights are spoiled -----------------------------------------------
 
@@ -337,10 +334,6 @@ def _encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> 
     return {**sides, ROW: index}
 
 
-def _context(config: Any) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def _load(path: str, args: Any, quantization_config: Any) -> Any:
     options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
@@ -360,17 +353,3 @@ def _filters(max_length: int | None) -> dict[str, Any]:
         row["chosen_ids"] != row["rejected_ids"]
     )
     return filters
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to zero, also those that attention layers keep as plain numbers.
-
-    TRL's `disable_dropout` reaches `nn.Dropout` modules only; `attention_dropout` of Llama-like
-    models is a float passed to the attention function whenever the module is in training mode.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

@@ -21,11 +21,11 @@ from shiftrm.errors import UserError
 from shiftrm.rendering import pin_template
 from shiftrm.sampling import Sample, remember_stop_tokens
 from shiftrm.trainers.finite import require_finite_gradient
+from shiftrm.trainers.noise import switch_off_dropout
 from shiftrm.trainers.policy.text_reward import TextReward
 from shiftrm.trainers.policy.tokens import drop, encode_demonstration, encode_preference
 from shiftrm.trainers.policy.watch import GOLD_WORLD
 from shiftrm.trainers.ppo_math import LOGITS_AT_ONCE, Rows, kl_and_entropy, vocabulary_of
-from shiftrm.trainers.reward import switch_off_dropout
 
 __all__ = ["KL_ROWS", "DPOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer"]
 
