@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,6 @@ from shiftrm.responses import (
 )
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class SamplingConfig:
     """How responses are drawn.
@@ -38,10 +34,10 @@ class SamplingConfig:
     time. `PAPER_SAMPLING` holds MetaRM's settings.
     """
 
-    max_new_tokens: int = _option(128, "longest response, in tokens")
-    temperature: float = _option(1.0, "of sampling; below 1 is sharper, 0 the likeliest token")
-    top_p: float = _option(1.0, "the likeliest tokens of this probability together are sampled")
-    repetition_penalty: float = _option(1.0, "tokens that were there are less likely; 1: not")
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -135,8 +131,7 @@ def generate(
         `len(prompts) * num_responses` samples; those of one prompt stand together.
 
     Raises:
-        UserError: a prompt leaves no room for a response in the model's context, no EOS token, or
-            probabilities that are not finite.
+        UserError: a prompt leaves no room for a response in the model's context, or no EOS token.
     """
     from transformers import GenerationConfig
 
@@ -165,17 +160,9 @@ def generate(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _without_generation_defaults(model):
         torch.manual_seed(seed)
-        try:
-            output = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-            )
-        except RuntimeError as error:
-            if "probability tensor contains" not in str(error):
-                raise
-            raise UserError(
-                "the policy's probabilities are not finite: its training failed, or its numbers "
-                "are too large for its precision; take an earlier checkpoint, or load it in float32"
-            ) from error
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+        )
     model.train(was_training)
     rows = [row for row in output[:, T:].tolist() for _ in range(same)]
     return [

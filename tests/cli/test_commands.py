@@ -155,7 +155,7 @@ def test_bad_files_are_one_line_and_status_2(files, capsys, kind):
         (["learning_rate=[1"], "learning_rate=[1: the value is not valid YAML"),
         (["learning_rate=fast"], "learning_rate is 'fast'; expected a number"),
         (["learning_rate=-1"], "learning_rate is -1; it must be at least 0"),
-        (["learning_rate=null"], "learning_rate is 'null'; expected a number"),
+        (["weight_decay=null"], "weight_decay is 'null'; expected a number"),
         (["adam_beta1=1"], "adam_beta1 is 1; it must be below 1"),
         (["center_rewards_coefficient=x"], "center_rewards_coefficient is 'x'; expected a number"),
         (["gradient_accumulation_steps=0"], "gradient_accumulation_steps is 0; it must be at"),

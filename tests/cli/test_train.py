@@ -45,6 +45,15 @@ def test_several_values_become_a_list():
     assert fold_flags(["--lora-target-modules", "q", "v"]) == ['lora_target_modules=["q", "v"]']
 
 
+def test_pairs_that_are_trained_on_and_measured_on_are_said(shiftrm, caplog):
+    status, output = shiftrm(*TRAIN, "--eval-pairs", "pairs.jsonl", "max_steps=1")
+    assert status == 0
+    [said] = [r.message for r in caplog.records if "trained on" in r.message]
+    assert said.startswith("pairs.jsonl: 12 of its 12 pairs are among those trained on")
+    words = r"Training all [\d,]+ weights: learning_rate 1e-05, the default for this; gradient "
+    assert re.match(words + r"checkpointing off\.\n", output.out)
+
+
 def test_the_file_and_over_it_the_command_line(shiftrm, files, pairs):
     write(files / "chat.csv", pairs)
     config = {
@@ -67,7 +76,8 @@ def test_the_file_and_over_it_the_command_line(shiftrm, files, pairs):
     assert status == 0
     assert "Trained on 12 pairs (0 dropped) for 3 steps" in output.out
     for name in ("chat", "same"):
-        words = rf"Accuracy on 12 held-out pairs of {name}: \d\.\d+ before, \d\.\d+ after\."
+        words = rf"Accuracy on 12 held-out pairs of {name}: \d\.\d+ before, \d\.\d+ after \(95 % "
+        words += r"interval \d\.\d+ to \d\.\d+; a coin: 0\.5\): \d+ prompts; fewer than 30 show"
         assert re.search(words, output.out)
     assert re.search(r"step 2 of 3: loss \d", output.out), "progress in words"
     assert sorted(p for p in os.listdir() if "out" in p or "else" in p) == ["out"]

@@ -17,16 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from shiftrm.data.loaded import (
-    Broken,
-    Outcome,
-    Outcomes,
-    message,
-    option,
-    pair_of,
-    text_of,
-    trimmed,
-)
+from shiftrm.data.loaded import Outcome, Outcomes, message, option, pair_of, text_of, trimmed
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
@@ -92,8 +83,8 @@ Posts = dict[str, Post]
 
 def read_oasst(source: str, kind: str, split: str, options: OASSTOptions) -> Outcomes:
     """Outcomes of messages; the whole split is held in memory."""
-    posts, unread = read_posts(iterate_rows(source, split=split))
-    yield from unread
+    posts, doubles = read_posts(iterate_rows(source, split=split))
+    yield from ((where, "duplicate_message") for where in doubles)
     if kind == "prompts":
         yield from oasst_prompts(posts, lang=options.lang, turns=options.turns)
     elif kind == "pairs":
@@ -102,25 +93,22 @@ def read_oasst(source: str, kind: str, split: str, options: OASSTOptions) -> Out
         yield from oasst_demonstrations(posts, lang=options.lang)
 
 
-def read_posts(rows: Iterable[tuple[str, Row]]) -> tuple[Posts, list[tuple[str, str]]]:
-    """Messages of rows (or of nested trees); and those not read, where and why.
+def read_posts(rows: Iterable[tuple[str, Row]]) -> tuple[Posts, list[str]]:
+    """Messages of rows (or of nested trees), and where an id stands a second time.
 
-    Reasons: `duplicate_message` (an id stands a second time), `loaded.BROKEN`.
+    Raises:
+        UserError: a missing column or a value of the wrong type.
     """
     posts: Posts = {}
-    unread: list[tuple[str, str]] = []
+    doubles: list[str] = []
     for where, row in rows:
-        for item in _flat(row):
-            try:
-                post = _post(item, where)
-            except UserError as error:
-                unread.append((where, Broken(str(error))))
-                continue
+        for item in _flat(row, where):
+            post = _post(item, where)
             if post.id in posts:
-                unread.append((where, "duplicate_message"))
+                doubles.append(where)
             else:
                 posts[post.id] = post
-    return posts, unread
+    return posts, doubles
 
 
 def oasst_pairs(posts: Posts, *, lang: str = "all", pairs: str = "all") -> Outcomes:
@@ -233,8 +221,12 @@ def _with_tree(outcome: Outcome, post: Post) -> Outcome:
     return outcome if isinstance(outcome, str) else {**outcome, "tree": post.tree}
 
 
-def _flat(row: Row) -> Iterator[Row]:
-    """The messages of a row: itself, or those of a nested tree, unchecked."""
+def _flat(row: Row, where: str) -> Iterator[Row]:
+    """The messages of a row: itself, or those of a nested tree.
+
+    Raises:
+        UserError: replies that are no list of objects.
+    """
     if "message_id" in row or not isinstance(row.get("prompt"), dict):
         yield row
         return
@@ -244,9 +236,9 @@ def _flat(row: Row) -> Iterator[Row]:
         item = waiting.pop(0)
         yield {"message_tree_id": tree, **{k: v for k, v in item.items() if k != "replies"}}
         replies = item.get("replies") or []
-        for reply in replies if isinstance(replies, list) else [replies]:
-            known = {"parent_id": item.get("message_id")}
-            waiting.append(known | (reply if isinstance(reply, dict) else {"reply": reply}))
+        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+            raise UserError(f"{where}: 'replies' is {replies!r:.40}; expected a list of messages")
+        waiting += [{"parent_id": item.get("message_id"), **reply} for reply in replies]
 
 
 def _post(row: Row, where: str) -> Post:

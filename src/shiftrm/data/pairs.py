@@ -1,20 +1,21 @@
 """Preference pairs: TRL's preference rows, standard or conversational, checked on reading."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 from shiftrm.data.groups import check_prompt
-from shiftrm.data.loaded import no_text
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.rendering import check_template_options, check_text, is_conversational
 
-__all__ = ["COLUMNS", "check_pair", "read_pairs"]
+__all__ = ["COLUMNS", "check_margin", "check_pair", "read_pairs"]
 
 FINISHED = ("chosen_finished", "rejected_finished")
 """Optional columns: False where a length limit cut the response off."""
+
+LARGEST_MARGIN = 1e9
+"""In units of reward. Beyond it, sums of losses come near what fp32 can hold."""
 
 COLUMNS = ("prompt", "chosen", "rejected", "margin", *FINISHED, "tools", "chat_template_kwargs")
 """What training reads of a row."""
@@ -56,18 +57,13 @@ def check_pair(row: Row, where: str) -> Row:
             f"{where}: chosen is {_kind(row['chosen'])} but rejected is {_kind(row['rejected'])}; "
             "write both in the same way"
         )
-    empty = [side for side in ("chosen", "rejected") if no_text(row[side])]
-    if len(empty) == 2:
+    if not row["chosen"] and not row["rejected"]:
         raise UserError(f"{where}: both sides of the pair are empty; remove the row")
-    if empty:
-        raise UserError(f"{where}: the response {empty[0]!r} is empty; remove the row")
     if row["chosen"] == row["rejected"]:
         raise UserError(
             f"{where}: chosen and rejected are equal, so there is no preference; remove the row"
         )
-    margin = row.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise UserError(f"{where}: column 'margin' is {margin!r}; expected a number on every row")
+    check_margin(row.get("margin", 0.0), where)
     for column in FINISHED:
         if not isinstance(row.get(column, True), bool):
             raise UserError(
@@ -75,6 +71,19 @@ def check_pair(row: Row, where: str) -> Row:
                 "row"
             )
     return row
+
+
+def check_margin(margin: Any, where: str) -> float:
+    """Refuse a margin that is no number, or one that fp32 cannot compute a loss of."""
+    number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    if not number or not -LARGEST_MARGIN <= margin <= LARGEST_MARGIN:
+        shown = repr(margin)
+        shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
+        raise UserError(
+            f"{where}: column 'margin' is {shown}; expected a number of at most "
+            f"{LARGEST_MARGIN:g} in size on every row"
+        )
+    return float(margin)
 
 
 def _check_kinds(row: Row, kinds: dict[str, tuple[str, str]], where: str) -> None:

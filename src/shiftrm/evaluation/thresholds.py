@@ -41,3 +41,5 @@ SPREAD_FACTOR = 1.25
 INFLUENCE_FLOOR = 1e-3
 """A meta step that changes the gradient of L by less than this share of its length is too small to
 matter."""
+INFLUENCE_CEILING = 1.0
+"""From here on the meta step changes the gradient by more than the pairs' own gradient is long."""

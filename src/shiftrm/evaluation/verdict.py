@@ -186,19 +186,27 @@ def _by_labels(found: Labels) -> _Decision:
             ),
             (LENGTH_ADVICE,),
         )
+    word, reason = accuracy_verdict(accuracy)
+    sentence = f"{text}: {reason}." if reason else f"{text}."
+    if word == UNCLEAR:
+        more = max(ENOUGH_LABELS, 2 * found.pairs)
+        return word, sentence, (f"Label more pairs: about {more}.",)
+    return word, sentence, () if word == SEES else (_RELABEL,)
+
+
+def accuracy_verdict(accuracy: Measured) -> tuple[str, str]:
+    """What an accuracy with an interval says: a word, and why; no reason where it just sees."""
+    assert accuracy.low is not None
+    assert accuracy.high is not None
     if accuracy.high < 0.5:
-        return BLIND, f"{text}: it prefers the worse response.", (_RELABEL,)
+        return BLIND, "it prefers the worse response"
     if accuracy.low > 0.5:
         if accuracy.value >= SEES_ACCURACY:
-            return SEES, f"{text}.", ()
-        return DIM, f"{text}: better than a coin, but below {SEES_ACCURACY:.2f}.", (_RELABEL,)
+            return SEES, ""
+        return DIM, f"better than a coin, but below {SEES_ACCURACY:.2f}"
     if accuracy.high < SEES_ACCURACY:
-        return BLIND, f"{text}: no better than a coin.", (_RELABEL,)
-    return (
-        UNCLEAR,
-        (f"{text}: the interval holds both a coin and a model that sees ({SEES_ACCURACY:.2f})."),
-        (f"Label more pairs: about {max(ENOUGH_LABELS, 2 * found.pairs)}.",),
-    )
+        return BLIND, "no better than a coin"
+    return UNCLEAR, f"the interval holds both a coin and a model that sees ({SEES_ACCURACY:.2f})"
 
 
 def _right_by_length_alone(found: Labels) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shiftrm.evaluation.thresholds import INFLUENCE_FLOOR
+from shiftrm.evaluation.thresholds import INFLUENCE_CEILING, INFLUENCE_FLOOR
 from shiftrm.report.analysis import adaptations, influence
 from shiftrm.report.arms import arm_name
 from shiftrm.report.measurements import Measurements, estimate
@@ -27,6 +27,15 @@ def _influence_flags(m: Measurements) -> list[str]:
                 f"{arm_name(arm)}: the meta step changed the gradient by at most "
                 f"{max(small.values()):.1e} of its length in {rounds_text(sorted(small))}: too "
                 "small to matter. While it trains, this arm is as good as plain retraining."
+            )
+        large = {
+            r: v.mean for r, v in found.items() if v is not None and v.mean > INFLUENCE_CEILING
+        }
+        if large:
+            texts.append(
+                f"{arm_name(arm)}: the meta step changed the gradient by up to "
+                f"{max(large.values()):.1f} times its length in {rounds_text(sorted(large))}: it "
+                "outweighs the pairs, and knows no labels."
             )
     return texts
 

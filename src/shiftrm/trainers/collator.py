@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shiftrm.data.pairs import check_margin
 from shiftrm.prefix import SharedRows, pack
 
 ROW = "row_index"
 """The column that says which row of the data set a pair was, for messages."""
+
+PROMPT = "prompt_number"
+"""The column that is equal for pairs of one prompt, below 2^24, so that fp32 can hold it."""
 
 COUNTED = "counted"
 """In a batch that is trained on: 1 for each pair, 0 for one that only fills up the batch, [B]."""
@@ -22,7 +26,7 @@ class PairCollator:
 
     Every tensor has a pair in each of its rows, so that batches can be cut and gathered by pair:
     the fields of `SharedRows` (K = 2: the chosen sequence, then the rejected one), `margin` [B] and
-    the row numbers [B] if the rows have them.
+    row and prompt numbers [B] if the rows have them.
     """
 
     pad_token_id: int
@@ -36,9 +40,11 @@ class PairCollator:
         )
         batch = rows._asdict()
         if "margin" in examples[0]:
-            batch["margin"] = torch.tensor([e["margin"] for e in examples], dtype=torch.float)
-        if ROW in examples[0]:
-            batch[ROW] = torch.tensor([e[ROW] for e in examples])
+            margins = [check_margin(e.get("margin"), f"row {e.get(ROW, '?')}") for e in examples]
+            batch["margin"] = torch.tensor(margins, dtype=torch.float)
+        for column in (ROW, PROMPT):
+            if column in examples[0]:
+                batch[column] = torch.tensor([e[column] for e in examples])
         return batch
 
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shiftrm.curvature import coarsest_type, kinks, relative_size
+from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
+from shiftrm.evaluation.thresholds import INFLUENCE_CEILING
 from shiftrm.losses import recorded_signs
 from shiftrm.meta import (
     AdaptiveState,
@@ -72,7 +74,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
 
     Args:
         meta_dataset: groups `{"prompt", "responses", "finished"?}`, strings or chat messages: K
-            responses of the *current* policy to one prompt.
+            responses of the *current* policy to one prompt. Or the file that holds them.
         Everything else: as in `RewardTrainer`, with `args` a `MetaRMConfig`.
 
     Raises:
@@ -84,19 +86,22 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         model: Any,
         args: MetaRMConfig | None = None,
         *trl_arguments: Any,
-        meta_dataset: Iterable[dict[str, Any]] | None,
+        meta_dataset: Iterable[dict[str, Any]] | str | Path | None,
         **trl_keywords: Any,
     ) -> None:
         args = args if args is not None else MetaRMConfig("metarm-output")
         _check_arguments(args)
         super().__init__(model, args, *trl_arguments, **trl_keywords)
         refuse_model_parallelism(self.accelerator, self.model)
+        if isinstance(meta_dataset, str | Path):
+            meta_dataset = read_groups(meta_dataset)
         self._groups = MetaGroups(
             meta_dataset, self.processing_class, max_length=args.max_length, seed=args.seed
         )
         self._shift: ExitStack | None = None
         self._step_state: MetaStepState | None = None
         self._radius = {}
+        self._said_too_large = False
         self._choose_shift()
         self._adaptive_state = AdaptiveState()
         world = self.accelerator.num_processes
@@ -107,6 +112,19 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
                 f"meta_batch_size is {self.meta_batch_size} on {world} processes; "
                 "each process needs a group"
             )
+
+    def _largest_pass(self) -> tuple[int, int, int]:
+        sequences, longest, copies = super()._largest_pass()
+        groups = self._groups.groups
+        of_group = max(map(len, groups)) * self.args.per_device_train_batch_size
+        longest = max(longest, max(len(s) for group in groups for s in group))
+        if self.meta_curvature == "exact" and self._second():  # differentiating twice keeps more
+            sequences, of_group = 3 * sequences, 3 * of_group
+        return max(sequences, of_group), longest, copies + 3  # grad J, theta, the direction
+
+    def _second(self) -> bool:
+        """Whether Hessian-vector products are taken."""
+        return self.meta_shift == "midpoint" or self.args.meta_order == "exact"
 
     def _choose_shift(self) -> None:
         """How theta' is reached and curvature taken, unless the settings say.
@@ -122,7 +140,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         self.meta_curvature = self.args.meta_curvature or (
             "finite_difference" if sharded else "exact"
         )
-        second = self.meta_shift == "midpoint" or self.args.meta_order == "exact"
+        second = self._second()
         if second and sharded and self.meta_curvature == "exact":
             raise UserError(
                 "meta_curvature='exact': sharded parameters cannot be differentiated twice; leave "
@@ -350,6 +368,19 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         """At the first step and before every logging step: it costs a forward and a gradient."""
         every = max(1, int(self.state.logging_steps or 1))
         return self._step() == 0 or (self._step() + 1) % every == 0
+
+    def _log_meta(self, name: str, value: float) -> None:
+        super()._log_meta(name, value)
+        if name == "meta_influence" and value > INFLUENCE_CEILING and not self._said_too_large:
+            self._said_too_large = True
+            logger.warning(
+                "step %d: the meta step changes the gradient by %.2g of its length; above %g it "
+                "outweighs the pairs, and rewards grow louder, seldom sharper: lower "
+                "meta_learning_rate",
+                self._step(),
+                value,
+                INFLUENCE_CEILING,
+            )
 
 
 def _check_arguments(args: Any) -> None:

@@ -78,18 +78,25 @@ class MetaRMConfig(RewardConfig):
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.eta_is_alpha = self.meta_learning_rate is None  # the paper's
         if self.meta_learning_rate is None:
-            self.meta_learning_rate = self.learning_rate  # the paper: eta = alpha
+            self.meta_learning_rate = self.learning_rate
         _require_choice("meta_step", self.meta_step, list(get_args(MetaStep)))
         _require_choice("meta_order", self.meta_order, list(get_args(MetaOrder)))
         _require_choice("meta_shift", self.meta_shift, ["auto", *get_args(MetaShift)])
         if self.meta_curvature is not None:
             _require_choice("meta_curvature", self.meta_curvature, list(get_args(Curvature)))
         _require_choice("deploy", self.deploy, ["base", "adapted"])
-        if self.meta_learning_rate < 0:
+        if self.meta_learning_rate is not None and self.meta_learning_rate < 0:
             raise UserError(f"meta_learning_rate is {self.meta_learning_rate}; it must be >= 0")
         if self.meta_batch_size is not None and self.meta_batch_size < 1:
             raise UserError(f"meta_batch_size is {self.meta_batch_size}; it must be at least 1")
+
+    def fit_lora(self) -> None:
+        """As `RewardConfig.fit_lora`, and eta with it where it is alpha."""
+        super().fit_lora()
+        if self.eta_is_alpha:
+            self.meta_learning_rate = self.learning_rate
 
 
 def _require_choice(name: str, value: str | None, choices: list[str]) -> None:

@@ -1,7 +1,7 @@
 """What a training did, for its user: a few sentences, and the README.md beside the weights."""
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ import yaml
 
 import shiftrm
 from shiftrm.data.sources import HUB_NAME
-from shiftrm.evaluation.thresholds import INFLUENCE_FLOOR
+from shiftrm.evaluation.intervals import Measured
+from shiftrm.evaluation.thresholds import FEW_PROMPTS, INFLUENCE_CEILING, INFLUENCE_FLOOR
+from shiftrm.evaluation.verdict import accuracy_verdict
 
 __all__ = [
     "Adapted",
@@ -30,11 +32,13 @@ NOT_METRICS = (
     "steps_per_second",
     "num_tokens",
     "epoch",
+    "prompts",
     "model_preparation_time",
 )
 
 META_LOGS = {
     "meta_influence": "relative change of the gradient by the meta step, mean",
+    "meta_influence_most": "the same, largest",
     "meta_objective": "J before the step, mean",
     "meta_objective_after": "J after the step, mean",
     "meta_skipped": "share of skipped steps",
@@ -105,9 +109,9 @@ def measurements(trainer: Any, result: Any) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "lora": hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"),
         "meta": {
-            key: sum(values) / len(values)
+            key: (max(values) if key == "meta_influence_most" else sum(values) / len(values))
             for key in META_LOGS
-            if (values := [log[key] for log in logs if key in log])
+            if (values := [log[name] for log in logs if (name := key.removesuffix("_most")) in log])
         },
     }
 
@@ -123,14 +127,27 @@ def summary(outcome: Outcome) -> str:
     ]
     for name, metrics in outcome.after.items():
         what = f"{outcome.heldout[name]} held-out pairs" + (f" of {name}" if name else "")
-        before = (
-            "" if outcome.before is None else f"{outcome.before[name]['accuracy']:.3f} before, "
-        )
-        after = "" if outcome.before is None else " after"
-        lines.append(f"Accuracy on {what}: {before}{metrics['accuracy']:.3f}{after}.")
+        before = None if outcome.before is None else outcome.before[name]["accuracy"]
+        lines.append(f"Accuracy on {what}: {_accuracy_words(before, metrics)}.")
     if outcome.adapted is not None:
         lines += [outcome.adapted.how, outcome.adapted.verdict]
     return "\n".join([*lines, *_meta_words(outcome), f"Reward model: {outcome.output}"])
+
+
+def _accuracy_words(before: float | None, metrics: Mapping[str, float]) -> str:
+    """The accuracy with its interval and what that says, as a diagnosis does."""
+    value = metrics["accuracy"]
+    text = f"{value:.3f}" if before is None else f"{before:.3f} before, {value:.3f} after"
+    low, high = metrics.get("accuracy_low"), metrics.get("accuracy_high")
+    if low is None or high is None:
+        return text
+    text += f" (95 % interval {low:.3f} to {high:.3f}; a coin: 0.5)"
+    if metrics["prompts"] < FEW_PROMPTS:
+        return f"{text}: {metrics['prompts']:.0f} prompts; fewer than {FEW_PROMPTS} show nothing"
+    word, reason = accuracy_verdict(Measured(value, low, high))
+    if low <= 0.5:
+        reason += "; these pairs show nothing that was learnt"
+    return f"{text}: {word}" + (f", {reason}" if reason else "")
 
 
 def _verb(outcome: Outcome) -> str:
@@ -163,10 +180,14 @@ def _meta_words(outcome: Outcome) -> list[str]:
         return []
     words = f"The meta step changed the gradient by {influence:.2g} of its length."
     if influence < INFLUENCE_FLOOR:
-        other = (
-            "" if outcome.settings.get("preset") == "scale_free" else ", or use preset=scale_free"
+        words += " That is too small to matter: raise meta_learning_rate."
+    most = outcome.meta["meta_influence_most"]
+    if most > INFLUENCE_CEILING:
+        words += (
+            f" WARNING: in one step it was {most:.2g}. Above {INFLUENCE_CEILING:g} the meta step, "
+            "which knows no labels, outweighs the pairs: rewards grow louder, seldom sharper. "
+            "Lower meta_learning_rate."
         )
-        words += f" That is too small to matter: raise meta_learning_rate{other}."
     return [words]
 
 

@@ -1,11 +1,62 @@
 """What a trainer logs about its pairs, computed once over all of them."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import EvalPrediction
 
 from shiftrm.evaluation.discrimination import auc, calibration_error, correlation
+from shiftrm.evaluation.intervals import measured, weighted_mean
+
+
+def like_trl(
+    compute_metrics: Callable[..., dict[str, float]], block: int
+) -> Callable[..., dict[str, float]]:
+    """A user's `compute_metrics`, given what TRL's reward trainer gives it.
+
+    Predictions of P pairs have shape [2P, 1]: of every batch the chosen rewards, then the rejected
+    ones. (TRL 1.16 leaves some of a short last batch out; here none is missing.)
+
+    Args:
+        compute_metrics: as `Trainer` takes it.
+        block: pairs in a batch of one process.
+    """
+
+    def compute(prediction: EvalPrediction, **options: Any) -> dict[str, float]:
+        rewards = prediction.predictions
+        parts = rewards if isinstance(rewards, list) else [rewards]  # a list: by batch, as asked
+        flat = [np.concatenate(_sides(_numpy(part), block)) for part in parts]
+        predictions: Any = flat if isinstance(rewards, list) else flat[0]
+        if isinstance(rewards, torch.Tensor):  # batch_eval_metrics
+            predictions = torch.as_tensor(predictions, device=rewards.device)
+        given = EvalPrediction(
+            predictions, prediction.label_ids, prediction.inputs, prediction.losses
+        )
+        return compute_metrics(given, **options)
+
+    return compute
+
+
+def _numpy(rewards: Any) -> np.ndarray:
+    return rewards.cpu().numpy() if isinstance(rewards, torch.Tensor) else rewards
+
+
+def _sides(rewards: np.ndarray, block: int) -> list[np.ndarray]:
+    """[P, 2] as columns [b, 1]: of every block the chosen ones, then the rejected ones."""
+    starts = range(0, len(rewards), block)
+    return [rewards[i : i + block, side, None] for i in starts for side in (0, 1)]
+
+
+def _interval(right: np.ndarray, prompts: list[float]) -> dict[str, float]:
+    known = [(i, -1.0) if prompt < 0 else (-1, prompt) for i, prompt in enumerate(prompts)]
+    accuracy = measured(lambda weights: weighted_mean(right, weights), known, seed=0)
+    found = {"prompts": float(len(set(known)))}
+    if accuracy is not None and accuracy.low is not None and accuracy.high is not None:
+        found |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+    return found
 
 
 class PairStatistics:
@@ -19,7 +70,13 @@ class PairStatistics:
         self._rows: list[Tensor] = []
 
     def add(
-        self, rewards: Tensor, lengths: Tensor, losses: Tensor, counted: Tensor, gather: Callable
+        self,
+        rewards: Tensor,
+        lengths: Tensor,
+        losses: Tensor,
+        prompts: Tensor,
+        counted: Tensor,
+        gather: Callable,
     ) -> None:
         """Add a batch.
 
@@ -27,27 +84,32 @@ class PairStatistics:
             rewards: of chosen and rejected, [B, 2].
             lengths: of the sequences in tokens, [B, 2].
             losses: one a pair, [B].
+            prompts: equal for pairs of one prompt, -1 where that is not known, [B].
             counted: False where a pair only fills up the batch, [B].
             gather: joins the rows of all processes.
         """
-        columns = [rewards, lengths, losses[:, None], counted[:, None]]
+        columns = [rewards, lengths, losses[:, None], prompts[:, None], counted[:, None]]
         row = torch.cat([column.to(rewards.dtype) for column in columns], dim=1)
         table = gather(row.detach()).to("cpu", torch.float64)
         self._rows.append(table[table[:, -1] > 0, :-1])
 
-    def take(self) -> dict[str, float]:
+    def take(self, *, intervals: bool = False) -> dict[str, float]:
         """The metrics, empty if there were no pairs; forgets them.
 
         loss: mean; min_reward, mean_reward, max_reward, accuracy, margin: as TRL names them;
         std_reward; auc: how often a random chosen response has a higher reward than a random
         rejected one; ece: expected calibration error of sigmoid(difference) as a probability;
         length_correlation: of reward and length in tokens.
+
+        Args:
+            intervals: also accuracy_low and accuracy_high, the ends of its 95 % interval (prompts
+                resampled), and how many prompts there were.
         """
         if not self._rows:
             return {}
         table = torch.cat(self._rows)
         self._rows = []
-        chosen, rejected, *_, losses = table.T
+        chosen, rejected, *_, losses, prompts = table.T
         rewards, lengths = table[:, :2].flatten(), table[:, 2:4].flatten()
         difference = chosen - rejected
         metrics = {
@@ -60,6 +122,8 @@ class PairStatistics:
             "margin": difference.mean(),
         }
         values = {name: float(value) for name, value in metrics.items()}
+        if intervals:
+            values |= _interval((difference > 0).double().numpy(), prompts.tolist())
         if not torch.isfinite(rewards).all():
             return values
         values["auc"] = auc(chosen.numpy(), rejected.numpy())

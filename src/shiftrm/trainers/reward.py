@@ -1,39 +1,44 @@
 """Reward-model training: TRL's trainer, with shared prefixes, explicit positions and our losses."""
 
 import logging
+import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
 from transformers.trainer_utils import set_seed
 from trl import RewardTrainer as TRLRewardTrainer
 from trl.data_utils import get_dataset_column_names
 
-from shiftrm.data.pairs import check_pair
+from shiftrm.data.pairs import COLUMNS, check_pair, read_pairs
 from shiftrm.errors import UserError
+from shiftrm.evaluation.scored_files import prompt_key
 from shiftrm.losses import bradley_terry_loss
 from shiftrm.prefix import SharedRows
 from shiftrm.rendering import encode, end_at_closing, pin_template, template_options
-from shiftrm.rewards import group_rewards, sequence_rewards
-from shiftrm.trainers.collator import COUNTED, ROW, PairCollator, shared_rows
+from shiftrm.rewards import group_rewards, model_config, sequence_rewards
+from shiftrm.trainers.collator import COUNTED, PROMPT, ROW, PairCollator, shared_rows
 from shiftrm.trainers.counting import CountsPairs
 from shiftrm.trainers.finite import require_finite_gradient
 from shiftrm.trainers.first_batch import first_obstacle, inspect_model
 from shiftrm.trainers.loading import load_reward_model
+from shiftrm.trainers.machine import FitsMemory
 from shiftrm.trainers.noise import switch_off_dropout
-from shiftrm.trainers.pair_metrics import PairStatistics
+from shiftrm.trainers.pair_metrics import PairStatistics, like_trl
 from shiftrm.trainers.reward_config import RewardConfig
 from shiftrm.trainers.sharding import refuse_deepspeed, reset_after_failure, set_up_fsdp
+from shiftrm.trainers.tables import table
 
 __all__ = ["RewardConfig", "RewardTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class RewardTrainer(CountsPairs, TRLRewardTrainer):
+class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     """`trl.RewardTrainer` with these differences; every argument keeps its meaning.
 
     - The tokens that the two sides of a pair begin with are computed once (`shared_prefixes`). The
@@ -51,8 +56,14 @@ class RewardTrainer(CountsPairs, TRLRewardTrainer):
     - Logged beside TRL's metrics: std_reward, auc, ece, length_correlation. Aggregates are taken
       over pairs and processes, also in evaluation, whatever the size of the last batch.
     - FSDP2 runs on CPUs, too, and what is saved under it is whole (`trainers/sharding.py`).
-    - `predict` returns rewards of shape [B, 2], chosen and rejected.
+    - `predict` returns rewards of shape [B, 2], chosen and rejected, and
+      `preprocess_logits_for_metrics` is given them so; `compute_metrics` gets TRL's [2B, 1].
+    - `train_dataset` and `eval_dataset` may be names of files (or of the hub's data sets), too.
+    - Every pair of an optimizer step counts once (`trainers/counting.py`).
+    - Checkpointing of activations is on where they would not fit the memory (`RewardConfig`).
     """
+
+    compute_metrics: Any
 
     def __init__(
         self,
@@ -67,20 +78,25 @@ class RewardTrainer(CountsPairs, TRLRewardTrainer):
         self._sharing: bool | None = None  # decided on the first batch
         self._inspected = False  # likewise, once training
         self._suspects: list[Tensor] = []
-        if args is not None:
-            refuse_deepspeed(args)
+        if args is None:
+            name = model if isinstance(model, str) else model_config(model)._name_or_path
+            args = RewardConfig(f"{name.rstrip('/').split('/')[-1]}-Reward")
+        refuse_deepspeed(args)
+        lora = keywords.get("peft_config") is not None or hasattr(model, "peft_config")
+        if isinstance(args, RewardConfig) and lora:
+            args.fit_lora()
         if isinstance(model, str):
-            if args is None:
-                args = RewardConfig(f"{model.rstrip('/').split('/')[-1]}-Reward")
             model = _load(model, args, keywords.pop("quantization_config", None))
-        model_init_kwargs = getattr(args, "model_init_kwargs", None)
-        if args is not None:  # they are used up; TRL would warn that it ignores them
-            args.model_init_kwargs = None
-        if getattr(args, "torch_compile", False):
+        model_init_kwargs = args.model_init_kwargs
+        args.model_init_kwargs = None  # they are used up; TRL would warn that it ignores them
+        if args.torch_compile:
             raise UserError(
                 "torch_compile=True: rewards are read by a hook, which torch.compile does not "
                 "trace; leave it out"
             )
+        rest = tuple(map(_read, rest))
+        for name in ("train_dataset", "eval_dataset"):
+            keywords |= {name: _read(keywords[name])} if name in keywords else {}
         super().__init__(model, args, data_collator, *rest, **keywords)
         self.args.model_init_kwargs = model_init_kwargs
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
@@ -159,7 +175,8 @@ class RewardTrainer(CountsPairs, TRLRewardTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             if ROW in inputs:
                 self._suspects.append(torch.where(losses.detach().isfinite(), -1, inputs[ROW]))
-        self._statistics.add(rewards, lengths, losses, counted, gather)
+        prompts = inputs.get(PROMPT, torch.full_like(losses, -1))
+        self._statistics.add(rewards, lengths, losses, prompts, counted, gather)
         loss = self._share_of_step(losses, inputs)
         return (loss, {"logits": rewards}) if return_outputs else loss
 
@@ -245,20 +262,24 @@ class RewardTrainer(CountsPairs, TRLRewardTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, with aggregates over all pairs instead of means of batches."""
         held, self._statistics = self._statistics, PairStatistics()
+        theirs = self.compute_metrics
+        if theirs is not None:
+            self.compute_metrics = like_trl(theirs, self.args.per_device_eval_batch_size)
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            found = {"num_tokens": self._total_train_tokens, **self._statistics.take()}
+            found = {"num_tokens": self._total_train_tokens}
+            found |= self._statistics.take(intervals=True)
             output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in found.items()})
         finally:
-            self._statistics = held
+            self._statistics, self.compute_metrics = held, theirs
         return output
 
     # -- data --------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if ROW not in self._signature_columns:
-            self._signature_columns.append(ROW)
+        own = [name for name in (ROW, PROMPT) if name not in self._signature_columns]
+        self._signature_columns += own
 
     def _prepare_dataset(
         self,
@@ -331,7 +352,17 @@ def _encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> 
                 f"{name} data, row {index}: {side.removesuffix('_ids')} has no tokens; remove the "
                 "row"
             )
-    return {**sides, ROW: index}
+    prompt = zlib.crc32(prompt_key(row).encode(errors="surrogatepass")) % 2**24
+    return {**sides, ROW: index, PROMPT: prompt}
+
+
+def _read(given: Any) -> Any:
+    """The pairs of a source (`data.sources`), by name or one by one; anything else as it is."""
+    if isinstance(given, Mapping) and not isinstance(given, DatasetDict):
+        return {name: _read(value) for name, value in given.items()}
+    if isinstance(given, str | Path):
+        return table(str(given), read_pairs(given), COLUMNS)
+    return given
 
 
 def _load(path: str, args: Any, quantization_config: Any) -> Any:

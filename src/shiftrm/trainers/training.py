@@ -5,6 +5,8 @@ output ours, `train_in_work` leaves the result in it, and `publish` gives the re
 """
 
 import dataclasses
+import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
-from shiftrm.files import Row, atomic_write_text, encodable, replace_directory
+from shiftrm.files import Row, atomic_write_text, replace_directory
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.memory import explain_out_of_memory, identity
 from shiftrm.trainers.metarm import MetaRMTrainer
@@ -29,9 +31,12 @@ from shiftrm.trainers.model_card import DataSet, Outcome, measurements
 from shiftrm.trainers.progress import SHOWN, ProgressInWords, log_progress_to
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 from shiftrm.trainers.settings import Settings, resolve
+from shiftrm.trainers.tables import table
 from shiftrm.trainers.training_log import write_training_log
 
 __all__ = ["Job", "begin", "open_work", "prepare", "publish", "train_in_work"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,9 +105,24 @@ def prepare(
     sources |= {f"eval {name}".strip(): source for name, source in (eval_pairs or {}).items()}
     for key, source in sources.items():
         rows = read_pairs(source)
+        if key == "pairs":
+            trained = {_key(row) for row in rows}
+        elif known := sum(_key(row) in trained for row in rows):
+            logger.warning(
+                "%s: %d of its %d pairs are among those trained on, so its accuracy says little "
+                "about new ones; give others as --eval-pairs",
+                source,
+                known,
+                len(rows),
+            )
         job.tables[key] = table(source, rows, COLUMNS)
         job.add_data(key, source, rows)
     return job
+
+
+def _key(row: Row) -> str:
+    """Equal for rows with the same texts."""
+    return json.dumps([row.get("prompt"), row["chosen"], row["rejected"]], sort_keys=True)
 
 
 _METARM = {f.name for f in dataclasses.fields(MetaRMConfig)}
@@ -156,6 +176,9 @@ def train_in_work(
     """
     used = job.chosen.beyond_defaults()
     trainer = _trainer(job.model, job.chosen, job.tables, groups)
+    trainer.choose_checkpointing()
+    if trainer.accelerator.is_main_process:
+        print(_opening(trainer), flush=True)
     try:
         before, result, after = _run(trainer, checkpoint, evaluate=evaluate)
     except (ImportError, NotImplementedError) as error:  # an optimizer or kernel that is not there
@@ -182,15 +205,6 @@ def train_in_work(
     return outcome
 
 
-def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
-    """The columns that training reads, as one table."""
-    kept = [{c: encodable(row[c]) for c in columns if c in row} for row in rows]
-    try:
-        return Dataset.from_list(kept)
-    except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's: say, mixed messages
-        raise UserError(f"{source}: the rows do not fit one table ({first_line(error)})") from None
-
-
 def _trainer(
     model: str, chosen: Settings, tables: Mapping[str, Dataset], groups: list[Row] | None
 ) -> RewardTrainer:
@@ -215,6 +229,20 @@ def _trainer(
         raise user_error(model, error, chosen) from error
     add_callbacks(trainer)
     return trainer
+
+
+def _opening(trainer: RewardTrainer) -> str:
+    """What is trained, and how, in one line."""
+    args, parameters = trainer.args, list(trainer.model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    what = f"all {total:,} weights" if trained == total else f"{trained:,} of {total:,} weights"
+    default = "" if args.learning_rate_given else ", the default for this"
+    checkpointing = "on" if args.activation_checkpointing else "off"
+    return (
+        f"Training {what}: learning_rate {args.learning_rate:g}{default}; gradient checkpointing "
+        f"{checkpointing}."
+    )
 
 
 def add_callbacks(trainer: Any, shown: Sequence[str] = SHOWN) -> None:

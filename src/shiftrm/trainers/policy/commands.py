@@ -26,7 +26,8 @@ from shiftrm.trainers.policy.prompts import fitting_prompts
 from shiftrm.trainers.policy.run import Plan, run_in_work, run_trl
 from shiftrm.trainers.policy.trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 from shiftrm.trainers.policy.watch import check_watch, open_watch
-from shiftrm.trainers.training import Job, begin, table
+from shiftrm.trainers.tables import table
+from shiftrm.trainers.training import Job, begin
 
 __all__ = ["METHODS", "elsewhere", "optimise", "sft"]
 
