@@ -1,5 +1,7 @@
 """What a dry run says, against real networks, real data and real trainers' counts."""
 
+import re
+
 import pytest
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -8,9 +10,11 @@ from trl import ModelConfig, get_peft_config
 from shiftrm.cli import main
 from shiftrm.config import from_mapping
 from shiftrm.loop.config import Recipe
+from shiftrm.loop.data import assembled
 from shiftrm.loop.estimate import estimate, judging_cost, sizes_of
 from shiftrm.loop.plan import plan
 from shiftrm.loop.run import read_recipe
+from shiftrm.rounds.engine import random_seed
 from shiftrm.trainers.reward import RewardConfig
 from tests.loop.conftest import LOOP, RECIPES
 from tests.loop.gold_world import recipe, write_recipe
@@ -70,6 +74,61 @@ def test_memory_with_adapters(world):
     )
     # From the second round on the reference is no longer the policy with its adapter off.
     assert memory["methods/fixed/round-2/policy"] == first + 4 * sizes.policy
+
+
+def test_disk_by_stage(world):
+    """A model each, and checkpoints of weights and two moments: PPO's of its critic, too."""
+    settings = {"save_steps": 2, "max_steps": 7, "save_total_limit": 1}
+    sections = {"methods": ARMS, "sft": {"settings": settings}}
+    ppo = {**recipe(world)["policy"]["settings"], "steps": 5, "save_steps": 2}
+    found, stages = estimated(world, policy={"settings": ppo}, **sections)
+    policy, reward = found.sizes.policy, found.sizes.reward
+    disk = {name: stage.disk for name, stage in stages.items()}
+    assert disk["sft"] == (4 * policy, 2 * 12 * policy)
+    assert disk["reward_model"].kept == 4 * reward
+    # Checkpoints of steps 2 and 4; none of the last step.
+    assert disk["methods/fixed/round-1/policy"] == (4 * policy, 2 * 12 * (policy + reward))
+    assert disk["responses"] == disk["evaluation"] == (0, 0)
+    half = {**settings, "dtype": "bfloat16"}
+    _, stages = estimated(world, **{**sections, "sft": {"settings": half}})
+    assert stages["sft"].disk == (2 * policy, 2 * 6 * policy)
+    found, stages = estimated(world, lora={"lora_r": 4}, **sections)
+    adapters = found.sizes.policy_adapters
+    assert stages["sft"].disk == (4 * (policy + adapters), 2 * 12 * adapters)
+    one = {**ppo, "steps": 1, "save_steps": 1}
+    _, stages = estimated(world, policy={"settings": one})
+    assert [s.disk.checkpoints for n, s in stages.items() if n.endswith("/policy")] == [0]
+
+
+def test_operations_by_stage(world):
+    found, stages = estimated(world, sft={"batch_size": 5, "settings": {"max_steps": 7}})
+    config = from_mapping(Recipe, recipe(world))
+    rows = assembled_rows(config)
+    characters = sum(len(r["prompt"]) + len(r["completion"]) for r in rows["demonstrations"])
+    tokens = characters / 4 / len(rows["demonstrations"])
+    assert stages["sft"].operations == pytest.approx(7 * 5 * tokens * 6 * found.sizes.policy)
+    length = sum(len(r["prompt"]) for r in rows["prompts"]) / 4 / len(rows["prompts"])
+    length += config.sampling.max_new_tokens
+    made = min(config.evaluation.prompts, len(rows["eval_prompts"])) * config.evaluation.responses
+    assert stages["responses"].operations == pytest.approx(2 * found.sizes.policy * made * length)
+    assert stages["data"].operations == 0
+
+
+def assembled_rows(config):
+    data = plan(config)[0]
+    found = assembled(data.settings, seed=random_seed(config.seed, "splits"))
+    return {name: loaded.rows for name, loaded in found.items()}
+
+
+def test_a_dry_run_says_disk_and_time(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shiftrm.loop.run.speed", lambda: 1e9)
+    path = write_recipe(tmp_path / "recipe.yaml", world)
+    assert main(["run", str(path), "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "steps memory disk time" in said
+    size = r"[\d.,]+ [MG]iB"
+    assert re.search(rf"disk: {size} of models at the end, and up to {size} of checkpoints", said)
+    assert "Time is a guess: parameters times tokens at the 1 billion operations a second" in said
 
 
 def test_rows_are_counted_as_the_run_will(world, tmp_path):

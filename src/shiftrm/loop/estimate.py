@@ -14,6 +14,7 @@ from shiftrm.errors import UserError
 from shiftrm.loop.config import Recipe
 from shiftrm.loop.data import assembled, place_of, read_source
 from shiftrm.loop.inputs import KINDS
+from shiftrm.loop.resources import Disk, Sizes, disk_of, mean_tokens, operations
 from shiftrm.loop.settings import settings_of
 from shiftrm.rounds.engine import Stage, random_seed
 
@@ -41,27 +42,21 @@ _ANSWER_TOKENS = 200  # of a judge that compares before it decides; a guess unti
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters of the policy, of a reward model on it, and of the adapters of each (LoRA)."""
-
-    policy: int
-    reward: int
-    policy_adapters: int | None = None
-    reward_adapters: int | None = None
-
-
-@dataclass(frozen=True)
 class StageEstimate:
     """What one stage takes; None where it cannot be told before the data or the model are there.
 
     Attributes:
         steps: optimizer steps (PPO: batches of roll-outs).
         memory: bytes a process, see `MEMORY_NOTE`.
+        disk: what the stage stores.
+        operations: see `resources.operations`.
     """
 
     stage: str
     steps: int | None
     memory: int | None
+    disk: Disk | None
+    operations: float | None
 
 
 @dataclass(frozen=True)
@@ -86,23 +81,24 @@ class Estimate:
 
 def estimate(recipe: Recipe, stages: list[Stage]) -> Estimate:
     """Read local data and the model's configuration; what only the hub has stays unknown."""
-    rows, exact = _rows(recipe, stages[0])
+    rows, tokens, exact = _rows(recipe, stages[0])
     sizes = sizes_of(recipe.model, recipe.lora)
-    found = [
-        StageEstimate(
-            stage.name,
-            _steps(recipe, stage, rows),
-            _memory(stage, sizes),
-        )
-        for stage in stages
-    ]
+    found = []
+    for stage in stages:
+        steps = _steps(recipe, stage, rows)
+        disk: Disk | None = disk_of(stage, sizes or Sizes(1, 1), steps)
+        work = operations(recipe, stage, sizes or Sizes(1, 1), steps, rows, tokens)
+        if sizes is None:  # none at all can be told even so
+            disk, work = (None if disk and disk.kept else disk), None if work else work
+        found.append(StageEstimate(stage.name, steps, _memory(stage, sizes), disk, work))
     return Estimate(rows, exact, sizes, tuple(found))
 
 
 # -- rows ----------------------------------------------------------------------------------------
 
 
-def _rows(recipe: Recipe, data: Stage) -> tuple[dict[str, int | None], bool]:
+def _rows(recipe: Recipe, data: Stage) -> tuple[dict[str, int | None], dict[str, float], bool]:
+    """How many rows each data set has, how many tokens a row, and whether the count is exact."""
     settings = data.settings
     used = [name for name in KINDS if name != "demonstrations" or recipe.sft is not None]
     local = {
@@ -112,15 +108,18 @@ def _rows(recipe: Recipe, data: Stage) -> tuple[dict[str, int | None], bool]:
     if all(local[name] for name in used if settings[name] is not None):
         # As `StageContext.random_seed` of the stage "data" draws.
         found = assembled(settings, seed=random_seed(recipe.seed, "splits"))
-        return {name: len(found[name].rows) for name in used}, True
+        lengths = {name: mean_tokens(found[name].rows) for name in used}
+        return {name: len(found[name].rows) for name in used}, lengths, True
     rows: dict[str, int | None] = {}
+    tokens: dict[str, float] = {}
     for name in used:
         rows[name] = None
         if local[name]:
-            count = len(read_source(settings[name], KINDS[name]).rows)
+            read = read_source(settings[name], KINDS[name]).rows
+            count, tokens[name] = len(read), mean_tokens(read)
             limit = settings.get(f"max_{name}")
             rows[name] = count if limit is None else min(limit, count)
-    return rows, False
+    return rows, tokens, False
 
 
 # -- steps ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from shiftrm.loop.config import Recipe
 from shiftrm.loop.data import place_of
 from shiftrm.loop.estimate import MEMORY_NOTE, Estimate, estimate, judging_cost
 from shiftrm.loop.plan import JUDGING, plan
+from shiftrm.loop.resources import speed, time_note
 from shiftrm.loop.settings import settings_of
 from shiftrm.records import read_records
 from shiftrm.rounds.engine import RECORDS_FILE, Stage, run_stages
@@ -195,7 +196,7 @@ def notes(recipe: Recipe) -> list[str]:
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Print the resolved plan: rows, stages, steps, memory, and the commands of every stage."""
+    """Print the resolved plan: rows, stages, steps, memory, disk, time, and every command."""
     stages = plan(recipe)
     check_settings(stages)
     check_inputs(recipe)
@@ -205,17 +206,22 @@ def dry_run(recipe: Recipe) -> None:
     console.print(f"{recipe.name}: {len(stages)} stages", **say)  # type: ignore[arg-type]
     for line in [*_sizes(recipe, found), *notes(recipe)]:
         console.print(line, **say)  # type: ignore[arg-type]
-    table = Table("", "stage", "steps", "memory", box=None, pad_edge=False)
+    rate, processes = speed(), recipe.execution.processes
+    table = Table("", "stage", "steps", "memory", "disk", "time", box=None, pad_edge=False)
     for number, stage in enumerate(found.stages, start=1):
-        table.add_row(str(number), stage.stage, _count(stage.steps), _bytes(stage.memory))
+        kept = None if stage.disk is None else stage.disk.kept
+        seconds = None if stage.operations is None else stage.operations / rate / processes
+        numbers = (_count(stage.steps), _bytes(stage.memory), _bytes(kept), _duration(seconds))
+        table.add_row(str(number), stage.stage, *numbers)
     console.print(table)
+    console.print(_disk(recipe, found), **say)  # type: ignore[arg-type]
     console.print("\nCommands ({stage:X} is the folder of stage X, {out} its own):", **say)  # type: ignore[arg-type]
     for stage_ in stages:
         if "words" in stage_.settings:
             words = [*stage_.settings["words"], *stage_.execution["words"]]
             console.print(f"{stage_.name}:\n  shiftrm {_join(words)}", **say)  # type: ignore[arg-type]
     console.print(
-        f"\n{MEMORY_NOTE}\nNothing was run or written.",
+        f"\n{MEMORY_NOTE}\n{time_note(rate, processes)}\nNothing was run or written.",
         **say,  # type: ignore[arg-type]
     )
 
@@ -254,6 +260,31 @@ def _bytes(value: int | None) -> str:
     if value == 0:
         return "-"
     return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds == 0:
+        return "-"
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return "under 1 s"
+
+
+def _disk(recipe: Recipe, found: Estimate) -> str:
+    """All that the run leaves, and the most that lies there while it runs."""
+    disks = [stage.disk for stage in found.stages if stage.disk is not None]
+    if found.sizes is None:
+        return "disk: unknown, as the model is"
+    kept = sum(disk.kept for disk in disks)
+    largest = sorted((disk.checkpoints for disk in disks), reverse=True)
+    more = sum(largest[: recipe.execution.workers])
+    return (
+        f"disk: {_bytes(kept)} of models at the end, and up to {_bytes(more)} of checkpoints while "
+        "a stage trains (texts and logs are not counted)"
+    )
 
 
 def _join(words: Sequence[str]) -> str:
