@@ -258,15 +258,24 @@ def _encode_chat(
         head, response = response[:-1], response[-1:]
     if isinstance(response, list) and response[-1]["role"] != "assistant":  # there is no answer
         return _plain_ids(tokenizer, render(tokenizer, [*head, *response], options))
-    opening = opening_text(tokenizer, head, options) if head else ""
+    # Results of tools may stand first: then nothing was opened.
+    answers = isinstance(response, str) or response[0]["role"] == "assistant"
+    opening = opening_text(tokenizer, head, options) if head and answers else ""
+    ends = turn(tokenizer)
     if isinstance(response, str):
-        text = opening + encodable(response)
+        words = str(encodable(response))
+        if finished and ends.tail.strip():  # a text that brings its closing token
+            words = words.removesuffix(ends.tail)
+        text = opening + words
     elif finished:
-        text = answered_text(tokenizer, head, response, options)
+        text = answered_text(tokenizer, opening, head, response, options)
     else:
-        text = unfinished_text(tokenizer, head, response, options)
+        text = unfinished_text(tokenizer, opening, head, response, options)
     if finished:
-        text += _missing(text, turn(tokenizer).closing)
+        missing = _missing(text, ends.closing)
+        if isinstance(response, str) and ends.lead and words.endswith(ends.lead):
+            missing = missing.removeprefix(ends.lead)  # the policy wrote it itself
+        text += missing
     return _continued(tokenizer, opening, text)
 
 

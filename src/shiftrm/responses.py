@@ -7,8 +7,8 @@ the same; text is for people, for other tokenizers and for files from elsewhere.
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,6 +44,7 @@ class Response:
         finished: False where a length limit cut it off.
         ids: its tokens as sampled, with the one that ended it; None for a response from elsewhere.
         tokenizer: `tokenizer_name` of the tokenizer that the tokens belong to.
+        template_options: what else the chat template was given; see `rendering.encode`.
     """
 
     prompt: Text | None
@@ -51,6 +52,7 @@ class Response:
     finished: bool = True
     ids: Sequence[int] | None = None
     tokenizer: str | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 _NAMES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
@@ -74,18 +76,38 @@ def tokenizer_name(tokenizer: Any) -> str:
     return _NAMES[tokenizer]
 
 
-def encode_response(tokenizer: Any, response: Response) -> list[int]:
+def encode_response(
+    tokenizer: Any, response: Response, *, vocabulary: int | None = None
+) -> list[int]:
     """Token ids of prompt and response: the sampled ones where they are this tokenizer's.
+
+    Args:
+        vocabulary: ids that the model which reads them can take. A policy may have more, and say
+            tokens that have no text.
 
     Raises:
         UserError: as `rendering.encode`.
     """
-    if response.prompt and response.ids:
-        prompt_ids = encode_prompt(tokenizer, response.prompt)
+    options = dict(response.template_options)
+    if response.ids and response.prompt is not None and response.prompt != []:
+        prompt_ids = encode_prompt(tokenizer, response.prompt, template_options=options)
         ids = sampled_ids(tokenizer, response, prompt_ids)
-        if ids is not None:
+        if ids is not None and _readable(tokenizer, ids, response.finished, vocabulary):
             return prompt_ids + ids
-    return encode(tokenizer, response.prompt, response.text, finished=response.finished)
+    return encode(
+        tokenizer,
+        response.prompt,
+        response.text,
+        finished=response.finished,
+        template_options=options,
+    )
+
+
+def _readable(tokenizer: Any, ids: list[int], finished: bool, vocabulary: int | None) -> bool:
+    """Whether a reader knows all of the tokens, also that with which another ended the response."""
+    if vocabulary is not None and max(ids) >= vocabulary:
+        return False
+    return not finished or tokenizer.convert_ids_to_tokens(ids[-1]) is not None
 
 
 def sampled_ids(tokenizer: Any, response: Response, prompt_ids: Sequence[int]) -> list[int] | None:

@@ -13,7 +13,14 @@ import torch
 from shiftrm.data.group_files import holds_groups, write_groups
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.rendering import Text, check_text, decode_response, encode_prompt, stop_token_ids
+from shiftrm.rendering import (
+    Text,
+    check_text,
+    decode_response,
+    encode_prompt,
+    pin_template,
+    stop_token_ids,
+)
 from shiftrm.responses import (
     IDS,
     PROMPT_IDS,
@@ -75,7 +82,9 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
     Weights are in fp32 unless `dtype` is given. A tokenizer without a pad token pads with EOS,
-    which is safe here: masks and lengths say what is padding, not the token.
+    which is safe here: masks and lengths say what is padding, not the token. A template that asks
+    for the date is pinned (`rendering.pin_template`), so that prompts have the same tokens on the
+    day when their answers are sampled and on that when they are measured.
 
     Raises:
         UserError: nothing there, not a causal language model, or nothing that ends a response.
@@ -101,6 +110,7 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
         raise UserError(f"{path}: the tokenizer has no EOS token; set one and save it again")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    pin_template(tokenizer)
     return model.eval(), tokenizer
 
 
@@ -173,10 +183,8 @@ def generate(
 
 def generation_config(model: Any) -> Any:
     """A policy's generation config, inside wrappers too; None if it has none."""
-    while model is not None and "generation_config" not in vars(model):
-        inner = getattr(model, "get_base_model", None)
-        model = inner() if inner is not None else getattr(model, "module", None)
-    return None if model is None else model.generation_config
+    held = (vars(module).get("generation_config") for module in model.modules())
+    return next((config for config in held if config is not None), None)
 
 
 @contextmanager
@@ -334,8 +342,7 @@ def as_samples(tokenizer: Any, rows: Sequence[Row]) -> list[Sample]:
     """
     samples = []
     for row in rows:
-        ours = row.get(TOKENIZER) == tokenizer_name(tokenizer)
-        prompt = list((ours and row.get(PROMPT_IDS)) or encode_prompt(tokenizer, row["prompt"]))
+        prompt = encode_prompt(tokenizer, row["prompt"])
         for response in group_responses(row):
             ids = sampled_ids(tokenizer, response, prompt)
             if ids is None:

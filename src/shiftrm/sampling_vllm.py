@@ -15,7 +15,7 @@ from shiftrm.data.group_files import holds_groups, write_groups
 from shiftrm.endpoint import Answer, Endpoint, EndpointConfig, map_bounded
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, encodable
-from shiftrm.rendering import Text, stop_token_ids
+from shiftrm.rendering import Text, pin_template, stop_token_ids
 from shiftrm.responses import IDS, PROMPT_IDS, TOKENIZER
 from shiftrm.sampling import (
     Sample,
@@ -116,6 +116,7 @@ def load_tokenizer(path: str | Path) -> Any:
             f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})"
         ) from None
     stop_token_ids(tokenizer)
+    pin_template(tokenizer)
     return tokenizer
 
 

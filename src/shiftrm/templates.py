@@ -4,6 +4,7 @@ Templates are programs, so they are asked: a conversation with a marker as the a
 and what stands before and after the marker is read off. Chats are rendered here and nowhere else.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +30,13 @@ class Turn:
         closing: texts of the tail up to and including the token that ends the answer, one a token;
             the tokenizer's EOS alone where the template writes no such token.
         stop_id: the id of that token; None if there is neither.
+        lead: what of the first of these texts stands before its token, as a line break.
     """
 
     tail: str
     closing: tuple[str, ...]
     stop_id: int | None
+    lead: str = ""
 
 
 def render(
@@ -80,13 +83,16 @@ def opening_text(tokenizer: Any, prompt: Messages, options: dict[str, Any]) -> s
 
     A prompt that ends with the assistant's words is continued, not closed.
     """
-    if not prompt or prompt[-1].get("role") != "assistant":
+    if not is_begun(prompt):
         return render(tokenizer, prompt, options, open_answer=True)
     *before, begun = prompt
     words = text_of(begun, len(prompt))
     opening = render(tokenizer, before, options, open_answer=True) if before else ""
     written, _ = _around(tokenizer, [*before, {**begun, "content": MARKER}], options)
     return opening + between(opening, written, words) + words
+
+
+EMPTY_THOUGHT = re.compile(r"(<think>)?\s*</think>\s*$")
 
 
 def between(opening: str, written: str, words: str) -> str:
@@ -96,40 +102,78 @@ def between(opening: str, written: str, words: str) -> str:
 
     Args:
         written: the conversation up to the answer, as the template writes it as a whole.
-        words: the answer; nothing goes before one that brings its own reasoning.
+        words: the answer; no thought goes before one that brings its own reasoning.
     """
-    return "" if "</think>" in words else written[_common(opening, written) :]
+    added = _added(opening, written)
+    return EMPTY_THOUGHT.sub("", added) if "</think>" in words else added
 
 
-def answered_text(tokenizer: Any, prompt: Messages, answer: Messages, options: Any) -> str:
+def _added(opening: str, written: str) -> str:
+    """What a conversation as a whole has after the opening; where it has another opening, nothing
+    but a thought."""
+    added = written[_common(opening, written) :]
+    if written.startswith(opening) or EMPTY_THOUGHT.fullmatch(added):
+        return added
+    return ""
+
+
+def is_begun(prompt: Messages) -> bool:
+    """Whether a prompt ends with words of the assistant, which an answer continues."""
+    return bool(prompt) and prompt[-1].get("role") == "assistant" and not _called(prompt[-1])
+
+
+def answered_text(
+    tokenizer: Any, opening: str, prompt: Messages, answer: Messages, options: Any
+) -> str:
     """Prompt and answering messages without what the template writes after the last one's words.
 
-    It begins with `opening_text` of the prompt, also under templates that write the opening in
-    another way once the answer is there (as those do that drop an earlier `<think>`).
+    It begins with the opening, also under templates that write that in another way once the answer
+    is there (as those do that drop an earlier `<think>`).
+
+    Args:
+        opening: `opening_text` of the prompt; "" where nobody answers.
     """
-    opening = opening_text(tokenizer, prompt, options) if prompt else ""
-    if prompt and prompt[-1].get("role") == "assistant" and len(answer) == 1:
-        return opening + text_of(answer[0], len(prompt) + 1)  # goes on with what was begun
-    whole = render(tokenizer, [*prompt, *answer], options)
-    tail = turn(tokenizer).tail
-    if tail and whole.endswith(tail):
-        whole = whole[: -len(tail)]
+    if is_begun(prompt) and opening:
+        return opening + _continuation(tokenizer, prompt, answer, options)
+    whole = _without_tail(tokenizer, render(tokenizer, [*prompt, *answer], options))
     if whole.startswith(opening):
         return whole
     # Not what both begin with: the answer itself may begin as the opening goes on.
     written, _ = _around(tokenizer, [*prompt, {**answer[0], "content": MARKER}], options)
-    return opening + whole[_common(opening, written) :]
+    return opening + whole[len(written) - len(_added(opening, written)) :]
 
 
-def unfinished_text(tokenizer: Any, prompt: Messages, answer: Messages, options: Any) -> str:
-    """Prompt and answering messages whose last was cut off: its own words to the last character."""
+def _continuation(tokenizer: Any, prompt: Messages, answer: Messages, options: Any) -> str:
+    """Messages after an answer that was begun: the first goes on with it, to the letter."""
+    first, *rest = answer
+    words = text_of(first, len(prompt) + 1)
+    if not rest and not _called(first):
+        return words
+    marked = [*prompt[:-1], {**first, "content": MARKER}, *rest]
+    return words + _without_tail(tokenizer, render(tokenizer, marked, options)).partition(MARKER)[2]
+
+
+def _without_tail(tokenizer: Any, text: str) -> str:
+    return text.removesuffix(turn(tokenizer).tail)
+
+
+def unfinished_text(
+    tokenizer: Any, opening: str, prompt: Messages, answer: Messages, options: Any
+) -> str:
+    """Prompt and answering messages whose last was cut off: its own words to the last character.
+
+    Args:
+        opening: as `answered_text`.
+    """
     *before, last = answer
     words = text_of(last, len(prompt) + len(answer))
-    opening = opening_text(tokenizer, prompt, options) if prompt else ""
-    if prompt and prompt[-1].get("role") == "assistant" and not before:
-        return opening + words
-    marked = [*prompt, *before, {**last, "content": MARKER}]
-    written, _ = _around(tokenizer, marked, options)
+    cut = {**last, "content": MARKER}
+    if is_begun(prompt) and opening:
+        if not before:
+            return opening + words
+        written = opening + _continuation(tokenizer, prompt, [*before, cut], options)
+        return written.rpartition(MARKER)[0] + words
+    written, _ = _around(tokenizer, [*prompt, *before, cut], options)
     return opening + between(opening, written, words) + words
 
 
@@ -177,40 +221,50 @@ def _kept(tokenizer: Any, what: str, read: Callable[[Any], Any]) -> Any:
 def _read_turn(tokenizer: Any) -> Turn:
     eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
     by_eos = Turn("", () if eos is None else (eos,), eos_id)
-    question = {"role": "user", "content": "a"}
-    answer = {"role": "assistant", "content": MARKER}
-    try:
-        _, tail = _around(tokenizer, [question, answer], {})
-    except UserError:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]
+    tail = _after(tokenizer, chat)
+    if tail is None:  # some templates want a system message, others refuse one
+        chat = [{"role": "system", "content": "a"}, *chat]
+        tail = _after(tokenizer, chat)
+    if tail is None:
         return by_eos
-    closing = _closing(tokenizer, tail)
+    lead, closing = _closing(tokenizer, tail)
     if not closing and not tail.strip():  # the next turn's opening ends this one, as in GLM
-        try:
-            _, further = _around(tokenizer, [question, answer, question], {})
-        except UserError:
-            further = ""
-        closing = _closing(tokenizer, further)[:1]
+        further = _after(tokenizer, [*chat, {"role": "user", "content": "a"}]) or ""
+        lead, closing = _closing(tokenizer, further)
+        closing = [] if lead.strip() else closing[:1]  # behind words it ends the next turn
+        if closing and closing[0][1] == tokenizer.bos_token:  # it begins texts, and ends none
+            closing = []
     if not closing:
         return Turn(tail, by_eos.closing, eos_id)
-    return Turn(tail, tuple(text for _, text in closing), closing[-1][0])
+    texts = (lead + closing[0][1], *(text for _, text in closing[1:]))
+    return Turn(tail, texts, closing[-1][0], lead)
 
 
-def _closing(tokenizer: Any, tail: str) -> list[tuple[int, str]]:
-    """The tokens of a tail up to the last of its first run of special tokens; none without one."""
+def _after(tokenizer: Any, chat: Messages) -> str | None:
+    """What the template writes after the marker; None where it refuses the chat."""
+    try:
+        return _around(tokenizer, chat, {})[1]
+    except UserError:
+        return None
+
+
+def _closing(tokenizer: Any, tail: str) -> tuple[str, list[tuple[int, str]]]:
+    """The first run of special tokens in a tail, up to an EOS, and what stands before it.
+
+    A token counts where the tail says its text: one for unknown letters ends nothing.
+    """
     special = special_ids(tokenizer)
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
     found: list[tuple[int, str]] = []
-    for token in ids:
-        if token in special:
-            found.append((token, tokenizer.convert_ids_to_tokens(token)))
+    for token in tokenizer(tail, add_special_tokens=False)["input_ids"]:
+        text = tokenizer.convert_ids_to_tokens(token)
+        if token in special and text in tail:
+            found.append((token, text))
+            if token == tokenizer.eos_token_id:  # nothing is said after it
+                break
         elif found:
             break
-        elif tokenizer.decode([token]).strip():  # words stand before it: no end of a turn
-            return []
-    if not found:
-        return []
-    before, _, _ = tail.partition(found[0][1])  # a line break, in some templates
-    return [(found[0][0], before + found[0][1]), *found[1:]]
+    return (tail.partition(found[0][1])[0] if found else ""), found
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -228,16 +282,21 @@ def end_at_closing(tokenizer: Any) -> None:
     the line break that ChatML puts after `<|im_end|>`, or find no closing token at all. It changes
     nothing else, and nothing where the template ends so by itself.
     """
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        return
     ends = turn(tokenizer)
-    closing = "".join(ends.closing)
-    if ends.tail == closing:
+    if ends.tail == "".join(ends.closing):
         return
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        tokenizer.chat_template = _closed(template, ends)
+    elif isinstance(template, dict):
+        tokenizer.chat_template = {name: _closed(text, ends) for name, text in template.items()}
+
+
+def _closed(template: str, ends: Turn) -> str:
+    closing = "".join(ends.closing)
     kept = template.removesuffix("\n")  # as jinja does with the last line break of a source
     cut = f"shiftrm_text[:{-len(ends.tail)}]" if ends.tail else "shiftrm_text"
-    tokenizer.chat_template = (
+    return (
         "{% set shiftrm_text %}{{ '' }}" + kept + "{{ '' }}{% endset %}"
         "{% if not add_generation_prompt and messages and messages[-1]['role'] == 'assistant' "
         f"and shiftrm_text.endswith({ends.tail!r}) %}}"

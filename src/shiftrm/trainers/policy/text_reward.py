@@ -59,7 +59,8 @@ class TextReward:
         opening = encode_prompt(self.tokenizer, prompt, template_options=self.template_options)
         finished = bool(ids) and ids[-1] in self.stop
         text = decode_response(self.tokenizer, opening, ids, finished=finished)
-        return Response(prompt, text, finished, ids, tokenizer_name(self.tokenizer))
+        name = tokenizer_name(self.tokenizer)
+        return Response(prompt, text, finished, ids, name, self.template_options)
 
 
 def reward_scale(
