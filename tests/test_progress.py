@@ -70,8 +70,8 @@ def test_done_total_elapsed_and_rest():
     assert lines[0][1] == "sampling: 0 of 2,048, 15 s so far"
     # At 50 s: batches ended at 30 s and 50 s; 30 more at 20 s each.
     assert lines[1] == (50, "sampling: 128 of 2,048, 40 s so far, about 10 min left")
-    # At 75 s, 25 s after the third's 70 s: (75 - 30) s for 128 since the first.
-    assert lines[2][1] == "sampling: 192 of 2,048, 1 min 5 s so far, about 10 min 52 s left"
+    # At 75 s, 5 s into the fourth: 29 batches less those.
+    assert lines[2][1] == "sampling: 192 of 2,048, 1 min 5 s so far, about 9 min 35 s left"
 
 
 def test_the_rest_of_continued_work_is_at_todays_rate():
@@ -83,7 +83,20 @@ def test_the_rest_of_continued_work_is_at_todays_rate():
 
     steps = [(10.0 * k, lambda _, k=k: begun[0].advance(1000 + 10 * k, 2000)) for k in range(1, 4)]
     (line,) = watched(26, [(0.0, start), *steps])
-    assert line[1].startswith("sampling: 1,020 of 2,000, 25 s so far, about 24 min")
+    assert line[1].startswith("sampling: 1,020 of 2,000, 25 s so far, about 16 min 15 s")
+
+
+def test_nothing_is_said_of_the_rest_where_nothing_is_known():
+    """A training that goes on at step 5, and a batch that takes longer than those before it."""
+
+    def go_on(progress):
+        progress.begin("training step", 10, done=5)
+
+    assert watched(26, [(1, go_on)])[0][1] == "training step: 5 of 10, 24 s so far"
+    begun = []
+    acts = [(0.0, lambda p: begun.append(p.begin("sampling", 3)))]
+    acts += [(9.0, lambda _: begun[0].advance(1)), (10.0, lambda _: begun[0].advance(2))]
+    assert watched(26, acts)[0][1] == "sampling: 2 of 3, 25 s so far"
 
 
 def test_the_latest_task_speaks_and_others_come_back():

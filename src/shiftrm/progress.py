@@ -30,15 +30,18 @@ class Task:
         done, total: in whatever the task counts; None where that is not known.
     """
 
-    def __init__(self, label: str, total: int | None, clock: Callable[[], float]) -> None:
-        self.label, self.total, self.done = label, total, 0
+    def __init__(
+        self, label: str, total: int | None, clock: Callable[[], float], *, done: int = 0
+    ) -> None:
+        self.label, self.total, self.done = label, total, done
         self._clock, self._start = clock, clock()
-        self._first: tuple[float, int] | None = None
+        self._first = self._last = (self._start, done)
 
     def advance(self, done: int, total: int | None = None) -> None:
         """Say how much is done now, and of how much if that was not known before."""
-        if self._first is None and done:
-            self._first = (self._clock(), done)
+        if done != self.done:
+            self._last = (self._clock(), done)
+            self._first = self._last if self._first[1] == 0 else self._first
         self.done, self.total = done, self.total if total is None else total
 
     def words(self) -> str:
@@ -53,14 +56,20 @@ class Task:
         return ", ".join(parts)
 
     def _rest(self) -> float | None:
-        """At the rate since the first count: an interrupted work may begin anywhere, and slowly."""
-        if self.total is None or self._first is None or self.done >= self.total:
+        """At the rate since the first count: an interrupted work may begin anywhere, and slowly.
+
+        None where nothing can be said: before the first count, and where the next is overdue.
+        """
+        if self.total is None or self.done >= self.total:
             return None
-        at, first = self._first
-        seconds, done = self._clock() - at, self.done - first
+        (since, first), (at, last) = self._first, self._last
+        seconds, done = at - since, last - first
         if not done:  # one count so far: its own time has to do
             seconds, done = at - self._start, first
-        return seconds / done * (self.total - self.done)
+        if seconds <= 0 or not done:
+            return None
+        rest = seconds / done * (self.total - self.done) - (self._clock() - at)
+        return rest if rest > 0 else None
 
 
 class Progress:
@@ -96,10 +105,14 @@ class Progress:
         finally:
             self.end(begun)
 
-    def begin(self, label: str, total: int | None) -> Task:
-        """As `task`, for callers whose work is no block."""
+    def begin(self, label: str, total: int | None, *, done: int = 0) -> Task:
+        """As `task`, for callers whose work is no block.
+
+        Args:
+            done: how much of it is done before its clock starts.
+        """
         with self._lock:
-            self._tasks.append(Task(label, total, self._clock))
+            self._tasks.append(Task(label, total, self._clock, done=done))
             return self._tasks[-1]
 
     def end(self, task: Task) -> None:

@@ -74,7 +74,7 @@ class ProgressInWords(TrainerCallback):
         running = progress.current()
         if running is not None:
             if label not in self._tasks:
-                self._tasks[label] = running.begin(label, total)
+                self._tasks[label] = running.begin(label, total, done=done)
             self._tasks[label].advance(done, total)
 
     def _end(self, label: str) -> None:

@@ -23,6 +23,7 @@ from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text, replace_directory
+from shiftrm.progress import task
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.memory import explain_out_of_memory, identity
 from shiftrm.trainers.metarm import MetaRMTrainer
@@ -175,7 +176,8 @@ def train_in_work(
         evaluate: whether the trainer measures the held-out pairs before and after.
     """
     used = job.chosen.beyond_defaults()
-    trainer = _trainer(job.model, job.chosen, job.tables, groups)
+    with task("loading the model and the data", None):
+        trainer = _trainer(job.model, job.chosen, job.tables, groups)
     trainer.choose_checkpointing()
     if trainer.accelerator.is_main_process:
         print(_opening(trainer), flush=True)
@@ -303,7 +305,8 @@ def _evaluations(trainer: RewardTrainer) -> dict[str, Any]:
     found = {}
     for name in names:
         prefix = f"eval_{name}" if name else "eval"
-        metrics = trainer.evaluate(name or None, metric_key_prefix=prefix)
+        with task(f"measuring {name or 'the held-out pairs'}", None):
+            metrics = trainer.evaluate(name or None, metric_key_prefix=prefix)
         found[name] = {
             key.removeprefix(f"{prefix}_").removeprefix("eval_"): value
             for key, value in metrics.items()
