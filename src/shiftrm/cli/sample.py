@@ -120,10 +120,12 @@ def _sample_here(
     from shiftrm.cli.checks import to_accelerator
     from shiftrm.cli.progress import bar
     from shiftrm.data.prompts import warn_of_joined_ends
+    from shiftrm.progress import task
     from shiftrm.sampling import encode_prompts, load_policy, sample_groups
 
-    model, tokenizer = load_policy(args.policy)
-    to_accelerator(model)
+    with task("loading the policy", None):
+        model, tokenizer = load_policy(args.policy)
+        to_accelerator(model)
     # Once more below, but only here do errors know the line.
     encode_prompts(model, tokenizer, prompts, room=args.max_new_tokens, names=names)
     warn_of_joined_ends(tokenizer, prompts, source=args.prompts)

@@ -61,7 +61,7 @@ def find(
     for model, path in models.items():
         scorer = load(path)
         for file in data:
-            with bar(f"{model}: {file.name}", None) as update:
+            with bar(f"scoring {file.name} with {model}", None) as update:
                 scored, behind = score_data(
                     scorer,
                     file,

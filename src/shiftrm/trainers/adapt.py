@@ -18,6 +18,7 @@ from shiftrm.evaluation.adaptation import adaptation_verdict
 from shiftrm.evaluation.findings import Bar, Findings, find, no_bar
 from shiftrm.evaluation.scored_files import DataFile, encode_data, prompt_key, read_data
 from shiftrm.files import Row, write_jsonl
+from shiftrm.progress import task
 from shiftrm.rendering import Text
 from shiftrm.report.diagnosis import write_numbers, write_page
 from shiftrm.sampling import SamplingConfig, encode_prompts, load_policy, sample_groups
@@ -237,7 +238,8 @@ def _files(
 def _check_model(model: str, files: list[DataFile]) -> None:
     """Refuse before hours of work what is no reward model, and rows that it cannot score."""
     try:
-        scorer = Scorer.from_pretrained(model)
+        with task("loading the reward model", None):
+            scorer = Scorer.from_pretrained(model)
     except UserError as error:
         if "score head" in str(error):
             raise UserError(
@@ -253,7 +255,8 @@ def _sample(job: Job, samples: PolicySamples, source: _Groups, *, bar: Bar) -> D
     """The groups, sampled into the work folder or found there."""
     path = job.work / SAMPLES
     if not path.exists():
-        model, tokenizer = load_policy(samples.policy)
+        with task("loading the policy", None):
+            model, tokenizer = load_policy(samples.policy)
         model.to(PartialState().device)
         room = samples.config.max_new_tokens
         # Once more below, but only here do errors know the row.
