@@ -178,6 +178,11 @@ def _check_choices(
         )
     if eval_groups and holdout is not None:
         raise UserError("--holdout and --eval-groups: give one; with the latter none is held out")
+    if samples is not None and samples.config.temperature == 0:
+        raise UserError(
+            "temperature is 0.0; it must be above 0 here: all responses to a prompt would be the "
+            "same, and adapt learns from how they differ"
+        )
     if samples is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "--policy: one process samples; call `shiftrm sample` first, then give its file as "

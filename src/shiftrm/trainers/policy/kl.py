@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shiftrm.progress import task
 from shiftrm.rendering import Text, encode_prompt
 from shiftrm.sampling import SamplingConfig, generate
 from shiftrm.trainers.ppo_math import exact_token_kl
@@ -30,6 +31,7 @@ class MeasuredKL:
     samples: int
 
 
+@task("measuring the KL", None)
 def measure_kl(
     policy: Any,
     reference: Any,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shiftrm.errors import UserError
+from shiftrm.progress import task
 from shiftrm.rendering import Text, decode_response, encode_prompt, stop_token_ids
 from shiftrm.responses import Response, tokenizer_name
 from shiftrm.sampling import SamplingConfig, sample_rows
@@ -63,6 +64,7 @@ class TextReward:
         return Response(prompt, text, finished, ids, name, self.template_options)
 
 
+@task("measuring the scale of the rewards", None)
 def reward_scale(
     reference: Any,
     tokenizer: Any,
