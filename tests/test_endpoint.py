@@ -45,6 +45,54 @@ def test_a_chat_sends_what_it_is_given_and_reads_the_answer(server):
     assert (asked.requests, asked.retries) == (1, 0)
 
 
+def newer(body):
+    """What OpenAI's models that reason say to a request of the older kind."""
+    if "max_tokens" in body:
+        return Fail(
+            400,
+            message="Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+            "'max_completion_tokens' instead.",
+        )
+    if body.get("temperature") == 0:
+        return Fail(
+            400,
+            message="Unsupported value: 'temperature' does not support 0 with this model. Only "
+            "the default (1) value is supported.",
+        )
+    return None
+
+
+def test_models_that_want_other_parameters_get_them(server, caplog):
+    server.rule, server.answer = newer, lambda body: "yes"
+    asked = endpoint(server)
+    for _ in range(2):
+        assert asked.chat("fake", HELLO, temperature=0, max_tokens=7).text == "yes"
+    sent = [
+        {k: v for k, v in body.items() if k not in ("model", "messages")} for body in server.bodies
+    ]
+    assert sent == [
+        {"temperature": 0, "max_tokens": 7},
+        {"temperature": 0, "max_completion_tokens": 7},
+        {"max_completion_tokens": 7},
+        {"max_completion_tokens": 7},
+    ]
+    assert len([r for r in caplog.records if "takes no temperature" in r.message]) == 1
+
+
+def test_other_refusals_are_not_asked_again(server):
+    server.rule = lambda body: Fail(
+        400, message="'max_tokens' or 'max_completion_tokens' is too large: 9"
+    )
+    with pytest.raises(RefusedRequest, match="too large"):
+        endpoint(server).chat("fake", HELLO, max_tokens=9)
+    server.rule = lambda body: Fail(
+        400, message="max_tokens unsupported, max_completion_tokens too"
+    )
+    with pytest.raises(RefusedRequest, match="unsupported"):
+        endpoint(server).chat("fake", HELLO, max_tokens=9)
+    assert len(server.bodies) == 3
+
+
 @pytest.mark.parametrize("prompt", ["the red", [5, 6, 7]])
 def test_completions_come_in_order(server, prompt):
     server.answer = lambda body: " cat"

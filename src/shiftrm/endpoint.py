@@ -8,18 +8,23 @@ and shown nowhere else.
 
 import ipaddress
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from shiftrm.concurrency import map_bounded
+from shiftrm.endpoint_dialect import Dialect
 from shiftrm.errors import UserError, printable, suggest
 
 __all__ = ["Answer", "Endpoint", "EndpointConfig", "RefusedRequest", "map_bounded"]
+
+logger = logging.getLogger(__name__)
 
 OPENAI = "https://api.openai.com/v1"
 PLACEHOLDER_KEY = "none"  # for servers that need no key; the client insists on one
@@ -105,6 +110,7 @@ class Endpoint:
         _check_key(key, self.config.key_variable)
         self._key = key
         self._lock = threading.Lock()
+        self._dialects: dict[str, Dialect] = {}
         self.requests = self.retries = 0
         self._client = self._connect()
 
@@ -131,17 +137,37 @@ class Endpoint:
         """The server's reply to a conversation (`/chat/completions`).
 
         Args:
-            parameters: written into the request as they are (`temperature`, `max_tokens`, ...).
+            parameters: written into the request as they are (`temperature`, `max_tokens`, ...),
+                or as the model wants them once it has refused them (`Dialect`).
 
         Raises:
             RefusedRequest: status 400, 413 or 422.
             UserError: anything else that retries did not help.
         """
         create = self._client.chat.completions.with_raw_response.create
-        content = self._asked(
-            model, lambda: create(model=model, messages=list(messages), extra_body=parameters)
-        )
-        return content[0]
+        asked = list(messages)
+        while True:
+            taken = self._dialects.get(model, Dialect()).spoken(parameters)
+            send = partial(create, model=model, messages=asked, extra_body=taken)
+            try:
+                return self._asked(model, send)[0]
+            except RefusedRequest as error:
+                # Another attempt only where that changes the request, so this ends.
+                if self._learn(model, str(error)).spoken(parameters) == taken:
+                    raise
+
+    def _learn(self, model: str, refusal: str) -> Dialect:
+        """How the server wants this model to be asked; kept for the next requests."""
+        with self._lock:
+            before = self._dialects.get(model, Dialect())
+            after = self._dialects[model] = before.after(refusal)
+        if after.own_temperature and not before.own_temperature:
+            logger.warning(
+                "%s: %s takes no temperature, so its answers may differ from call to call",
+                self.base_url,
+                model,
+            )
+        return after
 
     def complete(self, model: str, prompt: str | Sequence[int], **parameters: Any) -> list[Answer]:
         """Continuations of a prompt (`/completions`), in the order of the server's indices.

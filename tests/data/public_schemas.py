@@ -296,6 +296,11 @@ def write_binarized(path, n, seed=0):
     return write_rows(path, [binarized_row(_question(rng, i), *_sides(rng)) for i in range(n)])
 
 
+def _fine(score):
+    """A mean fine-grained rating, 1 to 5, that agrees with an overall score of 1 to 10."""
+    return 1 + (score - 1) * 4 / 9 if isinstance(score, float | int) and score == score else 4.0
+
+
 def ultrafeedback_row(instruction, *rated, **changes):
     """openbmb/UltraFeedback; completions as `(response, overall_score)`."""
     return {
@@ -310,7 +315,7 @@ def ultrafeedback_row(instruction, *rated, **changes):
                 "principle": "helpfulness",
                 "response": text,
                 "critique": "",
-                "fine-grained_score": 4.0,
+                "fine-grained_score": _fine(score),
                 "overall_score": score,
             }
             for i, (text, score) in enumerate(rated)

@@ -102,7 +102,7 @@ def test_a_missing_parent_asin_falls_back_to_the_asin():
     ("read", "row", "message"),
     [
         (review_2023, _row(rating="5"), "f:1: column 'rating' is '5'; expected 1 to 5 stars"),
-        (review_2023, _row(rating=0), "column 'rating' is 0;"),
+        (review_2023, _row(rating=True), "column 'rating' is True;"),
         (review_2023, _row(text=None), "column 'text' is None; expected text"),
         (review_2023, _row(parent_asin=7), "column 'parent_asin' is 7"),
         (review_2023, {"text": "x"}, "column 'rating' is missing"),
@@ -225,10 +225,22 @@ def test_polarity_has_no_products_so_that_any_two_reviews_match():
 
 
 def test_files_are_read_with_their_line(tmp_path):
-    path = write_jsonl(tmp_path / "Books.jsonl", [*_reviews(80), _row(rating=9)])
-    with pytest.raises(UserError, match=r"Books\.jsonl:321: column 'rating' is 9"):
+    path = write_jsonl(tmp_path / "Books.jsonl", [_row(rating="9"), _row(rating=None)])
+    with pytest.raises(UserError, match=r"Books\.jsonl:1: column 'rating' is '9'"):
         amazon_domains(read_amazon({category_of(path): str(path)}))
     assert category_of("raw/Video_Games.jsonl") == "Video_Games"
+
+
+def test_odd_rows_are_dropped_and_counted():
+    rows = _reviews(80)
+    whole, without = amazon_domains({"Books": _rows(rows)}, CutOptions(prompt_words=3))
+    odd = [_row(rating=r) for r in (0.0, 9, -1, float("nan"), float("inf"))]
+    broken = [_row(rating=None), _row(rating="5"), _row(text=None), _row(parent_asin=7), {}]
+    found, dropped = amazon_domains(
+        {"Books": _rows([broken[0], *rows, *odd, *broken[1:]])}, CutOptions(prompt_words=3)
+    )
+    assert found == whole
+    assert dropped == {**without, "rating_out_of_range": 5, "broken_row": 5}
 
 
 @pytest.mark.parametrize(

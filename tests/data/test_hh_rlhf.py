@@ -239,6 +239,10 @@ def test_subsets_are_folders(tmp_path):
     assert count(subset="harmless") == count(subset="harmless-base") == 10
     assert count(subset="helpful-online", split="test") == 2
     assert count(source=folder / "helpful-base") == 10
+    parts = folder.parent / "parts"
+    for number in range(3):
+        write_hh(parts / f"part-{number}.jsonl", 4, seed=number)
+    assert count(source=parts) == 12
     with pytest.raises(UserError, match=r"no subset 'helpfull'; did you mean 'helpful'\?"):
         count(subset="helpfull")
     with pytest.raises(UserError, match=r"no valid.jsonl.gz in its folders; check the split"):

@@ -2,16 +2,19 @@
 
 import json
 import random
+import re
 from collections import Counter
 
 import pytest
 
-from shiftrm.data.loaded import collect
+from shiftrm.data.loaded import BROKEN, collect
 from shiftrm.data.named import load
 from shiftrm.data.oasst1 import oasst_demonstrations, oasst_pairs, oasst_prompts, read_posts
 from shiftrm.data.splits import split_by_prompt
 from shiftrm.errors import UserError
 from tests.data.public_schemas import oasst_row, write_oasst1, write_rows
+
+NO_ID = "column 'message_id' is missing"
 
 
 def posts_of(*rows):
@@ -201,10 +204,14 @@ def test_nothing_is_lost(tmp_path):
     ],
 )
 def test_wrong_rows_are_named(changes, message):
-    with pytest.raises(UserError, match=message):
-        posts_of(oasst_row("r", **changes))
-    with pytest.raises(UserError, match="f:1: column 'message_id' is missing"):
-        posts_of({"text": "x"})
+    for row, said in (
+        (oasst_row("r", **changes), message),
+        ({"text": "x"}, "f:1: column 'message_id' is missing"),
+    ):
+        posts, unread = read_posts([("f:1", row), ("f:2", oasst_row("other"))])
+        assert list(posts) == ["other"]
+        assert unread == [("f:1", BROKEN)]
+        assert unread[0][1].message.startswith(said)
 
 
 def test_wrong_options(tmp_path):
@@ -222,10 +229,16 @@ def test_wrong_options(tmp_path):
         (oasst_row("a", rank=float("inf")), "column 'rank' is inf"),
         (oasst_row("a", rank=0.5), "column 'rank' is 0.5"),
         (oasst_row("a", role=["prompter"]), "column 'role' is .'prompter'.; expected prompter"),
-        ({"message_tree_id": "a", "prompt": oasst_row("a") | {"replies": 5}}, "'replies' is 5"),
-        ({"message_tree_id": "a", "prompt": oasst_row("a") | {"replies": [5]}}, "'replies' is .5"),
+        (
+            {"message_tree_id": "a", "prompt": oasst_row("a") | {"replies": 5}},
+            "column 'message_id' is missing",
+        ),
+        (
+            {"message_tree_id": "a", "prompt": oasst_row("a") | {"replies": [5]}},
+            "column 'message_id' is missing",
+        ),
     ],
 )
 def test_values_of_other_types_are_named(row, message):
-    with pytest.raises(UserError, match=f"^x:1: {message}"):
-        read_posts([("x:1", row)])
+    _, unread = read_posts([("x:1", row)])
+    assert re.match(f"^x:1: {message}", unread[0][1].message)

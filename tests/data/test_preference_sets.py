@@ -230,6 +230,39 @@ def test_completions_that_make_no_pair_are_counted(completions, dropped):
     assert rated(*completions) == ([], dropped)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"overall_score": 10.0, "fine-grained_score": 1.0}, "contradicting_ratings"),
+        ({"overall_score": "10", "fine-grained_score": "1.25"}, "contradicting_ratings"),
+        ({"overall_score": 1.0, "fine-grained_score": 5.0}, "contradicting_ratings"),
+        (
+            {
+                "overall_score": 10,
+                "fine-grained_score": None,
+                "annotations": {"honesty": {"Rating": "1"}, "helpfulness": {"Rating": "2"}},
+            },
+            "contradicting_ratings",
+        ),
+        ({"overall_score": 85.0}, "rating_out_of_range"),
+        ({"overall_score": 0}, "rating_out_of_range"),
+        ({"overall_score": float("inf")}, "rating_out_of_range"),
+        ({"overall_score": 10.0, "fine-grained_score": "N/A"}, None),
+        ({"overall_score": 10.0, "fine-grained_score": 4.25}, None),
+        ({"overall_score": 6.0, "fine-grained_score": 2.5}, None),
+    ],
+)
+def test_ratings_that_contradict_each_other_decide_nothing(changes, reason):
+    row = ultrafeedback_row("q", ("a", 5.0), ("b", 3.0), ("odd", 4.0))
+    row["completions"][2] |= changes
+    for how in ("best_worst", "all"):
+        loaded = collect(rated_completions(row, "f:1", pairs=how))
+        said = {r[side][0]["content"] for r in loaded.rows for side in ("chosen", "rejected")}
+        assert loaded.counts() == ({} if reason is None else {reason: 1})
+        assert ("odd" in said) is (reason is None)
+        assert {"a", "b"} & said
+
+
 def test_ratings_may_be_text():
     assert rated(("a", "5"), ("b", "7.5"))[0] == [("b", "a")]
 
@@ -256,7 +289,8 @@ def test_wrong_completions_are_named():
         ([{"overall_score": 1}], "f:1, completion 1: column 'response' is missing"),
     ):
         row = ultrafeedback_row("q", completions=completions)
-        with pytest.raises(UserError, match=message):
-            list(rated_completions(row, "f:1", pairs="all"))
+        loaded = collect(rated_completions(row, "f:1", pairs="all"))
+        assert loaded.dropped[0]["reason"] == "broken_row"
+        assert loaded.dropped[0]["error"].startswith(message)
     empty = rated_completions(ultrafeedback_row(" "), "f:1", pairs="all")
     assert collect(empty).counts() == {"empty_prompt": 1}

@@ -35,6 +35,14 @@ TOOL_CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}], 
         ),
         (read_pairs, '{"chosen": "a", "rejected": "a"}', "f:2: chosen and rejected are equal"),
         (read_pairs, '{"chosen": "", "rejected": ""}', "f:2: both sides of the pair are empty"),
+        (read_pairs, '{"chosen": "", "rejected": "a"}', "f:2: the response 'chosen' is empty"),
+        (read_pairs, '{"chosen": "a", "rejected": " "}', "f:2: the response 'rejected' is empty"),
+        (
+            read_pairs,
+            '{"chosen": [{"role": "assistant", "content": ""}], '
+            '"rejected": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}',
+            "f:2: the response 'chosen' is empty",
+        ),
         (read_pairs, '{"chosen": "a"}', "f:2: column 'rejected' is missing"),
         (read_pairs, '{"chosen": 1, "rejected": "a"}', "f:2: column 'chosen' holds int"),
         (read_pairs, '{"chosen": "a", "rejected": null}', "f:2: column 'rejected' holds NoneType"),
@@ -100,7 +108,7 @@ def test_the_prompt_may_be_missing_on_some_rows_but_not_change_its_kind(tmp_path
 def test_good_rows_are_left_as_they_are():
     for row in (
         {"chosen": CHAT, "rejected": TOOL_CALL, "margin": 1},
-        {"prompt": [], "chosen": "a", "rejected": "", "chosen_finished": False},
+        {"prompt": [], "chosen": "a", "rejected": "b", "chosen_finished": False},
     ):
         assert check_pair(row, "here") is row
     group = {"prompt": CHAT, "responses": ["", "b", CHAT], "finished": [True, False, True]}

@@ -47,10 +47,77 @@ def test_conversations(turns, expected):
     assert said(sharegpt_row(*turns)) == expected
 
 
+ASKED = [("u", "a"), ("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"system": "be brief\n"}, [("s", "be brief"), *ASKED]),
+        ({"system_prompt": "be brief"}, [("s", "be brief"), *ASKED]),
+        ({"system": "", "system_prompt": None}, ASKED),
+        (
+            {"system": "x", **sharegpt_row(("system", "x "), ("human", "a"), ("gpt", "b"))},
+            [("s", "x"), *ASKED],
+        ),
+        (
+            {"system": "x", **sharegpt_row(("system", "y"), ("human", "a"), ("gpt", "b"))},
+            [("s", "x\n\ny"), *ASKED],
+        ),
+        ({"system": "x", **sharegpt_row(("human", "a"))}, "no_answer"),
+        ({"system": "x", **sharegpt_row(("gpt", "a"), ("gpt", "b"))}, "begins_with_assistant"),
+    ],
+)
+def test_the_system_field_is_the_first_message(row, expected):
+    assert said({**sharegpt_row(("human", "a"), ("gpt", "b")), **row}) == expected
+
+
+def test_turns_with_role_and_content():
+    turns = [
+        {"role": "User", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+    ]
+    for column in ("conversations", "conversation", "messages"):
+        assert said({column: turns}) == ASKED
+    assert said({"conversations": [turns[0], {"from": "gpt", "value": "b"}]}) == ASKED
+
+
+def test_tools_stay_with_their_conversation():
+    row = sharegpt_row(("human", "a"), ("gpt", "b"))
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert conversation({**row, "tools": tools}, "f:1")["tools"] == tools
+    assert "tools" not in conversation({**row, "tools": "[]"}, "f:1")
+
+
+def test_odd_rows_are_dropped_and_counted(tmp_path):
+    good = {**sharegpt_row(("human", "a"), ("gpt", "b")), "system": "s"}
+    odd = [
+        {"conversations": None},
+        {"id": "no turns"},
+        {"conversations": [{"from": "human", "value": 3}]},
+        {**good, "system": 7},
+        {**good, "tools": "{"},
+        {"conversations": [{"role": "user", "content": [{"type": "image"}]}]},
+    ]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([*odd, good]))
+    loaded = load("sharegpt", path, kind="demonstrations")
+    assert loaded.counts() == {"broken_row": 6}
+    assert loaded.rows[0]["messages"][0] == {"role": "system", "content": "s"}
+    prompts = load("sharegpt", path, kind="prompts")
+    assert prompts.rows == [{"prompt": loaded.rows[0]["messages"][:2]}]
+    assert "row 3: conversations, turn 1 is" in loaded.dropped[2]["error"]
+    path.write_text(json.dumps(odd))
+    with pytest.raises(UserError, match=r"row 1: column 'conversations' is None; expected a list"):
+        load("sharegpt", path, kind="demonstrations")
+
+
 def test_an_answer_at_the_beginning_may_be_cut_off():
     row = sharegpt_row(("gpt", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
     assert said(row, beginning="cut") == [("u", "c"), ("a", "d")]
     assert said(sharegpt_row(("gpt", "a")), beginning="cut") == "no_answer"
+    row = {**sharegpt_row(("gpt", "b"), ("human", "c"), ("gpt", "d")), "system": "s"}
+    assert said(row, beginning="cut") == [("s", "s"), ("u", "c"), ("a", "d")]
 
 
 @pytest.mark.parametrize(

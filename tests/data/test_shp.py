@@ -209,7 +209,10 @@ def test_files_are_read_with_their_line(tmp_path):
     path = write_jsonl(tmp_path / "train.json", [_row(), _row(labels="1")])
     rows = read_shp([str(path)])
     assert next(rows)[1] == _row()
-    with pytest.raises(UserError, match=r"train\.json:2: column 'labels' is '1'"):
+    _, dropped = shp_domains(read_shp([str(path)]))
+    assert dropped == {"broken_row": 1}
+    path = write_jsonl(tmp_path / "train.json", [_row(labels="1"), {"x": 1}])
+    with pytest.raises(UserError, match=r"train\.json:1: column 'labels' is '1'"):
         shp_domains(read_shp([str(path)]))
 
 

@@ -20,7 +20,7 @@ ANSWER = [{"role": "assistant", "content": "yes"}]
 CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
 TEXT_PAIRS = [
     {"prompt": "the", "chosen": "a, b", "rejected": 'say "c"\nor d'},
-    {"chosen": "[1] is a list", "rejected": ""},
+    {"chosen": "[1] is a list", "rejected": "no"},
 ]
 CHAT_PAIRS = [
     {"prompt": CHAT, "chosen": ANSWER, "rejected": CALL},
@@ -94,7 +94,8 @@ def test_where_rows_stand(tmp_path):
         "x.csv": ["x.csv:2", "x.csv:4"],  # the header, and a row of two lines
         "x.json": ["x.json: row 1", "x.json: row 2"],
         "x.parquet": ["x.parquet: row 1", "x.parquet: row 2"],
-        "folder": ["folder[train] row 1", "folder[train] row 2"],
+        "folder": ["train-00000.parquet: row 1", "train-00000.parquet: row 2"],
+        "disk": ["disk[train] row 1", "disk[train] row 2"],
     }.items():
         found = [where for where, _ in iterate_rows(write(tmp_path / name, rows))]
         assert [where.rsplit("/", 1)[1] for where in found] == expected
@@ -105,9 +106,47 @@ def test_splits(tmp_path):
         path = write(tmp_path / name, TEXT_PAIRS)
         for source, split in ((path, "test"), (f"{path}::test", "train")):
             [(where, _)] = iterate_rows(source, split=split)
-            assert where == f"{path}[test] row 1"
+            at = "/test-00000.parquet:" if name == "folder" else "[test]"
+            assert where == f"{path}{at} row 1"
         with pytest.raises(UserError, match=r"split .*nope.* (one of|has) .*train"):
             list(iterate_rows(f"{path}::nope"))
+
+
+def test_a_folder_of_several_files(tmp_path):
+    """Their columns and their formats may differ; each is read as it is by itself."""
+    folder = tmp_path / "folder"
+    (folder / "more").mkdir(parents=True)
+    rows = [{"chosen": f"c{n}", "rejected": "no", f"own{n}": n} for n in range(5)]
+    write(folder / "a.jsonl", rows[:1])
+    write(folder / "b.csv", [{**rows[1], "own1": "1"}])
+    write(folder / "c.jsonl.gz", rows[2:3])
+    write(folder / "d.parquet", rows[3:4])
+    write(folder / "more" / "e.json", rows[4:])
+    (folder / "README.md").write_text("# Mine")
+    (folder / "LICENSE").write_text("MIT")
+    (folder / ".hidden.jsonl").write_text("{")
+    rows[1]["own1"] = "1"
+    assert read_pairs(folder) == rows
+    assert [where.rpartition("/")[2] for where, _ in iterate_rows(f"{folder}::train")] == [
+        "a.jsonl:1", "b.csv:2", "c.jsonl.gz:1", "d.parquet: row 1", "e.json: row 1",
+    ]  # fmt: skip
+    write(folder / "f.jsonl", [{"chosen": "a", "rejected": "a"}])
+    with pytest.raises(UserError, match=r"folder/f\.jsonl:1: chosen and rejected are equal"):
+        read_pairs(folder)
+    (folder / "f.jsonl").rename(folder / "f.jsonl.zst")
+    with pytest.raises(UserError, match=r"f\.jsonl\.zst: cannot be read beside the other files"):
+        read_pairs(folder)
+    (folder / "f.jsonl.zst").unlink()
+    with pytest.raises(UserError, match=r"folder: has no split 'test'; it has 'train'"):
+        list(iterate_rows(folder, split="test"))
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "pairs.jsonl", TEXT_PAIRS)
+    write(tmp_path / "folder", TEXT_PAIRS)
+    assert read_pairs("~/pairs.jsonl") == TEXT_PAIRS
+    assert read_pairs("~/folder::train") == read_pairs("~/folder") == TEXT_PAIRS
 
 
 def test_one_folder_of_a_folder(tmp_path):
@@ -217,7 +256,7 @@ def test_folders_that_are_no_data_sets(tmp_path):
     with pytest.raises(UserError, match=r"cannot be loaded as a data set .*any data files"):
         list(iterate_rows(tmp_path))
     (tmp_path / "train.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(UserError, match="cannot be loaded as a data set"):
+    with pytest.raises(UserError, match=r"train\.jsonl:2: not valid JSON"):
         list(iterate_rows(tmp_path))
 
 

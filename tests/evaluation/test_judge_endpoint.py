@@ -77,6 +77,21 @@ def test_both_orders_are_asked_at_temperature_0(server):
     assert outcomes(judge(server).judge(swapped)) == ["lose"] * 4
 
 
+def test_a_model_that_wants_max_completion_tokens_judges_as_others_do(server, tmp_path):
+    def newer(body):
+        if "max_tokens" in body:
+            return Fail(400, message="Unsupported: 'max_tokens'. Use 'max_completion_tokens'.")
+        return None
+
+    plain = judge(server).judge(COMPARISONS)
+    server.rule = newer
+    asker = judge(server, tmp_path / "cache.jsonl")
+    assert outcomes(asker.judge(COMPARISONS)) == outcomes(plain)
+    sent = len(server.bodies)
+    assert judge(server, tmp_path / "cache.jsonl").judge(COMPARISONS), "one cache for both names"
+    assert len(server.bodies) == sent
+
+
 def test_a_judge_who_looks_at_places_only_gives_ties(server):
     server.answer = lambda body: "[[A]]"
     verdicts = judge(server).judge(COMPARISONS)

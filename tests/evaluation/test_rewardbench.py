@@ -29,6 +29,10 @@ def pair(subset, chosen, rejected):
 
 def test_published_sizes():
     assert sum(ROWS_1.values()) == 2985
+    # Counted in the published set; upstream's weights have the two the other way around.
+    assert (ROWS_1["xstest-should-refuse"], ROWS_1["xstest-should-respond"]) == (154, 250)
+    safety = SECTIONS["Safety"]
+    assert (safety["xstest-should-refuse"], safety["xstest-should-respond"]) == (250, 154)
     assert sum(ROWS_2.values()) == 1865
     reasoning = SECTIONS["Reasoning"]
     assert reasoning["math-prm"] == sum(w for name, w in reasoning.items() if name != "math-prm")

@@ -457,5 +457,5 @@ def test_what_cannot_work_is_refused(make_trainer, reward_model, tokenizer, pair
         make_trainer(get_peft_model(copy.deepcopy(reward_model), prompt_tuning), RewardTrainer)
     empty = {"prompt": "", "chosen": "", "rejected": "a cat", "chosen_finished": False}
     rows = [{**pair, "chosen_finished": True} for pair in pairs]
-    with pytest.raises(UserError, match="row 12: chosen has no tokens"):
+    with pytest.raises(UserError, match="row 12: the response 'chosen' is empty"):
         make_trainer(copy.deepcopy(reward_model), RewardTrainer, train=[*rows, empty])

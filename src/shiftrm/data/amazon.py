@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shiftrm.data.domains import Domain, drop_leaks, hashed_uniform
+from shiftrm.data.loaded import BROKEN
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
@@ -107,18 +108,25 @@ def review_2023(
 ) -> Review | None:
     """Map one row of Amazon Reviews 2023, or say in `dropped` why not.
 
-    Reasons: `neutral` (3 stars), `no_product`, `empty_text`, `too_short`.
+    Reasons: `rating_out_of_range` (not 1 to 5), `neutral` (3 stars), `no_product`, `empty_text`,
+    `too_short`.
 
     Raises:
         UserError: a missing column or a value of the wrong type.
     """
     require_columns(row, ("rating", "text"), where)
     rating, product = row["rating"], row.get("parent_asin") or row.get("asin") or ""
-    if isinstance(rating, bool) or not isinstance(rating, int | float) or not 1 <= rating <= 5:
+    if isinstance(rating, bool) or not isinstance(rating, int | float):
         raise UserError(f"{where}: column 'rating' is {rating!r:.40}; expected 1 to 5 stars")
     if not isinstance(product, str):
         raise UserError(f"{where}: column 'parent_asin' is {product!r:.40}; expected text")
-    reason = "neutral" if 2 < rating < 4 else "no_product" if not product.strip() else None
+    reason = None
+    if not 1 <= rating <= 5:
+        reason = "rating_out_of_range"
+    elif 2 < rating < 4:
+        reason = "neutral"
+    elif not product.strip():
+        reason = "no_product"
     return _review(
         row["text"], "text", rating >= 4, product.strip(), reason, where, options, dropped
     )
@@ -156,13 +164,14 @@ def amazon_domains(
 
     Returns:
         Domains in the order given, and how many reviews were dropped for which reason: those of
-        the mappings, `duplicate` (same text and sentiment), `contradiction` (one text with both
-        sentiments), `unpaired` (query or evaluation reviews without a counterpart) and
-        `equal_continuations`; and `prompt_also_in_training`, which counts evaluation pairs and
-        prompts: two reviews that begin alike.
+        the mappings, `loaded.BROKEN` (not of the schema), `duplicate` (same text and sentiment),
+        `contradiction` (one text with both sentiments), `unpaired` (query or evaluation reviews
+        without a counterpart) and `equal_continuations`; and `prompt_also_in_training`, which
+        counts evaluation pairs and prompts: two reviews that begin alike.
 
     Raises:
-        UserError: a bad row, or a category of which no support rows or no pairs are left.
+        UserError: a category of which no support rows or no pairs are left; where rows of it are
+            not of the schema and none is, what is wrong with the first one.
     """
     options = CutOptions() if options is None else options
     dropped: Counter[str] = Counter()
@@ -224,11 +233,22 @@ def _reviews(
     rows: Iterable[tuple[str, Row]], options: CutOptions, dropped: Counter[str]
 ) -> Iterator[Review]:
     read = None
+    first: UserError | None = None
+    usable = False
     for where, row in rows:
         if read is None:
             read = polarity_review if "label" in row else review_2023
-        if (review := read(row, where, options, dropped)) is not None:
+        try:
+            review = read(row, where, options, dropped)
+        except UserError as error:
+            dropped[BROKEN] += 1
+            first = first or error
+            continue
+        usable = True
+        if review is not None:
             yield review
+    if first is not None and not usable:
+        raise first
 
 
 def _unique(reviews: Iterable[Review], dropped: Counter[str]) -> list[Review]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shiftrm.data.dialogues import alternating, last_answer, parted
+from shiftrm.data.folders import SUFFIXES
 from shiftrm.data.loaded import Outcome, Outcomes, each, message, option, prompts_of, text_of
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError, suggest
@@ -186,11 +187,19 @@ def hh_sources(source: str, subset: str, split: str) -> list[tuple[str, str | No
         files = [str(name) for name in names if name.is_file()]
         if files:
             found.append((files[0], None))
+        elif _in_parts(path / folder):
+            found.append((str(path / folder), None))
         elif subset or folder == "":
             raise UserError(f"{path / folder}: no {split}.jsonl.gz or {split}.jsonl in this folder")
     if not found:
         raise UserError(f"{path}: no {split}.jsonl.gz in its folders; check the split")
     return found
+
+
+def _in_parts(folder: Path) -> bool:
+    """Whether a folder holds data, but not as the hub's two files."""
+    names = [file.name for file in folder.glob("*") if file.name.endswith(SUFFIXES)]
+    return bool(names) and not any(name.startswith(("train.", "test.")) for name in names)
 
 
 def _checked(rows: Iterable[tuple[str, Row]]) -> Iterable[tuple[str, Row]]:

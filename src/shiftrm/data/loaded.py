@@ -2,7 +2,8 @@
 
 A mapper turns a row of a public schema into one of ours, or says in a word why it cannot: `Row` or
 `str`. Readers yield `(where, outcome)`, and `collect` gathers them. Nothing gets lost: what a
-reader yields is either kept or listed.
+reader yields is either kept or listed. A row that is not of the schema (a null where text should
+be) is dropped and counted as well; only where none is left, its error is raised.
 """
 
 from collections import Counter
@@ -13,9 +14,12 @@ from typing import Any
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.rendering import Text
+from shiftrm.templates import text_of as message_text
 
 __all__ = [
+    "BROKEN",
     "KINDS",
+    "Broken",
     "Loaded",
     "Outcome",
     "Outcomes",
@@ -23,10 +27,13 @@ __all__ = [
     "demonstration_of",
     "demonstrations_of",
     "each",
+    "mapped",
     "message",
+    "no_text",
     "option",
     "pair_of",
     "prompts_of",
+    "spoken",
     "text_of",
     "trimmed",
 ]
@@ -36,6 +43,21 @@ KINDS = ("pairs", "prompts", "demonstrations")
 
 Outcome = Row | str
 """A row, or the reason why there is none."""
+
+BROKEN = "broken_row"
+"""The reason of rows that are not of the schema."""
+
+
+class Broken(str):
+    """`BROKEN`, with the line that says what is wrong."""
+
+    message: str
+
+    def __new__(cls, message: str) -> "Broken":
+        reason = super().__new__(cls, BROKEN)
+        reason.message = message
+        return reason
+
 
 Outcomes = Iterator[tuple[str, Outcome]]
 """`(where, outcome)`, as `sources.iterate_rows` says where."""
@@ -48,7 +70,7 @@ class Loaded:
     """Rows of one kind, and every row that was dropped."""
 
     rows: list[Row] = field(default_factory=list)
-    dropped: list[Row] = field(default_factory=list)  # {"where", "reason"}
+    dropped: list[Row] = field(default_factory=list)  # {"where", "reason"}, "error" if broken
     places: list[str] = field(default_factory=list)  # where each of `rows` stands in its source
 
     def counts(self) -> dict[str, int]:
@@ -57,7 +79,8 @@ class Loaded:
 
     def drop(self, where: str, reason: str) -> None:
         """List a row that is not kept."""
-        self.dropped.append({"where": where, "reason": reason})
+        row = {"where": where, "reason": str(reason)}
+        self.dropped.append(row | {"error": reason.message} if isinstance(reason, Broken) else row)
 
 
 def collect(outcomes: Iterable[tuple[str, Outcome]]) -> Loaded:
@@ -82,7 +105,15 @@ def each(
     mapper: Callable[[Row, str], Outcome], rows: Iterable[tuple[str, Row]]
 ) -> Iterator[tuple[str, Outcome]]:
     """The outcomes of a mapper that looks at one row at a time."""
-    return ((where, mapper(row, where)) for where, row in rows)
+    return ((where, mapped(mapper, row, where)) for where, row in rows)
+
+
+def mapped(mapper: Callable[[Row, str], Outcome], row: Row, where: str) -> Outcome:
+    """A mapper's outcome; a row that it refuses is broken, which says nothing of the others."""
+    try:
+        return mapper(row, where)
+    except UserError as error:
+        return Broken(str(error))
 
 
 def prompts_of(outcomes: Iterable[tuple[str, Outcome]]) -> Iterator[tuple[str, Outcome]]:
@@ -130,6 +161,22 @@ def trimmed(text: str) -> str:
     return text.strip(ASCII_SPACE)
 
 
+def spoken(text: Text) -> Text:
+    """A text as it is; of messages, the content as text where it is given in parts.
+
+    Raises:
+        UserError: a part that is no text.
+    """
+    if not isinstance(text, list):
+        return text
+    return [
+        {**item, "content": message_text(item, number)}
+        if isinstance(item.get("content"), list)
+        else item
+        for number, item in enumerate(text, start=1)
+    ]
+
+
 def message(role: str, content: str) -> dict[str, str]:
     """One chat message."""
     return {"role": role, "content": content}
@@ -137,9 +184,9 @@ def message(role: str, content: str) -> dict[str, str]:
 
 def pair_of(prompt: Text, chosen: Text, rejected: Text) -> Outcome:
     """A preference row, unless its sides cannot be told apart or one says nothing."""
-    if _is_empty(prompt):
+    if no_text(prompt):
         return "empty_prompt"
-    if _is_empty(chosen) or _is_empty(rejected):
+    if no_text(chosen) or no_text(rejected):
         return "empty_response"
     if chosen == rejected:
         return "equal_sides"
@@ -148,18 +195,20 @@ def pair_of(prompt: Text, chosen: Text, rejected: Text) -> Outcome:
 
 def demonstration_of(prompt: Text, completion: Text) -> Outcome:
     """A prompt-completion row, unless one of the two says nothing."""
-    if _is_empty(prompt):
+    if no_text(prompt):
         return "empty_prompt"
-    if _is_empty(completion):
+    if no_text(completion):
         return "empty_response"
     return {"prompt": prompt, "completion": completion}
 
 
-def _is_empty(text: Text) -> bool:
-    """Nothing but white space; in a chat, the last message decides."""
+def no_text(text: Text) -> bool:
+    """Nothing but white space; in a chat, the last message decides. A call of a tool is not."""
     if isinstance(text, str):
         return not text.strip()
-    return not text or not str(text[-1].get("content") or "").strip()
+    if not text:
+        return True
+    return not text[-1].get("tool_calls") and not message_text(text[-1], len(text)).strip()
 
 
 def _is_unicode(value: Any) -> bool:

@@ -146,7 +146,7 @@ def load(
 
     Raises:
         UserError: an unknown format, kind or option, a source that cannot be read, a row of
-            another schema, or no row left.
+            another schema throughout, or no row left.
     """
     form = _format(format)
     if kind not in form.kinds:
@@ -165,6 +165,8 @@ def load(
     if limit is not None:
         loaded = limited(loaded, limit=limit, seed=seed)
     if not loaded.rows:
+        if errors := [row["error"] for row in loaded.dropped if "error" in row]:
+            raise UserError(errors[0])
         reasons = ", ".join(f"{n} {reason}" for reason, n in loaded.counts().items())
         raise UserError(
             f"{source}: no row is left as {kind} of {format} ({reasons or 'there are none'}); "

@@ -17,7 +17,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from shiftrm.data.loaded import Outcome, Outcomes, message, option, pair_of, text_of, trimmed
+from shiftrm.data.loaded import (
+    Broken,
+    Outcome,
+    Outcomes,
+    message,
+    option,
+    pair_of,
+    text_of,
+    trimmed,
+)
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
@@ -83,8 +92,8 @@ Posts = dict[str, Post]
 
 def read_oasst(source: str, kind: str, split: str, options: OASSTOptions) -> Outcomes:
     """Outcomes of messages; the whole split is held in memory."""
-    posts, doubles = read_posts(iterate_rows(source, split=split))
-    yield from ((where, "duplicate_message") for where in doubles)
+    posts, unread = read_posts(iterate_rows(source, split=split))
+    yield from unread
     if kind == "prompts":
         yield from oasst_prompts(posts, lang=options.lang, turns=options.turns)
     elif kind == "pairs":
@@ -93,22 +102,25 @@ def read_oasst(source: str, kind: str, split: str, options: OASSTOptions) -> Out
         yield from oasst_demonstrations(posts, lang=options.lang)
 
 
-def read_posts(rows: Iterable[tuple[str, Row]]) -> tuple[Posts, list[str]]:
-    """Messages of rows (or of nested trees), and where an id stands a second time.
+def read_posts(rows: Iterable[tuple[str, Row]]) -> tuple[Posts, list[tuple[str, str]]]:
+    """Messages of rows (or of nested trees); and those not read, where and why.
 
-    Raises:
-        UserError: a missing column or a value of the wrong type.
+    Reasons: `duplicate_message` (an id stands a second time), `loaded.BROKEN`.
     """
     posts: Posts = {}
-    doubles: list[str] = []
+    unread: list[tuple[str, str]] = []
     for where, row in rows:
-        for item in _flat(row, where):
-            post = _post(item, where)
+        for item in _flat(row):
+            try:
+                post = _post(item, where)
+            except UserError as error:
+                unread.append((where, Broken(str(error))))
+                continue
             if post.id in posts:
-                doubles.append(where)
+                unread.append((where, "duplicate_message"))
             else:
                 posts[post.id] = post
-    return posts, doubles
+    return posts, unread
 
 
 def oasst_pairs(posts: Posts, *, lang: str = "all", pairs: str = "all") -> Outcomes:
@@ -221,12 +233,8 @@ def _with_tree(outcome: Outcome, post: Post) -> Outcome:
     return outcome if isinstance(outcome, str) else {**outcome, "tree": post.tree}
 
 
-def _flat(row: Row, where: str) -> Iterator[Row]:
-    """The messages of a row: itself, or those of a nested tree.
-
-    Raises:
-        UserError: replies that are no list of objects.
-    """
+def _flat(row: Row) -> Iterator[Row]:
+    """The messages of a row: itself, or those of a nested tree, unchecked."""
     if "message_id" in row or not isinstance(row.get("prompt"), dict):
         yield row
         return
@@ -236,9 +244,9 @@ def _flat(row: Row, where: str) -> Iterator[Row]:
         item = waiting.pop(0)
         yield {"message_tree_id": tree, **{k: v for k, v in item.items() if k != "replies"}}
         replies = item.get("replies") or []
-        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-            raise UserError(f"{where}: 'replies' is {replies!r:.40}; expected a list of messages")
-        waiting += [{"parent_id": item.get("message_id"), **reply} for reply in replies]
+        for reply in replies if isinstance(replies, list) else [replies]:
+            known = {"parent_id": item.get("message_id")}
+            waiting.append(known | (reply if isinstance(reply, dict) else {"reply": reply}))
 
 
 def _post(row: Row, where: str) -> Post:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.data.groups import check_prompt
+from shiftrm.data.loaded import no_text
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
@@ -57,8 +58,11 @@ def check_pair(row: Row, where: str) -> Row:
             f"{where}: chosen is {_kind(row['chosen'])} but rejected is {_kind(row['rejected'])}; "
             "write both in the same way"
         )
-    if not row["chosen"] and not row["rejected"]:
+    empty = [side for side in ("chosen", "rejected") if no_text(row[side])]
+    if len(empty) == 2:
         raise UserError(f"{where}: both sides of the pair are empty; remove the row")
+    if empty:
+        raise UserError(f"{where}: the response {empty[0]!r} is empty; remove the row")
     if row["chosen"] == row["rejected"]:
         raise UserError(
             f"{where}: chosen and rejected are equal, so there is no preference; remove the row"

@@ -12,9 +12,14 @@ prompts and demonstrations also `{"prompt", "completion"}` and `{"messages"}`.
 - `best_random` (as the binarized set was made): the best against one of the others, drawn by the
   seed among those that are rated lower;
 - `best_worst`; or `all` pairs of different ratings.
+
+Ratings that contradict each other are known of that set: an `overall_score` of 10 where 1 was meant
+stands beside criticism and low fine-grained ratings. A completion whose overall score (1 to 10) and
+mean fine-grained rating (1 to 5) lie half of their range apart, or more, is dropped.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -22,14 +27,17 @@ from typing import Any
 from shiftrm.data.dialogues import alternating, last_answer, parted
 from shiftrm.data.domains import hashed_uniform
 from shiftrm.data.loaded import (
+    Broken,
     Outcome,
     Outcomes,
     demonstration_of,
     demonstrations_of,
+    each,
+    mapped,
     message,
     option,
     pair_of,
-    prompts_of,
+    spoken,
     text_of,
     trimmed,
 )
@@ -104,15 +112,18 @@ def preference(row: Row, where: str, *, rated: bool = True) -> Outcome:
     reason = _ratings(row, where) if rated else None
     if reason is not None:
         return reason
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    chosen, rejected = (spoken(row[column]) for column in ("chosen", "rejected"))
+    prompt = row.get("prompt")
     if is_conversational(chosen) != is_conversational(rejected):
         raise UserError(f"{where}: one side is text and the other is messages; write both alike")
     if prompt:
         check_text(prompt, f"{where}: column 'prompt'")
+        prompt = spoken(prompt)
     if is_conversational(chosen):
         pair = _chat_pair(prompt or [], chosen, rejected)
     elif isinstance(prompt, list):
-        sides = [[message("assistant", side)] if side else [] for side in (chosen, rejected)]
+        texts: list[Any] = [chosen, rejected]
+        sides = [[message("assistant", side)] if side else [] for side in texts]
         pair = pair_of(prompt, *sides)
     else:
         pair = pair_of(text_of(row, "prompt", where), chosen, rejected)
@@ -133,10 +144,10 @@ def demonstration(row: Row, where: str) -> Outcome:
         require_columns(row, ("prompt",), where)
         for column in ("prompt", "completion"):
             check_text(row[column] or "", f"{where}: column {column!r}")
-        return demonstration_of(row["prompt"], row["completion"])
+        return demonstration_of(*(spoken(row[c]) for c in ("prompt", "completion")))
     if "messages" in row:
         check_text(row["messages"], f"{where}: column 'messages'")
-        messages = _plain(row["messages"])
+        messages = _plain(spoken(row["messages"]))
         outcome = messages if isinstance(messages, str) else last_answer(messages)
         return outcome if isinstance(outcome, str) else {"messages": messages}
     if "chosen" not in row:
@@ -150,25 +161,26 @@ def demonstration(row: Row, where: str) -> Outcome:
 
 def read_preferences(source: str, kind: str, split: str, options: PreferenceOptions) -> Outcomes:
     """Outcomes of rows in TRL's columns."""
-    for where, row in iterate_rows(source, split=split):
-        yield from _of_kind(row, where, kind)
+    return each(_MAPPERS[kind], iterate_rows(source, split=split))
 
 
-def _of_kind(row: Row, where: str, kind: str) -> Iterator[tuple[str, Outcome]]:
-    if kind == "pairs":
-        yield where, preference(row, where)
-    elif kind == "demonstrations":
-        yield where, demonstration(row, where)
-    elif "chosen" in row:
-        yield from prompts_of([(where, preference(row, where, rated=False))])
-    elif "prompt" in row:
-        check_text(row["prompt"] or "", f"{where}: column 'prompt'")
-        yield where, {"prompt": row["prompt"]} if _says(row["prompt"]) else "empty_prompt"
-    else:
-        outcome = demonstration(row, where)
-        if isinstance(outcome, dict):
-            outcome = {"prompt": outcome["messages"][:-1]}
-        yield where, outcome
+def _prompt(row: Row, where: str) -> Outcome:
+    if "chosen" in row:
+        outcome = preference(row, where, rated=False)
+        return outcome if isinstance(outcome, str) else {"prompt": outcome["prompt"]}
+    if "prompt" in row:
+        prompt = row["prompt"] or ""
+        check_text(prompt, f"{where}: column 'prompt'")
+        return {"prompt": spoken(prompt)} if _says(prompt) else "empty_prompt"
+    outcome = demonstration(row, where)
+    return outcome if isinstance(outcome, str) else {"prompt": outcome["messages"][:-1]}
+
+
+_MAPPERS: dict[str, Callable[[Row, str], Outcome]] = {
+    "pairs": preference,
+    "demonstrations": demonstration,
+    "prompts": _prompt,
+}
 
 
 def _chat_pair(prompt: Text, chosen: Any, rejected: Any) -> Outcome:
@@ -213,7 +225,7 @@ def _ratings(row: Row, where: str) -> str | None:
 
 
 def _number(value: Any, column: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{where}: column {column!r} is {value!r:.40}; expected a number")
     return float(value)
 
@@ -231,13 +243,17 @@ def read_ultrafeedback(
     """Outcomes of either schema; rows with `completions` are openbmb's."""
     for where, row in iterate_rows(source, split=split):
         if "completions" not in row:
-            yield from _of_kind(row, where, kind)
+            yield where, mapped(_MAPPERS[kind], row, where)
         elif kind == "prompts":
-            prompt = trimmed(text_of(row, "instruction", where))
-            yield where, {"prompt": [message("user", prompt)]} if prompt else "empty_prompt"
+            yield where, mapped(_instruction, row, where)
         else:
             how = "best" if kind == "demonstrations" else options.pairs
             yield from rated_completions(row, where, pairs=how, seed=options.seed)
+
+
+def _instruction(row: Row, where: str) -> Outcome:
+    prompt = trimmed(text_of(row, "instruction", where))
+    return {"prompt": [message("user", prompt)]} if prompt else "empty_prompt"
 
 
 def rated_completions(
@@ -245,34 +261,28 @@ def rated_completions(
 ) -> Iterator[tuple[str, Outcome]]:
     """Outcomes of one of openbmb's rows: of each pair, and of each completion that is in none.
 
-    Reasons: `no_rating`, `empty_response`, `no_other_completion`, `equal_ratings`, `equal_sides`,
-    `empty_prompt`.
+    Reasons: `no_rating`, `rating_out_of_range`, `contradicting_ratings`, `empty_response`,
+    `no_other_completion`, `equal_ratings`, `equal_sides`, `empty_prompt`; `loaded.BROKEN` of the
+    row or of one completion.
 
     Args:
         pairs: "best_random", "best_worst", "all", or "best": the best one as a demonstration.
-
-    Raises:
-        UserError: a missing column or a value of the wrong type.
     """
-    prompt = trimmed(text_of(row, "instruction", where))
-    if not isinstance(row["completions"], list):
-        raise UserError(f"{where}: column 'completions' is no list; expected rated completions")
-    if not prompt:
-        yield where, "empty_prompt"
+    asked = mapped(_instruction, row, where)
+    if isinstance(asked, str) or not isinstance(row["completions"], list):
+        problem = f"{where}: column 'completions' is no list; expected rated completions"
+        yield where, asked if isinstance(asked, str) else Broken(problem)
         return
+    ask = asked["prompt"]
+    prompt = ask[0]["content"]
     rated: list[tuple[float, str, str]] = []
     for number, item in enumerate(row["completions"], start=1):
         place = f"{where}, completion {number}"
-        if not isinstance(item, dict):
-            raise UserError(f"{place}: is {item!r:.40}; expected an object with 'response'")
-        text, rating = trimmed(text_of(item, "response", place)), _rating(item)
-        if rating is None:
-            yield place, "no_rating"
-        elif not text:
-            yield place, "empty_response"
+        found = mapped(_completion, item, place)
+        if isinstance(found, str):
+            yield place, found
         else:
-            rated.append((rating, text, place))
-    ask = [message("user", prompt)]
+            rated.append((found["rating"], found["text"], place))
     ordered = sorted(rated, key=lambda one: -one[0])  # stable: of equal ones the first is the best
     if pairs == "best":
         outcome = demonstration_of(ask, [message("assistant", ordered[0][1])]) if ordered else None
@@ -301,11 +311,42 @@ def _choose(ordered: list[Any], pairs: str, seed: int, prompt: str) -> list[tupl
     return [(ordered[0], lower[drawn])]
 
 
-def _rating(item: Row) -> float | None:
-    """`overall_score`, which some rows spell as text or as "N/A"."""
-    value = item.get("overall_score")
+def _completion(item: Row, where: str) -> Outcome:
+    """`{"text", "rating"}` of one completion, or why it cannot be used."""
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: is {item!r:.40}; expected an object with 'response'")
+    text, rating, fine = trimmed(text_of(item, "response", where)), _overall(item), _fine(item)
+    if rating is None:
+        return "no_rating"
+    if not 1 <= rating <= 10:
+        return "rating_out_of_range"
+    if fine is not None and 1 <= fine <= 5 and abs((rating - 1) / 9 - (fine - 1) / 4) >= 0.5:
+        return "contradicting_ratings"
+    return {"text": text, "rating": rating} if text else "empty_response"
+
+
+def _overall(item: Row) -> float | None:
+    return _as_number(item.get("overall_score"))
+
+
+def _fine(item: Row) -> float | None:
+    """The mean of the fine-grained ratings: as it stands, or of the four aspects."""
+    mean = _as_number(item.get("fine-grained_score"))
+    if mean is not None:
+        return mean
+    aspects = item.get("annotations")
+    found = [
+        rating
+        for aspect in (aspects.values() if isinstance(aspects, dict) else ())
+        if isinstance(aspect, dict) and (rating := _as_number(aspect.get("Rating"))) is not None
+    ]
+    return sum(found) / len(found) if found else None
+
+
+def _as_number(value: Any) -> float | None:
+    """A number, which some rows spell as text or as "N/A"."""
     try:
         number = float(value) if isinstance(value, str | int | float) else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return None if number is None or number != number else number

@@ -1,22 +1,28 @@
 """ShareGPT: conversations of people with ChatGPT, to fine-tune on.
 
-Columns read: `conversations`, a list of `{"from": "human" | "gpt" | "system", "value"}`. On the hub
-it is one file of a data set that holds several (anon8231489123/ShareGPT_Vicuna_unfiltered).
+Columns read: `conversations`, a list of `{"from": "human" | "gpt" | "system", "value"}` (or, as
+others write it, `conversation` or `messages` of `{"role", "content"}`); `system` (or
+`system_prompt`), what the conversation is under; `tools`. On the hub it is one file of a data set
+that holds several (anon8231489123/ShareGPT_Vicuna_unfiltered).
 
-Ours: turns of one speaker in a row become one message; what follows the last answer is cut off;
+Ours: the text of `system` becomes a message before the first turn, unless the first turn says the
+same; turns of one speaker in a row become one message; what follows the last answer is cut off;
 conversations that begin with an answer (continued parts of longer ones) are dropped, unless
 `beginning=cut` cuts that answer off.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shiftrm.data.dialogues import alternating
-from shiftrm.data.loaded import Outcome, Outcomes, each, message, option
+from shiftrm.data.loaded import Outcome, Outcomes, each, message, option, trimmed
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
-from shiftrm.rendering import Messages
+from shiftrm.rendering import Messages, check_template_options
+from shiftrm.templates import text_of
 
 __all__ = ["HUB_NAME", "ShareGPTOptions", "conversation", "read_sharegpt"]
 
@@ -33,6 +39,12 @@ ROLES = {
     "bard": "assistant",
     "system": "system",
 }
+
+
+CONVERSATIONS = ("conversations", "conversation", "messages")
+SYSTEM = ("system", "system_prompt")
+KEYS = (("from", "value"), ("role", "content"))
+"""Names of the same, the original ones first."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +77,26 @@ def conversation(row: Row, where: str, *, beginning: str = "drop") -> Outcome:
     if not all(speaker in ROLES for speaker, _ in turns):
         return "unknown_speaker"
     messages: Messages = [message(ROLES[speaker], text) for speaker, text in turns]
+    if system := trimmed(_system(row, where)):
+        first = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
+        if trimmed(first) != system:
+            messages = [message("system", system), *messages]
     if beginning == "cut":
-        while messages and messages[0]["role"] == "assistant":
-            messages = messages[1:]
+        start = 1 if messages and messages[0]["role"] == "system" else 0
+        while messages[start:] and messages[start]["role"] == "assistant":
+            messages = messages[:start] + messages[start + 1 :]
     while messages and (messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip()):
         messages = messages[:-1]
     if turns and not messages:
         return "no_answer"
     alternate = alternating(messages)
-    return alternate if isinstance(alternate, str) else {"messages": alternate}
+    if isinstance(alternate, str):
+        return alternate
+    check_template_options(row, where)
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    return {"messages": alternate, **({"tools": row["tools"]} if tools else {})}
 
 
 def read_sharegpt(source: str, kind: str, split: str, options: ShareGPTOptions) -> Outcomes:
@@ -93,24 +116,41 @@ def _first_prompt(outcome: Outcome) -> Outcome:
         return outcome
     messages = outcome["messages"]
     first = next(i for i, item in enumerate(messages) if item["role"] == "assistant")
-    return {"prompt": messages[:first]}
+    return {"prompt": messages[:first], **{c: outcome[c] for c in ("tools",) if c in outcome}}
+
+
+def _system(row: Row, where: str) -> str:
+    """The text of a row's system prompt; "" without one."""
+    for column in SYSTEM:
+        value = row.get(column)
+        if not isinstance(value, str | None):
+            raise UserError(f"{where}: column {column!r} is {value!r:.40}; expected text")
+        if value and value.strip():
+            return value
+    return ""
 
 
 def _turns(row: Row, where: str) -> list[tuple[str, str]]:
     """Speakers and texts; a turn without a text has an empty one."""
-    require_columns(row, ("conversations",), where)
-    turns = row["conversations"]
+    column = next((name for name in CONVERSATIONS if name in row), CONVERSATIONS[0])
+    require_columns(row, (column,), where)
+    turns = row[column]
     if not isinstance(turns, list):
-        raise UserError(f"{where}: column 'conversations' is {turns!r:.40}; expected a list")
+        raise UserError(f"{where}: column {column!r} is {turns!r:.40}; expected a list")
     found = []
     for number, turn in enumerate(turns, start=1):
-        speaker, text = (
-            (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        )
-        if not isinstance(speaker, str) or not isinstance(text, str | None):
+        speaker, text = _speaker_and_text(turn) if isinstance(turn, dict) else (None, None)
+        if not isinstance(speaker, str) or not isinstance(text, str | list | None):
             raise UserError(
-                f"{where}: conversations, turn {number} is {turn!r:.60}; expected an object with "
-                "'from' and 'value'"
+                f"{where}: {column}, turn {number} is {turn!r:.60}; expected an object with "
+                "'from' and 'value', or 'role' and 'content'"
             )
-        found.append((speaker.lower(), text or ""))
+        try:
+            found.append((speaker.lower(), text_of({"content": text}, number)))
+        except UserError as error:
+            raise UserError(f"{where}: {column}, {error}") from None
     return found
+
+
+def _speaker_and_text(turn: Row) -> tuple[Any, Any]:
+    return next(((turn[who], turn.get(what)) for who, what in KEYS if who in turn), (None, None))

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shiftrm.data.domains import Domain, hashed_uniform, prompt_key
+from shiftrm.data.loaded import BROKEN
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, require_columns
@@ -155,17 +156,23 @@ def shp_domains(
 
     Returns:
         Domains by name, and how many rows were dropped for which reason: those of `shp_pair`,
-        `other_domain`, `other_split`, `duplicate`, `over_pairs_per_post`,
-        `post_also_in_evaluation`. Rows kept + rows dropped = rows read.
+        `loaded.BROKEN` (not of the schema), `other_domain`, `other_split`, `duplicate`,
+        `over_pairs_per_post`, `post_also_in_evaluation`. Rows kept + rows dropped = rows read.
 
     Raises:
-        UserError: options out of range, a bad row, or a domain that is asked for but has no row.
+        UserError: options out of range, no row of the schema (with what is wrong with the first
+            one), or a domain that is asked for but has no row.
     """
     _check_options(pairs_per_post, support_share, eval_split)
     dropped: Counter[str] = Counter()
     kept: dict[PostPair, None] = {}
+    broken: list[UserError] = []
     for where, row in rows:
-        pair = shp_pair(row, where, score_ratio=score_ratio, dropped=dropped)
+        try:
+            pair = shp_pair(row, where, score_ratio=score_ratio, dropped=dropped)
+        except UserError as error:
+            broken.append(error)
+            continue
         if pair is None:
             continue
         if domains is not None and pair.domain not in domains:
@@ -176,6 +183,10 @@ def shp_domains(
             dropped["duplicate"] += 1
         else:
             kept[pair] = None
+    if broken and not kept and not dropped:
+        raise broken[0]
+    if broken:
+        dropped[BROKEN] = len(broken)
     train, evaluation = _split(kept, eval_split, seed, dropped)
     train = _limit(train, pairs_per_post, seed, dropped)
     evaluation = _limit(evaluation, pairs_per_post, seed, dropped)
@@ -203,7 +214,7 @@ def read_shp(sources: Sequence[str] = HUB_NAMES) -> Iterator[tuple[str, Row]]:
             belongs.
     """
     for source in sources:
-        yield from iterate_rows(source, required=COLUMNS)
+        yield from iterate_rows(source)
 
 
 def _split(

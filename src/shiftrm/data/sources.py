@@ -7,6 +7,7 @@ import codecs
 import csv
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,20 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shiftrm.data.folders import SUFFIXES, files_of, is_saved
 from shiftrm.errors import UserError
 from shiftrm.files import BEYOND_JSON, Row, iterate_jsonl, require_columns
 
 __all__ = ["SOURCE_HELP", "fingerprint", "iterate_rows"]
 
 SOURCE_HELP = """
-Data is a .jsonl (or .jsonl.gz), .json, .parquet or .csv file, a folder that `datasets` can load, or
+Data is a .jsonl (or .jsonl.gz), .json, .parquet or .csv file, a folder of such files, or
 a name on the Hugging Face hub: owner/name, owner/name:config or owner/name:config:split
 (owner/name::test is a split of the default configuration; without one it is train). In JSON: a list
 of objects, or an object that holds one. In CSV, lists and messages are written as JSON in the cell.
 """
 """For the --help of commands that read data."""
-
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz")
 
 PARQUET_EXPORT = "refs/convert/parquet"
 """Where the hub keeps a copy, made by itself, of data sets that load by a script of their own."""
@@ -61,12 +61,14 @@ def iterate_rows(
     data_dir: str | None = None,
     data_file: str | None = None,
 ) -> Iterator[tuple[str, Row]]:
-    """Yield `(where, row)` for every row of a source.
+    """Yield `(where, row)` for every row of a source; `~` is the home folder.
 
     Args:
         source: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file (no suffix at all:
-            JSONL), a folder that `datasets` loads (also one written by `save_to_disk`), or a hub
-            name `owner/name[:config[:split]]`.
+            JSONL), a folder of such files (in the order of their names, each read by itself, so
+            that their columns may differ; names such as `test-00.jsonl` say which split a file is
+            of, as in `datasets`), a folder that `datasets` loads (written by `save_to_disk`, say),
+            or a hub name `owner/name[:config[:split]]`.
         required: columns every row must have.
         split: which split of a folder or hub name, unless the source says one.
         data_dir: the one folder of a folder or hub name to read.
@@ -90,31 +92,45 @@ def _only(**parts: str | None) -> dict[str, str]:
 
 
 def _reader(source: str | Path, split: str, parts: dict[str, str]) -> Iterator[tuple[str, Row]]:
+    source = os.path.expanduser(source)
     path = Path(source)
     if path.is_file():
-        readers: dict[str, Any] = {
-            "": iterate_jsonl,
-            ".jsonl": iterate_jsonl,
-            ".json": _iterate_json,
-            ".parquet": _iterate_parquet,
-            ".csv": _iterate_csv,
-        }
-        suffix = path.suffix.lower()
-        if suffix == ".gz" and path.with_suffix("").suffix.lower() == ".jsonl":
-            return iterate_jsonl(path)
-        if suffix not in readers:
-            raise UserError(
-                f"{path}: cannot read {path.suffix} files; give one of {', '.join(SUFFIXES)}"
-            )
-        return readers[suffix](path)
+        return _iterate_file(path)
     if path.is_dir():
-        return _iterate_datasets(str(source), None, split, parts)
+        return _iterate_folder(path, split, parts)
     name, _, rest = str(source).partition(":")
     config, _, own_split = rest.partition(":")
     folder = Path(name).is_dir()
+    if folder and not config:
+        return _iterate_folder(Path(name), own_split or split, parts)
     if folder or (HUB_NAME.fullmatch(name) and Path(name).suffix.lower() not in SUFFIXES):
         return _iterate_datasets(name, config or None, own_split or split, parts)
     raise UserError(f"{source}: no such file; check the path")
+
+
+def _iterate_folder(folder: Path, split: str, parts: dict[str, str]) -> Iterator[tuple[str, Row]]:
+    files = [] if parts else files_of(folder, split)
+    if files:
+        return (item for file in files for item in _iterate_file(file))
+    return _iterate_datasets(str(folder), None, split, parts)
+
+
+def _iterate_file(path: Path) -> Iterator[tuple[str, Row]]:
+    readers: dict[str, Any] = {
+        "": iterate_jsonl,
+        ".jsonl": iterate_jsonl,
+        ".json": _iterate_json,
+        ".parquet": _iterate_parquet,
+        ".csv": _iterate_csv,
+    }
+    suffix = path.suffix.lower()
+    if suffix == ".gz" and path.with_suffix("").suffix.lower() == ".jsonl":
+        return iterate_jsonl(path)
+    if suffix not in readers:
+        raise UserError(
+            f"{path}: cannot read {path.suffix} files; give one of {', '.join(SUFFIXES)}"
+        )
+    return readers[suffix](path)
 
 
 # -- JSON ------------------------------------------------------------------------------------
@@ -281,9 +297,8 @@ def _load(name: str, config: str | None, split: str, parts: dict[str, str]) -> A
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    saved = [file for file in ("dataset_dict.json", "state.json") if (Path(name) / file).is_file()]
     try:
-        if not saved:
+        if not is_saved(Path(name)):
             with _quiet(datasets.utils.logging):  # it logs what it raises, on lines of its own
                 return _load_published(name, config, split, parts)
         table = datasets.load_from_disk(name)

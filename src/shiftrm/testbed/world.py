@@ -211,7 +211,7 @@ def label_pairs(
     Returns:
         TRL preference rows `{prompt, chosen, rejected, chosen_finished, rejected_finished,
         domain}` in the order of the pairs; the two flags are what `RewardTrainer` reads. Pairs of
-        equal texts are left out; their number is `len(prompts) - len(rows)`.
+        equal texts, or with an empty one, are left out: `len(prompts) - len(rows)` of them.
 
     Raises:
         ValueError: sequences of different lengths.
@@ -228,7 +228,7 @@ def label_pairs(
             prompt, b, finished=bool(b_ended)
         )
         draw = rng.random()  # also for pairs left out, so that they do not shift the others
-        if a == b:
+        if a == b or not a.strip() or not b.strip():
             continue
         chance = 0.5 if shuffle_labels else _sigmoid(difference)
         sides = ((a, bool(a_ended)), (b, bool(b_ended)))
