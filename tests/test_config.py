@@ -2,7 +2,14 @@
 
 import pytest
 
-from shiftrm.config import apply_overrides, differences, from_mapping, read_yaml, to_mapping
+from shiftrm.config import (
+    apply_overrides,
+    at_home,
+    differences,
+    from_mapping,
+    read_yaml,
+    to_mapping,
+)
 from shiftrm.errors import UserError
 from shiftrm.rounds.config import RunConfig
 
@@ -63,3 +70,18 @@ def test_bad_yaml(tmp_path, content, message):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         read_yaml(tmp_path / "c.yaml")
+
+
+def test_the_home_folder_in_files_and_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "c.yaml").write_text("pairs: ~/a.jsonl\neval: {x: [~/b, 3, c~/d]}\nnone: ~\n")
+    assert read_yaml(tmp_path / "c.yaml") == {
+        "pairs": "/home/me/a.jsonl",
+        "eval": {"x": ["/home/me/b", 3, "c~/d"]},
+        "none": None,
+    }
+    words = ["~/x", "--pairs=~/x", "--eval-pairs=chat=~/x", "data.source=~/x", "~", "a ~/b"]
+    assert at_home(words) == [
+        "/home/me/x", "--pairs=/home/me/x", "--eval-pairs=chat=/home/me/x",
+        "data.source=/home/me/x", "~", "a ~/b",
+    ]  # fmt: skip

@@ -1,7 +1,10 @@
 import pytest
 
 from shiftrm.errors import UserError
+from shiftrm.files import write_jsonl
+from shiftrm.metrics import METRICS, Better, UndeclaredMetric, metric
 from shiftrm.records import Record, Recorder, read_records, write_records
+from shiftrm.report.measurements import Measurements
 
 
 def test_round_trip(tmp_path):
@@ -22,12 +25,37 @@ def test_round_trip(tmp_path):
 
 def test_a_record_is_finite():
     with pytest.raises(ValueError, match="not finite"):
-        Record(stage="s", method="m", round=0, metric="x", value=float("inf"))
+        Record(stage="s", method="m", round=0, metric="kl", value=float("inf"))
 
 
 def test_unknown_field_is_named(tmp_path):
     (tmp_path / "r.jsonl").write_text(
-        '{"stage": "s", "method": "m", "round": 1, "metric": "x", "value": 1, "when": 3}\n'
+        '{"stage": "s", "method": "m", "round": 1, "metric": "kl", "value": 1, "when": 3}\n'
     )
     with pytest.raises(UserError, match=r"r\.jsonl:1: unknown field 'when'"):
         read_records(tmp_path / "r.jsonl")
+
+
+def test_what_is_not_declared_is_neither_recorded_nor_read(tmp_path):
+    recorder = Recorder(stage="evaluate", method="fixed", round=1, seed=0)
+    with pytest.raises(UndeclaredMetric, match="metric 'unparsed_vs_sft' is not declared"):
+        recorder.add("unparsed_vs_sft", None)
+    with pytest.raises(UndeclaredMetric, match="did you mean 'gold_mean'"):
+        Measurements([]).final("evaluate", "fixed", 1, "gold_meen")
+    for read in (Measurements([]).curve, Measurements([]).values, Measurements([]).sample_size):
+        with pytest.raises(UndeclaredMetric):
+            read("evaluate", "fixed", 1, "x")
+    with pytest.raises(UndeclaredMetric):
+        Measurements([]).rounds("fixed", "evaluate", "x")
+    row = {"stage": "evaluate", "method": "fixed", "round": 1, "value": 0.4}
+    write_jsonl(tmp_path / "r.jsonl", [{**row, "metric": m} for m in ("kl", "unparsed_vs_sft")])
+    with pytest.raises(UserError, match=r"r\.jsonl:2: .* no metric 'unparsed_vs_sft'; the"):
+        read_records(tmp_path / "r.jsonl")
+
+
+def test_names_of_the_runs_own_are_declared_with_a_star():
+    assert metric("win_vs_my arm").better is Better.HIGHER
+    assert metric("win_low_vs_sft").id == "win_low_vs_*"
+    assert metric("pairs_dropped_equal_sides").unit == "rows"
+    assert metric("accuracy_heldout").id == "accuracy_heldout", "an exact name goes first"
+    assert len({one.id for one in METRICS}) == len(METRICS)

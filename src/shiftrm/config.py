@@ -1,6 +1,8 @@
 """Typed configuration: one dataclass field per option, unknown keys refused with a suggestion."""
 
 import dataclasses
+import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -11,6 +13,9 @@ import yaml
 from shiftrm.errors import UserError, suggest
 
 T = TypeVar("T")
+
+HOME = re.compile(r"\A((?:[\w.-]+=)*)(~[\w.-]*)(?=/)")
+"""`~/...` and `NAME=~/...`; a shell sees to the first only."""
 
 
 def from_mapping(cls: type[T], mapping: dict[str, Any], *, where: str = "") -> T:
@@ -67,8 +72,8 @@ def apply_overrides(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping."""
-    path = Path(path)
+    """A YAML file that holds one mapping; in its texts, `~/` is the home folder."""
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     try:
@@ -77,7 +82,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected settings as `key: value`, found nothing of the kind")
-    return content
+    return at_home(content)
+
+
+def at_home(value: Any) -> Any:
+    """Plain data with `~/` at the beginning of texts (or after `name=`) as the home folder."""
+    if isinstance(value, str):
+        return HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), value)
+    if isinstance(value, dict):
+        return {key: at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    return value
 
 
 def differences(old: Any, new: Any, *, where: str = "") -> list[str]:

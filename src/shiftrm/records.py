@@ -14,6 +14,8 @@ from pathlib import Path
 
 from shiftrm.errors import UserError
 from shiftrm.files import iterate_jsonl, write_jsonl
+from shiftrm.metrics import UndeclaredMetric
+from shiftrm.metrics import metric as declared
 
 Value = float | list[float]
 
@@ -27,7 +29,7 @@ class Record:
         method: the arm of the comparison, such as "fixed" or "metarm_paper".
         round: round of iterative RLHF, from 1; 0 is before the first.
         step: optimizer or PPO step inside the stage; None for a final value.
-        metric: what was measured.
+        metric: what was measured, a name that `metrics` declares.
         value: the number, or numbers.
         n: how many samples stand behind it, if that is meaningful.
         seed: the run's seed.
@@ -52,6 +54,7 @@ class Record:
             raise ValueError(
                 f"record {self.stage}/{self.method}/{self.metric}: value is not finite"
             )
+        declared(self.metric)
 
 
 class Recorder:
@@ -65,7 +68,12 @@ class Recorder:
     def add(
         self, metric: str, value: Value | None, *, step: int | None = None, n: int | None = None
     ) -> None:
-        """Add one number. None or a non-finite number is left out: not measured is not a value."""
+        """Add one number. None or a non-finite number is left out: not measured is not a value.
+
+        Raises:
+            metrics.UndeclaredMetric: no metric has this name, whatever the value.
+        """
+        declared(metric)
         if value is None or (not isinstance(value, list) and not math.isfinite(value)):
             return
         if isinstance(value, list):
@@ -83,7 +91,12 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Read a records file; an unknown or missing field is an error that names the line."""
+    """Read a records file.
+
+    Raises:
+        UserError: an unknown or missing field, or a metric that this version does not know; the
+            message names the line.
+    """
     names = [field.name for field in fields(Record)]
     records = []
     for where, row in iterate_jsonl(path, required=("stage", "method", "round", "metric", "value")):
@@ -92,6 +105,11 @@ def read_records(path: str | Path) -> list[Record]:
             raise UserError(f"{where}: unknown field {sorted(unknown)[0]!r} in a record")
         try:
             records.append(Record(**row))
+        except UndeclaredMetric:
+            raise UserError(
+                f"{where}: this version of shiftrm knows no metric {row['metric']!r}; the run is "
+                "another version's: run it again, or read it with that version"
+            ) from None
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: {error}") from None
     return records

@@ -13,7 +13,11 @@ from shiftrm.loop import stages as loop_stages
 from shiftrm.loop.estimate import estimate
 from shiftrm.loop.plan import plan
 from shiftrm.loop.run import read_recipe
+from shiftrm.metrics import metric
 from shiftrm.records import read_records
+from shiftrm.report import measurements
+from shiftrm.report.recipe import render_recipe_page
+from shiftrm.report.recipe_summary import summary
 from shiftrm.testbed.gold import gold_reward
 from tests.evaluation.test_judge_endpoint import likes
 from tests.fake_endpoint import Fail, FakeEndpoint
@@ -186,8 +190,28 @@ def test_an_endpoint_judges(world, tuned, tmp_path, here, capsys, monkeypatch):
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
     end = metrics(records, "evaluate", "fixed")
     assert {"gold_mean", "embedding_similarity", "judge_consistency_vs_sft"} <= set(end)
-    assert {"unparsed_vs_sft", "win_low_vs_sft", "accuracy_policy_after"} <= set(end)
+    assert {"unjudged_vs_sft", "win_low_vs_sft", "accuracy_policy_after"} <= set(end)
     assert "overopt_peak_kl" in end
+    assert names_without_a_record(records, monkeypatch) <= {
+        "win_vs_fixed",  # there is one arm alone
+        "difference_variance",  # GRPO logs none
+        "demonstrations",  # the model is fine-tuned already
+        *("bon_kl", "bon_proxy", "bon_gold", "bon_drop"),  # not asked for
+    }
+
+
+def names_without_a_record(records, monkeypatch):
+    """What the page and the summary look for of which a whole run records nothing."""
+    read = set()
+
+    def noted(name):
+        read.add(name)
+        return metric(name)
+
+    monkeypatch.setattr(measurements, "declared", noted)
+    assert summary(records)
+    assert render_recipe_page(records)
+    return read - {record.metric for record in records}
 
 
 def test_a_running_server_samples(world, tuned, tmp_path, here, capsys):

@@ -1,10 +1,14 @@
 """Sentences and cells of a recipe's page against numbers checked by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from shiftrm.evaluation.intervals import sign_test
-from shiftrm.records import Record
+from shiftrm.evaluation.judge import Verdict
+from shiftrm.loop import judging
+from shiftrm.records import Record, Recorder
 from shiftrm.report.measurements import Measurements
 from shiftrm.report.recipe_arms import Arms, arms_of
 from shiftrm.report.recipe_summary import summary
@@ -167,12 +171,39 @@ def test_summary_says_what_was_measured():
     text = summary(records_of())
     assert text.splitlines()[0].split()[:3] == ["arm", "round", "win/tie/lose"]
     assert "69/26/5" in text
+    # Two rates of one round, 69 and 60, and why.
+    assert "over all judged prompts of the round. The sentences below count the second half" in text
+    assert "(the second half, on which no round was chosen; by round, all are counted)" in text
     assert "43,000 pairs (35 left out)" in text
     assert "one seed proves little" in text
     without = summary(records_of(judged=False))
     assert "win/tie/lose" not in without
     assert "No judge was there" in without
     assert summary([])
+
+
+class HalfReadable:
+    """A judge of whose verdicts on short answers nothing can be read."""
+
+    name = "half readable"
+
+    def judge(self, comparisons, *, progress=None):
+        return [Verdict(c, "win" if len(str(c.ours)) > 8 else None) for c in comparisons]
+
+
+def test_what_the_loop_records_of_a_judge_is_what_the_page_reads(monkeypatch):
+    """Two verdicts in five cannot be read: counted under the name that the page asks for."""
+    ours = [{"prompt": f"p{i}", "response": "good" * (i + 1)} for i in range(5)]
+    theirs = [{"prompt": f"p{i}", "response": "bad"} for i in range(5)]
+    monkeypatch.setattr(judging, "open_recipes_judge", lambda *_, **__: HalfReadable())
+    rows, numbers = judging.judge_rows(ours, theirs, {"kind": "own"}, cache=Path("unused"), seed=0)
+    assert [row["outcome"] for row in rows].count(None) == 2
+    recorder = Recorder(stage="evaluate", method="metarm", round=1, seed=0)
+    for name, (value, n) in numbers.items():
+        recorder.add(f"{name}_vs_sft", value, n=n)
+    recorder.add("length_mean", 3.0)
+    text = " ".join(headline(*view(recorder.records)).warnings)
+    assert "MetaRM, round 1 (2 of 5)" in text
 
 
 def test_a_judge_that_says_nothing_readable_is_not_no_judge():

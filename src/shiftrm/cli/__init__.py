@@ -27,6 +27,7 @@ from shiftrm.cli import (
     sft,
     train,
 )
+from shiftrm.config import at_home
 from shiftrm.errors import UserError
 from shiftrm.locks import holding
 from shiftrm.progress import reporting
@@ -51,7 +52,7 @@ EPILOG = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     parser = build_parser()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if words and words[0] in FOLDING:  # where any setting may be a flag
         words = [words[0], *FOLDING[words[0]].fold_flags(words[1:])]
     elif words[:1] == ["run"]:

@@ -39,8 +39,8 @@ def judge_rows(
         print(judge.estimate(match_rows(ours, theirs), **prices), flush=True)
     verdicts = judge_pairs(judge, ours, theirs)
     found = summarise(verdicts, judge=judge.name, seed=seed)
-    unparsed = sum(v.outcome is None for v in verdicts) / max(1, len(verdicts))
-    numbers = {"unparsed": (unparsed, len(verdicts))}
+    unjudged = sum(verdict.outcome is None for verdict in verdicts)
+    numbers = {"unjudged": (float(unjudged), len(verdicts))}
     if found is not None:
         numbers |= numbers_of(found)
     return list(verdict_rows(verdicts)), numbers

@@ -16,8 +16,8 @@ STAGES = "shiftrm.loop.stages"
 REWARD_LOG = {
     "loss": "loss",
     "eval_accuracy": "eval_accuracy",
-    "meta_objective_before": "meta_objective",
-    "meta_objective": "meta_objective",
+    "meta_objective_before": "meta_objective_before",
+    "meta_objective": "meta_objective_before",
     "meta_objective_after": "meta_objective_after",
     "meta_gradient_norm": "meta_gradient_norm",
     "meta_influence": "meta_influence",

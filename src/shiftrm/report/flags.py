@@ -117,9 +117,11 @@ def _moved(m: Measurements, arm: str, metric: str, before: int, after: int) -> f
     change = estimate({seed: new[seed] - old[seed] for seed in old.keys() & new.keys()})
     if change is None or (change.half_width is not None and not change.excludes_zero):
         return 0.0
-    deviation = m.estimate("evaluate", arm, after, metric.replace("_mean", "_std"))
+    if change.half_width is not None or metric != "gold_mean":
+        return change.mean
+    deviation = m.estimate("evaluate", arm, after, "gold_std")
     size = m.sample_size("evaluate", arm, after, metric)
-    if change.half_width is None and metric == "gold_mean" and deviation and size:
+    if deviation and size:
         noise = 1.96 * deviation.mean * math.sqrt(2 / size)
         return change.mean if abs(change.mean) > noise else 0.0
     return change.mean

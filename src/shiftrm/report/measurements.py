@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
 from shiftrm.report.arms import SFT, in_order, is_policy_arm
 
@@ -72,6 +73,12 @@ def estimate(values: Mapping[int, float]) -> Estimate | None:
 _Key = tuple[str, str, int, str]  # stage, method, round, metric
 
 
+def _key(stage: str, method: str, round_: int, metric: str) -> _Key:
+    """The key of what is looked up; a metric that nobody declared is a mistake in the code."""
+    declared(metric)
+    return stage, method, round_, metric
+
+
 class Measurements:
     """Records by (stage, method, round, metric) and seed.
 
@@ -105,7 +112,7 @@ class Measurements:
 
     def final(self, stage: str, method: str, round_: int, metric: str) -> dict[int, float]:
         """The one value of each seed (step null), by seed."""
-        return dict(self._finals.get((stage, method, round_, metric), {}))
+        return dict(self._finals.get(_key(stage, method, round_, metric), {}))
 
     def estimate(self, stage: str, method: str, round_: int, metric: str) -> Estimate | None:
         """Mean over seeds of `final`."""
@@ -113,7 +120,7 @@ class Measurements:
 
     def sample_size(self, stage: str, method: str, round_: int, metric: str) -> int | None:
         """Sample size summed over the seeds, None when a seed does not say its own."""
-        key = (stage, method, round_, metric)
+        key = _key(stage, method, round_, metric)
         sizes = self._sizes.get(key, {})
         if not sizes or set(sizes) != set(self._finals.get(key, {})):
             return None
@@ -123,12 +130,12 @@ class Measurements:
         self, stage: str, method: str, round_: int, metric: str
     ) -> dict[int, list[tuple[int, float]]]:
         """(step, value) in the order of the steps, by seed."""
-        by_seed = self._curves.get((stage, method, round_, metric), {})
+        by_seed = self._curves.get(_key(stage, method, round_, metric), {})
         return {seed: sorted(points.items()) for seed, points in sorted(by_seed.items()) if points}
 
     def values(self, stage: str, method: str, round_: int, metric: str) -> dict[int, list[float]]:
         """The list of each seed (`*_values` metrics), by seed; empty lists are left out."""
-        by_seed = self._lists.get((stage, method, round_, metric), {})
+        by_seed = self._lists.get(_key(stage, method, round_, metric), {})
         return {seed: list(values) for seed, values in sorted(by_seed.items()) if values}
 
     def _keys(self) -> set[_Key]:
@@ -150,6 +157,8 @@ class Measurements:
 
     def rounds(self, method: str, stage: str = "evaluate", metric: str | None = None) -> list[int]:
         """The rounds of which something is known, in order."""
+        if metric is not None:
+            declared(metric)
         return sorted(
             {
                 round_

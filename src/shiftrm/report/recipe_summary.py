@@ -49,6 +49,11 @@ def _data_sentence(m: Measurements, records: Sequence[Record]) -> str:
     return f"Data: {', '.join(parts)}." if parts else ""
 
 
+HALVES = (
+    "win/tie/lose: against SFT, over all judged prompts of the round. The sentences below count "
+    "the second half of the prompts: the first half chooses each arm's best round."
+)
+
 _COLUMNS = (  # header, metric, decimals
     ("KL", "kl", 2),
     ("rel. var. before", "relative_difference_variance_before", 2),
@@ -75,10 +80,13 @@ def _terminal_table(m: Measurements, arms: Arms) -> list[str]:
             cells.append("-" if value is None else fixed_point(value.mean, digits))
         rows.append([arms.short(arm)[:24], str(round_), *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
+    lines = [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
+    if any(m.rounds(arm, "compare") for arm in arms.trained):
+        lines += ["", HALVES]
+    return lines

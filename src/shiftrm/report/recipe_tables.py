@@ -241,7 +241,7 @@ def diversity_table(m: Measurements, arms: Arms) -> Table:
         (
             arms.name(arm),
             str(round_),
-            *(_diversity_cell(m, (arm, round_), name) for _, name in columns),
+            *(number(m.estimate("evaluate", arm, round_, name), 3) for _, name in columns),
         )
         for arm, round_ in keys
     )
@@ -259,14 +259,6 @@ def diversity_table(m: Measurements, arms: Arms) -> Table:
         f"how many responses there are and how long they are.{missing}{_seed_note(m)}",
         text_columns=2,
     )
-
-
-def _diversity_cell(m: Measurements, key: tuple[str, int], name: str) -> str:
-    found = m.estimate("evaluate", *key, name)
-    low, high = (m.estimate("evaluate", *key, f"{name}_{end}") for end in ("low", "high"))
-    if found is None or found.half_width is not None or low is None or high is None:
-        return number(found, 3)
-    return f"{number(found, 3)} [{fixed_point(low.mean, 3)}, {fixed_point(high.mean, 3)}]"
 
 
 def paper_diversity_table() -> Table:

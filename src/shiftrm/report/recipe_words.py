@@ -150,6 +150,8 @@ def _contest_sentence(m: Measurements, arms: Arms, found: Contest) -> str:
     which = "round " + ", ".join(str(r) for r in found.rounds)
     if compared and len(m.rounds(found.method)) > 1:
         which = f"its best round ({which}), chosen on other prompts"
+    if compared:
+        judged += " (the second half, on which no round was chosen; by round, all are counted)"
     text = f"{arms.name(found.method)} against SFT in {which}: {found.numbers}{judged}"
     last = contest(
         m, "evaluate", found.method, m.rounds(found.method, "evaluate", "win_vs_sft")[-1:]
