@@ -128,6 +128,7 @@ def test_a_dry_run_says_disk_and_time(world, tmp_path, capsys, monkeypatch):
     assert "steps memory disk time" in said
     size = r"[\d.,]+ [MG]iB"
     assert re.search(rf"disk: {size} of models at the end, and up to {size} of checkpoints", said)
+    assert re.search(r"time, one stage after the other: (under 1 s|[\d.,]+ (s|min|h)) ", said)
     assert "Time is a guess: parameters times tokens at the 1 billion operations a second" in said
 
 

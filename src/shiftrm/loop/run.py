@@ -215,6 +215,10 @@ def dry_run(recipe: Recipe) -> None:
         table.add_row(str(number), stage.stage, *numbers)
     console.print(table)
     console.print(_disk(recipe, found), **say)  # type: ignore[arg-type]
+    known = [stage.operations for stage in found.stages if stage.operations is not None]
+    rest = "" if len(known) == len(found.stages) else ", without the stages marked ?"
+    said = f"time, one stage after the other: {_duration(sum(known) / rate / processes)}{rest}"
+    console.print(said, **say)  # type: ignore[arg-type]
     console.print("\nCommands ({stage:X} is the folder of stage X, {out} its own):", **say)  # type: ignore[arg-type]
     for stage_ in stages:
         if "words" in stage_.settings:
