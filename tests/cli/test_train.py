@@ -45,6 +45,12 @@ def test_several_values_become_a_list():
     assert fold_flags(["--lora-target-modules", "q", "v"]) == ['lora_target_modules=["q", "v"]']
 
 
+def test_no_steps_are_refused(shiftrm):
+    status, output = shiftrm(*TRAIN, "max_steps=0")
+    assert (status, output.err.count("\n")) == (2, 1)
+    assert "max_steps is 0; give at least 1, or leave it out" in output.err
+
+
 def test_pairs_that_are_trained_on_and_measured_on_are_said(shiftrm, caplog):
     status, output = shiftrm(*TRAIN, "--eval-pairs", "pairs.jsonl", "max_steps=1")
     assert status == 0

@@ -229,6 +229,8 @@ def value_of(key: str, given: Any, hint: Any) -> Any:
     except yaml.YAMLError:
         raise UserError(f"{key}={text}: the value is not valid YAML") from None
     number = _number(value)
+    if key == "max_steps" and number == 0:  # transformers would train whole epochs
+        raise UserError("max_steps is 0; give at least 1, or leave it out")
     if number is not None and number < LEAST.get(key, -math.inf):
         raise UserError(f"{key} is {text}; it must be at least {LEAST[key]:g}")
     if not kinds <= {bool, int, float, NoneType}:  # choices, lists: transformers judges them
