@@ -99,7 +99,7 @@ def test_everything_foreign_is_escaped(one_seed):
         for r in one_seed
         if r.method == "metarm_paper"
     ]
-    odd.append(Record("world", EVIL, 0, EVIL, 1.0))
+    odd.append(Record("world", EVIL, 0, f"pairs_dropped_{EVIL}", 1.0))
     html = render_page(
         [*one_seed, *odd],
         config={EVIL: {EVIL: EVIL}, "list": [EVIL]},

@@ -21,8 +21,8 @@ def add(context):
     for name in context.stage.needs:
         total += int((context.folder(name) / "number.txt").read_text())
     (context.out / "number.txt").write_text(str(total))
-    context.recorder.add("number", float(total))
-    context.recorder.add("draw", float(context.random_seed("role")))
+    context.recorder.add("labels", float(total))
+    context.recorder.add("pairs", float(context.random_seed("role")))
 
 
 def fail(context):
@@ -83,7 +83,7 @@ def test_runs_in_order_and_skips_what_is_done(tmp_path):
     events = run(root, stages(), workers=2)
     assert [n for e, n in events if e == "done"] == ["a", "deep/b", "c"]
     assert (root / "c" / "number.txt").read_text() == "14"
-    values = [r.value for r in read_records(root / "records.jsonl") if r.metric == "number"]
+    values = [r.value for r in read_records(root / "records.jsonl") if r.metric == "labels"]
     assert values == [1, 3, 14]
     before = (root / "records.jsonl").read_bytes()
     assert run(root, stages()) == [("skipped", "a"), ("skipped", "deep/b"), ("skipped", "c")]
