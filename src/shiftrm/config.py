@@ -10,12 +10,15 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from shiftrm.errors import UserError, suggest
+from shiftrm.errors import UserError, shortened, suggest
 
 T = TypeVar("T")
 
 HOME = re.compile(r"\A((?:[\w.-]+=)*)(~[\w.-]*)(?=/)")
 """`~/...` and `NAME=~/...`; a shell sees to the first only."""
+
+DEEPEST, MOST, LONGEST = 50, 1_000_000, 18
+"""Levels, values and digits of numbers in YAML; 18 digits fit 64 bits."""
 
 
 def from_mapping(cls: type[T], mapping: dict[str, Any], *, where: str = "") -> T:
@@ -53,10 +56,7 @@ def apply_overrides(
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"{word!r} is not a setting; write key=value, such as ppo.steps=10")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{word!r}: the value is not valid YAML") from None
+        value = parse_yaml(text, shortened(word))
         node = result
         *parents, last = key.split(".")
         for depth, parent in enumerate(parents):
@@ -77,8 +77,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected settings as `key: value`, found nothing of the kind")
@@ -94,6 +94,45 @@ def at_home(value: Any) -> Any:
     if isinstance(value, list):
         return [at_home(item) for item in value]
     return value
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain data that YAML text stands for.
+
+    Raises:
+        UserError: not valid YAML, a value that cannot be (the 40th of a month), or data beyond
+            measure: nested more than `DEEPEST`, of more than `MOST` values (which a few aliases can
+            stand for), or with numbers of more than `LONGEST` digits.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: YAML that is nested too deep; write it flatter") from None
+    waiting, seen = [(value, 0)], 0
+    while waiting:
+        found, depth = waiting.pop()
+        seen += 1
+        if depth > DEEPEST or seen > MOST:
+            raise UserError(f"{where}: YAML that is nested too deep or too large; write it flatter")
+        if isinstance(found, int) and abs(found) >= 10**LONGEST:
+            raise UserError(f"{where}: a number of more than {LONGEST} digits; give a smaller one")
+        if isinstance(found, dict):
+            waiting += [(item, depth + 1) for item in (*found, *found.values())]
+        elif isinstance(found, list | tuple | set):
+            waiting += [(item, depth + 1) for item in found]
+    return value
+
+
+def check_seed(value: int, name: str) -> None:
+    """Refuse what is no seed to one of the libraries.
+
+    Raises:
+        UserError: below 0 or not below 2^32.
+    """
+    if not 0 <= value < 2**32:
+        raise UserError(f"{name} is {shortened(str(value))}; it must be at least 0 and below 2^32")
 
 
 def differences(old: Any, new: Any, *, where: str = "") -> list[str]:
@@ -151,4 +190,6 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
     ):
         raise UserError(f"{path} is {value!r}; expected {hint.__name__}")
+    if hint is int and path.rpartition(".")[2] == "seed":
+        check_seed(value, path)
     return value

@@ -21,6 +21,11 @@ def printable(text: str) -> str:
     )
 
 
+def shortened(text: str, length: int = 80) -> str:
+    """Foreign text for an error, which is one line to be read: its beginning, if it is longer."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def suggest(word: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for the nearest of the known words, or a list of them, or nothing."""
     import difflib

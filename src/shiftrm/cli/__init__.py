@@ -6,9 +6,11 @@ Each command is a module with `register(subparsers)`, which declares its options
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from shiftrm import __version__
 from shiftrm.cli import (
@@ -28,7 +30,7 @@ from shiftrm.cli import (
     train,
 )
 from shiftrm.config import at_home
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, shortened
 from shiftrm.locks import holding
 from shiftrm.progress import reporting
 
@@ -51,6 +53,9 @@ EPILOG = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     words = [at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if words and words[0] in FOLDING:  # where any setting may be a flag
@@ -63,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = [words[0], *convert.words_last(words[1:])]
     args = parser.parse_args(words)
     try:
+        _check_numbers(args)
         with reporting(words[0], speaks=speaks()), holding(words):
             args.run(args)
     except UserError as error:
@@ -76,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = _output_advice(error, getattr(args, "output", None))
         if advice is None:
             raise
-        what = f"{error.filename or 'output'}: {error.strerror}"
+        what = UserError(f"{shortened(str(error.filename or 'output'))}: {error.strerror}")
         print(f"shiftrm: error: {what}; {advice}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -92,6 +98,18 @@ def speaks() -> bool:
     return not sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Refuse seeds that no library takes, and counts beyond what one can hold."""
+    from shiftrm.config import check_seed
+
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, int) and name == "seed":
+            check_seed(value, flag)
+        elif isinstance(value, int) and abs(value) >= 2**31:
+            raise UserError(f"{flag} is {shortened(str(value))}; it must be below 2^31")
+
+
 def _output_advice(error: OSError, output: str | None) -> str | None:
     """What to do where the output cannot be written; None for any other error."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -103,6 +121,8 @@ def _output_advice(error: OSError, output: str | None) -> str | None:
         return "choose another output, or make this one writable"
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return "choose another output"
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.EPERM):
+        return "give another name"
     if error.errno == errno.ENOENT and output is not None and error.filename is not None:
         folder = os.path.dirname(os.path.abspath(output))
         if os.path.abspath(os.fsdecode(error.filename)).startswith(os.path.join(folder, "")):
@@ -110,9 +130,16 @@ def _output_advice(error: OSError, output: str | None) -> str | None:
     return None
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line, as every error, which words it does not understand."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"shiftrm: error: {UserError(message)}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="shiftrm",
         description="Reward models that keep telling responses apart after the policy has moved.",
         epilog=EPILOG,

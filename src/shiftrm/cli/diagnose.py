@@ -58,12 +58,11 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, named_paths, not_negative
+    from shiftrm.cli.checks import at_least_one, named_paths
     from shiftrm.cli.progress import only_on_terminals
     from shiftrm.evaluation.scored_files import read_data
 
     at_least_one(args.batch_size, "--batch-size")
-    not_negative(args.seed, "--seed")
     sources = named_paths(args.data, "--data")
     models = named_paths(args.model, "--model", suffix=True)
     page, json_files = _outputs(args.output, args.json, [*sources.values(), *models.values()])

@@ -16,11 +16,11 @@ from types import NoneType
 from typing import Any
 
 import torch
-import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from shiftrm.errors import UserError, suggest
+from shiftrm.config import check_seed, parse_yaml
+from shiftrm.errors import UserError, shortened, suggest
 
 __all__ = ["REFUSED", "Settings", "command_defaults", "resolve", "value_of"]
 
@@ -217,17 +217,14 @@ def _hint(key: str, known: list[str], command_name: str) -> str:
 def value_of(key: str, given: Any, hint: Any) -> Any:
     """The value of a setting; text is read as YAML, numbers and switches are checked."""
     kinds = set(typing.get_args(hint)) or {hint}
-    text = given if isinstance(given, str) else str(given)
+    text = shortened(given if isinstance(given, str) else str(given))
     if key == "report_to" and given in ("none", "None", "null", None):
         return "none"  # transformers' word; None means all of them
     if NoneType in kinds and (given is None or text in NULL):
         return None
     if kinds <= {str, NoneType}:
-        return text
-    try:
-        value = yaml.safe_load(given) if isinstance(given, str) else given
-    except yaml.YAMLError:
-        raise UserError(f"{key}={text}: the value is not valid YAML") from None
+        return given if isinstance(given, str) else str(given)
+    value = parse_yaml(given, f"{key}={text}") if isinstance(given, str) else given
     number = _number(value)
     if key == "max_steps" and number == 0:  # transformers would train whole epochs
         raise UserError("max_steps is 0; give at least 1, or leave it out")
@@ -241,11 +238,15 @@ def value_of(key: str, given: Any, hint: Any) -> Any:
         expected = "a number"
     else:
         number, expected = _whole(number), "a whole number"
+    if number is not None and abs(number) >= 2**63 and float not in kinds:
+        number = None
     if number is None:
         null = ", or null" if NoneType in kinds else ""
         raise UserError(f"{key} is {text!r}; expected {expected}{null}")
     if key in BELOW_ONE and number >= 1:
         raise UserError(f"{key} is {text}; it must be below 1")
+    if key in ("seed", "data_seed"):
+        check_seed(int(number), key)
     return number
 
 
@@ -264,6 +265,6 @@ def _number(value: Any) -> float | None:
     """The finite number this is; YAML reads 5e-6 as text."""
     try:
         number = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if number is not None and math.isfinite(number) else None

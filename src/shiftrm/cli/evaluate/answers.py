@@ -36,14 +36,13 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import not_negative, output_rows
+    from shiftrm.cli.checks import output_rows
     from shiftrm.evaluation.human_answers import read_answers
     from shiftrm.evaluation.human_files import read_key, read_verdicts
     from shiftrm.evaluation.human_result import human_result
     from shiftrm.evaluation.human_words import human_sentences
     from shiftrm.files import write_jsonl
 
-    not_negative(args.seed, "--seed")
     output = output_rows(args.output, apart_from=[args.key, *args.answers, args.verdicts])
     key = read_key(args.key)
     answers = read_answers(args.answers, key)

@@ -57,14 +57,13 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, not_negative
+    from shiftrm.cli.checks import at_least_one
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.errors import UserError
     from shiftrm.evaluation.best_of_n import best_of_n_curve
     from shiftrm.evaluation.best_of_n_files import count_samples, score_samples
 
     at_least_one(args.batch_size, "--batch-size")
-    not_negative(args.seed, "--seed")
     ns = _numbers(args.n)
     output, picture = _outputs(args.output, [args.samples, args.proxy, args.gold])
     options = (args.proxy, args.gold)

@@ -95,14 +95,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, not_negative
+    from shiftrm.cli.checks import at_least_one
     from shiftrm.errors import UserError, suggest
     from shiftrm.evaluation.diversity import TOKENIZERS
 
     at_least_one(args.batch_size, "--batch-size")
     if args.prompts is not None and args.prompts < 2:
         raise UserError(f"--prompts is {args.prompts}; it must be at least 2")
-    not_negative(args.seed, "--seed")
     if args.tokenize not in TOKENIZERS:
         advice = suggest(args.tokenize, list(TOKENIZERS))
         raise UserError(f"--tokenize {args.tokenize!r}: unknown tokenizer{advice}")

@@ -188,7 +188,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.judge not in KINDS:
         raise UserError(f"--judge {args.judge!r} is unknown{suggest(args.judge, list(KINDS))}")
     at_least_one(args.batch_size, "--batch-size")
-    for option in ("limit", "seed", "max_requests", "price_in", "price_out"):
+    for option in ("limit", "max_requests", "price_in", "price_out"):
         not_negative(getattr(args, option), _flag(option))
     if args.judge == "endpoint":
         if args.tie_margin is not None:
