@@ -1,0 +1,354 @@
+"""Odd command lines: whatever is said, it works or is refused in one line, and no input changes.
+
+The commands and their options come from the parser, so that a new command is tried, too.
+`SHIFTRM_FUZZ=5000 pytest tests/cli/test_fuzz.py` tries so many, other ones at each call.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shiftrm.cli import FOLDING, build_parser, main
+from shiftrm.errors import UserError
+from tests.cli.fuzz_world import ODD_ROWS, SOUND, YAML, make_world
+
+EXAMPLES = int(os.environ.get("SHIFTRM_FUZZ", "250"))
+
+SECONDS = 20
+"""Of one command line; what takes longer is stopped as by Ctrl-C."""
+
+MODELS = [
+    "policy",
+    "rm",
+    "two-labels",
+    "small-embedding",
+    "small-rm",
+    "nan-policy",
+    "nan-rm",
+    "garbage",
+    "cut",
+    "no-config",
+]
+MODELS += [
+    "odd-config",
+    "no-tokenizer",
+    "broken-template",
+    "gguf",
+    "adapter",
+    "hollow",
+    "linked",
+    "policy/",
+]
+FILES = [f"{name}.jsonl" for name in SOUND] + [f"odd-{name}.jsonl" for name in ODD_ROWS]
+FILES += [
+    "packed.jsonl.gz",
+    "broken.csv",
+    "sound.csv",
+    "broken.parquet",
+    "broken.jsonl.gz",
+    "bytes.jsonl",
+]
+FILES += ["hard.jsonl", "link.jsonl", "recipe.yaml", "sound.yaml", "broken.jinja"]
+FILES += [f"{name}.yaml" for name in YAML]
+PLACES = [
+    "domains",
+    "finished",
+    "hollow",
+    "pipe",
+    "socket",
+    "loop",
+    "dangling",
+    "nowhere",
+    "owner/name",
+    ".",
+    "..",
+]
+PLACES += [
+    "",
+    "x" * 300,
+    "a/" * 3000,
+    "owner/name::x",
+    "~",
+    "rm/config.json",
+    "\udcff",
+    "a=b",
+    "=",
+    "ü",
+]
+
+NEW = [
+    "o.jsonl",
+    "o.jsonl.gz",
+    "o.json",
+    "o.html",
+    "o.csv",
+    "out",
+    "new/o.jsonl",
+    "new/out",
+    "./o.jsonl",
+    "y*",
+    "\n",
+]
+
+NUMBERS = ["0", "1", "2", "-1", "0.5", "1e-3", "nan", "inf", "-inf", "9" * 400, str(2**63), "1_0"]
+NUMBERS += ["", "x", "true", "null", "[1]", "{a: 1}", "0x10", " 1", "1.0", "2020-13-45", "'", "٣"]
+
+GOOD = {
+    "model": ["rm", "policy"],
+    "policy": ["policy"],
+    "reward": ["rm"],
+    "pairs": ["pairs.jsonl"],
+    "prompts": ["prompts.jsonl"],
+    "groups": ["groups.jsonl"],
+    "demonstrations": ["demonstrations.jsonl"],
+    "data": ["groups.jsonl", "pairs.jsonl", "bench.jsonl"],
+    "ours": ["groups.jsonl"],
+    "theirs": ["others.jsonl"],
+    "samples": ["samples.jsonl"],
+    "files": ["groups.jsonl"],
+    "domains": ["domains"],
+    "runs": ["finished"],
+    "recipe": ["recipe.yaml"],
+    "source": ["pairs.jsonl"],
+    "format": ["preference"],
+    "judge": ["reward-model", "gold", "endpoint"],
+    "max_new_tokens": ["3"],
+    "kind": ["pairs", "prompts"],
+    "output": NEW[:-2],
+}
+"""Values with which commands work, by option: what is not said is drawn from everything."""
+
+SETTINGS = {
+    "train": ["max_steps", "learning_rate", "seed", "per_device_train_batch_size", "preset"],
+    "sft": ["max_steps", "learning_rate", "chat_template_path", "max_length", "packing"],
+    "optimise": ["max_steps", "steps", "beta", "num_generations", "kl_target", "max_length"],
+    "meta-train": ["max_steps", "beta", "inner_steps", "support_batch_size", "curvature"],
+    "meta-test": ["weighted.updates", "ppo.steps", "evaluation.pairs", "seed", "ppo"],
+    "demo": ["ppo.steps", "methods", "rounds", "seed", "world.x", "ppo"],
+    "run": ["rounds", "seed", "methods", "data.pairs.source", "judge.kind", "sft", "preset"],
+}
+SETTINGS["adapt"] = SETTINGS["train"]
+
+QUICK = {
+    "train": ["max_steps=1"],
+    "adapt": ["max_steps=1"],
+    "sft": ["max_steps=1"],
+    "optimise": ["max_steps=1"],
+    "meta-train": ["max_steps=1", "support_batch_size=2", "query_batch_size=2"],
+}
+"""So that what is in order is over soon; behind it stands what was drawn."""
+
+STARTS = {"optimise": [["dpo"], ["ppo"], ["rloo"], ["grpo"], [], ["sac"]]}
+"""Words that the parser does not name."""
+
+SLOW = ("--yes", "--timeout", "--retries", "--server", "--base-url", "--vllm")
+"""Options that wait for other machines."""
+
+
+def leaves(parser, name=()):
+    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not below:
+        return {name: parser}
+    found = {}
+    for word, sub in below[0].choices.items():
+        found |= leaves(sub, (*name, word))
+    return found
+
+
+COMMANDS = leaves(build_parser())
+
+# settings.merged needs these, where the parser cannot know that a file may hold them
+NEEDED = {
+    "train": ("model", "pairs", "output"),
+    "adapt": ("model", "pairs", "groups", "output"),
+    "sft": ("model", "demonstrations", "output"),
+    "optimise": ("policy", "pairs", "prompts", "reward", "output"),
+    "meta-train": ("model", "domains", "output"),
+}
+
+
+def odd_values(action):
+    """Anything for an option: numbers for numbers, mostly; files, folders and words else."""
+    numbers = st.sampled_from(NUMBERS)
+    places = st.sampled_from([*MODELS, *FILES, *PLACES, *NEW])
+    if action.type in (int, float):
+        return st.one_of(numbers, numbers, numbers, places)
+    return st.one_of(places, places, places, numbers)
+
+
+def good_values(action):
+    if action.choices:
+        return st.sampled_from([str(choice) for choice in action.choices])
+    if action.dest in GOOD:
+        return st.sampled_from(GOOD[action.dest])
+    if action.type in (int, float):
+        return st.sampled_from(["1", "2"])
+    return st.sampled_from([*MODELS, *FILES])
+
+
+@st.composite
+def command_lines(draw):
+    """A command whose needed options are mostly right, and a few things that are not."""
+    name = draw(st.sampled_from(sorted(COMMANDS)))
+    parser = COMMANDS[name]
+    actions = [a for a in parser._actions if a.dest != "help" and a.help != argparse.SUPPRESS]
+    actions = [a for a in actions if not set(a.option_strings) & set(SLOW)]
+    words = [*name, *draw(st.sampled_from(STARTS.get(name[0], [[]])))]
+    odd = draw(st.sets(st.sampled_from(range(len(actions))), max_size=2))
+    for number, action in enumerate(actions):
+        needed = action.required or action.dest in (*NEEDED.get(name[0], ()), "output")
+        if name[0] == "optimise" and action.dest in ("pairs", "prompts", "reward"):
+            needed = (action.dest == "pairs") == ("dpo" in words)
+        if not needed and number not in odd:
+            continue
+        if number in odd and draw(st.integers(0, 5)) == 0:
+            continue  # left out
+        value = draw(odd_values(action) if number in odd else good_values(action))
+        if isinstance(action, argparse._StoreTrueAction):
+            words.append(action.option_strings[0])
+        elif action.option_strings:
+            flag = action.option_strings[0]
+            words += [f"{flag}={value}"] if draw(st.booleans()) else [flag, value]
+        elif action.dest not in ("settings", "options"):
+            words.append(value)
+    words += QUICK.get(name[0], [])
+    for _ in range(draw(st.integers(0, 2)) if name[0] in SETTINGS else 0):
+        key = draw(st.sampled_from([*SETTINGS[name[0]], "x", ""]))
+        value = draw(st.sampled_from([*NUMBERS, "paper", "scale_free", "broken.jinja", "dataset"]))
+        words.append(draw(st.sampled_from([f"{key}={value}", f"--{key}={value}", key])))
+    return [word.replace("\0", "") for word in words]
+
+
+def snapshot(folder):
+    """Every name with its kind and content."""
+    found = {}
+    for above, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(above, name)
+            if os.path.islink(path):
+                found[path] = os.readlink(path)
+            elif os.path.isfile(path):
+                with open(path, "rb") as handle:
+                    found[path] = handle.read()
+            else:
+                found[path] = os.lstat(path).st_mode
+    return found
+
+
+class Finding(AssertionError):
+    """What a command line did that none may do."""
+
+
+def attempt(words):
+    """Run a command line in this folder; its status and what it said on stderr.
+
+    Raises:
+        Finding: a traceback, another status, several lines, an input that changed, or remains.
+    """
+    before = snapshot(".")
+    said, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        with (
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(errors),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            status = main(words)
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException as error:
+        raise Finding(f"{words}: {type(error).__name__}: {error}"[:2000]) from error
+    finally:
+        signal.alarm(0)
+        after = snapshot(".")
+        remove(set(after) - set(before))
+    for stream in (said, errors):
+        stream.flush()
+    spoken = errors.buffer.getvalue().decode("utf-8")
+    check(words, status, spoken, before, after)
+    return status, spoken
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def check(words, status, spoken, before, after):
+    if status not in (0, 2, 130):
+        raise Finding(f"{words}: status {status}: {spoken}")
+    ours = [line for line in spoken.split("\n") if line.startswith("shiftrm")]
+    if status == 2 and (len(ours) != 1 or not spoken.endswith(f"{ours[0]}\n")):
+        raise Finding(f"{words}: said {spoken!r}")
+    changed = [path for path in before if after.get(path) != before[path]]
+    if changed:
+        raise Finding(f"{words}: changed {changed}")
+    left = [path for path in set(after) - set(before) if not documented(path, words)]
+    if status == 2 and left:
+        raise Finding(f"{words}: left {sorted(left)}, saying {spoken}")
+    if half := [path for path in set(after) - set(before) if path.endswith((".tmp", ".lock"))]:
+        raise Finding(f"{words}: left {half}")
+
+
+def documented(path, words):
+    """What an interrupted command may leave to be continued from."""
+    if words[0] in ("demo", "run", "meta-test"):  # their output is what continues
+        return True
+    parts = Path(path).parts
+    return any(part.endswith(".work") for part in parts) or path.endswith(".partial")
+
+
+def remove(paths):
+    for path in sorted(paths):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
+
+@pytest.fixture(scope="module")
+def fuzz_world(tmp_path_factory, tokenizer):
+    """The folder, as the working one; stages of runs are not run, since they start processes."""
+    folder = tmp_path_factory.mktemp("world")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    make_world(folder, tokenizer)
+
+    def no_stages(*_, **__):
+        raise UserError("stages are not run here")
+
+    for module in ("rounds.run", "loop.run", "transfer.command"):
+        patch.setattr(f"shiftrm.{module}.run_stages", no_stages)
+    patch.setattr("builtins.input", lambda _: "n")
+    patch.setattr(sys, "stdin", io.StringIO())
+    yield folder
+    patch.undo()
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="SHIFTRM_FUZZ" not in os.environ,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(words=command_lines())
+def test_odd_command_lines(fuzz_world, words):
+    attempt(words)
+
+
+def test_settings_that_the_parser_does_not_know_are_fuzzed():
+    assert set(FOLDING) <= set(SETTINGS)
