@@ -13,6 +13,7 @@ import torch
 from shiftrm.data.group_files import holds_groups, write_groups
 from shiftrm.errors import UserError
 from shiftrm.files import Row
+from shiftrm.loading import explain_loading
 from shiftrm.rendering import (
     Text,
     check_text,
@@ -91,16 +92,11 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with explain_loading(path, "a causal language model with its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(path))
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path), output_loading_info=True, **{"dtype": torch.float32, **model_options}
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be loaded as a causal language model with its tokenizer "
-            f"({str(error).splitlines()[0]})"
-        ) from None
     if info["missing_keys"]:
         raise UserError(
             f"{path}: not a causal language model ({sorted(info['missing_keys'])[0]} is missing); "
@@ -112,6 +108,20 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     pin_template(tokenizer)
     return model.eval(), tokenizer
+
+
+def _generated(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: Any) -> torch.Tensor:
+    """`model.generate`, in which weights that are not finite are one line."""
+    try:
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        name = getattr(model.config, "name_or_path", "") or "the policy"
+        raise UserError(
+            f"{name}: its probabilities are not finite, so nothing can be sampled; its weights are "
+            "broken, or temperature is too low"
+        ) from None
 
 
 @torch.no_grad()
@@ -170,9 +180,7 @@ def generate(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _without_generation_defaults(model):
         torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-        )
+        output = _generated(model, ids.to(device), mask.to(device), settings)
     model.train(was_training)
     rows = [row for row in output[:, T:].tolist() for _ in range(same)]
     return [

@@ -10,6 +10,7 @@ from torch import nn
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row
+from shiftrm.loading import explain_loading
 from shiftrm.rendering import Text, check_text
 from shiftrm.responses import (
     Response,
@@ -99,7 +100,7 @@ class Scorer:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import find_adapter_config_file
 
-        try:
+        with explain_loading(path, "a reward model with its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(str(path))
             adapter = find_adapter_config_file(str(path)) is not None
             if adapter:  # its base may be a policy, whose head would else have two labels
@@ -109,11 +110,6 @@ class Scorer:
                 model, info = AutoModelForSequenceClassification.from_pretrained(
                     str(path), output_loading_info=True, **model_options
                 )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{path}: cannot be loaded as a reward model with its tokenizer "
-                f"({str(error).splitlines()[0]})"
-            ) from None
         missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
         if adapter and any("modules_to_save" in name for name, _ in model.named_parameters()):
             missing = []  # the adapter brings the head that its base lacks

@@ -6,8 +6,10 @@ The commands and their options come from the parser, so that a new command is tr
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -139,6 +141,35 @@ SETTINGS = {
 }
 SETTINGS["adapt"] = SETTINGS["train"]
 
+UNTRIED = re.compile(
+    "output_dir|report_to|compile|ddp|fsdp|deepspeed|tpu|hub|logging_dir|worker|vllm|"
+    "debug|parallel|accelerator|liger|load_best|trackio|jit|ipex|quant|load_in|neft"
+)
+"""Settings that need other hardware, other machines, or processes of their own."""
+
+
+def fields(command):
+    """Names of a command's settings, as its configuration classes declare them."""
+    from shiftrm.trainers.metarm_config import MetaRMConfig
+    from shiftrm.trainers.oodpl_config import OODPLConfig
+    from shiftrm.trainers.policy import configs
+
+    classes = {
+        "train": [MetaRMConfig],
+        "adapt": [MetaRMConfig],
+        "sft": [configs.SFTConfig],
+        "optimise": [
+            configs.PPOSettings,
+            configs.RLOOConfig,
+            configs.GRPOConfig,
+            configs.DPOConfig,
+        ],
+        "meta-train": [OODPLConfig],
+    }
+    names = [f.name for c in classes.get(command, ()) for f in dataclasses.fields(c) if f.init]
+    return [name for name in names if not UNTRIED.search(name)]
+
+
 QUICK = {
     "train": ["max_steps=1"],
     "adapt": ["max_steps=1"],
@@ -180,7 +211,9 @@ NEEDED = {
 def odd_values(action):
     """Anything for an option: numbers for numbers, mostly; files, folders and words else."""
     numbers = st.sampled_from(NUMBERS)
-    places = st.sampled_from([*MODELS, *FILES, *PLACES, *NEW])
+    likely = {"DIR": MODELS, "MODEL": MODELS, "[NAME=]DIR": MODELS, "FILE": [*FILES, *NEW]}
+    kind = likely.get(str(action.metavar), FILES)
+    places = st.one_of(st.sampled_from(kind), st.sampled_from([*MODELS, *FILES, *PLACES, *NEW]))
     if action.type in (int, float):
         return st.one_of(numbers, numbers, numbers, places)
     return st.one_of(places, places, places, numbers)
@@ -223,7 +256,8 @@ def command_lines(draw):
             words.append(value)
     words += QUICK.get(name[0], [])
     for _ in range(draw(st.integers(0, 2)) if name[0] in SETTINGS else 0):
-        key = draw(st.sampled_from([*SETTINGS[name[0]], "x", ""]))
+        known = st.sampled_from([*SETTINGS[name[0]], "x", ""])
+        key = draw(st.one_of(known, st.sampled_from(fields(name[0]) or [""])))
         value = draw(st.sampled_from([*NUMBERS, "paper", "scale_free", "broken.jinja", "dataset"]))
         words.append(draw(st.sampled_from([f"{key}={value}", f"--{key}={value}", key])))
     return [word.replace("\0", "") for word in words]

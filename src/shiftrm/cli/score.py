@@ -1,6 +1,7 @@
 """`shiftrm score`: rewards of responses in a file."""
 
 import argparse
+import math
 from typing import Any
 
 from shiftrm.data.sources import SOURCE_HELP
@@ -58,8 +59,13 @@ def run(args: argparse.Namespace) -> None:
     with bar("scoring", len(sequences)) as advance:
         scored = scorer.score_ids(sequences, batch_size=args.batch_size, progress=advance)
     rewards = iter(scored)
-    for row, _, texts in rows:
+    for row, where, texts in rows:
         values = [next(rewards) for _ in texts]
+        if not all(map(math.isfinite, values)):
+            raise UserError(
+                f"{where}: {args.model} gives a reward that is not a number; the checkpoint is "
+                "broken, or overflows in its precision (try float32)"
+            )
         if "response" in row:
             row["reward"] = values[0]
         elif "responses" in row:

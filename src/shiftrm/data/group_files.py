@@ -91,13 +91,18 @@ def write_groups(
     """
     partial = path.with_name(path.name + ".partial")
     done = begin_or_resume(partial, {"settings": settings_key(settings)}, batch_size)
-    with open(partial, "ab") as handle:
-        for rows in batches(done):
-            handle.write("".join(map(json_line, rows)).encode())
-            handle.flush()
-            done += len(rows)
-            if progress:
-                progress(done, total)
+    try:
+        with open(partial, "ab") as handle:
+            for rows in batches(done):
+                handle.write("".join(map(json_line, rows)).encode())
+                handle.flush()
+                done += len(rows)
+                if progress:
+                    progress(done, total)
+    except BaseException:
+        if not done:  # nothing to continue from
+            partial.unlink()
+        raise
     return finish(partial, path)
 
 

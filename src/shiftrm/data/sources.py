@@ -93,6 +93,8 @@ def _only(**parts: str | None) -> dict[str, str]:
 
 def _reader(source: str | Path, split: str, parts: dict[str, str]) -> Iterator[tuple[str, Row]]:
     source = os.path.expanduser(source)
+    if not str(source):
+        raise UserError("the name of the data is empty; give a file or a hub name")
     path = Path(source)
     if path.is_file():
         return _iterate_file(path)
@@ -307,7 +309,9 @@ def _load(name: str, config: str | None, split: str, parts: dict[str, str]) -> A
             f"{name}: cannot be downloaded ({_line(error)}); check the network, or give a local "
             "file"
         ) from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever it is, it is about these files
         reason = _line(error.__cause__ or error)  # what is wrong with the file, if that is it
         raise UserError(f"{name}: cannot be loaded as a data set ({reason})") from None
     splits = list(table) if isinstance(table, dict) else ["train"]

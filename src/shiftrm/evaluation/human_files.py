@@ -108,7 +108,7 @@ def read_key(path: str | Path) -> Key:
         raise UserError(f"{path}: no such file; give the key.json that the sheet was written with")
     try:
         return _key(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path}: not a key of a sheet; give the key.json that `shiftrm evaluate sheet` wrote"
         ) from None

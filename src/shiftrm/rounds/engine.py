@@ -313,7 +313,7 @@ def _is_finished(stage: Stage, root: Path, keys: dict[str, str], seed: int) -> b
         return False
     try:
         about = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(
             f"{folder}: not a stage of a run ({STAGE_FILE} is missing or broken); "
             "choose another output folder"

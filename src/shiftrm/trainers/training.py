@@ -17,12 +17,14 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
 
 from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text, replace_directory
+from shiftrm.loading import refuse_gguf
 from shiftrm.progress import task
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.memory import explain_out_of_memory, identity
@@ -261,7 +263,7 @@ def add_callbacks(trainer: Any, shown: Sequence[str] = SHOWN) -> None:
 def user_error(model: str, error: Exception, chosen: Settings) -> Exception:
     """What libraries raise where model and settings do not fit, as one line; or the same again."""
     words = first_line(error)
-    if isinstance(error, OSError) and not work_folder.is_disk_full(error):
+    if isinstance(error, OSError | SafetensorError) and not work_folder.is_disk_full(error):
         return UserError(f"{model}: cannot be loaded ({words})")
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
         return UserError(
@@ -407,7 +409,12 @@ def _run_record(job: Job) -> dict[str, Any]:
 
 
 def exists(model: str) -> bool:
-    """A local folder, or a name that only the hub can judge (`owner/name`)."""
+    """A local folder, or a name that only the hub can judge (`owner/name`).
+
+    Raises:
+        UserError: the folder holds GGUF files.
+    """
+    refuse_gguf(model)
     return Path(model).is_dir() or (model.count("/") == 1 and not model.startswith((".", "/")))
 
 

@@ -52,7 +52,10 @@ def check(work: Path, run: dict[str, Any]) -> None:
         if work.is_dir() and all(p.name.startswith(".") for p in work.iterdir()):
             return  # killed before it could write its first file
         raise UserError(f"{work}: in the way and no training's folder; move it, or choose another")
-    old = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        old = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: broken; delete {work} to start anew") from None
     if last_checkpoint(work) is None and has_samples(work):  # they fit any training
         old, run = {"sampling": old.get("sampling")}, {"sampling": run.get("sampling")}
     found = differences(old, run)

@@ -61,7 +61,7 @@ def _architecture(path: str) -> str:
     try:
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         return str((config.get("architectures") or [""])[0])
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ""  # whoever loads it will say what is wrong
 
 
