@@ -56,7 +56,7 @@ def apply_overrides(
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"{word!r} is not a setting; write key=value, such as ppo.steps=10")
-        value = parse_yaml(text, shortened(word))
+        value = parse_yaml(text, repr(shortened(word)), word=True)
         node = result
         *parents, last = key.split(".")
         for depth, parent in enumerate(parents):
@@ -96,8 +96,11 @@ def at_home(value: Any) -> Any:
     return value
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, *, word: bool = False) -> Any:
     """The plain data that YAML text stands for.
+
+    Args:
+        word: it is one value of a command line, where lines and columns say nothing.
 
     Raises:
         UserError: not valid YAML, a value that cannot be (the 40th of a month), or data beyond
@@ -107,7 +110,8 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
+        said = "the value is not valid YAML" if word else f"not valid YAML: {error}"
+        raise UserError(f"{where}: {said}") from None
     except RecursionError:
         raise UserError(f"{where}: YAML that is nested too deep; write it flatter") from None
     waiting, seen = [(value, 0)], 0

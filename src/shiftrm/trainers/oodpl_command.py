@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
 
 from shiftrm.data.domains import DomainSplit, load_split
@@ -83,7 +84,7 @@ def meta_train(
     with hold_work(work, record) as checkpoint:
         try:
             trainer = OODPLTrainer(model, policy, args, split=split)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{model} or {policy}: cannot be loaded ({first_line(error)})"
             ) from None

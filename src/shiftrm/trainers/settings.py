@@ -224,7 +224,7 @@ def value_of(key: str, given: Any, hint: Any) -> Any:
         return None
     if kinds <= {str, NoneType}:
         return given if isinstance(given, str) else str(given)
-    value = parse_yaml(given, f"{key}={text}") if isinstance(given, str) else given
+    value = parse_yaml(given, f"{key}={text}", word=True) if isinstance(given, str) else given
     number = _number(value)
     if key == "max_steps" and number == 0:  # transformers would train whole epochs
         raise UserError("max_steps is 0; give at least 1, or leave it out")
