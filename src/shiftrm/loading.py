@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from shiftrm.errors import UserError
 
-__all__ = ["explain_loading", "refuse_gguf"]
+__all__ = ["check_vocabulary", "explain_loading", "refuse_gguf"]
 
 
 @contextmanager
@@ -34,6 +35,30 @@ def explain_loading(path: str | Path, what: str) -> Iterator[None]:
         if isinstance(error, OSError | ValueError | RuntimeError) and words:
             said = words[0]
         raise UserError(f"{path}: cannot be loaded as {what} ({said})") from None
+
+
+def check_vocabulary(model: Any, tokenizer: Any, path: str | Path) -> None:
+    """Refuse a tokenizer that writes words by tokens which the model does not have.
+
+    Added tokens may lie beyond the embedding: many checkpoints have such a pad token, which stands
+    behind the mask alone.
+
+    Raises:
+        UserError: names one of them.
+    """
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if size is None or len(tokenizer) <= size:
+        return
+    added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    vocabulary = tokenizer.get_vocab().items()
+    beyond = sorted((i, token) for token, i in vocabulary if i >= size and i not in added)
+    if beyond:
+        number, token = beyond[0]
+        raise UserError(
+            f"{path}: the tokenizer is not this model's: token {token!r} has the number {number}, "
+            f"and the model has embeddings for {size}; give the folder the tokenizer that the "
+            "model was trained with"
+        )
 
 
 def refuse_gguf(path: str | Path) -> None:

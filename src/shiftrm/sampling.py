@@ -13,7 +13,7 @@ import torch
 from shiftrm.data.group_files import holds_groups, write_groups
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.loading import explain_loading
+from shiftrm.loading import check_vocabulary, explain_loading
 from shiftrm.rendering import (
     Text,
     check_text,
@@ -102,6 +102,7 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
             f"{path}: not a causal language model ({sorted(info['missing_keys'])[0]} is missing); "
             "give a policy, not a reward model"
         )
+    check_vocabulary(model, tokenizer, path)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token; set one and save it again")
     if tokenizer.pad_token_id is None:
@@ -112,16 +113,18 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
 
 def _generated(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: Any) -> torch.Tensor:
     """`model.generate`, in which weights that are not finite are one line."""
+    broken = not settings.do_sample and not all(p.isfinite().all() for p in model.parameters())
     try:
-        return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        if not broken:  # the likeliest token of NaN would be some token, silently
+            return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
-        name = getattr(model.config, "name_or_path", "") or "the policy"
-        raise UserError(
-            f"{name}: its probabilities are not finite, so nothing can be sampled; its weights are "
-            "broken, or temperature is too low"
-        ) from None
+    name = getattr(model.config, "name_or_path", "") or "the policy"
+    raise UserError(
+        f"{name}: its probabilities are not finite, so nothing can be sampled; its weights are "
+        "broken, or temperature is too low"
+    )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import nn
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.loading import explain_loading
+from shiftrm.loading import check_vocabulary, explain_loading
 from shiftrm.rendering import Text, check_text
 from shiftrm.responses import (
     Response,
@@ -118,6 +118,7 @@ class Scorer:
                 f"{path}: the checkpoint has no score head ({missing[0]} is missing), so it is not "
                 "a trained reward model; train one with RewardTrainer first"
             )
+        check_vocabulary(model, tokenizer, path)
         return cls(model, tokenizer)
 
     def __call__(

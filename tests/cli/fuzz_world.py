@@ -39,15 +39,19 @@ SOUND = {
 
 ODD_ROWS = {
     "nan": '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN, "responses": [NaN]}\n',
-    "types": '{"prompt": 3, "chosen": ["a"], "rejected": {}, "responses": {"a": 1}, "response": 1}\n',
+    "types": '{"prompt": 3, "chosen": ["a"], "rejected": {}, "responses": {"a": 1}, '
+    '"response": 1}\n',
     "nulls": '{"prompt": null, "chosen": null, "rejected": null, "responses": null}\n',
-    "surrogate": '{"prompt": "\\ud800", "chosen": "\\udc00", "rejected": "a", "responses": ["", "\\ud83d"]}\n',
+    "surrogate": '{"prompt": "\\ud800", "chosen": "\\udc00", "rejected": "a", '
+    '"responses": ["", "\\ud83d"]}\n',
     "margin": '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e300}\n',
     "empties": '{"prompt": "", "chosen": "", "rejected": "", "responses": ["", ""]}\n' * 3,
     "long": json.dumps({"prompt": "the " * 99, "chosen": "a " * 99, "rejected": "b"}) + "\n",
-    "parts": '{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "responses": ["a", "b"]}\n',
+    "parts": '{"prompt": [{"role": "user", "content": [{"type": "image"}]}], '
+    '"responses": ["a", "b"]}\n',
     "roles": '{"prompt": [{"role": 3, "content": null}], "responses": [[], [{}]]}\n',
-    "ids": '{"prompt": "a", "responses": ["b", "c"], "prompt_ids": [99999], "response_ids": [[-1], ["x"]]}\n',
+    "ids": '{"prompt": "a", "responses": ["b", "c"], "prompt_ids": [99999], '
+    '"response_ids": [[-1], ["x"]]}\n',
     "half": '{"prompt": "a", "chosen": "b"',
     "lists": "[1, 2]\n",
     "blank": "\n\n",

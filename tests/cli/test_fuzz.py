@@ -384,5 +384,55 @@ def test_odd_command_lines(fuzz_world, words):
     attempt(words)
 
 
+SAMPLE = ["sample", "--prompts", "prompts.jsonl", "--output", "o.jsonl", "--max-new-tokens", "3"]
+SCORE = ["score", "--data", "groups.jsonl", "--output", "o.jsonl"]
+TRAIN = ["train", "--pairs", "pairs.jsonl", "--output", "out", "max_steps=1"]
+DPO = ["optimise", "dpo", "--pairs", "pairs.jsonl", "--output", "out", "max_steps=1"]
+META = ["meta-train", "--domains", "domains", "--output", "out", "max_steps=1"]
+META += ["support_batch_size=2", "query_batch_size=2"]
+FOREIGN = "the tokenizer is not this model's: token "
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*SAMPLE, "--policy", "small-embedding"], FOREIGN),
+        ([*SAMPLE, "--policy", "nan-policy"], "its probabilities are not finite"),
+        ([*SAMPLE, "--policy", "nan-policy", "--temperature=0"], "its probabilities are not"),
+        ([*SAMPLE, "--policy", "garbage"], "garbage: cannot be loaded as a causal language model"),
+        ([*SAMPLE, "--policy", "gguf"], "from_pretrained('gguf', gguf_file='model.gguf')"),
+        ([*SCORE, "--model", "small-rm"], FOREIGN),
+        ([*SCORE, "--model", "nan-rm"], "groups.jsonl:1: nan-rm gives a reward that is not a"),
+        ([*SCORE, "--model", "cut"], "cut: cannot be loaded as a reward model"),
+        ([*TRAIN, "--model", "small-embedding"], "a token has no embedding"),
+        ([*TRAIN, "--model", "garbage"], "garbage: cannot be loaded"),
+        ([*TRAIN, "--model", "gguf"], "write it with save_pretrained into another folder"),
+        ([*TRAIN, "--model", "policy", "max_steps=0"], "max_steps is 0, which trains nothing"),
+        ([*TRAIN, "--model", "policy", f"seed={'9' * 400}"], "a number of more than 18 digits"),
+        ([*TRAIN, "--model", "policy", "seed=-1"], "seed is -1; it must be at least 0 and below"),
+        ([*TRAIN, "--config", "deep.yaml"], "deep.yaml: YAML that is nested too deep"),
+        ([*TRAIN, "--config", "bomb.yaml"], "bomb.yaml: YAML that is nested too deep or too large"),
+        ([*TRAIN, "--config", "cycle.yaml"], "cycle.yaml: YAML that is nested too deep"),
+        ([*TRAIN, "--config", "digits.yaml"], "digits.yaml: a number of more than 18 digits"),
+        ([*TRAIN, "--config", "month.yaml"], "month.yaml: not valid YAML"),
+        ([*DPO, "--policy", "small-embedding"], FOREIGN),
+        ([*META, "--model", "garbage"], "garbage or garbage: cannot be loaded"),
+        (["evaluate", "diversity", "groups.jsonl", "--embedder", "small-embedding"], FOREIGN),
+        (["evaluate", "sheet", "--ours=", "--theirs=", "--output=o"], "the name of the data is"),
+        (
+            ["evaluate", "answers", "--key=odd-deep.jsonl", "--answers=x", "--output=o"],
+            "odd-deep.jsonl: not a key of a sheet",
+        ),
+        (["diagnose", "--model=rm", "--data=groups.jsonl", f"--seed={10**30}"], "below 2^32"),
+        (["score", "--nonsense"], "the following arguments are required: --model, --data"),
+    ],
+)
+def test_broken_inputs_are_one_line(fuzz_world, words, message):
+    """What command lines of the fuzzer's kind have shown, each with its words."""
+    status, said = attempt(words)
+    assert status == 2
+    assert message in said
+
+
 def test_settings_that_the_parser_does_not_know_are_fuzzed():
     assert set(FOLDING) <= set(SETTINGS)

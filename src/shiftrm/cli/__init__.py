@@ -85,6 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = UserError(f"{shortened(str(error.filename or 'output'))}: {error.strerror}")
         print(f"shiftrm: error: {what}; {advice}", file=sys.stderr)
         return 2
+    except IndexError as error:
+        if str(error) != "index out of range in self":  # torch's, of an embedding
+            raise
+        said = "a token has no embedding: the tokenizer is not the model's; give them as they were"
+        print(f"shiftrm: error: {said} saved together", file=sys.stderr)
+        return 2
     except RuntimeError as error:
         if not str(error).startswith("stage "):
             raise

@@ -11,6 +11,7 @@ import numpy as np
 from shiftrm.errors import UserError
 from shiftrm.evaluation.discrimination import Floats
 from shiftrm.files import encodable
+from shiftrm.loading import check_vocabulary
 
 Embedder = Callable[[Sequence[str]], Floats]
 """From texts to vectors of length 1: (texts, d)."""
@@ -97,6 +98,7 @@ def _mean_pooling(path: str, batch_size: int) -> Embedder:
     device = torch.accelerator.current_accelerator()
     if device is not None:
         model = model.to(device)
+    check_vocabulary(model, tokenizer, path)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

@@ -243,6 +243,11 @@ def value_of(key: str, given: Any, hint: Any) -> Any:
     if number is None:
         null = ", or null" if NoneType in kinds else ""
         raise UserError(f"{key} is {text!r}; expected {expected}{null}")
+    if key == "max_steps" and number == 0:
+        raise UserError(
+            "max_steps is 0, which trains nothing; give at least 1, or leave it out to train "
+            "num_train_epochs"
+        )
     if key in BELOW_ONE and number >= 1:
         raise UserError(f"{key} is {text}; it must be below 1")
     if key in ("seed", "data_seed"):
