@@ -80,9 +80,8 @@ def test_from_a_policy_to_scores(files, capsys):
     assert status == 0
     scored = read_jsonl(files / "scored.jsonl")
     row = scored[1]
-    expected = Scorer.from_pretrained(files / "reward")(
-        [row["prompt"]] * 3, row["responses"], finished=row["finished"]
-    )
+    sampled = [[*row["prompt_ids"], *ids] for ids in row["response_ids"]]
+    expected = Scorer.from_pretrained(files / "reward").score_ids(sampled)
     assert row["rewards"] == pytest.approx(expected, abs=1e-6)
 
 

@@ -9,7 +9,7 @@ from tests.loop.gold_world import write_recipe
 
 
 @pytest.mark.slow
-def test_arms_and_rounds_share_head_and_order(world, tmp_path, here, monkeypatch, capsys):
+def test_arms_of_a_round_share_head_and_order(world, tmp_path, here, monkeypatch, capsys):
     path = write_recipe(
         tmp_path / "mine.yaml",
         world,
@@ -31,8 +31,17 @@ def test_arms_and_rounds_share_head_and_order(world, tmp_path, here, monkeypatch
     assert len(trained) == 5, "the first reward model, and two rounds of two arms"
     assert [d.trainer for d in trained].count("MetaRMTrainer") == 2
     assert any("metarm.round-2" in draws.folder for draws in trained)
-    assert len({draws.head for draws in trained}) == 1
-    assert len({str(draws.batches) for draws in trained}) == 1
+    draws = {d.folder: (d.head, str(d.batches)) for d in trained}
+
+    def of(*words):
+        return [draw for folder, draw in draws.items() if all(word in folder for word in words)]
+
+    assert len(draws) == 5
+    first = [draw for folder, draw in draws.items() if "round-" not in folder]
+    assert len({*first, *of("round-1")}) == 1, "the first one is like those of round 1"
+    assert len(set(of("round-2"))) == 1, "later rounds draw anew, alike for all arms"
+    assert of("round-2")[0][0] != first[0][0]
+    assert of("round-2")[0][1] != first[0][1]
     rows = [row for batch in trained[0].batches for row in batch]
     assert len(rows) == 16
     assert rows != sorted(rows), "it is an order that was drawn"

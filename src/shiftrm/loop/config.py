@@ -158,9 +158,9 @@ class Arm:
 
     Attributes:
         reward: "fixed" keeps the first reward model (vanilla PPO), "retrained" trains a new one on
-            the same pairs each round, "metarm" does so with groups of the round's policy. All start
-            from the same head and see the pairs in the same order, in every round: "retrained" is
-            the first reward model again unless it has `settings`.
+            the same pairs each round, "metarm" does so with groups of the round's policy. All arms
+            of a round start from the same head and see the pairs in the same order, in round 1
+            those of the first reward model.
         policy: optimiser of this arm; the recipe's by default; "dpo" needs no reward model.
         rounds: of this arm; the recipe's by default, 1 for DPO.
         settings: over those of the section `reward`.

@@ -188,8 +188,9 @@ class _Planner:
     ) -> Stage:
         """From the fine-tuned policy's backbone and a new head, as every round's reward model.
 
-        All arms and rounds share the head's draws and the order of the pairs, so that what differs
-        between two reward models of a run is what was trained, and not the luck of a start.
+        All arms of a round share the head's draws and the order of the pairs, so that what differs
+        between two reward models of a round is what was trained, and not the luck of a start. The
+        first one, which an arm may keep, shares those of round 1.
         """
         section = self.recipe.reward
         words = ["train", *self._of_policy("--model", None)]
@@ -205,7 +206,7 @@ class _Planner:
             words,
             ("data", *self._needs_policy(None), *groups),
             record_as("reward_model", name, number),
-            "reward",
+            f"reward/{max(number, 1)}",
             section,
             settings=settings,
             logged=REWARD_LOG,
