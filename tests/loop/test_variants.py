@@ -195,6 +195,7 @@ def test_an_endpoint_judges(world, tuned, tmp_path, here, capsys, monkeypatch):
     assert names_without_a_record(records, monkeypatch) <= {
         "win_vs_fixed",  # there is one arm alone
         "difference_variance",  # GRPO logs none
+        "meta_influence",  # that arm adapts nothing
         "demonstrations",  # the model is fine-tuned already
         *("bon_kl", "bon_proxy", "bon_gold", "bon_drop"),  # not asked for
     }
