@@ -10,6 +10,7 @@ import trl
 
 from shiftrm.errors import UserError, suggest
 from shiftrm.sampling import SamplingConfig
+from shiftrm.trainers.machine import fit_machine
 from shiftrm.trainers.ppo_config import PPOConfig
 
 __all__ = [
@@ -89,6 +90,7 @@ class DPOConfig(trl.DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        fit_machine(self)
         super().__post_init__()
         for name in self.loss_type:
             _check_loss(name, DPO_LOSSES)
@@ -108,6 +110,7 @@ class RLOOConfig(trl.RLOOConfig):
     max_prompt_length: int | None = field(default=None, metadata={"help": LONGEST_PROMPT})
 
     def __post_init__(self) -> None:
+        fit_machine(self)
         super().__post_init__()
         _check_sampling(self)
 
@@ -120,6 +123,7 @@ class GRPOConfig(trl.GRPOConfig):
     max_prompt_length: int | None = field(default=None, metadata={"help": LONGEST_PROMPT})
 
     def __post_init__(self) -> None:
+        fit_machine(self)
         super().__post_init__()
         _check_sampling(self)
         _check_loss(self.loss_type, GRPO_LOSSES)
