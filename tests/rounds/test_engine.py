@@ -177,6 +177,17 @@ def test_reading_an_undeclared_stage_is_a_mistake(tmp_path):
         run(tmp_path / "run", plan)
 
 
+def keeps(context):
+    os.write(1, f"written: {context.keep / 'model'}\n".encode())  # as a process of its own would
+
+
+def test_a_finished_stage_s_log_names_the_stage_s_own_folder(tmp_path):
+    stage = Stage("methods/a", f"{HERE}:keeps", {})
+    execute(stage, tmp_path, stage_keys([stage], 0)["methods/a"], 0)
+    log = tmp_path / "methods" / "a" / "log.txt"
+    assert log.read_text() == f"written: {log.parent / 'model'}\n"
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path):
     import fcntl
 

@@ -250,6 +250,9 @@ def execute(stage: Stage, root: Path, key: str, seed: int) -> None:
     atomic_write_text(out / STAGE_FILE, json.dumps(about, indent=1) + "\n")
     target = root / stage.name
     target.parent.mkdir(parents=True, exist_ok=True)
+    log = (out / "log.txt").read_text(encoding="utf-8", errors="replace")
+    if str(keep) in log:  # what was written there is found in the stage's own folder from now on
+        atomic_write_text(out / "log.txt", log.replace(str(keep), str(target)))
     replace_directory(out, target)
     shutil.rmtree(keep, ignore_errors=True)
 
