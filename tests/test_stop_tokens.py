@@ -8,6 +8,8 @@ from datasets import Dataset
 from transformers import GenerationConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from shiftrm.cli import main
+from shiftrm.evaluation.judge import judge_pairs
+from shiftrm.evaluation.judge_scores import RewardModelJudge
 from shiftrm.files import read_jsonl
 from shiftrm.rendering import encode, stop_token_ids
 from shiftrm.responses import Response, encode_response, group_responses, tokenizer_name
@@ -174,6 +176,18 @@ def test_sampled_tokens_are_scored_where_the_tokenizer_is_the_same():
     other = byte_level(None, merges=[("b", "c")])
     assert tokenizer_name(other) != tokenizer_name(tokenizer)
     assert encode_response(other, sampled) == encode(other, "x a", "b")
+
+
+def test_a_reward_model_that_judges_reads_the_sampled_tokens():
+    tokenizer = byte_level(None, merges=[("a", "b")])
+    scorer = scorer_of(tokenizer)
+    ours = Sample(tokenizer.encode("x a"), [*tokenizer.encode("b"), 2], True)
+    theirs = Sample(tokenizer.encode("x a"), tokenizer.encode("ba"), False)
+    rows = [[group_row(tokenizer, "x a", [sample])] for sample in (ours, theirs)]
+    [verdict] = judge_pairs(RewardModelJudge(scorer, name="r"), *rows)
+    expected = scorer.score_ids([[*s.prompt_ids, *s.response_ids] for s in (ours, theirs)])
+    assert list(verdict.scores) == expected
+    assert scorer(["x a"], ["b"]) != expected[:1], "as text it is another sequence"
 
 
 def test_a_pad_token_of_its_own_makes_no_other_tokenizer():

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from shiftrm.errors import UserError
 from shiftrm.files import encodable
@@ -290,10 +291,21 @@ def _missing(text: str, closing: Sequence[str]) -> str:
 def _continued(tokenizer: Any, opening: str, text: str) -> list[int]:
     """Tokens of a text, such that those of its opening stand first, as where a policy goes on."""
     ids = _plain_ids(tokenizer, text)
-    first = _plain_ids(tokenizer, opening) if opening else []
+    first = _opening_ids(tokenizer, opening) if opening else []
     if ids[: len(first)] == first:
         return ids
     return first + _plain_ids(tokenizer, text[len(opening) :])
+
+
+_LAST_OPENING: WeakKeyDictionary[Any, tuple[tuple[str, int], list[int]]] = WeakKeyDictionary()
+
+
+def _opening_ids(tokenizer: Any, opening: str) -> list[int]:
+    """Tokens of an opening; the last one is kept, as the sides of a pair share theirs."""
+    key = (opening, len(tokenizer))
+    if tokenizer not in _LAST_OPENING or _LAST_OPENING[tokenizer][0] != key:
+        _LAST_OPENING[tokenizer] = key, _plain_ids(tokenizer, opening)
+    return _LAST_OPENING[tokenizer][1]
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:

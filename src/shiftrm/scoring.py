@@ -85,7 +85,7 @@ class Scorer:
         text_config = config.get_text_config()
         if text_config.pad_token_id is None:  # without one, transformers refuses batches
             text_config.pad_token_id = self._pad_token_id
-        self._vocabulary: int | None = getattr(text_config, "vocab_size", None)
+        self.vocabulary: int | None = getattr(text_config, "vocab_size", None)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -177,7 +177,7 @@ class Scorer:
             UserError: not text, no tokens, or more of them than the model's context holds.
         """
         try:
-            sequence = encode_response(self.tokenizer, response, vocabulary=self._vocabulary)
+            sequence = encode_response(self.tokenizer, response, vocabulary=self.vocabulary)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         if not sequence:

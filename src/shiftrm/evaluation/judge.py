@@ -4,13 +4,14 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from shiftrm.data.groups import check_prompt, check_responses
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.rendering import Text, check_text
+from shiftrm.responses import Response, group_responses
 
 __all__ = ["Comparison", "Judge", "JudgeAnswer", "Verdict", "draw", "judge_pairs", "match_rows"]
 
@@ -24,13 +25,26 @@ PAPER_PROMPTS = 100
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt with our response and theirs; `finished` as in `rendering.encode`."""
+    """One prompt with our response and theirs; `finished` as in `rendering.encode`.
+
+    Attributes:
+        sampled: both with their tokens, where they come from rows that may have some.
+    """
 
     prompt: Text
     ours: Text
     theirs: Text
     ours_finished: bool = True
     theirs_finished: bool = True
+    sampled: tuple[Response, Response] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def sides(self) -> tuple[Response, Response]:
+        """Our response and theirs, with their tokens where they have some."""
+        return self.sampled or (
+            Response(self.prompt, self.ours, self.ours_finished),
+            Response(self.prompt, self.theirs, self.theirs_finished),
+        )
 
     @property
     def prompt_key(self) -> str:
@@ -160,13 +174,17 @@ def match_rows(
         if not found:
             raise UserError(f"{name}: no responses to compare")
     _require_equal_prompts([key for key, *_ in ours], [key for key, *_ in theirs], names)
-    waiting: defaultdict[str, list[tuple[Text, bool]]] = defaultdict(list)
-    for key, _, response, finished in reversed(theirs):
-        waiting[key].append((response, finished))
+    waiting: defaultdict[str, list[Response]] = defaultdict(list)
+    for key, _, response in reversed(theirs):
+        waiting[key].append(response)
     comparisons = []
-    for key, prompt, response, finished in ours:
-        other, other_finished = waiting[key].pop()
-        comparisons.append(Comparison(prompt, response, other, finished, other_finished))
+    for key, prompt, first in ours:
+        other = waiting[key].pop()
+        comparisons.append(
+            Comparison(
+                prompt, first.text, other.text, first.finished, other.finished, (first, other)
+            )
+        )
     return comparisons
 
 
@@ -183,27 +201,27 @@ def draw(comparisons: Sequence[Comparison], limit: int | None, *, seed: int) -> 
     return [comparisons[i] for i in sorted(chosen)]
 
 
-def _first(row: Row, where: str) -> tuple[str, Text, Text, bool]:
-    """Key of the prompt, prompt, first response, and whether it is finished."""
+def _first(row: Row, where: str) -> tuple[str, Text, Response]:
+    """Key of the prompt, prompt, and first response."""
     check_prompt(row, where)
     prompt = row.get("prompt")
     if prompt is None or prompt == []:
         raise UserError(f"{where}: has no 'prompt'; responses are matched by their prompts")
     if "responses" in row:
-        responses = check_responses(row, where)
-        if not responses:
+        if not check_responses(row, where):
             raise UserError(f"{where}: column 'responses' is an empty list; remove the row")
-        response, finished = responses[0], (row.get("finished") or [True])[0]
+        first = group_responses(row)[0]
     elif "response" in row:
         check_text(row["response"], f"{where}: column 'response'")
-        response, finished = row["response"], row.get("finished", True)
+        finished = row.get("finished", True)
         if not isinstance(finished, bool):
             raise UserError(f"{where}: column 'finished' is {finished!r}; expected true or false")
+        first = Response(prompt, row["response"], finished)
     else:
         raise UserError(
             f"{where}: has neither 'responses' nor 'response'; it has {', '.join(map(repr, row))}"
         )
-    return json.dumps(prompt, sort_keys=True), prompt, response, finished
+    return json.dumps(prompt, sort_keys=True), prompt, first
 
 
 def _require_equal_prompts(ours: list[str], theirs: list[str], names: tuple[str, str]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from shiftrm.errors import UserError
 from shiftrm.evaluation.judge import Comparison, Outcome, Progress, Verdict
-from shiftrm.rendering import encode
+from shiftrm.responses import encode_response
 from shiftrm.testbed.gold import GoldReward
 
 if TYPE_CHECKING:
@@ -97,13 +97,10 @@ class RewardModelJudge:
 
     def _encode(self, comparison: Comparison) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         limit = getattr(self.scorer.model.config, "max_position_embeddings", None)
-        sides = (
-            (comparison.ours, comparison.ours_finished),
-            (comparison.theirs, comparison.theirs_finished),
-        )
+        tokenizer = self.scorer.tokenizer
         ours, theirs = (
-            tuple(encode(self.scorer.tokenizer, comparison.prompt, response, finished=finished))
-            for response, finished in sides
+            tuple(encode_response(tokenizer, side, vocabulary=self.scorer.vocabulary))
+            for side in comparison.sides
         )
         if not ours or not theirs:
             raise UserError("prompt and response are empty, so there is nothing to score")
