@@ -121,6 +121,18 @@ def test_an_opening_that_the_template_writes_otherwise_later_is_written_once():
         assert tok.decode(cut[len(opening) :]) == "ok"
 
 
+def test_fields_that_are_null_are_not_there():
+    """As tables give them to every message of a column."""
+    tok = byte_level(
+        CHATML.replace("m['content']", "m['content'] + (m.name if 'name' in m else '')")
+    )
+    nothing = {"name": None, "tool_calls": None}
+    part = {"type": "text", "text": "hi", "image": None}
+    table = [{**USER, "content": [part], **nothing}, said("ok", **nothing)]
+    assert encode(tok, None, table) == encode(tok, None, [USER, said("ok")])
+    assert encode(tok, table[:1], table[1:]) == encode(tok, HI, "ok")
+
+
 def test_reasoning_that_a_begun_conversation_brings():
     tok = byte_level(CHATML)
     cut = encode(tok, None, [said("so </think> x")], finished=False)

@@ -319,10 +319,14 @@ def _around(tokenizer: Any, messages: Messages, options: dict[str, Any]) -> tupl
 
 
 def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
-    """The message with its content as one text; null stays, for messages that only call tools."""
-    if message.get("content") is None:
-        return dict(message)
-    return {**message, "content": text_of(message, number)}
+    """The message with its content as one text; null stays, for messages that only call tools.
+
+    Other fields that are null are left out: tables give every message the fields of all others, and
+    templates ask whether a field is there.
+    """
+    given = {field: value for field, value in message.items() if value is not None}
+    content = message.get("content")
+    return {**given, "content": None if content is None else text_of(message, number)}
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:

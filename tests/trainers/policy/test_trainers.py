@@ -19,6 +19,7 @@ from shiftrm.trainers.policy.configs import DPOConfig, GRPOConfig, RLOOConfig
 from shiftrm.trainers.policy.loading import AdapterOff
 from shiftrm.trainers.policy.trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 from shiftrm.trainers.ppo_math import policy_logprobs
+from tests.byte_level import CHATML, byte_level
 from tests.conftest import TEMPLATE, WORDS, llama_config
 
 FAST = {"learning_rate": 0.01, "max_steps": 3}
@@ -148,6 +149,59 @@ def rewarded(kind, arguments, tokenizer, reward_fn, *, reference, policy=None, *
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         **rest,
     )
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokens_that_were_drawn_are_scored(kind, chat, arguments):
+    """An answer that the prompt begins is continued; no EOS stands behind a prompt."""
+    tok = byte_level(
+        CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"),
+        merges=[("a", "b"), ("o", "k")],
+        post="<bos> $A <eos>",
+    )
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Sure,"}]
+    prompts = [begun, begun[:1]] * 2 if chat else ["x a", "once"] * 2
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(llama_config(len(tok)))
+    reader = Scorer(LlamaForSequenceClassification(llama_config(len(tok), num_labels=1)), tok)
+    drawn, scored = [], []
+    draw, score = policy.generate, reader.score_ids
+
+    def generate(*args, **options):
+        output = draw(*args, **options)
+        drawn.extend(output.tolist())
+        return output
+
+    def score_ids(sequences, **options):
+        scored.extend(sequences)
+        return score(sequences, **options)
+
+    policy.generate, reader.score_ids = generate, score_ids
+    trainer = rewarded(
+        kind,
+        arguments,
+        tok,
+        reader,
+        policy=policy,
+        reference=LlamaForCausalLM(llama_config(len(tok))),
+        prompts=prompts,
+        max_steps=1,
+        per_device_train_batch_size=8,
+    )
+    trainer.train()
+    pad, openings = tok.pad_token_id, [encode_prompt(tok, prompt) for prompt in prompts]
+    assert len(scored) == 8
+    for ids in scored:
+        assert any(ids[: len(opening)] == opening for opening in openings)
+        assert any(unpadded(row, pad) == ids for row in drawn)
+
+
+def unpadded(row, pad):
+    """A drawn row without the padding on both sides."""
+    first = next(place for place, token in enumerate(row) if token != pad)
+    last = next(place for place in reversed(range(len(row))) if row[place] != pad)
+    return row[first : last + 1]
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from shiftrm.errors import UserError
-from shiftrm.rendering import pin_template
+from shiftrm.rendering import encode_prompt, pin_template
 from shiftrm.sampling import Sample, remember_stop_tokens
 from shiftrm.trainers.finite import require_finite_gradient
 from shiftrm.trainers.noise import switch_off_dropout
@@ -231,6 +231,17 @@ class _Rewarded(_Guarded):
             self.ref_model = self._placed(reference)
         if args.disable_dropout:
             switch_off_dropout(self.model)  # type: ignore[attr-defined]
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """The tokens that a policy continues, as everywhere here.
+
+        TRL closes an answer that a prompt begins, and keeps the EOS that some tokenizers put behind
+        every text.
+        """
+        trained: Any = self
+        tokenizer, options = trained.processing_class, trained.args.chat_template_kwargs or {}
+        ids = [encode_prompt(tokenizer, prompt, template_options=options) for prompt in prompts]
+        return ids, None, {}
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(dataset)  # type: ignore[misc]
