@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftrm.errors import UserError
 from shiftrm.prefix import SharedRows, cheap_split, model_inputs, separate
+from shiftrm.rope import forget_longest, frequency_class, frequency_limit
 
 
 def pad_right(
@@ -158,9 +160,7 @@ def rewards_at(
     Raises:
         UserError: several positions of a model that pools by itself.
     """
-    with _head_outputs(model, positions) as collected:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return collected[0]
+    return _outputs(model, input_ids, attention_mask, positions)
 
 
 def sequence_rewards(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -179,9 +179,62 @@ def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     Raises:
         UserError: the model pools by itself, as encoders do.
     """
-    with _head_outputs(model, None) as collected:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return collected[0]
+    return _outputs(model, input_ids, attention_mask, None)
+
+
+def _outputs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor | None,
+    *,
+    states_only: bool = False,
+) -> Tensor:
+    """The head's values (`_head_outputs`), whatever else is in the batch.
+
+    One pass, but for models whose rotary positions depend on the longest row (`rope`): rows that
+    would be rotated otherwise alone have a pass of their own.
+    """
+    config = model_config(model)
+    limit = frequency_limit(config)
+    if limit is None:
+        with _head_outputs(model, positions, states_only=states_only) as collected:
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return collected[0]
+    T = input_ids.shape[1]
+    lengths = (T - attention_mask.flip(1).argmax(dim=1)).tolist()
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for row, length in enumerate(lengths):
+        classes.setdefault(frequency_class(config, length), []).append(row)
+    _require_equal_passes(model, len(classes), limit)
+    found, order = [], []
+    for rows in classes.values():
+        longest = max(lengths[row] for row in rows)
+        forget_longest(getattr(model, "_policy", (model,))[0])
+        some = None if positions is None else positions[rows]
+        with _head_outputs(model, some, states_only=states_only) as collected:
+            model(
+                input_ids=input_ids[rows, :longest],
+                attention_mask=attention_mask[rows, :longest],
+                use_cache=False,
+            )
+        value = collected[0]
+        if positions is None:  # at every token: at padding there is nothing to read
+            value = F.pad(value, (0, T - longest))
+        found.append(value)
+        order += rows
+    return torch.cat(found)[torch.tensor(order, device=input_ids.device).argsort()]
+
+
+def _require_equal_passes(model: nn.Module, passes: int, limit: int) -> None:
+    """Processes that train together must make as many passes as each other."""
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if passes > 1 and several and torch.is_grad_enabled():
+        raise UserError(
+            f"{type(model).__name__} rotates positions by the longest sequence of a batch once it "
+            f"is longer than {limit} tokens, which several processes cannot train alike; set "
+            f"max_length={limit} or use one process"
+        )
 
 
 # -- groups: several sequences a row ---------------------------------------------------------------
@@ -215,10 +268,19 @@ def group_rewards(model: nn.Module, rows: SharedRows, *, shared: bool, split: bo
 
 
 def _part_rewards(model: nn.Module, rows: SharedRows, *, shared: bool) -> Tensor:
-    if shared:
+    if shared and rotated_alike(model, rows):
         return _shared_values(model, rows).masked_fill(~rows.exists, 0.0)
     values = sequence_rewards(model, *separate(rows, pad_token_id=0))
     return values.new_zeros(rows.ends.shape).masked_scatter(rows.exists, values)
+
+
+def rotated_alike(model: nn.Module, rows: SharedRows) -> bool:
+    """Whether all sequences of these rows would have the same rotary positions alone."""
+    config = model_config(model)
+    if frequency_limit(config) is None:
+        return True
+    lengths = rows.sequence_lengths[rows.exists].tolist()
+    return len({frequency_class(config, length) for length in lengths}) == 1
 
 
 def shared_states(model: nn.Module, rows: SharedRows) -> Tensor:
@@ -234,13 +296,13 @@ def plain_states(model: nn.Module, rows: SharedRows) -> Tensor:
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states under the head at the last token of each row; the rows are padded right."""
     last = attention_mask.sum(1, keepdim=True) - 1
-    with _head_outputs(model, last, states_only=True) as collected:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return collected[0][:, 0]
+    return _outputs(model, input_ids, attention_mask, last, states_only=True)[:, 0]
 
 
 def _shared_values(model: nn.Module, rows: SharedRows, *, states_only: bool = False) -> Tensor:
     inputs = model_inputs(rows, model_config(model), dtype=_dtype(model))
+    if frequency_limit(model_config(model)) is not None:
+        forget_longest(model)
     with _head_outputs(model, rows.ends.clamp(min=0), states_only=states_only) as collected:
         model(**inputs, use_cache=False)
     return collected[0]

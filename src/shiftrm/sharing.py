@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from shiftrm.errors import UserError
 from shiftrm.prefix import SharedRows, obstacle, separate
-from shiftrm.rewards import find_head, hidden_states, model_config, plain_states, shared_states
+from shiftrm.rewards import (
+    find_head,
+    hidden_states,
+    model_config,
+    plain_states,
+    rotated_alike,
+    shared_states,
+)
+from shiftrm.rope import frequency_limit
 
 __all__ = ["FLOOR", "apart", "evaluating", "precision_of", "sharing_obstacle"]
 
@@ -38,6 +46,12 @@ def sharing_obstacle(model: nn.Module, rows: SharedRows) -> str | None:
     if known is not None:
         return known
     rows = rows.take(rows.lengths.argsort(descending=True)[:FEW])
+    if not rotated_alike(model, rows):  # such batches are computed alone anyway
+        limit = frequency_limit(model_config(model)) or 0
+        short = rows.sequence_lengths.amax(1) <= limit
+        if not bool(short.any()):
+            return "rotary positions depend on the longest sequence of a batch"
+        rows = rows.take(short.nonzero()[:, 0])
     with evaluating(model):
         with precision_of(model) as precision:
             theirs = plain_states(model, rows)
@@ -90,7 +104,10 @@ def _noise(model: nn.Module, rows: SharedRows, states: Tensor) -> float:
 
 
 def _context(model: nn.Module) -> int | None:
-    return getattr(model_config(model).get_text_config(), "max_position_embeddings", None)
+    """The length up to which a row may be padded without another meaning."""
+    config = model_config(model)
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min((n for n in (own, frequency_limit(config)) if n is not None), default=None)
 
 
 def _positions_are_ignored(model: nn.Module, rows: SharedRows) -> bool:

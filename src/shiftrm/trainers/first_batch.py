@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from shiftrm.own_reward import require_own_reward
 from shiftrm.prefix import SharedRows, pack, separate
 from shiftrm.rewards import model_config
+from shiftrm.rope import frequency_limit
 from shiftrm.sharing import sharing_obstacle
 from shiftrm.trainers.collator import shared_rows
 from shiftrm.trainers.noise import require_no_noise
@@ -57,7 +58,8 @@ def longest_rows(config: Any, rows: SharedRows, max_length: int | None) -> Share
     text = config.get_text_config()
     named = [n for n in _lengths(text.to_dict()) if n >= USUAL_LENGTH]
     usual = USUAL_LENGTH if not named else max(USUAL_LENGTH, 2 * max(named))
-    limits = (max_length, getattr(text, "max_position_embeddings", None), usual)
+    context = getattr(text, "max_position_embeddings", None)
+    limits = (max_length, context, frequency_limit(config), usual)
     L = max(4, min(limit for limit in limits if limit))
     tokens = rows.input_ids[rows.segment_ids >= 0].tolist()
     tokens = (tokens * (L // len(tokens) + 1))[:L]

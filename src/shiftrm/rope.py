@@ -1,0 +1,64 @@
+"""Rotary positions whose frequencies depend on the longest sequence of a batch.
+
+Under longrope and dynamic NTK scaling a short sequence beside a long one is rotated as the long one
+is, so its reward would depend on its company. Imports torch only.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["forget_longest", "frequency_class", "frequency_limit"]
+
+
+def frequency_limit(config: Any) -> int | None:
+    """The length, in tokens, up to which frequencies are the same; None: they always are."""
+    limits = [limit for limit, _ in _changing(config)]
+    return min(limits) if limits else None
+
+
+def frequency_class(config: Any, length: int) -> tuple[int, ...]:
+    """Sequences of the same class may stand in one batch: alone they are rotated alike."""
+    return tuple(
+        0 if length <= limit else length if by_length else 1
+        for limit, by_length in _changing(config)
+    )
+
+
+def _changing(config: Any) -> Iterator[tuple[int, bool]]:
+    """Beyond which length each set of frequencies changes, and whether with every token more."""
+    text = config.get_text_config()
+    for options in _parameters(getattr(text, "rope_parameters", None)):
+        kind = str(options.get("rope_type", ""))
+        if "dynamic" in kind:
+            yield text.max_position_embeddings, True
+        elif kind == "longrope":
+            original = options.get("original_max_position_embeddings")
+            yield original or text.max_position_embeddings, False
+
+
+def _parameters(options: Any) -> Iterator[Mapping[str, Any]]:
+    """One set of rotary parameters, or one for each kind of layer."""
+    if not isinstance(options, Mapping):
+        return
+    if "rope_type" in options:
+        yield options
+        return
+    for inner in options.values():
+        yield from _parameters(inner)
+
+
+def forget_longest(model: nn.Module) -> None:
+    """Frequencies as at first: dynamic NTK scaling keeps those of the longest sequence so far."""
+    for module in model.modules():
+        for name in [n for n in vars(module) if n.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            first = getattr(module, f"{prefix}original_inv_freq", None)
+            if isinstance(first, torch.Tensor):
+                now = getattr(module, f"{prefix}inv_freq")
+                # A copy: longrope writes into the one that is in use.
+                again = first.to(now.device, copy=True)
+                module.register_buffer(f"{prefix}inv_freq", again, persistent=False)
+                setattr(module, name, module.original_max_seq_len)
