@@ -5,9 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3ForSequenceClassification
 
+from shiftrm.errors import UserError
 from shiftrm.prefix import pack
 from shiftrm.rewards import group_rewards, pad_right, sequence_rewards, token_values
-from shiftrm.rope import frequency_class, frequency_limit
+from shiftrm.rope import frequency_class, frequency_limit, require_fixed_frequencies
 from shiftrm.scoring import Scorer
 from shiftrm.sharing import sharing_obstacle
 
@@ -114,3 +115,11 @@ def test_classes():
     dynamic = fresh("dynamic").config
     assert [frequency_class(dynamic, n) for n in (3, 16, 17, 18)] == [(0,), (0,), (17,), (18,)]
     assert frequency_limit(LlamaConfig(**SHAPE)) is None
+
+
+def test_ppo_beyond_the_limit_is_refused():
+    config = fresh("longrope").config
+    require_fixed_frequencies(config, 16)
+    require_fixed_frequencies(LlamaConfig(**SHAPE), 10**6)
+    with pytest.raises(UserError, match="may have 17 tokens, but beyond 16"):
+        require_fixed_frequencies(config, 17)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shiftrm.checkpoints import require_words
 from shiftrm.errors import UserError
 
 __all__ = ["check_vocabulary", "explain_loading", "refuse_gguf"]
@@ -44,8 +45,9 @@ def check_vocabulary(model: Any, tokenizer: Any, path: str | Path) -> None:
     behind the mask alone.
 
     Raises:
-        UserError: names one of them.
+        UserError: names one of them; or the tokenizer knows no words at all.
     """
+    require_words(tokenizer, str(path))
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if size is None or len(tokenizer) <= size:
         return

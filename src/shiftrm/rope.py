@@ -1,7 +1,7 @@
 """Rotary positions whose frequencies depend on the longest sequence of a batch.
 
 Under longrope and dynamic NTK scaling a short sequence beside a long one is rotated as the long one
-is, so its reward would depend on its company. Imports torch only.
+is, so its reward would depend on its company.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from shiftrm.errors import UserError
 
 __all__ = ["forget_longest", "frequency_class", "frequency_limit"]
 
@@ -25,6 +27,21 @@ def frequency_class(config: Any, length: int) -> tuple[int, ...]:
         0 if length <= limit else length if by_length else 1
         for limit, by_length in _changing(config)
     )
+
+
+def require_fixed_frequencies(config: Any, length: int) -> None:
+    """Refuse texts in which a token's probability would depend on how long the whole becomes.
+
+    Raises:
+        UserError: texts of so many tokens are beyond `frequency_limit`.
+    """
+    limit = frequency_limit(config)
+    if limit is not None and length > limit:
+        raise UserError(
+            f"prompt and response may have {length} tokens, but beyond {limit} this policy rotates "
+            "positions by the longest text of a batch, so log-probabilities would depend on it; "
+            "use shorter prompts, a smaller max_new_tokens or another rope_type"
+        )
 
 
 def _changing(config: Any) -> Iterator[tuple[int, bool]]:

@@ -1,5 +1,6 @@
 """From a reward-model checkpoint to rewards of (prompt, response): text in, numbers out."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from shiftrm.checkpoints import embeddings, require_known_ids, unread_heads
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.loading import check_vocabulary, explain_loading
+from shiftrm.own_reward import require_own_reward
 from shiftrm.rendering import Text, check_text
 from shiftrm.responses import (
     Response,
@@ -87,6 +90,7 @@ class Scorer:
             text_config.pad_token_id = self._pad_token_id
         self.vocabulary: int | None = getattr(text_config, "vocab_size", None)
         self.model = model.eval()
+        require_own_reward(model)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
 
@@ -114,9 +118,11 @@ class Scorer:
         if adapter and any("modules_to_save" in name for name, _ in model.named_parameters()):
             missing = []  # the adapter brings the head that its base lacks
         if missing:
+            lost = unread_heads(info["unexpected_keys"])
+            other = f", and its {lost[0]} is not read" if lost else ""
             raise UserError(
-                f"{path}: the checkpoint has no score head ({missing[0]} is missing), so it is not "
-                "a trained reward model; train one with RewardTrainer first"
+                f"{path}: the checkpoint has no score head ({missing[0]} is missing{other}), so it "
+                "is not a trained reward model; train one with RewardTrainer first"
             )
         check_vocabulary(model, tokenizer, path)
         return cls(model, tokenizer)
@@ -202,24 +208,39 @@ class Scorer:
 
         Args:
             progress: called with (done, total) after every batch.
+
+        Raises:
+            UserError: a token id without an embedding, or a reward that is not finite.
         """
         batch_size = self.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        known = embeddings(self.model)
+        for index, ids in enumerate(sequences):
+            require_known_ids(ids, known, name=f"sequence {index}")
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         device = next(self.model.parameters()).device
         rewards = [0.0] * len(sequences)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            ids, mask = pad_right(
+            rows, mask = pad_right(
                 [sequences[i] for i in chunk], pad_token_id=self._pad_token_id, device=device
             )
-            values = sequence_rewards(self.model, ids, mask)
+            values = sequence_rewards(self.model, rows, mask)
             for i, value in zip(chunk, values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    raise UserError(f"the reward of sequence {i} is {value}; {self._why()}")
                 rewards[i] = value
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
         return rewards
+
+    def _why(self) -> str:
+        """What may have made a reward that is not finite."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                return f"the model's weights are not finite ({name})"
+        return "the model's numbers overflow; try dtype float32"
 
 
 def rewards_of(

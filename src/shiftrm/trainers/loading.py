@@ -8,7 +8,9 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from shiftrm.rewards import quiet_loading, score_head
+from shiftrm.checkpoints import unread_heads
+from shiftrm.errors import UserError
+from shiftrm.rewards import find_head, quiet_loading, score_head
 
 __all__ = ["load_reward_model", "new_head_"]
 
@@ -22,6 +24,7 @@ def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> A
         model_options: for `from_pretrained`; `dtype` is float32 unless given.
 
     Raises:
+        UserError: the checkpoint has a trained head under another name, which would be lost.
         OSError, ValueError, RuntimeError: as `from_pretrained` (nothing there, no classifier of
             this architecture, a head with other than one label).
     """
@@ -42,8 +45,20 @@ def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> A
             str(path), output_loading_info=True, **options
         )
     if any("score" in key or "classifier" in key for key in info["missing_keys"]):
+        lost = unread_heads(info["unexpected_keys"])
+        if lost:
+            raise UserError(
+                f"{path}: has a head of its own ({lost[0]}) that {type(model).__name__} does not "
+                "read, so training would start from a new one; rename it to "
+                f"{_head_name(model)}.weight if it is one linear layer, or remove it to start anew"
+            )
         new_head_(score_head(model), seed=seed)
     return model
+
+
+def _head_name(model: nn.Module) -> str:
+    head = find_head(model)
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def _one_accelerator() -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shiftrm.errors import UserError
 from shiftrm.rendering import Text, decode_response, encode_prompt
+from shiftrm.rope import require_fixed_frequencies
 from shiftrm.sampling import check_prompt_lengths
 from shiftrm.trainers import ppo_checkpoint
 from shiftrm.trainers.ppo_config import PPOConfig
@@ -147,6 +148,8 @@ class PPOTrainer:
             if not ids:
                 raise UserError(f"prompt {index} has no tokens; leave it out")
         check_prompt_lengths(self.encoded, policy.config, config.sampling.max_new_tokens)
+        longest = max(map(len, self.encoded)) + config.sampling.max_new_tokens
+        require_fixed_frequencies(policy.config, longest)
         self.controller = KLController(
             config.kl_coefficient, config.kl_target, config.kl_rate, config.kl_damping
         )

@@ -14,6 +14,7 @@ from transformers.trainer_utils import set_seed
 from trl import RewardTrainer as TRLRewardTrainer
 from trl.data_utils import get_dataset_column_names
 
+from shiftrm.checkpoints import embeddings, require_known_ids, require_words
 from shiftrm.data.pairs import COLUMNS, check_pair, read_pairs
 from shiftrm.errors import UserError
 from shiftrm.evaluation.scored_files import prompt_key
@@ -97,6 +98,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         rest = tuple(map(_read, rest))
         for name in ("train_dataset", "eval_dataset"):
             keywords |= {name: _read(keywords[name])} if name in keywords else {}
+        self._embeddings = embeddings(model)
         super().__init__(model, args, data_collator, *rest, **keywords)
         self.args.model_init_kwargs = model_init_kwargs
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
@@ -290,6 +292,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     ) -> Dataset | IterableDataset:
         pin_template(processing_class)
         end_at_closing(processing_class)
+        require_words(processing_class, processing_class.name_or_path or "the model")
         in_memory = isinstance(dataset, Dataset)  # a stream takes neither num_proc nor desc
         if in_memory and len(dataset) == 0:
             raise UserError(f"the {dataset_name} data set is empty; there is nothing to learn from")
@@ -311,6 +314,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
                     fn_kwargs={"tokenizer": processing_class, "name": dataset_name},
                     **options("Tokenising"),
                 )
+            self._require_known_ids(dataset, dataset_name, in_memory=in_memory)
             counts = {}
             for reason, keep in _filters(args.max_length).items():
                 before = len(dataset) if in_memory else 0
@@ -318,6 +322,15 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
                 counts[reason] = before - len(dataset) if in_memory else 0
         self._report_dropped(dataset_name, counts, len(dataset) if in_memory else None)
         return dataset
+
+    def _require_known_ids(self, dataset: Any, name: str, *, in_memory: bool) -> None:
+        """Refuse tokens without an embedding; of a stream the model itself will."""
+        if in_memory:
+            for side in ("chosen_ids", "rejected_ids"):
+                for ids in dataset.with_format("arrow", columns=[side]).iter(1000):
+                    flat = ids[side].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                    ends = (flat.min(), flat.max()) if len(flat) else ()
+                    require_known_ids(ends, self._embeddings, name=f"{name} data: {side}")
 
     def _report_dropped(self, name: str, counts: dict[str, int], left: int | None) -> None:
         self.dropped_pairs[name] = counts
