@@ -98,7 +98,7 @@ def test_weights_that_are_not_finite(value, reward_model, tokenizer):
     scorer = Scorer(reward_model, tokenizer)
     with torch.no_grad():
         reward_model.model.layers[1].mlp.up_proj.weight[3, 4] = value
-    with pytest.raises(UserError, match=r"reward of sequence 0 is nan; .*layers.1.mlp.up_proj"):
+    with pytest.raises(UserError, match=r"response 0: the reward is nan; .*layers.1.mlp.up_proj"):
         scorer(["the red cat"], [" runs"])
 
 

@@ -162,10 +162,12 @@ class Scorer:
         """Rewards of responses in the order given, by their sampled tokens where they have them.
 
         Raises:
-            UserError: as `encode`.
+            UserError: as `encode`; a reward that is not finite.
         """
         sequences = [self.encode_response(r, name=f"response {i}") for i, r in enumerate(responses)]
-        return self.score_ids(sequences, batch_size=batch_size)
+        rewards = self.score_ids(sequences, batch_size=batch_size)
+        self.require_finite(rewards, [f"response {i}" for i in range(len(rewards))])
+        return rewards
 
     def encode(
         self, prompt: Text | None, response: Text, *, finished: bool = True, name: str = "response"
@@ -210,7 +212,7 @@ class Scorer:
             progress: called with (done, total) after every batch.
 
         Raises:
-            UserError: a token id without an embedding, or a reward that is not finite.
+            UserError: a token id without an embedding. Rewards may be NaN: see `require_finite`.
         """
         batch_size = self.batch_size if batch_size is None else batch_size
         if batch_size < 1:
@@ -228,19 +230,29 @@ class Scorer:
             )
             values = sequence_rewards(self.model, rows, mask)
             for i, value in zip(chunk, values.tolist(), strict=True):
-                if not math.isfinite(value):
-                    raise UserError(f"the reward of sequence {i} is {value}; {self._why()}")
                 rewards[i] = value
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
         return rewards
 
-    def _why(self) -> str:
-        """What may have made a reward that is not finite."""
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                return f"the model's weights are not finite ({name})"
-        return "the model's numbers overflow; try dtype float32"
+    def require_finite(self, rewards: Sequence[float], names: Sequence[str]) -> None:
+        """Refuse rewards that are no numbers, and say what may have made them.
+
+        Args:
+            names: how errors call what was scored.
+
+        Raises:
+            UserError: a reward is NaN or infinite.
+        """
+        for reward, name in zip(rewards, names, strict=True):
+            if not math.isfinite(reward):
+                broken = (n for n, p in self.model.named_parameters() if not p.isfinite().all())
+                weight = next(broken, None)
+                why = f"{weight} is not finite" if weight else "its activations overflow"
+                raise UserError(
+                    f"{name}: the reward is {reward}: the checkpoint is broken, or its dtype cannot "
+                    f"hold its numbers ({why})"
+                )
 
 
 def rewards_of(

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     with bar("scoring", len(sequences)) as advance:
         scored = scorer.score_ids(sequences, batch_size=args.batch_size, progress=advance)
+    scorer.require_finite(scored, [where for _, where, texts in rows for _ in texts])
     rewards = iter(scored)
     for row, where, texts in rows:
         values = [next(rewards) for _ in texts]
