@@ -250,8 +250,8 @@ class Scorer:
                 weight = next(broken, None)
                 why = f"{weight} is not finite" if weight else "its activations overflow"
                 raise UserError(
-                    f"{name}: the reward is {reward}: the checkpoint is broken, or its dtype cannot "
-                    f"hold its numbers ({why})"
+                    f"{name}: the reward is {reward}; the checkpoint is broken, or its dtype cannot"
+                    f" hold its numbers ({why})"
                 )
 
 
