@@ -7,6 +7,11 @@ step of the same round (their median), and each process's peak memory.
     python benchmarks/reward_step.py                       # `make bench`: three shapes, 2 CPU cores
     python benchmarks/reward_step.py --shapes 350/35 --steps 5
     python benchmarks/reward_step.py --model llama-3-8b --dtype bfloat16 --shapes 350/35   # a GPU
+    python benchmarks/reward_step.py --warm-up 0            # the first steps count, too
+    python benchmarks/reward_step.py --threads 2 --busy 4   # on a machine that others use as well
+
+The first step of ours compares shared with plain prefixes, once a run; with `--warm-up 0` its cost is
+in the totals of `trainer.train()`.
 """
 
 import argparse
@@ -42,6 +47,14 @@ MODELS = {
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
     },
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
     "llama-3-8b": {
         "vocab_size": 128256,
         "hidden_size": 4096,
@@ -59,7 +72,6 @@ WORDS = {
     "metarm": "MetaRM, pairs and groups",
     "metarm_plain": "MetaRM, prefixes not shared",
 }
-WARM_UP = 2
 K = 5
 
 
@@ -119,7 +131,7 @@ def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None
     model = LlamaForSequenceClassification._from_config(config, attn_implementation=attention)
     model = model.to(getattr(torch, options.dtype))
     on_gpu = torch.cuda.is_available() and not options.cpu
-    steps = WARM_UP + options.steps
+    steps = options.warm_up + options.steps
     vocabulary = min(sizes["vocab_size"], 30_000)
     pairs, groups = make_data(shape, options.batch, steps, vocabulary - 3)
 
@@ -187,13 +199,17 @@ def measure(shape: str, options: argparse.Namespace) -> dict:
         processes[arm].start()
         assert links[arm].recv() == "ready"
     times: dict[str, list[list[float]]] = {arm: [] for arm in options.arms}
-    for step in range(WARM_UP + options.steps):
+    for step in range(options.warm_up + options.steps):
         for arm in options.arms:
             links[arm].send("go")
             seconds = links[arm].recv()
-            if step >= WARM_UP:
+            if step >= options.warm_up:
                 times[arm].append(seconds)
-        print(f"  {shape} step {step + 1}/{WARM_UP + options.steps}", file=sys.stderr, flush=True)
+        print(
+            f"  {shape} step {step + 1}/{options.warm_up + options.steps}",
+            file=sys.stderr,
+            flush=True,
+        )
     result = {}
     for arm in options.arms:
         links[arm].send("go")
@@ -203,6 +219,12 @@ def measure(shape: str, options: argparse.Namespace) -> dict:
     return result
 
 
+def keep_busy() -> None:
+    """Another user of the machine, until it is ended."""
+    while True:
+        sum(range(100_000))
+
+
 def ratio(result: dict, above: str, below: str, clock: str = "seconds") -> float:
     """Median of the ratios within a round of turns."""
     pairs = zip(result[above][clock], result[below][clock], strict=True)
@@ -210,20 +232,26 @@ def ratio(result: dict, above: str, below: str, clock: str = "seconds") -> float
 
 
 def table(shape: str, result: dict, batch: int) -> str:
-    """Markdown. CPU time counts what the arm itself used, whatever else the machine did."""
+    """Markdown. CPU time counts what the arm itself used, whatever else the machine did.
+
+    The last ratio is of all timed steps together, so that a slow first one counts in full.
+    """
     lines = [
         f"**{shape}** ({SHAPES.get(shape, 'prompt/response tokens')}), {batch} pairs a step"
         f" and, for MetaRM, {batch} groups of {K}:",
         "",
-        "| | seconds a step, median (min-max) | TRL's / this | by CPU time | peak memory, MB |",
-        "|---|---|---|---|---|",
+        "| | seconds a step, median (min-max) | TRL's / this | by CPU time | all steps, CPU time |"
+        " peak memory, MB |",
+        "|---|---|---|---|---|---|",
     ]
     for arm, found in result.items():
         seconds = found["seconds"]
         lines.append(
             f"| {WORDS[arm]} | {statistics.median(seconds):.2f}"
             f" ({min(seconds):.2f}-{max(seconds):.2f}) | {ratio(result, 'trl', arm):.2f} |"
-            f" {ratio(result, 'trl', arm, 'cpu_seconds'):.2f} | {found['peak'] / 1e6:.0f} |"
+            f" {ratio(result, 'trl', arm, 'cpu_seconds'):.2f} |"
+            f" {sum(result['trl']['cpu_seconds']) / sum(found['cpu_seconds']):.2f} |"
+            f" {found['peak'] / 1e6:.0f} |"
         )
     if {"metarm", "metarm_plain"} <= result.keys():
         wall = ratio(result, "metarm_plain", "metarm")
@@ -259,6 +287,8 @@ def main() -> None:
     parser.add_argument("--model", default="small", choices=MODELS)
     parser.add_argument("--batch", type=int, default=8, help="pairs a step (default: 8)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps not timed (default: 2)")
+    parser.add_argument("--busy", type=int, default=0, help="processes that use the machine beside")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="sdpa", help="of the arms that share prefixes")
@@ -271,10 +301,16 @@ def main() -> None:
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     found = {**environment(), "command": " ".join(sys.argv), "shapes": {}}
     print(json.dumps({k: v for k, v in found.items() if k != "shapes"}))
+    context = multiprocessing.get_context("spawn")
+    crowd = [context.Process(target=keep_busy, daemon=True) for _ in range(options.busy)]
+    for process in crowd:
+        process.start()
     for shape in options.shapes:
         found["shapes"][shape] = result = measure(shape, options)
         print("\n" + table(shape, result, options.batch) + "\n", flush=True)
         Path(options.output).write_text(json.dumps(found, indent=1))
+    for process in crowd:
+        process.kill()
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def forward_passes(model):
     """A list that grows by the rows of every pass through the model's backbone."""
     seen = []
     model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["input_ids"])),
+        with_kwargs=True,
     )
     return seen
 
