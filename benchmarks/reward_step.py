@@ -10,8 +10,8 @@ step of the same round (their median), and each process's peak memory.
     python benchmarks/reward_step.py --warm-up 0            # the first steps count, too
     python benchmarks/reward_step.py --threads 2 --busy 4   # on a machine that others use as well
 
-The first step of ours compares shared with plain prefixes, once a run; with `--warm-up 0` its cost is
-in the totals of `trainer.train()`.
+The first step of ours compares shared with plain prefixes, once a run; with `--warm-up 0` its cost
+is in the totals of `trainer.train()`.
 """
 
 import argparse
