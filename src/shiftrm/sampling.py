@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ from shiftrm.responses import (
 )
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How responses are drawn.
@@ -42,10 +46,10 @@ class SamplingConfig:
     time. `PAPER_SAMPLING` holds MetaRM's settings.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    max_new_tokens: int = _option(128, "longest response, in tokens")
+    temperature: float = _option(1.0, "of sampling; below 1 is sharper, 0 the likeliest token")
+    top_p: float = _option(1.0, "the likeliest tokens of this probability together are sampled")
+    repetition_penalty: float = _option(1.0, "tokens that were there are less likely; 1: not")
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -154,7 +158,8 @@ def generate(
         `len(prompts) * num_responses` samples; those of one prompt stand together.
 
     Raises:
-        UserError: a prompt leaves no room for a response in the model's context, or no EOS token.
+        UserError: a prompt leaves no room for a response in the model's context, no EOS token, or
+            probabilities that are not finite.
     """
     from transformers import GenerationConfig
 

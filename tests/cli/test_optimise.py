@@ -1,7 +1,12 @@
 """shiftrm optimise: every method from files to a folder, continued, logged; bad input in a line."""
 
+import ast
 import os
 import re
+import shutil
+import subprocess
+import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -9,14 +14,25 @@ import torch
 import trl
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
+from shiftrm.cli.optimise import METHODS as CLI_METHODS
+from shiftrm.cli.optimise import method_help
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.sampling import load_policy
 from shiftrm.scoring import Scorer
-from shiftrm.trainers.policy.commands import optimise
+from shiftrm.trainers import ppo_checkpoint
+from shiftrm.trainers.policy import ppo as ppo_command
+from shiftrm.trainers.policy.commands import METHODS, optimise
+from shiftrm.trainers.policy.configs import refused as refused_settings
 from shiftrm.trainers.policy.kl import measure_kl
 from shiftrm.trainers.policy.text_reward import reward_scale
 from shiftrm.trainers.ppo import PPOTrainer
@@ -150,6 +166,103 @@ def test_interrupted_and_continued_is_as_if_never_interrupted(run, method, stopp
     assert status == 0, output.err
     assert equal("out", "straight")
     assert last()["final_sequence_kl"] == last("straight")["final_sequence_kl"]
+
+
+@pytest.mark.parametrize("save_steps", [3, 2, 100])
+def test_ppo_stores_no_checkpoint_of_its_last_step(run, monkeypatch, save_steps):
+    """Killed before the policy is stored it does the last steps again, to the same end."""
+    assert run("ppo", output="straight")[0] == 0
+    plain, saved = ppo_checkpoint.save, []
+
+    def save(folder, step, state, tensors):
+        saved.append(step)
+        return plain(folder, step, state, tensors)
+
+    monkeypatch.setattr(ppo_checkpoint, "save", save)
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    for name in ("_final_kl", "_write"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo_command, name, killed)
+            assert run("ppo", f"save_steps={save_steps}")[0] == 130
+    before = [step for step in (save_steps,) if step < 4]
+    assert saved == before, "and the second time there was nothing to save"
+    status, output = run("ppo", f"save_steps={save_steps}")
+    assert status == 0, output.err
+    assert saved == before
+    assert equal("out", "straight")
+    assert read_jsonl("out/training_log.jsonl") == read_jsonl("straight/training_log.jsonl")
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_models_of_nan_are_one_line_and_leave_nothing(run, method):
+    for name, parameter in (("policy", "model.norm.weight"), ("reward", "score.weight")):
+        shutil.copytree(name, f"broken-{name}")
+        weights = load_file(f"broken-{name}/model.safetensors")
+        weights[parameter][..., 0] = float("nan")
+        save_file(weights, f"broken-{name}/model.safetensors", {"format": "pt"})
+    there = sorted(os.listdir())
+    cases = [["--policy", "broken-policy"], ["--reference", "broken-policy"]]
+    if method != "dpo":
+        cases.append(["--reward", "broken-reward"])
+    for words in cases:
+        status, output = run(method, *words)
+        assert (status, output.err.count("\n")) == (2, 1), output.err
+        assert f"{words[1]}: its weight " in output.err
+        assert "holds NaN or infinite numbers" in output.err
+        assert sorted(os.listdir()) == there
+
+
+def test_probabilities_that_are_not_finite_are_one_line(run, monkeypatch):
+    """Of weights that are: as after an update that went wrong."""
+    plain = LlamaForCausalLM.forward
+
+    def overflowing(self, *args, **options):
+        output = plain(self, *args, **options)
+        output.logits = output.logits * float("inf")
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", overflowing)
+    for method in ("ppo", "rloo", "grpo"):
+        status, output = run(method)
+        assert (status, output.err.count("\n")) == (2, 1), output.err
+        assert "the policy's probabilities are not finite" in output.err
+    assert not Path(".out.work").exists()
+
+
+def test_the_help_of_a_method_lists_its_settings():
+    """As the configuration classes have them, which are not loaded for it."""
+    assert list(METHODS) == list(CLI_METHODS)
+    model = {option.name for option in fields(trl.ModelConfig)}
+    general = {option.name for option in fields(TrainingArguments)}
+    for method, config in METHODS.items():
+        said = method_help(method)
+        assert f"shiftrm optimise {method} --policy" in said
+        listed = dict(re.findall(r"^  (\w+)=(\S*)", said, re.MULTILINE))
+        known = {option.name: option for option in fields(config)}
+        assert set(known) - general - model <= set(listed) | set(refused_settings(method))
+        assert set(listed) <= set(known)
+        assert not set(listed) & set(refused_settings(method))
+        for name, default in listed.items():
+            if default and known[name].default is not MISSING and not default.endswith((",", "(")):
+                assert ast.literal_eval(default) == known[name].default, name
+        assert max(len(line) for line in said.splitlines()) < 100
+
+
+def test_help_needs_no_library():
+    for words in (["ppo", "--help"], ["--policy", "x", "-h", "grpo"], ["--help"]):
+        code = (
+            "import sys; from shiftrm.cli import main\n"
+            "try: main(sys.argv[1:])\n"
+            "finally: assert not {'torch', 'trl', 'transformers'} & set(sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, "optimise", *words], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("settings of" in done.stdout) == (len(words) > 1)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +415,9 @@ def test_rewards_that_are_not_finite(run, monkeypatch):
     ("words", "message"),
     [
         (["optimise"], "--method is missing"),
+        (["optimise", "sac"], "unknown method 'sac'; known: dpo, grpo, ppo, rloo"),
+        ([*command("rloo"), "max_steps=0"], "max_steps is 0; it must be at least 1, or -1 for"),
+        ([*command("dpo"), "max_steps=-3"], "max_steps is -3; it must be at least 1, or -1 for"),
         (["optimise", "rlo"], "unknown method 'rlo'; did you mean 'rloo'?"),
         (["optimise", "ppo", "--pairs", "pairs.jsonl"], "ppo answers prompts; give --prompts"),
         (["optimise", "rloo", "--prompts", "prompts.jsonl"], "--reward is missing; rloo needs a"),

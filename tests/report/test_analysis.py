@@ -10,10 +10,12 @@ from shiftrm.report.analysis import (
     adaptation,
     gold_gap,
     influence,
+    kl_below_zero,
     kl_spreads,
     normalised_differences,
     relative_gap,
 )
+from shiftrm.report.captions import kl_caption
 from shiftrm.report.measurements import Measurements
 
 from .conftest import change
@@ -164,3 +166,16 @@ def test_normalised_by_the_own_maximum_of_every_seed():
         ]
     )
     assert normalised_differences(m, "metarm", 1) == pytest.approx([0.25, 0.5, 1.0, 0.5, 0.0])
+
+
+def test_a_kl_below_zero_in_old_records_is_said_on_the_page(one_seed):
+    def with_kl(*values):
+        point = {"method": "retrained", "round": 1, "seed": 0, "metric": "kl"}
+        new = [Record(stage="ppo", step=900 + k, value=v, **point) for k, v in enumerate(values)]
+        return Measurements([*one_seed, *new])
+
+    steps = sum(r.stage == "ppo" and r.metric == "kl" for r in one_seed)
+    assert kl_below_zero(with_kl(0.0, -0.05)) == "", "noise around 0"
+    said = kl_below_zero(with_kl(-1.2, 0.4, -0.3))
+    assert said.startswith(f"2 of {steps + 3} policy steps have a KL clearly below 0")
+    assert kl_caption(with_kl(-1.2, 0.4, -0.3)).endswith(said)

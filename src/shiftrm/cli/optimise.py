@@ -8,6 +8,7 @@ from typing import Any
 
 from shiftrm.cli import settings
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.errors import UserError, suggest
 
 EPILOG = """examples:
   shiftrm optimise ppo --policy models/sft --reward models/reward --prompts prompts.jsonl \\
@@ -18,6 +19,8 @@ EPILOG = """examples:
       --prompts prompts.jsonl --output models/grpo beta=0.04 use_peft=true lora_r=16
   shiftrm optimise dpo --policy models/sft --pairs pairs.jsonl --output models/dpo beta=0.1
   accelerate launch -m shiftrm optimise rloo --config rloo.yaml
+
+`shiftrm optimise METHOD --help` lists the method's settings.
 
 METHOD is ppo (this project's), rloo, grpo or dpo (TRL's). The reward model scores text as
 `shiftrm score` does, so its tokenizer and chat template may be others than the policy's; responses
@@ -34,6 +37,30 @@ is the base model with the adapter off, unless --reference names another.
 
 CONFIGS = """PPOConfig with its sampling (ppo), trl.RLOOConfig,
 trl.GRPOConfig or trl.DPOConfig, kl_samples and max_prompt_length"""
+
+METHODS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "ppo": (
+        ("shiftrm", "trainers/ppo_config.py", "PPOConfig"),
+        ("shiftrm", "sampling.py", "SamplingConfig"),
+        ("shiftrm", "trainers/policy/configs.py", "_PPOCommand"),
+    ),
+    "rloo": (
+        ("trl", "trainer/rloo_config.py", "RLOOConfig"),
+        ("shiftrm", "trainers/policy/configs.py", "RLOOConfig"),
+    ),
+    "grpo": (
+        ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+        ("shiftrm", "trainers/policy/configs.py", "GRPOConfig"),
+    ),
+    "dpo": (
+        ("trl", "trainer/dpo_config.py", "DPOConfig"),
+        ("shiftrm", "trainers/policy/configs.py", "DPOConfig"),
+    ),
+}
+"""The ways to optimise a policy, and where the settings of each are declared."""
+
+NO_SETTINGS = ("sampling",)
+"""Fields that are settings themselves, whose own fields are listed."""
 
 OPTIONS = (
     "config",
@@ -56,8 +83,12 @@ def register(subparsers: Any) -> None:
         epilog=EPILOG + settings.POLICY_HELP.format(configs=CONFIGS) + SOURCE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
         usage="%(prog)s METHOD --policy DIR [--reference DIR] [--reward DIR] [--watch DIR] "
         "(--prompts DATA | --pairs DATA) --output DIR [--config FILE] [key=value ...]",
+    )
+    parser.add_argument(
+        "-h", "--help", nargs="?", action=_Help, help="this text; of METHOD: its settings"
     )
     parser.add_argument("--method", help=argparse.SUPPRESS)
     parser.add_argument("--policy", metavar="DIR", help="checkpoint or hub name (needed)")
@@ -77,7 +108,53 @@ def register(subparsers: Any) -> None:
 
 def fold_flags(arguments: Sequence[str]) -> list[str]:
     """See `settings.fold_flags`."""
+    if {"-h", "--help"} & set(arguments):
+        return ["--help", *[word for word in arguments if word in METHODS][:1]]
     return settings.fold_flags(arguments, OPTIONS)
+
+
+class _Help(argparse.Action):
+    """The command's help, or with a method's name that method's settings."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        print(parser.format_help() if values is None else method_help(values), end="")
+        parser.exit()
+
+
+def method_help(method: str) -> str:
+    """Examples and settings of a method."""
+    from shiftrm.cli import option_help
+    from shiftrm.trainers.policy.refused import refused
+
+    examples = EPILOG.partition("\n\n")[0].split("\n  shiftrm ")[1:]
+    own = [line for line in examples if line.startswith(f"optimise {method} ")]
+    found: dict[str, option_help.Option] = {}
+    for package, file, name in METHODS[method]:
+        source = option_help.source_of(package, file)
+        found |= {o.name: o for o in option_help.options_in(source, name)}
+    for name in (*NO_SETTINGS, *refused(method)):
+        found.pop(name, None)
+    lines = ["examples:", *(f"  shiftrm {line}" for line in own), ""]
+    lines += [f"settings of {method}, as key=value or --key value, with their defaults:"]
+    lines += [option_help.told(list(found.values())), ""]
+    if method != "ppo":
+        lines += [
+            "and those of transformers.TrainingArguments: num_train_epochs, max_steps,",
+            "per_device_train_batch_size, gradient_accumulation_steps, lr_scheduler_type,",
+            "warmup_steps, logging_steps, save_steps, seed, bf16, report_to, ...",
+        ]
+    lines += [
+        "and of trl.ModelConfig: dtype, attn_implementation, use_peft, lora_r, lora_alpha, ...",
+        "",
+        "`shiftrm optimise --help` says what --policy, --reward, --prompts and the others are.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _require_method(name: str) -> None:
+    """Before the seconds that the next import takes."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}{suggest(name, list(METHODS))}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,7 +165,10 @@ def run(args: argparse.Namespace) -> None:
     first = args.settings[:1]
     if first and "=" not in first[0]:  # METHOD; it may stand in the file instead
         args.method, args.settings = first[0], args.settings[1:]
+    if args.method is not None:
+        _require_method(args.method)
     options, chosen = settings.merged(args, OPTIONS, needed=("method", "policy", "output"))
+    _require_method(options["method"])
     output = settings.output(options, args.config)  # before the seconds that the next import takes
     settings.quieten_libraries()
     from shiftrm.trainers.policy.commands import optimise

@@ -80,7 +80,7 @@ def preference_accuracy(
 def sampled_kl(policy: Any, reference: Any, samples: Sequence[Sample]) -> float:
     """Sequence KL of the policy to the reference in nats, mean over samples of the policy.
 
-    As `ppo_math.exact_token_kl`; samples must be of the unmodified policy.
+    As `ppo_math.exact_token_kl`, which says what it is where sampling modifies the policy.
     """
     if not samples:
         raise UserError("there are no samples to estimate the KL on")

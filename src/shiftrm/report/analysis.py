@@ -9,6 +9,11 @@ from shiftrm.evaluation.thresholds import SPREAD_FACTOR
 from shiftrm.report.arms import FIXED, SFT
 from shiftrm.report.measurements import Estimate, Measurements, estimate
 
+KL_MEANING = (
+    "How far the policy has moved from SFT: at each token of its responses the KL between the two "
+    "models' distributions over the whole vocabulary, added up, in nats a response."
+)
+
 KL_TOLERANCE = 0.25  # arms further apart than this are not "at matched KL"
 MINIMUM_ACCURACY_CHANGE = 0.02  # below this a change in accuracy is never called one
 
@@ -116,6 +121,26 @@ class KlSpread:
     def matched(self) -> bool:
         """Whether all arms of the round lie within 25 % of each other."""
         return self.gap <= KL_TOLERANCE
+
+
+def kl_below_zero(m: Measurements) -> str:
+    """A sentence if some KL that was logged along a policy's training is negative, else ""."""
+    steps = [
+        value
+        for arm in m.policy_arms()
+        for round_ in m.rounds(arm, "ppo", "kl")
+        for points in m.curve("ppo", arm, round_, "kl").values()
+        for _, value in points
+    ]
+    below = sum(value < -0.1 for value in steps)  # noise around 0 is smaller
+    if not below:
+        return ""
+    return (
+        f"{below} of {len(steps)} policy steps have a KL clearly below 0, which no KL is: they "
+        "were logged by an earlier version, as an estimate from the sampled tokens that is wrong "
+        "where sampling changes the policy (temperature, top-p, penalties). Do not read the dots "
+        "there."
+    )
 
 
 def kl_spreads(m: Measurements) -> list[KlSpread]:

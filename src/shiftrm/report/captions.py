@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from shiftrm.report.analysis import kl_spreads, normalised_differences
+from shiftrm.report.analysis import kl_below_zero, kl_spreads, normalised_differences
 from shiftrm.report.arms import DPO, FIXED, RETRAINED, SFT, arm_name, arm_short, is_metarm
 from shiftrm.report.measurements import Measurements
 from shiftrm.report.tables import fixed_point
@@ -129,10 +129,11 @@ def kl_caption(m: Measurements) -> str:
     falling = _gold_falls(m)
     if falling:
         text += f"; gold ends below its best round for {listing(falling)}"
-    return (
-        f"{text}. Large markers: ends of rounds, numbered; dots: averages of a few PPO steps. Each "
+    text += (
+        ". Large markers: ends of rounds, numbered; dots: averages of a few PPO steps. Each "
         "arm's proxy is its own reward model's, so compare its course, not its height."
     )
+    return f"{text} {kl_below_zero(m)}".strip()
 
 
 def _gold_falls(m: Measurements) -> list[str]:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from shiftrm.files import atomic_write_text
 from shiftrm.records import Record
 from shiftrm.report import captions, narrative, plots, tables
+from shiftrm.report.analysis import KL_MEANING
 from shiftrm.report.arms import SFT, arm_name, arm_styles, in_order, is_metarm
 from shiftrm.report.flags import flags
 from shiftrm.report.measurements import Measurements
@@ -27,7 +28,7 @@ GLOSSARY = (
         "The true reward of the test world, known and fixed. Preference labels are drawn from it.",
     ),
     ("Proxy", "What the arm's own reward model gives, standardised on SFT samples."),
-    ("KL", "How far the policy has moved from SFT: the mean of log π(y|x) - log π_SFT(y|x)."),
+    ("KL", KL_MEANING),
     ("Matched KL", "Arms compared at the same KL, since moving further alone changes gold."),
     ("SFT", "The supervised policy every arm starts from."),
     ("Vanilla", "The reward model trained once on the original pairs, and PPO with it kept fixed."),

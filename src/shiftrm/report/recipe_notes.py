@@ -1,5 +1,7 @@
 """How the numbers of a recipe's page are made, and what its words mean."""
 
+from shiftrm.report.analysis import KL_MEANING
+
 HOW = (
     "Every number on this page is computed from the run's records alone, except the tables marked "
     "as the paper's. The sample responses are read from the run's folder.",
@@ -41,7 +43,7 @@ GLOSSARY = (
     ("DPO", "The policy is trained on the pairs directly, without a reward model."),
     ("Proxy", "What the arm's own reward model gives, standardised on SFT responses."),
     ("Gold", "What a second reward model gives that trained nothing; not the truth."),
-    ("KL", "How far the policy has moved from SFT: the mean of log π(y|x) - log π_SFT(y|x)."),
+    ("KL", KL_MEANING),
     (
         "Relative variance",
         "Variance of reward differences on the policy's responses over that on SFT responses. 1: "

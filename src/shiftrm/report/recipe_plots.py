@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from shiftrm.report import plots
-from shiftrm.report.analysis import normalised_differences
+from shiftrm.report.analysis import kl_below_zero, normalised_differences
 from shiftrm.report.arms import SFT
 from shiftrm.report.captions import MISSING
 from shiftrm.report.measurements import Estimate, Measurements
@@ -239,6 +239,7 @@ def _against_kl(m: Measurements, arms: Arms) -> Picture:
         )
         if gold:
             caption += " Gold is a second reward model, which trained nothing."
+        caption = f"{caption} {kl_below_zero(m)}".strip()
     images = [
         image_of(
             plots.kl_figure(m, "proxy", proxy, styles=arms.styles, dotted=dotted),

@@ -1,13 +1,30 @@
-"""Stopping a training before a gradient that is not finite becomes weights."""
+"""Stopping a training before numbers that are not finite become weights."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from shiftrm.errors import UserError
 
-__all__ = ["require_finite_gradient"]
+__all__ = ["require_finite_gradient", "require_finite_weights"]
+
+
+def require_finite_weights(model: nn.Module, name: str) -> None:
+    """Refuse a model that can only give NaN: the first pass would, in words about something else.
+
+    Raises:
+        UserError: a parameter holds NaN or an infinity; gives `name` and the parameter.
+    """
+    for key, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise UserError(
+                f"{name}: its weight {key} holds NaN or infinite numbers; the training that made "
+                "it failed: take an earlier checkpoint"
+            )
 
 
 def require_finite_gradient(

@@ -21,6 +21,7 @@ from shiftrm.rendering import Text, decode_response, encode_prompt
 from shiftrm.rope import require_fixed_frequencies
 from shiftrm.sampling import check_prompt_lengths
 from shiftrm.trainers import ppo_checkpoint
+from shiftrm.trainers.finite import require_finite_weights
 from shiftrm.trainers.ppo_config import PPOConfig
 from shiftrm.trainers.ppo_distributed import Processes
 from shiftrm.trainers.ppo_math import (
@@ -117,7 +118,8 @@ class PPOTrainer:
 
     Raises:
         UserError: no prompts, an empty prompt, a prompt too long for the context, a tokenizer
-            without pad or EOS, no reference, a setting that does not fit the models.
+            without pad or EOS, no reference, weights that are not finite, a setting that does not
+            fit the models.
     """
 
     def __init__(
@@ -154,6 +156,9 @@ class PPOTrainer:
             config.kl_coefficient, config.kl_target, config.kl_rate, config.kl_damping
         )
         self.checkpoints = None if checkpoints is None else Path(checkpoints)
+        for model, name in ((policy, "policy"), (reference, "reference"), (critic, "critic")):
+            if model is not None:
+                require_finite_weights(model, f"the {name}")
         self._trained = {"policy": trained_parameters(policy), "critic": trained_parameters(critic)}
         self.policy_optimizer = _adamw(self._trained["policy"], config.learning_rate)
         self.critic_optimizer = _adamw(self._trained["critic"], config.critic_learning_rate)
@@ -185,8 +190,13 @@ class PPOTrainer:
                 stacklevel=3,
             )
 
-    def train(self) -> list[StepLog]:
+    def train(self, *, save_last: bool = True) -> list[StepLog]:
         """Run all steps, or those after the last checkpoint, and return the logs of all.
+
+        Args:
+            save_last: write a checkpoint after the last step, from which a longer run can go on.
+                Without, a run that is killed before its policy is stored does the steps since the
+                checkpoint before again, to the same end.
 
         Raises:
             UserError: a reward, KL or loss is not finite; names step and prompt. A checkpoint of
@@ -199,7 +209,8 @@ class PPOTrainer:
             with self.processes.together():
                 if self.on_step is not None and self.processes.is_main:
                     self.on_step(log, rollouts)
-            if step % self.config.save_steps == 0 or step == self.config.steps:
+            last = step == self.config.steps
+            if save_last if last else step % self.config.save_steps == 0:
                 self._save(logs)
         return logs
 
@@ -232,7 +243,13 @@ class PPOTrainer:
         self.controller = KLController(**state["controller"])
         ppo_checkpoint.set_random_state(self._random, state["random"])
         self._order = list(state["order"])
-        return [StepLog(**log) for log in state["logs"]]
+        try:
+            return [StepLog(**log) for log in state["logs"]]
+        except TypeError:
+            raise UserError(
+                f"{self.checkpoints}: the checkpoint's log is of another version of shiftrm; "
+                "continue with that one, or delete the folder to start anew"
+            ) from None
 
     def _save(self, logs: list[StepLog]) -> None:
         if self.checkpoints is None:

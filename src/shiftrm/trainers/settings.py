@@ -230,6 +230,8 @@ def value_of(key: str, given: Any, hint: Any) -> Any:
         raise UserError("max_steps is 0; give at least 1, or leave it out")
     if number is not None and number < LEAST.get(key, -math.inf):
         raise UserError(f"{key} is {text}; it must be at least {LEAST[key]:g}")
+    if key == "max_steps" and number is not None and (number == 0 or number < -1):
+        raise UserError(f"max_steps is {text}; it must be at least 1, or -1 for whole epochs")
     if not kinds <= {bool, int, float, NoneType}:  # choices, lists: transformers judges them
         return _choice(value, given, kinds)
     if bool in kinds:

@@ -11,6 +11,7 @@ import trl
 from shiftrm.errors import UserError, suggest
 from shiftrm.sampling import SamplingConfig
 from shiftrm.trainers.machine import fit_machine
+from shiftrm.trainers.policy.refused import refused
 from shiftrm.trainers.ppo_config import PPOConfig
 
 __all__ = [
@@ -25,37 +26,6 @@ __all__ = [
 
 KL_SAMPLES = "responses of the final policy on which its KL to the reference is measured; 0: none"
 LONGEST_PROMPT = "prompts of more tokens are dropped and counted"
-
-NOT_TRUNCATED = "what is longer than max_length is dropped and counted, not truncated"
-ONE_REFERENCE = "the reference stays as it is; give --reference"
-ONE_REWARD = "there is one reward model, given by --reward"
-
-_REFUSED: dict[str, dict[str, str]] = {
-    "sft": {
-        "truncation_mode": NOT_TRUNCATED,
-        "dataset_text_field": "rows have prompt and completion, or messages",
-        "dataset_kwargs": "rows have prompt and completion, or messages",
-        "assistant_only_loss": "only the assistant's turns are learnt anyway",
-    },
-    "dpo": {
-        "truncation_mode": NOT_TRUNCATED,
-        "sync_ref_model": ONE_REFERENCE,
-        "ref_model_mixup_alpha": ONE_REFERENCE,
-        "ref_model_sync_steps": ONE_REFERENCE,
-    },
-    "rloo": {
-        "reward_weights": ONE_REWARD,
-        "sync_ref_model": ONE_REFERENCE,
-        "ref_model_mixup_alpha": ONE_REFERENCE,
-        "ref_model_sync_steps": ONE_REFERENCE,
-    },
-}
-
-
-def refused(method: str) -> dict[str, str]:
-    """Fields of the method's configuration that its command does not take, and why."""
-    return _REFUSED.get("rloo" if method == "grpo" else method, {})
-
 
 SFTConfig = trl.SFTConfig
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from shiftrm.errors import UserError
 from shiftrm.sampling import load_policy
 from shiftrm.scoring import Scorer
+from shiftrm.trainers.finite import require_finite_weights
 from shiftrm.trainers.settings import Settings
 from shiftrm.trainers.training import exists
 
@@ -73,14 +74,20 @@ def same_model(first: str, second: str) -> bool:
 
 
 def load(path: str, chosen: Settings) -> tuple[Any, Any]:
-    """`load_policy` with the options of the settings; quantised if they say so."""
+    """`load_policy` with the options of the settings; quantised if they say so.
+
+    Raises:
+        UserError: as `load_policy`, or weights that are not finite.
+    """
     options = dict(chosen.model_options)
     if getattr(chosen.args, "trust_remote_code", False):
         options["trust_remote_code"] = True
     quantization = chosen.trainer_options.get("quantization_config")
     if quantization is not None:
         options["quantization_config"] = quantization
-    return load_policy(path, **options)
+    model, tokenizer = load_policy(path, **options)
+    require_finite_weights(model, path)
+    return model, tokenizer
 
 
 def load_reference(path: str, chosen: Settings, tokenizer: Any) -> Any:
@@ -103,8 +110,12 @@ def load_scorer(path: str, *, batch_size: int) -> Scorer:
 
     Args:
         batch_size: responses in one pass; changes memory, not the rewards.
+
+    Raises:
+        UserError: as `Scorer.from_pretrained`, or weights that are not finite.
     """
     scorer = Scorer.from_pretrained(path)
+    require_finite_weights(scorer.model, path)
     scorer.model.to(PartialState().device)
     scorer.batch_size = batch_size
     return scorer

@@ -160,7 +160,7 @@ def _train(
             config,
             on_step=on_step,
             checkpoints=job.work,
-        ).train()
+        ).train(save_last=False)  # the policy is stored at once; nothing else is needed again
     if hasattr(critic, "remove"):  # its adapter lies in the policy
         critic.remove()
     return [row_of(log) for log in logs]

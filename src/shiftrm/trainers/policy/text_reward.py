@@ -50,10 +50,7 @@ class TextReward:
             ],
         )
         for prompt, reward in zip(prompts, rewards, strict=True):
-            if not math.isfinite(reward):
-                raise UserError(
-                    f"the reward is {reward} for the prompt {prompt!r}; check the reward model"
-                )
+            _require_finite(reward, prompt)
         return rewards
 
     def _response(self, prompt: Text, ids: list[int]) -> Response:
@@ -83,6 +80,9 @@ def reward_scale(
 
     Returns:
         The mean, and the spread (unbiased variance), which is at least 1e-8.
+
+    Raises:
+        UserError: a reward that is not finite.
     """
     rng = random.Random(f"spread/{seed}")
     rows = sample_rows(
@@ -94,4 +94,13 @@ def reward_scale(
         batch_size=batch_size,
         seed=rng.getrandbits(31),
     )
-    return mean_and_spread(score_rows(reward_fn, rows))
+    rewards = score_rows(reward_fn, rows)
+    for row, found in zip(rows, rewards, strict=True):
+        for reward in found:
+            _require_finite(reward, row["prompt"])
+    return mean_and_spread(rewards)
+
+
+def _require_finite(reward: float, prompt: Text) -> None:
+    if not math.isfinite(reward):
+        raise UserError(f"the reward is {reward} for the prompt {prompt!r}; check the reward model")
