@@ -407,7 +407,7 @@ FOREIGN = "the tokenizer is not this model's: token "
         ([*TRAIN, "--model", "small-embedding"], "a token has no embedding"),
         ([*TRAIN, "--model", "garbage"], "garbage: cannot be loaded"),
         ([*TRAIN, "--model", "gguf"], "write it with save_pretrained into another folder"),
-        ([*TRAIN, "--model", "policy", "max_steps=0"], "max_steps is 0, which trains nothing"),
+        ([*TRAIN, "--model", "policy", "max_steps=0"], "max_steps is 0; give at least 1"),
         ([*TRAIN, "--model", "policy", f"seed={'9' * 400}"], "a number of more than 18 digits"),
         ([*TRAIN, "--model", "policy", "seed=-1"], "seed is -1; it must be at least 0 and below"),
         ([*TRAIN, "--config", "deep.yaml"], "deep.yaml: YAML that is nested too deep"),

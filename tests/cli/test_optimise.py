@@ -228,7 +228,7 @@ def test_probabilities_that_are_not_finite_are_one_line(run, monkeypatch):
     for method in ("ppo", "rloo", "grpo"):
         status, output = run(method)
         assert (status, output.err.count("\n")) == (2, 1), output.err
-        assert "the policy's probabilities are not finite" in output.err
+        assert "its probabilities are not finite, so nothing can be sampled" in output.err
     assert not Path(".out.work").exists()
 
 
@@ -416,7 +416,7 @@ def test_rewards_that_are_not_finite(run, monkeypatch):
     [
         (["optimise"], "--method is missing"),
         (["optimise", "sac"], "unknown method 'sac'; known: dpo, grpo, ppo, rloo"),
-        ([*command("rloo"), "max_steps=0"], "max_steps is 0; it must be at least 1, or -1 for"),
+        ([*command("rloo"), "max_steps=0"], "max_steps is 0; give at least 1, or leave it out"),
         ([*command("dpo"), "max_steps=-3"], "max_steps is -3; it must be at least 1, or -1 for"),
         (["optimise", "rlo"], "unknown method 'rlo'; did you mean 'rloo'?"),
         (["optimise", "ppo", "--pairs", "pairs.jsonl"], "ppo answers prompts; give --prompts"),

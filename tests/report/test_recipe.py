@@ -166,6 +166,7 @@ def test_report_knows_a_recipes_runs(tmp_path: Path, undrawn, capsys):
     assert "3 arms, 4 rounds, 2 seeds." in text
     assert "with other settings" not in text
     write_run(tmp_path / "1", 1, rounds=7)
+    output = tmp_path / "again.html"  # a page that is there is not written over
     assert main(["report", *map(str, runs), "--output", str(output)]) == 0
     assert "rounds: 4 -> 7" in text_of(output.read_text(encoding="utf-8"))
 

@@ -226,12 +226,11 @@ def value_of(key: str, given: Any, hint: Any) -> Any:
         return given if isinstance(given, str) else str(given)
     value = parse_yaml(given, f"{key}={text}", word=True) if isinstance(given, str) else given
     number = _number(value)
-    if key == "max_steps" and number == 0:  # transformers would train whole epochs
-        raise UserError("max_steps is 0; give at least 1, or leave it out")
     if number is not None and number < LEAST.get(key, -math.inf):
         raise UserError(f"{key} is {text}; it must be at least {LEAST[key]:g}")
     if key == "max_steps" and number is not None and (number == 0 or number < -1):
-        raise UserError(f"max_steps is {text}; it must be at least 1, or -1 for whole epochs")
+        # Of 0 transformers would train whole epochs.
+        raise UserError(f"max_steps is {text}; give at least 1, or leave it out")
     if not kinds <= {bool, int, float, NoneType}:  # choices, lists: transformers judges them
         return _choice(value, given, kinds)
     if bool in kinds:
@@ -245,11 +244,6 @@ def value_of(key: str, given: Any, hint: Any) -> Any:
     if number is None:
         null = ", or null" if NoneType in kinds else ""
         raise UserError(f"{key} is {text!r}; expected {expected}{null}")
-    if key == "max_steps" and number == 0:
-        raise UserError(
-            "max_steps is 0, which trains nothing; give at least 1, or leave it out to train "
-            "num_train_epochs"
-        )
     if key in BELOW_ONE and number >= 1:
         raise UserError(f"{key} is {text}; it must be below 1")
     if key in ("seed", "data_seed"):
