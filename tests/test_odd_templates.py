@@ -1,14 +1,18 @@
 """Templates and tokenizers of other shapes: where an answer begins and ends under each."""
 
+import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from shiftrm.data.groups import read_groups
 from shiftrm.rendering import (
     decode_response,
     encode,
@@ -19,6 +23,7 @@ from shiftrm.rendering import (
 from shiftrm.responses import Response, encode_response, group_responses
 from shiftrm.sampling import Sample, as_samples, generation_config, group_row, load_policy
 from shiftrm.scoring import Scorer
+from shiftrm.trainers.meta_groups import MetaGroups
 from shiftrm.trainers.policy.text_reward import TextReward
 from tests.byte_level import CHATML, TRL_TEMPLATES, byte_level
 from tests.conftest import llama_config
@@ -119,6 +124,43 @@ def test_an_opening_that_the_template_writes_otherwise_later_is_written_once():
         assert tok.decode(ids[len(opening) :]) == "ok<|im_end|>"
         cut = encode(tok, HI, response, finished=False)
         assert tok.decode(cut[len(opening) :]) == "ok"
+
+
+@pytest.mark.parametrize("ends", ["csv", "parquet", "jsonl"])
+def test_tokens_come_back_from_every_kind_of_file(ends, tmp_path):
+    tok = byte_level(CHATML, merges=[("o", "k")])
+    letters = Sample(
+        encode_prompt(tok, HI), [*tok("o")["input_ids"], *tok("k")["input_ids"]], False
+    )
+    row = group_row(tok, HI, [letters, letters])
+    path = tmp_path / f"rows.{ends}"
+    if ends == "parquet":
+        Dataset.from_list([row]).to_parquet(path)
+    elif ends == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        cells = [v if isinstance(v, str) else json.dumps(v) for v in row.values()]
+        with open(path, "w", newline="") as handle:
+            csv.writer(handle).writerows([list(row), cells])
+    [read] = read_groups(path)
+    whole = letters.prompt_ids + letters.response_ids
+    assert [encode_response(tok, r) for r in group_responses(read)] == [whole, whole]
+    assert encode(tok, HI, "ok", finished=False) != whole
+
+
+@pytest.mark.parametrize(
+    ("configured", "more"),
+    [
+        (-1, ()),
+        ([7, -1, None], (7,)),
+        (10**6, (10**6,)),
+        ((2, 2), ()),
+        (torch.tensor([2, 9]), (9,)),
+    ],
+)
+def test_odd_end_tokens_of_generation_configs(configured, more):
+    config = SimpleNamespace(eos_token_id=configured)
+    assert stop_token_ids(byte_level(CHATML), config) == (EOS, CLOSED, *more)
 
 
 def test_fields_that_are_null_are_not_there():
@@ -275,6 +317,9 @@ def test_tokens_that_a_reader_does_not_know_are_read_as_text():
     small, large = scorer_of(tok, len(tok)), scorer_of(tok, len(tok) + 8)
     assert small.encode_response(response) == encode(tok, HI, "ok", finished=False)
     assert large.encode_response(response) == encode_prompt(tok, HI) + beyond.response_ids
+    row = group_row(tok, HI, [beyond, mine])
+    groups = MetaGroups([row], tok, max_length=None, seed=0, vocabulary=len(tok)).groups
+    assert groups[0][0] == encode(tok, HI, "ok", finished=False)
 
 
 def test_the_reward_reads_the_opening_that_the_policy_was_given():

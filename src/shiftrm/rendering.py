@@ -192,8 +192,9 @@ def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, 
         configured = [configured]
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token: set tokenizer.eos_token, then sample")
-    found = {tokenizer.eos_token_id, turn(tokenizer).stop_id, *configured} - {None}
-    return tuple(sorted(int(token) for token in found))
+    named = [tokenizer.eos_token_id, turn(tokenizer).stop_id, *configured]
+    found = {int(token) for token in named if token is not None}
+    return tuple(sorted(token for token in found if token >= 0))  # some configs say -1 for none
 
 
 def decode_response(

@@ -40,6 +40,8 @@ TEXT_COLUMNS = ("prompt", "response", "chosen", "rejected", "completion", "messa
 JSON_COLUMNS = (
     "responses",
     "finished",
+    "prompt_ids",
+    "response_ids",
     "chosen_finished",
     "rejected_finished",
     "margin",

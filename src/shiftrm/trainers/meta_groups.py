@@ -30,10 +30,11 @@ class MetaGroups:
         *,
         max_length: int | None,
         seed: int,
+        vocabulary: int | None = None,
     ) -> None:
         if groups is None:
             raise UserError("meta_dataset is None; MetaRM needs groups of unlabelled responses")
-        self.groups = _encode_groups(groups, tokenizer, max_length)
+        self.groups = _encode_groups(groups, tokenizer, max_length, vocabulary)
         self._seed = seed
 
     def batch(self, step: int, size: int) -> list[TokenGroup]:
@@ -54,7 +55,10 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def _encode_groups(
-    groups: Iterable[dict[str, Any]], tokenizer: Any, max_length: int | None
+    groups: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    max_length: int | None,
+    vocabulary: int | None,
 ) -> list[TokenGroup]:
     """Token ids of every response of every group.
 
@@ -67,7 +71,9 @@ def _encode_groups(
     for index, row in enumerate(groups):
         check_group(row, f"meta_dataset, row {index}")
         try:
-            sequences = [encode_response(tokenizer, r) for r in group_responses(row)]
+            sequences = [
+                encode_response(tokenizer, r, vocabulary=vocabulary) for r in group_responses(row)
+            ]
         except UserError as error:
             raise UserError(f"meta_dataset, row {index}: {error}") from None
         if not all(sequences):

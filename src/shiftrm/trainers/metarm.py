@@ -96,7 +96,11 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         if isinstance(meta_dataset, str | Path):
             meta_dataset = read_groups(meta_dataset)
         self._groups = MetaGroups(
-            meta_dataset, self.processing_class, max_length=args.max_length, seed=args.seed
+            meta_dataset,
+            self.processing_class,
+            max_length=args.max_length,
+            seed=args.seed,
+            vocabulary=getattr(self.model.config.get_text_config(), "vocab_size", None),
         )
         self._shift: ExitStack | None = None
         self._step_state: MetaStepState | None = None
