@@ -163,6 +163,19 @@ def test_odd_end_tokens_of_generation_configs(configured, more):
     assert stop_token_ids(byte_level(CHATML), config) == (EOS, CLOSED, *more)
 
 
+@pytest.mark.filterwarnings("ignore:.*generation.*")
+def test_a_closed_template_marks_no_wrong_words_as_the_assistants():
+    tok = byte_level(TRL_TEMPLATES["qwen3_training"])
+    chat = [USER, said("ok"), USER, said("yes")]
+    asked = {"return_dict": True, "return_assistant_tokens_mask": True}
+    before = tok.apply_chat_template(chat, **asked)
+    assert sum(before["assistant_masks"]) > 0
+    end_at_closing(tok)
+    after = tok.apply_chat_template(chat, **asked)
+    assert after["input_ids"] == before["input_ids"][:-1]
+    assert sum(after["assistant_masks"]) == 0
+
+
 def test_fields_that_are_null_are_not_there():
     """As tables give them to every message of a column."""
     tok = byte_level(

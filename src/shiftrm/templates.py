@@ -280,7 +280,8 @@ def end_at_closing(tokenizer: Any) -> None:
     Our rendering ends there. Saved with a reward model, the template then gives the same tokens to
     whoever renders with it (TRL, vLLM, transformers): without this they would read the reward at
     the line break that ChatML puts after `<|im_end|>`, or find no closing token at all. It changes
-    nothing else, and nothing where the template ends so by itself.
+    nothing else, except that `{% generation %}` marks go, and nothing where the template ends so by
+    itself.
     """
     ends = turn(tokenizer)
     if ends.tail == "".join(ends.closing):
@@ -292,8 +293,15 @@ def end_at_closing(tokenizer: Any) -> None:
         tokenizer.chat_template = {name: _closed(text, ends) for name, text in template.items()}
 
 
+GENERATION = re.compile(r"{%([-+]?)\s*(end)?generation\s*([-+]?)%}")
+
+
 def _closed(template: str, ends: Turn) -> str:
     closing = "".join(ends.closing)
+    # Inside a block, transformers counts the places of these marks wrongly: better none.
+    template = GENERATION.sub(
+        lambda mark: f"{{%{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}%}}", template
+    )
     kept = template.removesuffix("\n")  # as jinja does with the last line break of a source
     cut = f"shiftrm_text[:{-len(ends.tail)}]" if ends.tail else "shiftrm_text"
     return (
