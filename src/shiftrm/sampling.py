@@ -126,8 +126,8 @@ def _generated(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: Any)
             raise
     name = getattr(model.config, "name_or_path", "") or "the policy"
     raise UserError(
-        f"{name}: its probabilities are not finite, so nothing can be sampled; its weights are "
-        "broken, or temperature is too low"
+        f"{name}: the policy's probabilities are not finite, so nothing can be sampled; its "
+        "weights are broken, or temperature is too low"
     )
 
 

@@ -397,14 +397,23 @@ FOREIGN = "the tokenizer is not this model's: token "
     ("words", "message"),
     [
         ([*SAMPLE, "--policy", "small-embedding"], FOREIGN),
-        ([*SAMPLE, "--policy", "nan-policy"], "its probabilities are not finite"),
-        ([*SAMPLE, "--policy", "nan-policy", "--temperature=0"], "its probabilities are not"),
+        ([*SAMPLE, "--policy", "nan-policy"], "the policy's probabilities are not finite"),
+        (
+            [*SAMPLE, "--policy", "nan-policy", "--temperature=0"],
+            "the policy's probabilities are not",
+        ),
         ([*SAMPLE, "--policy", "garbage"], "garbage: cannot be loaded as a causal language model"),
         ([*SAMPLE, "--policy", "gguf"], "from_pretrained('gguf', gguf_file='model.gguf')"),
         ([*SCORE, "--model", "small-rm"], FOREIGN),
-        ([*SCORE, "--model", "nan-rm"], "groups.jsonl:1: nan-rm gives a reward that is not a"),
+        (
+            [*SCORE, "--model", "nan-rm"],
+            "groups.jsonl:1: the reward is nan; the checkpoint is broken",
+        ),
         ([*SCORE, "--model", "cut"], "cut: cannot be loaded as a reward model"),
-        ([*TRAIN, "--model", "small-embedding"], "a token has no embedding"),
+        (
+            [*TRAIN, "--model", "small-embedding"],
+            "train data: chosen_ids has token id 15, and the model has embeddings for 8",
+        ),
         ([*TRAIN, "--model", "garbage"], "garbage: cannot be loaded"),
         ([*TRAIN, "--model", "gguf"], "write it with save_pretrained into another folder"),
         ([*TRAIN, "--model", "policy", "max_steps=0"], "max_steps is 0; give at least 1"),
