@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -255,15 +255,22 @@ class Scorer:
                 )
 
 
+@runtime_checkable
+class TokenReward(Protocol):
+    """A reward function that reads sampled tokens where it can, as a `Scorer` does."""
+
+    def score(self, responses: Sequence[Response], /) -> list[float]: ...
+
+
 def rewards_of(
     reward_fn: Callable[..., Sequence[float]], responses: Sequence[Response]
 ) -> list[float]:
-    """Rewards of responses: by their tokens if it is a `Scorer`, by their text otherwise.
+    """Rewards of responses: by their tokens if it is a `TokenReward`, by their text otherwise.
 
     Raises:
         UserError: not one reward a response.
     """
-    if isinstance(reward_fn, Scorer):
+    if isinstance(reward_fn, TokenReward):
         return reward_fn.score(responses)
     given = reward_fn(
         [r.prompt for r in responses],

@@ -3,16 +3,22 @@
 import pytest
 
 from shiftrm.files import read_jsonl
+from shiftrm.sampling import Sample
 from shiftrm.scoring import Scorer
 from shiftrm.trainers.policy.watch import Watch, with_gold
-from shiftrm.trainers.ppo import PPOTrainer
+from shiftrm.trainers.ppo import PPOTrainer, Rollouts
 from tests.cli.conftest import refused
 from tests.cli.test_optimise import run  # noqa: F401 - a fixture
 from tests.cli.test_sft import equal
 
-
-class Rollouts:
-    prompts, responses, finished = ["a"] * 2, ["x", "yyy"], [True, False]
+ROLLOUTS = Rollouts(
+    ["a"] * 2,
+    ["x", "yyy"],
+    [True, False],
+    [0.0, 0.0],
+    [Sample([1], [2], True), Sample([1], [3, 3], False)],
+    "the policy's",
+)
 
 
 def lengths(prompts, responses, *, finished):
@@ -22,14 +28,14 @@ def lengths(prompts, responses, *, finished):
 
 def test_what_was_seen_outlives_an_interruption(tmp_path):
     watch = Watch(lengths, tmp_path)
-    watch.see(1, Rollouts)
-    watch.see(2, Rollouts)
+    watch.see(1, ROLLOUTS)
+    watch.see(2, ROLLOUTS)
     with open(tmp_path / "watched.jsonl", "a") as file:
         file.write('\n{"step": 3, "gold_m')  # killed here
     again = Watch(lengths, tmp_path)
     assert again.beside({"step": 2, "reward": 5.0}) == {"step": 2, "reward": 5.0, "gold_mean": 2.0}
     assert again.beside({"step": 3}) == {"step": 3}
-    again.see(3, Rollouts)
+    again.see(3, ROLLOUTS)
     assert Watch(lengths, tmp_path).beside({"step": 3})["gold_mean"] == 2.0
 
 
@@ -67,8 +73,8 @@ def test_ppo_continues_with_what_it_saw(run, monkeypatch):  # noqa: F811
         patch.setattr(PPOTrainer, "step", stopping)
         assert run("ppo", "--watch", "reward")[0] == 130
     loaded = []
-    score = Scorer.__call__
-    monkeypatch.setattr(Scorer, "__call__", lambda *a, **k: loaded.append(1) or score(*a, **k))
+    score = Scorer.score
+    monkeypatch.setattr(Scorer, "score", lambda *a, **k: loaded.append(1) or score(*a, **k))
     assert run("ppo", "--watch", "reward")[0] == 0
     rows = [read_jsonl(f"{name}/training_log.jsonl") for name in ("out", "straight")]
     assert rows[0] == rows[1]

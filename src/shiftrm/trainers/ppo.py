@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shiftrm.errors import UserError
 from shiftrm.rendering import Text, decode_response, encode_prompt
+from shiftrm.responses import tokenizer_name
 from shiftrm.rope import require_fixed_frequencies
 from shiftrm.sampling import check_prompt_lengths
 from shiftrm.trainers import ppo_checkpoint
@@ -357,7 +358,8 @@ class PPOTrainer:
             decode_response(self.tokenizer, s.prompt_ids, s.response_ids, finished=s.finished)
             for s in samples
         ]
-        return Rollouts(prompts, responses, [s.finished for s in samples], rewards, samples)
+        finished, name = [s.finished for s in samples], tokenizer_name(self.tokenizer)
+        return Rollouts(prompts, responses, finished, rewards, samples, name)
 
     def _next_prompt(self) -> int:
         if not self._order:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shiftrm.errors import UserError
 from shiftrm.rendering import Text
+from shiftrm.responses import Response
 from shiftrm.sampling import Sample, as_response, generate
 from shiftrm.scoring import rewards_of
 from shiftrm.trainers.ppo_config import PPOConfig
@@ -35,6 +36,7 @@ class Rollouts:
         finished: False where the length limit cut the response off.
         rewards: raw, as the reward function gave them.
         samples: the same as tokens.
+        tokenizer: `responses.tokenizer_name` of the policy's, to which they belong.
     """
 
     prompts: list[Text]
@@ -42,6 +44,13 @@ class Rollouts:
     finished: list[bool]
     rewards: list[float]
     samples: list[Sample]
+    tokenizer: str
+
+    def as_responses(self) -> list[Response]:
+        """Texts with the tokens that were sampled, for another reward function."""
+        ids = [sample.response_ids for sample in self.samples]
+        columns = zip(self.prompts, self.responses, self.finished, ids, strict=True)
+        return [Response(*row, self.tokenizer) for row in columns]
 
 
 @dataclass(frozen=True)

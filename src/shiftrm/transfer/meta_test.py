@@ -16,6 +16,7 @@ from shiftrm.evaluation.preference import preference_accuracy, sampled_kl
 from shiftrm.files import Row
 from shiftrm.rendering import Text
 from shiftrm.sampling import SamplingConfig, as_samples, sample_rows
+from shiftrm.scoring import score_rows
 from shiftrm.trainers.policy.text_reward import reward_scale
 from shiftrm.trainers.ppo import PPOTrainer, RewardFunction, StepLog, make_critic
 from shiftrm.trainers.ppo_config import PPOConfig
@@ -235,11 +236,4 @@ def _of_responses(
 
 
 def _score(reward_fn: RewardFunction, rows: Sequence[Row]) -> list[float]:
-    return [
-        float(r)
-        for r in reward_fn(
-            [row["prompt"] for row in rows for _ in row["responses"]],
-            [response for row in rows for response in row["responses"]],
-            finished=[done for row in rows for done in row["finished"]],
-        )
-    ]
+    return [reward for group in score_rows(reward_fn, rows) for reward in group]

@@ -19,7 +19,9 @@ from transformers.trainer_callback import PrinterCallback
 from shiftrm.data.domains import Domain
 from shiftrm.errors import UserError
 from shiftrm.rendering import Text, encode_prompt
+from shiftrm.responses import Response
 from shiftrm.sampling import SamplingConfig, check_prompt_lengths
+from shiftrm.scoring import rewards_of
 from shiftrm.trainers.policy.configs import RLOOConfig
 from shiftrm.trainers.policy.trainers import RLOOTrainer
 from shiftrm.trainers.ppo import RewardFunction
@@ -211,13 +213,17 @@ class _Standardised:
     def __call__(
         self, prompts: list[Text], responses: list[str], /, *, finished: list[bool]
     ) -> list[float]:
+        return self.score(list(map(Response, prompts, responses, finished)))
+
+    def score(self, responses: Sequence[Response], /) -> list[float]:
+        """By the sampled tokens where the reward function reads them."""
         config = self._config
         mean, std = config.reward_mean or 0.0, config.reward_std or 1.0
-        raw = [float(r) for r in self._reward_fn(prompts, responses, finished=finished)]
+        raw = rewards_of(self._reward_fn, responses)
         self.raw_mean = sum(raw) / len(raw)
         return [
-            (r - mean) / std - (0.0 if done else config.truncation_penalty)
-            for r, done in zip(raw, finished, strict=True)
+            (reward - mean) / std - (0.0 if response.finished else config.truncation_penalty)
+            for reward, response in zip(raw, responses, strict=True)
         ]
 
 

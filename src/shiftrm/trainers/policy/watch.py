@@ -11,6 +11,7 @@ from typing import Any
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.rendering import Text
+from shiftrm.scoring import rewards_of
 from shiftrm.trainers.policy.loading import check_reward_model, load_scorer
 from shiftrm.trainers.ppo_rollouts import RewardFunction, Rollouts
 
@@ -78,8 +79,8 @@ class Watch:
 
     def see(self, step: int, rollouts: Rollouts) -> None:
         """Score a step's roll-outs."""
-        rewards = self._reward_fn(rollouts.prompts, rollouts.responses, finished=rollouts.finished)
-        self._seen[step] = sum(map(float, rewards)) / len(rollouts.responses)
+        rewards = rewards_of(self._reward_fn, rollouts.as_responses())
+        self._seen[step] = sum(rewards) / len(rewards)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"step": step, GOLD: self._seen[step]}))
 
