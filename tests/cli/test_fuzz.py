@@ -410,6 +410,7 @@ FOREIGN = "the tokenizer is not this model's: token "
             "groups.jsonl:1: the reward is nan; the checkpoint is broken",
         ),
         ([*SCORE, "--model", "cut"], "cut: cannot be loaded as a reward model"),
+        ([*TRAIN, "--model", "nan-policy"], "gives states that are not finite: its weights are"),
         (
             [*TRAIN, "--model", "small-embedding"],
             "train data: chosen_ids has token id 15, and the model has embeddings for 8",

@@ -68,7 +68,7 @@ def require_no_noise(model: nn.Module, input_ids: Tensor, attention_mask: Tensor
     Passes that draw the same random numbers show how far apart kernels alone make them.
 
     Raises:
-        UserError: passes that draw other numbers are further apart.
+        UserError: passes that draw other numbers are further apart, or states are not finite.
     """
     devices = [input_ids.device] if input_ids.device.type == "cuda" else []
     was_training = model.training
@@ -82,6 +82,11 @@ def require_no_noise(model: nn.Module, input_ids: Tensor, attention_mask: Tensor
     finally:
         model.train(was_training)
     first, again, *others = states
+    if not bool(first.isfinite().all()):
+        raise UserError(
+            f"{type(model).__name__} gives states that are not finite: its weights are broken, or "
+            "too large for its precision; take another checkpoint, or load it in float32"
+        )
     kernels, noise = apart(again, first), max(apart(other, first) for other in others)
     if kernels <= ROUNDING and noise <= 4 * kernels:
         return
