@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shiftrm.checkpoints import require_words
+from shiftrm.checkpoints import embeddings, require_words
 from shiftrm.errors import UserError
 
 __all__ = ["check_vocabulary", "explain_loading", "refuse_gguf"]
@@ -48,7 +48,7 @@ def check_vocabulary(model: Any, tokenizer: Any, path: str | Path) -> None:
         UserError: names one of them; or the tokenizer knows no words at all.
     """
     require_words(tokenizer, str(path))
-    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    size = embeddings(model)
     if size is None or len(tokenizer) <= size:
         return
     added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
