@@ -19,6 +19,9 @@ def map_bounded(
 ) -> Generator[tuple[int, Result], None, None]:
     """Yield `(index, function(item))` as they come, at most `concurrency` at one time.
 
+    A result that the consumer has not yet taken counts as one of the `concurrency`, so no more than
+    that many calls are ever started ahead of what the consumer has seen.
+
     When a call raises, or the consumer stops (Ctrl-C above all), no further call is started, those
     under way get `grace` seconds to end (and to save what they have got), and the error goes on.
     The threads are daemons: a stalled server does not keep the program from ending.
@@ -28,9 +31,13 @@ def map_bounded(
         waiting.put(entry)
     done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
     stop = threading.Event()
+    free = threading.Semaphore(concurrency)
 
     def work() -> None:
-        while not stop.is_set():
+        while True:
+            free.acquire()
+            if stop.is_set():
+                return
             try:
                 index, item = waiting.get_nowait()
             except queue.Empty:
@@ -53,8 +60,10 @@ def map_bounded(
             if error is not None:
                 raise error
             yield index, result
+            free.release()
     finally:
         stop.set()
+        free.release(len(threads))  # those that wait see the stop
         deadline = time.monotonic() + grace
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
