@@ -26,14 +26,14 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from shiftrm.losses import bradley_terry_loss, difference_loss
-from shiftrm.meta import (
+from shiftrm.core.losses import bradley_terry_loss, difference_loss
+from shiftrm.core.meta import (
     look_ahead,
     midpoint_change,
     midpoint_change_by_differences,
 )
-from shiftrm.meta_direction import global_norm, inner_product
-from shiftrm.scoring import score_head, sequence_rewards
+from shiftrm.core.meta_direction import global_norm, inner_product
+from shiftrm.models.scoring import score_head, sequence_rewards
 
 Gradient = list[Tensor]
 STEPS = {"eta = 5e-6, sgd": None, "rho = 0.01": 0.01, "rho = 0.05": 0.05, "rho = 0.5": 0.5}
@@ -93,7 +93,7 @@ def virtual(case: Case, directions: Gradient, eta: float) -> Gradient:
 def virtual_shift(case: Case, directions: Gradient, eta: float) -> Iterator[None]:
     """Every leaf returns leaf(x) + eta * leaf(x; parameters = d), x not detached.
 
-    The score head is read through its weight (shiftrm.scoring), so it moves in place.
+    The score head is read through its weight (shiftrm.models.scoring), so it moves in place.
     """
     by_id = {id(p): d for p, d in zip(case.parameters, directions, strict=True)}
     head = score_head(case.model)
@@ -123,7 +123,7 @@ def virtual_shift(case: Case, directions: Gradient, eta: float) -> Iterator[None
 
 
 def linearised(case: Case, directions: Gradient, eta: float) -> Gradient:
-    from shiftrm.curvature import hessian_vector_product
+    from shiftrm.core.curvature import hessian_vector_product
 
     return [eta * h for h in hessian_vector_product(case.loss, case.parameters, directions)]
 

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shiftrm.core.losses import bradley_terry_loss
 from shiftrm.data.domains import Domain
 from shiftrm.files import Row, atomic_write_text
-from shiftrm.losses import bradley_terry_loss
-from shiftrm.rendering import encode
-from shiftrm.testbed.domain_world import DomainWorldConfig, build_domain, sft_rows
-from shiftrm.testbed.domains import FEATURES, HELD_OUT, SOURCES, TABLE, flipped, gold, measure
-from shiftrm.testbed.language import TOPICS, build_tokenizer
+from shiftrm.models.rendering import encode
+from shiftrm.world.build_domains import DomainWorldConfig, build_domain, sft_rows
+from shiftrm.world.domain_gold import FEATURES, HELD_OUT, SOURCES, TABLE, flipped, gold, measure
+from shiftrm.world.language import TOPICS, build_tokenizer
 
 MARKS = ("<!-- {}:begin -->", "<!-- {}:end -->")
 

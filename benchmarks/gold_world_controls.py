@@ -12,8 +12,8 @@ from pathlib import Path
 
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
+from shiftrm.pipeline.engine import RECORDS_FILE, run_stages
 from shiftrm.records import Record, read_records, write_records
-from shiftrm.rounds.engine import RECORDS_FILE, run_stages
 
 
 def main() -> int:
@@ -38,16 +38,16 @@ def main() -> int:
 
 
 def run(seeds: list[int], output: Path, workers: int, docs: Path | None) -> int:
-    from shiftrm.report.plots import render
-    from shiftrm.rounds.control_checks import check_controls
-    from shiftrm.rounds.control_report import (
+    from shiftrm.pipeline.control_checks import check_controls
+    from shiftrm.pipeline.control_report import (
         checks_table,
         controls_figure,
         controls_tables,
         feature_table,
         replace_block,
     )
-    from shiftrm.rounds.controls import ControlsConfig, plan_controls
+    from shiftrm.pipeline.controls import ControlsConfig, plan_controls
+    from shiftrm.report.plots import render
 
     records: list[Record] = []
     for seed in dict.fromkeys(seeds):

@@ -8,7 +8,7 @@ within a repetition. Reported are the median time and the largest peak of memory
 process held just before. Peers are optional: `pip install torchopt` (and `higher`); without them
 they are left out.
 
-    exact, finite_difference, none   shiftrm.hypergradient with that curvature
+    exact, finite_difference, none   shiftrm.core.hypergradient with that curvature
     unroll                           torch.func.functional_call and create_graph=True
     torchopt                         torchopt.MetaSGD
     higher                           higher.innerloop_ctx (unmaintained)
@@ -176,7 +176,7 @@ def batches(args: argparse.Namespace, D: int, *, seed: int) -> tuple[Any, Any]:
     """Rows of random lengths from half of `--tokens` up, padded, or of equal length."""
     import torch
 
-    from shiftrm.hypergradient import InnerBatch, OuterBatch, Sequences
+    from shiftrm.core.hypergradient import InnerBatch, OuterBatch, Sequences
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -203,7 +203,7 @@ def batches(args: argparse.Namespace, D: int, *, seed: int) -> tuple[Any, Any]:
 
 
 def ours(policy: Any, reward_model: Any, inner: Any, outer: Any, args: Any) -> Any:
-    from shiftrm.hypergradient import hypergradient
+    from shiftrm.core.hypergradient import hypergradient
 
     return hypergradient(
         policy,
@@ -221,7 +221,7 @@ def ours(policy: Any, reward_model: Any, inner: Any, outer: Any, args: Any) -> A
 
 def log_likelihood(model: Callable[..., Any], batch: Any) -> Any:
     """For the peers; like ours, they compute no logits of the prompt."""
-    from shiftrm.losses import response_log_likelihood
+    from shiftrm.core.losses import response_log_likelihood
 
     keep = int(batch.response_mask.any(dim=0).sum()) + 1
     logits = model(
@@ -238,8 +238,8 @@ def log_likelihood(model: Callable[..., Any], batch: Any) -> Any:
 def inner_loss(model: Callable[..., Any], reward_model: Any, batch: Any, *, twice: bool) -> Any:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from shiftrm.losses import reward_weights
-    from shiftrm.scoring import sequence_rewards
+    from shiftrm.core.losses import reward_weights
+    from shiftrm.models.scoring import sequence_rewards
 
     rewards = sequence_rewards(reward_model, batch.reward_input_ids, batch.reward_attention_mask)
     # Only what is differentiated twice needs math attention.
@@ -248,7 +248,7 @@ def inner_loss(model: Callable[..., Any], reward_model: Any, batch: Any, *, twic
 
 
 def outer_loss(model: Callable[..., Any], outer: Any) -> Any:
-    from shiftrm.losses import preference_policy_loss
+    from shiftrm.core.losses import preference_policy_loss
 
     sides = (log_likelihood(model, side) for side in outer)
     return preference_policy_loss(*sides).mean()

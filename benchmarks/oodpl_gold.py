@@ -20,18 +20,18 @@ import yaml
 from shiftrm.config import apply_overrides, differences, from_mapping, read_yaml, to_mapping
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
-from shiftrm.records import read_records
-from shiftrm.report.plots import render
-from shiftrm.rounds.engine import RECORDS_FILE, run_stages
-from shiftrm.transfer.config import DomainRunConfig
-from shiftrm.transfer.figures import (
+from shiftrm.oodpl.gold_config import DomainRunConfig
+from shiftrm.oodpl.gold_figures import (
     beta_figure,
     gold_figure,
     gradient_norm_figure,
     training_figure,
 )
-from shiftrm.transfer.plan import plan
-from shiftrm.transfer.tables import all_tables
+from shiftrm.oodpl.gold_plan import plan
+from shiftrm.oodpl.gold_tables import all_tables
+from shiftrm.pipeline.engine import RECORDS_FILE, run_stages
+from shiftrm.records import read_records
+from shiftrm.report.plots import render
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gold_domains.yaml"
 

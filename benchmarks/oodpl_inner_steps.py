@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from shiftrm.bilevel.curvature import InnerLoss
+from shiftrm.core.inner_curvature import InnerLoss
+from shiftrm.core.losses import reward_weights
 from shiftrm.data.domains import Domain, load_split
-from shiftrm.evaluation.preference import preference_accuracy
-from shiftrm.losses import reward_weights
-from shiftrm.sampling import load_policy
-from shiftrm.testbed.domain_world import DOMAINS, read_table
-from shiftrm.testbed.domains import gold_of
-from shiftrm.transfer.batches import Encoder, inner_batch
-from shiftrm.transfer.plan import targets
+from shiftrm.models.sampling import load_policy
+from shiftrm.oodpl.batches import Encoder, inner_batch
+from shiftrm.oodpl.gold_plan import targets
+from shiftrm.oodpl.preference import preference_accuracy
+from shiftrm.world.build_domains import DOMAINS, read_table
+from shiftrm.world.domain_gold import gold_of
 
 RATES = {"sum": (0.003, 0.01, 0.03), "mean": (0.1, 0.3, 1.0)}
 STEPS = (1, 4)

@@ -11,7 +11,7 @@ from shiftrm.config import (
     to_mapping,
 )
 from shiftrm.errors import UserError
-from shiftrm.rounds.config import RunConfig
+from shiftrm.pipeline.demo_config import RunConfig
 
 
 def build(*overrides):

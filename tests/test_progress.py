@@ -8,9 +8,9 @@ import pytest
 from shiftrm import cli
 from shiftrm import progress as progress_module
 from shiftrm.cli.progress import bar
+from shiftrm.pipeline.engine import Stage
+from shiftrm.pipeline.folder import progress as stage_progress
 from shiftrm.progress import EVERY, LOG_FILE, Progress, duration
-from shiftrm.rounds.engine import Stage
-from shiftrm.rounds.folder import progress as stage_progress
 from shiftrm.trainers.progress import ProgressInWords, log_progress_to
 
 

@@ -20,7 +20,7 @@ def test_python_example(tmp_path, monkeypatch, policy, tokenizer, pairs, groups)
     write_jsonl("pairs.jsonl", pairs)
     write_jsonl("groups.jsonl", [g for g in groups if len(g["responses"]) == 4])
     exec(compile(code, "README.md", "exec"), {})
-    from shiftrm.scoring import Scorer
+    from shiftrm.models.scoring import Scorer
 
     [reward] = Scorer.from_pretrained("reward-round-2")(["the red"], [" cat"])
     assert reward == pytest.approx(reward)

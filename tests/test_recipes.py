@@ -11,11 +11,11 @@ from shiftrm.data.amazon import amazon_domains, read_amazon
 from shiftrm.data.domains import write_domains
 from shiftrm.data.shp import LEAVE_OUT, read_shp, shp_domains
 from shiftrm.files import write_jsonl
-from shiftrm.scoring import Scorer
-from shiftrm.trainers.oodpl_command import settings_of
-from shiftrm.transfer.config import DomainRunConfig
-from shiftrm.transfer.plan import plan
-from tests.loop.conftest import LOOP
+from shiftrm.models.scoring import Scorer
+from shiftrm.oodpl.gold_config import DomainRunConfig
+from shiftrm.oodpl.gold_plan import plan
+from shiftrm.oodpl.training_command import settings_of
+from tests.pipeline.conftest import LOOP
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL = ("shp", "amazon")
@@ -30,7 +30,7 @@ def snippet(name):
 
 
 def test_all_recipes_are_tested():
-    """Those of `shiftrm run` in tests/loop/test_recipes.py."""
+    """Those of `shiftrm run` in tests/pipeline/test_recipes.py."""
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {*REAL, "gold_domains", *LOOP}
 
 

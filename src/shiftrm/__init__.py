@@ -6,27 +6,32 @@ The names below load on first use, so that `import shiftrm` and the command line
 import importlib
 from typing import Any
 
+from shiftrm import _old_names
+
 __version__ = "0.1.0"
 
 _HOME = {
     "MetaRMConfig": "shiftrm.trainers.metarm",
     "MetaRMTrainer": "shiftrm.trainers.metarm",
-    "OODPLConfig": "shiftrm.trainers.oodpl_config",
-    "OODPLTrainer": "shiftrm.trainers.oodpl",
-    "PPOConfig": "shiftrm.trainers.ppo",
-    "PPOTrainer": "shiftrm.trainers.ppo",
+    "OODPLConfig": "shiftrm.oodpl.meta_config",
+    "OODPLTrainer": "shiftrm.oodpl.trainer",
+    "PPOConfig": "shiftrm.policies.ppo",
+    "PPOTrainer": "shiftrm.policies.ppo",
     "RewardConfig": "shiftrm.trainers.reward",
     "RewardTrainer": "shiftrm.trainers.reward",
-    "Scorer": "shiftrm.scoring",
-    "SamplingConfig": "shiftrm.sampling",
+    "Scorer": "shiftrm.models.scoring",
+    "SamplingConfig": "shiftrm.models.sampling",
     "UserError": "shiftrm.errors",
-    "bradley_terry_loss": "shiftrm.losses",
-    "difference_loss": "shiftrm.losses",
-    "preference_policy_loss": "shiftrm.losses",
-    "reward_weighted_loss": "shiftrm.losses",
+    "bradley_terry_loss": "shiftrm.core.losses",
+    "difference_loss": "shiftrm.core.losses",
+    "preference_policy_loss": "shiftrm.core.losses",
+    "reward_weighted_loss": "shiftrm.core.losses",
 }
 
 __all__ = sorted(_HOME)
+
+
+_old_names.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -63,7 +63,7 @@ def map_bounded(
             free.release()
     finally:
         stop.set()
-        free.release(len(threads))  # those that wait see the stop
+        free.release(max(1, len(threads)))  # those that wait see the stop
         deadline = time.monotonic() + grace
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))

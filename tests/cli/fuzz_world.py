@@ -13,7 +13,7 @@ from shiftrm.data.domains import write_domains
 from shiftrm.files import write_jsonl
 from shiftrm.records import Record, write_records
 from tests.conftest import llama_config
-from tests.transfer.domains import ANIMALS, make_domain
+from tests.oodpl.domains import ANIMALS, make_domain
 
 PAIRS = [
     {"prompt": f"the {colour} cat", "chosen": f" runs {colour}", "rejected": " sits"}

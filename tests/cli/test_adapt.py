@@ -14,8 +14,8 @@ from transformers import Trainer
 
 from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
+from shiftrm.models.scoring import Scorer
 from shiftrm.report.diagnosis import write_page
-from shiftrm.scoring import Scorer
 from tests.cli.conftest import refused
 from tests.cli.test_train_interrupted import start, weights
 from tests.conftest import WORDS
@@ -35,7 +35,7 @@ def text(rng):
 @pytest.fixture
 def shiftrm(shiftrm, files, reward_model, tokenizer, monkeypatch):
     """shiftrm(...) beside a reward model, 50 groups of 40 prompts, and held-out pairs."""
-    monkeypatch.setattr("shiftrm.trainers.adapt.write_page", lambda found, path: None)  # 2 s each
+    monkeypatch.setattr("shiftrm.methods.adapt.write_page", lambda found, path: None)  # 2 s each
     reward_model.save_pretrained(files / "rm")
     tokenizer.save_pretrained(files / "rm")
     rng = random.Random(0)
@@ -69,7 +69,7 @@ def accuracy_by_hand(model, rows):
 
 
 def test_before_and_after_are_those_of_the_two_models(shiftrm, monkeypatch):
-    monkeypatch.setattr("shiftrm.trainers.adapt.write_page", write_page)
+    monkeypatch.setattr("shiftrm.methods.adapt.write_page", write_page)
     status, output = shiftrm(*GROUPS, "--eval-pairs", "heldout.jsonl")
     assert status == 0
     found = json.loads(Path("out/before_after.json").read_text())
@@ -127,7 +127,7 @@ def test_groups_held_out_are_not_adapted_to(shiftrm, monkeypatch):
         seen.extend(groups)
         return plain(job, groups, *args, **kwargs)
 
-    monkeypatch.setattr("shiftrm.trainers.adapt.train_in_work", spy)
+    monkeypatch.setattr("shiftrm.methods.adapt.train_in_work", spy)
     assert shiftrm(*GROUPS, "--holdout", "0.25")[0] == 0
     out = read_jsonl("out/heldout-groups.jsonl")
     assert not {g["prompt"] for g in out} & {g["prompt"] for g in seen}
@@ -171,9 +171,7 @@ def test_the_policy_is_sampled(shiftrm):
 
 def test_options_from_a_file(shiftrm, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "shiftrm.trainers.adapt.adapt", lambda *a, **given: calls.append((a, given))
-    )
+    monkeypatch.setattr("shiftrm.methods.adapt.adapt", lambda *a, **given: calls.append((a, given)))
     lines = ["model: rm", "pairs: pairs.jsonl", "policy: policy", "prompts: prompts.jsonl"]
     lines += ["responses: 2", "max_new_tokens: 4", "holdout: 0.5", "output: out", "max_steps: 2"]
     Path("c.yaml").write_text("\n".join(lines))
@@ -207,7 +205,7 @@ def test_a_warning_when_the_meta_step_outweighs_the_pairs(shiftrm, caplog):
 
 
 def test_interrupted_while_sampling_and_while_training(shiftrm, monkeypatch):
-    from shiftrm import sampling
+    from shiftrm.models import sampling
 
     settings = [*POLICY, "--sampling-batch-size", "2", "max_steps=4", "save_steps=2"]
     assert shiftrm(*settings)[0] == 0
@@ -260,7 +258,7 @@ def test_samples_serve_another_training(shiftrm, monkeypatch):
     monkeypatch.setattr(Trainer, "training_step", step)
     written = (WORK / "groups.jsonl").stat().st_mtime_ns
     monkeypatch.setattr(
-        "shiftrm.trainers.adapt.load_policy", lambda path: pytest.fail("sampled once more")
+        "shiftrm.methods.adapt.load_policy", lambda path: pytest.fail("sampled once more")
     )
     status, _ = shiftrm(*POLICY, "learning_rate=1e-3")
     assert (status, written > 0) == (0, True)

@@ -72,8 +72,8 @@ def test_no_traceback_from_the_real_command(tmp_path):
 
 def test_output_folder_of_another_configuration(tmp_path, capsys):
     from shiftrm.config import to_mapping
-    from shiftrm.rounds.folder import claim
-    from shiftrm.rounds.run import configure
+    from shiftrm.pipeline.demo_run import configure
+    from shiftrm.pipeline.folder import claim
 
     claim(tmp_path / "run", to_mapping(configure(["ppo.steps=3"])), "")
     assert main(["demo", "--output", str(tmp_path / "run"), "ppo.steps=4"]) == 2
@@ -89,8 +89,8 @@ def test_output_folder_that_is_not_a_run(tmp_path, capsys):
 
 def test_a_run_killed_at_its_very_start_can_go_on(tmp_path):
     from shiftrm.config import to_mapping
-    from shiftrm.rounds.folder import claim
-    from shiftrm.rounds.run import configure
+    from shiftrm.pipeline.demo_run import configure
+    from shiftrm.pipeline.folder import claim
 
     (tmp_path / ".config.yaml.0123.tmp").write_text("seed")
     claim(tmp_path, to_mapping(configure([])), "")

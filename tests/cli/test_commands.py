@@ -13,7 +13,7 @@ from transformers import (
 
 from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
-from shiftrm.scoring import Scorer
+from shiftrm.models.scoring import Scorer
 from tests.conftest import llama_config
 
 QUICK = ["max_steps=2", "logging_steps=1", "disable_tqdm=true"]

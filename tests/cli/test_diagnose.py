@@ -8,9 +8,9 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaForSequenceClassification
 
 from shiftrm.cli import main
-from shiftrm.evaluation.scored_files import read_data, score_data
 from shiftrm.files import read_jsonl, write_jsonl
-from shiftrm.scoring import Scorer
+from shiftrm.measure.diagnosis.scored_files import read_data, score_data
+from shiftrm.models.scoring import Scorer
 from tests.conftest import WORDS, llama_config
 
 N = 40

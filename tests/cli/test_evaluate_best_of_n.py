@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from shiftrm.cli import main
-from shiftrm.evaluation.best_of_n import best_of_n
 from shiftrm.files import write_jsonl
-from shiftrm.scoring import Scorer
-from shiftrm.testbed.gold import gold_reward
+from shiftrm.measure.best_of_n import best_of_n
+from shiftrm.models.scoring import Scorer
+from shiftrm.world.gold import gold_reward
 from tests.cli.conftest import refused
 from tests.conftest import WORDS, llama_config
 

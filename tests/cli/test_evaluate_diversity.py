@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import LlamaModel
 
-from shiftrm.evaluation.diversity import self_bleu, tokenise
-from shiftrm.evaluation.diversity_files import (
+from shiftrm.files import write_jsonl
+from shiftrm.measure.diversity import self_bleu, tokenise
+from shiftrm.measure.diversity_files import (
     ACROSS,
     WITHIN,
     flat,
     measure_diversity,
     read_responses,
 )
-from shiftrm.evaluation.embeddings import load_embedder
-from shiftrm.files import write_jsonl
+from shiftrm.measure.embeddings import load_embedder
 from tests.cli.conftest import refused
 from tests.conftest import WORDS, llama_config
 
@@ -220,7 +220,7 @@ def test_sentence_transformers_is_used_where_it_is(embedder, monkeypatch):
     module = types.ModuleType("sentence_transformers")
     module.SentenceTransformer = SentenceTransformer
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
-    monkeypatch.setattr("shiftrm.evaluation.embeddings.find_spec", lambda name: object())
+    monkeypatch.setattr("shiftrm.measure.embeddings.find_spec", lambda name: object())
     vectors = load_embedder(str(embedder), batch_size=5)(["a", "\ud800"])
     assert vectors == pytest.approx(np.array([[0.6, 0.8]] * 2))
     assert asked == {"path": str(embedder), "texts": ["a", "?"], "batch_size": 5}

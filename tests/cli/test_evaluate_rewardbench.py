@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from shiftrm.evaluation.rewardbench import ScoredRow, rewardbench_2
-from shiftrm.evaluation.rewardbench_files import read_rewardbench, score_rewardbench
 from shiftrm.files import read_jsonl, write_jsonl
-from shiftrm.scoring import Scorer
+from shiftrm.measure.rewardbench import ScoredRow, rewardbench_2
+from shiftrm.measure.rewardbench_files import read_rewardbench, score_rewardbench
+from shiftrm.models.scoring import Scorer
 from tests.cli.conftest import refused
 from tests.conftest import WORDS, llama_config
 
@@ -145,7 +145,7 @@ def test_hub_names_take_the_split_that_is_scored(monkeypatch):
         asked.append((source, split))
         yield "here", ROW_2
 
-    monkeypatch.setattr("shiftrm.evaluation.rewardbench_files.iterate_rows", rows)
+    monkeypatch.setattr("shiftrm.measure.rewardbench_files.iterate_rows", rows)
     for source in ("allenai/reward-bench", "allenai/reward-bench-2", "me/mine"):
         assert read_rewardbench(source).version == 2
     assert [split for _, split in asked] == ["filtered", "test", "train"]

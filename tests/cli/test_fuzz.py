@@ -150,9 +150,9 @@ UNTRIED = re.compile(
 
 def fields(command):
     """Names of a command's settings, as its configuration classes declare them."""
+    from shiftrm.oodpl.meta_config import OODPLConfig
+    from shiftrm.policies import configs
     from shiftrm.trainers.metarm_config import MetaRMConfig
-    from shiftrm.trainers.oodpl_config import OODPLConfig
-    from shiftrm.trainers.policy import configs
 
     classes = {
         "train": [MetaRMConfig],
@@ -363,7 +363,7 @@ def fuzz_world(tmp_path_factory, tokenizer):
     def no_stages(*_, **__):
         raise UserError("stages are not run here")
 
-    for module in ("rounds.run", "loop.run", "transfer.command"):
+    for module in ("pipeline.demo_run", "pipeline.run", "oodpl.meta_test_command"):
         patch.setattr(f"shiftrm.{module}.run_stages", no_stages)
     patch.setattr("builtins.input", lambda _: "n")
     patch.setattr(sys, "stdin", io.StringIO())

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shiftrm.data.domains import write_domains
+from shiftrm.models.scoring import Scorer
+from shiftrm.oodpl.trainer import OODPLTrainer
+from shiftrm.pipeline import engine
 from shiftrm.records import read_records
-from shiftrm.rounds import engine
-from shiftrm.scoring import Scorer
-from shiftrm.trainers.oodpl import OODPLTrainer
-from tests.transfer.domains import ANIMALS, make_domain
+from tests.oodpl.domains import ANIMALS, make_domain
 
 TRAIN = ["meta-train", "--model", "policy", "--domains", "domains", "--output", "out"]
 SMALL = ["max_steps=4", "support_batch_size=3", "query_batch_size=2", "inner_learning_rate=0.05"]

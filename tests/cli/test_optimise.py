@@ -27,16 +27,15 @@ from shiftrm.cli.optimise import METHODS as CLI_METHODS
 from shiftrm.cli.optimise import method_help
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
-from shiftrm.sampling import load_policy
-from shiftrm.scoring import Scorer
-from shiftrm.trainers import ppo_checkpoint
-from shiftrm.trainers.policy import ppo as ppo_command
-from shiftrm.trainers.policy.commands import METHODS, optimise
-from shiftrm.trainers.policy.configs import refused as refused_settings
-from shiftrm.trainers.policy.kl import measure_kl
-from shiftrm.trainers.policy.text_reward import reward_scale
-from shiftrm.trainers.ppo import PPOTrainer
-from shiftrm.trainers.ppo_config import PPOConfig
+from shiftrm.models.sampling import load_policy
+from shiftrm.models.scoring import Scorer
+from shiftrm.policies import ppo_checkpoint, ppo_command
+from shiftrm.policies.commands import METHODS, optimise
+from shiftrm.policies.configs import refused as refused_settings
+from shiftrm.policies.kl import measure_kl
+from shiftrm.policies.ppo import PPOTrainer
+from shiftrm.policies.ppo_config import PPOConfig
+from shiftrm.policies.text_reward import reward_scale
 from tests.cli.conftest import refused
 from tests.cli.test_sft import equal, weights
 from tests.cli.test_train_interrupted import start

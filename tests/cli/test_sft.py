@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
-from shiftrm.sampling import load_policy
+from shiftrm.models.sampling import load_policy
 from tests.cli.conftest import refused
 from tests.data.test_sources import write
 

@@ -18,7 +18,7 @@ from transformers import (
 from shiftrm.cli import train
 from shiftrm.cli.train import fold_flags
 from shiftrm.files import read_jsonl, write_jsonl
-from shiftrm.scoring import Scorer
+from shiftrm.models.scoring import Scorer
 from tests.cli.conftest import refused
 from tests.conftest import llama_config
 from tests.data.test_sources import write

@@ -12,10 +12,10 @@ import pytest
 
 from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
-from shiftrm.testbed.gold import gold_reward
+from shiftrm.world.gold import gold_reward
 from tests.cli.conftest import refused
-from tests.evaluation.test_judge_endpoint import likes
 from tests.fake_endpoint import Fail, FakeEndpoint
+from tests.measure.test_judge_endpoint import likes
 
 KEY = "sk-very-secret-0123456789"
 PROMPTS = [f"prompt {i}" for i in range(6)]

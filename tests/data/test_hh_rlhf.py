@@ -17,7 +17,7 @@ from shiftrm.data.hh_rlhf import (
 )
 from shiftrm.data.named import load
 from shiftrm.errors import UserError
-from shiftrm.rendering import encode
+from shiftrm.models.rendering import encode
 from tests.data.public_schemas import hh_row, transcript, write_hh, write_hh_folder, write_rows
 
 

@@ -32,7 +32,7 @@ START = DOCS / "quick-start.md"
 README = ROOT / "README.md"
 SEVERAL = "accelerate launch on several processes; tests/trainers/test_*distributed.py do"
 BENCHMARK = "a measurement of minutes to hours; the page says when and how it was made"
-MINUTES = "the gold world at full size, minutes; tests/rounds run it tiny"
+MINUTES = "the gold world at full size, minutes; tests/demo run it tiny"
 
 NOT_RUN = {
     "make ": "sets up an environment, or runs everything",
@@ -41,7 +41,7 @@ NOT_RUN = {
     "export ": "of a shell",
     "accelerate launch": SEVERAL,
     "python benchmarks/": BENCHMARK,
-    "python -c from shiftrm.testbed.domain_world": "commands/meta.md runs the same",
+    "python -c from shiftrm.world.build_domains": "commands/meta.md runs the same",
     "for ": "a loop of a shell over what other pages run",
     "shiftrm demo": MINUTES,
     "shiftrm run recipes/hh_helpful.yaml model=meta-llama/": "the hub and GPUs; planned only",
@@ -142,7 +142,7 @@ def understood(words, where):
         status, said = spoken(words)
     assert status == 0, f"{where}: {' '.join(words)}\n{said}"
     if "--config" not in words:
-        from shiftrm.loop.settings import check_words
+        from shiftrm.pipeline.settings import check_words
 
         try:
             check_words(words, [word for word in words[1:] if "=" in word and word[0] != "-"])

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from shiftrm.files import write_jsonl
-from shiftrm.testbed.domain_world import DomainWorldConfig, write_domain_world
+from shiftrm.world.build_domains import DomainWorldConfig, write_domain_world
 from tests.data import public_schemas as schemas
 from tests.fake_vllm import continued
 from tests.test_recipes import amazon_rows, shp_rows

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from shiftrm.sampling import SamplingConfig, generate
-from shiftrm.scoring import Scorer
+from shiftrm.models.sampling import SamplingConfig, generate
+from shiftrm.models.scoring import Scorer
 from tests.gpu.conftest import DEVICE, policy, reward_model, word_rows
 
 PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 5, 9, 10, 11, 12, 13]]

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from shiftrm.prefix import SharedRows, cheap_split, pack
-from shiftrm.rewards import group_rewards
-from shiftrm.sharing import sharing_obstacle
+from shiftrm.models.prefix import SharedRows, cheap_split, pack
+from shiftrm.models.rewards import group_rewards
+from shiftrm.models.sharing import sharing_obstacle
 from shiftrm.trainers.metarm import MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
 from tests.gpu.conftest import DEVICE, policy, reward_model, word_rows
@@ -184,9 +184,9 @@ def test_a_metarm_step(make_trainer, precision):
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_ppo_step(tokenizer, bf16):
-    from shiftrm.sampling import SamplingConfig
-    from shiftrm.scoring import Scorer
-    from shiftrm.trainers.ppo import PPOConfig, PPOTrainer, make_critic
+    from shiftrm.models.sampling import SamplingConfig
+    from shiftrm.models.scoring import Scorer
+    from shiftrm.policies.ppo import PPOConfig, PPOTrainer, make_critic
 
     actor = policy("small", vocabulary=len(tokenizer))
     before = {k: v.detach().clone() for k, v in actor.named_parameters()}

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from shiftrm.evaluation.comparison import compare
-from shiftrm.evaluation.diagnosis import ScoredFile, diagnose
-from shiftrm.evaluation.intervals import Measured
-from shiftrm.evaluation.scored import ScoredGroup, ScoredPair, ScoredResponse
-from shiftrm.evaluation.verdict import overall, verdicts
+from shiftrm.core.intervals import Measured
+from shiftrm.measure.diagnosis.comparison import compare
+from shiftrm.measure.diagnosis.diagnosis import ScoredFile, diagnose
+from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResponse
+from shiftrm.measure.diagnosis.verdict import overall, verdicts
 from shiftrm.report.diagnosis import Findings, numbers, render_page, write_numbers, write_page
 from shiftrm.report.diagnosis_examples import as_text, examples
 from shiftrm.report.diagnosis_plots import calibration_figure, difference_figure, length_figure

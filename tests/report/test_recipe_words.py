@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shiftrm.evaluation.intervals import sign_test
-from shiftrm.evaluation.judge import Verdict
-from shiftrm.loop import judging
+from shiftrm.core.intervals import sign_test
+from shiftrm.measure.judges.comparing import Verdict
+from shiftrm.pipeline import judging
 from shiftrm.records import Record, Recorder
 from shiftrm.report.measurements import Measurements
 from shiftrm.report.recipe_arms import Arms, arms_of

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shiftrm.evaluation.human import Placement, make_sheet
-from shiftrm.evaluation.human_answers import read_answers
-from shiftrm.evaluation.human_files import Key
-from shiftrm.evaluation.judge import Comparison
+from shiftrm.measure.judges.comparing import Comparison
+from shiftrm.measure.people.answers import read_answers
+from shiftrm.measure.people.blinding import Placement, make_sheet
+from shiftrm.measure.people.key_files import Key
 from shiftrm.report.sheet import sheet_page
 from tests.report.chromium import CHROMIUM, browser
 

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from shiftrm.rewards import sequence_rewards
+from shiftrm.models.rewards import sequence_rewards
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer, MetaStepState
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 from shiftrm.trainers.sharding import reshard, whole

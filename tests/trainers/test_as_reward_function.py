@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from shiftrm.scoring import Scorer
+from shiftrm.models.scoring import Scorer
 from shiftrm.trainers.reward import RewardTrainer
 
 CHATS = [

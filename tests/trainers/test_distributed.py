@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
-from shiftrm.scoring import Scorer
+from shiftrm.models.scoring import Scorer
 from tests.trainers.distributed_run import CASES, LOGGED, run
 
 pytestmark = pytest.mark.slow

@@ -5,12 +5,12 @@ import torch
 from transformers import AutoConfig, LlamaForSequenceClassification
 
 from shiftrm.errors import UserError
-from shiftrm.prefix import pack
-from shiftrm.sharing import sharing_obstacle
+from shiftrm.models.prefix import pack
+from shiftrm.models.sharing import sharing_obstacle
 from shiftrm.trainers.first_batch import first_obstacle, longest_rows
 from shiftrm.trainers.reward import RewardTrainer
 from tests.conftest import llama_config
-from tests.test_checkpoints import classifier
+from tests.models.test_checkpoints import classifier
 
 ROWS = pack([[[5, 6, 7, 8], [5, 6, 9]]], pad_token_id=0)
 

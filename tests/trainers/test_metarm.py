@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from shiftrm.errors import UserError
-from shiftrm.rendering import encode
+from shiftrm.models.rendering import encode
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
 
@@ -411,7 +411,7 @@ def test_trains_by_name_like_trl(make_trainer, reward_model, tokenizer, tmp_path
     assert isinstance(trainer, MetaRMTrainer)
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
-    from shiftrm.scoring import Scorer
+    from shiftrm.models.scoring import Scorer
 
     scorer = Scorer.from_pretrained(tmp_path / "final")
     from_memory = Scorer(trainer.model, tokenizer)

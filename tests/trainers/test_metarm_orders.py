@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification, OPTConfig, OPTForSequenceClassification
 
 from shiftrm.errors import UserError
-from shiftrm.rendering import encode
+from shiftrm.models.rendering import encode
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
 from tests.conftest import llama_config

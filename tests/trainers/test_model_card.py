@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shiftrm.evaluation.intervals import measured, weighted_mean
+from shiftrm.core.intervals import measured, weighted_mean
 from shiftrm.trainers.model_card import _accuracy_words
 from shiftrm.trainers.pair_metrics import _interval
 

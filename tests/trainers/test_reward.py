@@ -13,7 +13,7 @@ from transformers import BloomConfig, BloomForSequenceClassification
 from trl import RewardTrainer as TRLRewardTrainer
 
 from shiftrm.errors import UserError
-from shiftrm.trainers.loading import load_reward_model
+from shiftrm.models.reward_loading import load_reward_model
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 
 CHAT = [
@@ -73,7 +73,7 @@ def test_training_equals_trls(make_trainer, reward_model, pairs):
 
 def test_pad_equal_to_eos_reads_the_right_token(make_trainer, reward_model, tokenizer, pairs):
     """The last real token is EOS; with pad == EOS, transformers pools the token before it."""
-    from shiftrm.rewards import pad_right, sequence_rewards
+    from shiftrm.models.rewards import pad_right, sequence_rewards
 
     rows = [[5, 6, 7, 2], [5, 6, 2]]
     ids, mask = pad_right(rows, pad_token_id=2)
@@ -310,7 +310,7 @@ def test_lora_saves_its_head_and_loads_again(
     base, policy, reward_model, tokenizer, pairs, options, tmp_path
 ):
     """A saved adapter folder gives the trained scores, head included, whatever is under it."""
-    from shiftrm.scoring import Scorer
+    from shiftrm.models.scoring import Scorer
 
     {"policy": policy, "reward model": reward_model}[base].save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -348,7 +348,7 @@ def test_without_a_pad_token_others_still_read_the_trained_reward(
     """TRL pads with EOS then; transformers would pool before the EOS that was trained."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from shiftrm.scoring import Scorer
+    from shiftrm.models.scoring import Scorer
 
     unpadded = copy.deepcopy(tokenizer)
     unpadded.pad_token = None
@@ -403,7 +403,7 @@ def test_a_short_first_batch_does_not_hide_a_window(make_trainer, caplog, monkey
         num_labels=1,
     )
     monkeypatch.setattr(
-        "shiftrm.sharing.obstacle", lambda config: None
+        "shiftrm.models.sharing.obstacle", lambda config: None
     )  # only the comparison tells
     model = GPTNeoForSequenceClassification(config)
     with torch.no_grad():

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     numbers = {key: _number(key, options[key]) for key in (*SAMPLING, "holdout") if key in options}
     _check_policy(options, numbers)
     settings.quieten_libraries()
-    from shiftrm.trainers.adapt import PAGE, adapt
+    from shiftrm.methods.adapt import PAGE, adapt
 
     only_on_terminals()
     found = adapt(
@@ -144,8 +144,8 @@ def _check_policy(options: dict[str, Any], numbers: dict[str, Any]) -> None:
 
 
 def _samples(options: dict[str, Any], numbers: dict[str, Any]) -> Any:
-    from shiftrm.sampling import SamplingConfig
-    from shiftrm.trainers.adapt import PolicySamples
+    from shiftrm.methods.adapt import PolicySamples
+    from shiftrm.models.sampling import SamplingConfig
 
     if "policy" not in options:
         return None

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     import os
 
     from shiftrm.cli.checks import at_least_one, output_folder
-    from shiftrm.rounds.run import configure, run_and_report
+    from shiftrm.pipeline.demo_run import configure, run_and_report
 
     named = {"seed": args.seed, "rounds": args.rounds}
     overrides = [f"{key}={value}" for key, value in named.items() if value is not None]

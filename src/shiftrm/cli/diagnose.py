@@ -60,7 +60,7 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one, named_paths
     from shiftrm.cli.progress import only_on_terminals
-    from shiftrm.evaluation.scored_files import read_data
+    from shiftrm.measure.diagnosis.scored_files import read_data
 
     at_least_one(args.batch_size, "--batch-size")
     sources = named_paths(args.data, "--data")
@@ -99,8 +99,8 @@ def _outputs(
 def _diagnose(models: dict[str, str], data: list[Any], *, batch_size: int, seed: int) -> Any:
     from shiftrm.cli.checks import to_accelerator
     from shiftrm.cli.progress import bar
-    from shiftrm.evaluation.findings import find
-    from shiftrm.scoring import Scorer
+    from shiftrm.measure.diagnosis.findings import find
+    from shiftrm.models.scoring import Scorer
 
     def load(path: str) -> Scorer:
         scorer = Scorer.from_pretrained(path)

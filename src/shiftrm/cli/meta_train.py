@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{key} is missing; give it here or as {key} in --config")
     output = result_folder(options, args.config)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from shiftrm.trainers.oodpl_command import meta_train
+    from shiftrm.oodpl.training_command import meta_train
 
     only_on_terminals()
     summary = meta_train(

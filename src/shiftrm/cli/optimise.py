@@ -124,7 +124,7 @@ class _Help(argparse.Action):
 def method_help(method: str) -> str:
     """Examples and settings of a method."""
     from shiftrm.cli import option_help
-    from shiftrm.trainers.policy.refused import refused
+    from shiftrm.policies.refused import refused
 
     examples = EPILOG.partition("\n\n")[0].split("\n  shiftrm ")[1:]
     own = [line for line in examples if line.startswith(f"optimise {method} ")]
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
     _require_method(options["method"])
     output = settings.output(options, args.config)  # before the seconds that the next import takes
     settings.quieten_libraries()
-    from shiftrm.trainers.policy.commands import optimise
+    from shiftrm.policies.commands import optimise
 
     only_on_terminals()
     summary = optimise(

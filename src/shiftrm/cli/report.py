@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from shiftrm.cli.checks import output_file
-    from shiftrm.rounds.engine import RECORDS_FILE
-    from shiftrm.rounds.folder import CONFIG_FILE
-    from shiftrm.rounds.run import PAGE_FILE, report
+    from shiftrm.pipeline.demo_run import PAGE_FILE, report
+    from shiftrm.pipeline.engine import RECORDS_FILE
+    from shiftrm.pipeline.folder import CONFIG_FILE
 
     runs = [Path(run) for run in args.runs]
     inputs = [run / name for run in runs for name in (RECORDS_FILE, CONFIG_FILE)]

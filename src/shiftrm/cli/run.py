@@ -15,7 +15,8 @@ Every setting of the recipe can be given as key=value. `--dry-run` prints what w
 stages, rows, steps, memory and the commands themselves, which anyone can give by hand.
 
 An interrupted run continues when the same command is given again; what stands in `execution` may
-differ then (processes, micro-batches, ...). Every setting with its meaning: shiftrm.loop.config.
+differ then (processes, micro-batches, ...). Every setting with its meaning:
+shiftrm.pipeline.experiment.
 """
 
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.settings import quieten_libraries
 
     quieten_libraries()
-    from shiftrm.loop.run import dry_run, read_recipe, run_recipe
+    from shiftrm.pipeline.run import dry_run, read_recipe, run_recipe
 
     recipe = read_recipe(args.recipe, args.settings)
     if args.dry_run:

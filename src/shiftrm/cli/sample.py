@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.progress import only_on_terminals
     from shiftrm.data.group_files import holds_groups
     from shiftrm.data.prompts import read_prompts
-    from shiftrm.sampling import SamplingConfig
+    from shiftrm.models.sampling import SamplingConfig
 
     at_least_one(args.batch_size, "--batch-size")
     at_least_one(args.responses, "--responses")
@@ -120,8 +120,8 @@ def _sample_here(
     from shiftrm.cli.checks import to_accelerator
     from shiftrm.cli.progress import bar
     from shiftrm.data.prompts import warn_of_joined_ends
+    from shiftrm.models.sampling import encode_prompts, load_policy, sample_groups
     from shiftrm.progress import task
-    from shiftrm.sampling import encode_prompts, load_policy, sample_groups
 
     with task("loading the policy", None):
         model, tokenizer = load_policy(args.policy)
@@ -145,9 +145,14 @@ def _sample_by_vllm(
 
     from shiftrm.cli.progress import bar
     from shiftrm.data.prompts import warn_of_joined_ends
-    from shiftrm.sampling import encode_prompts
-    from shiftrm.sampling_vllm import connect, load_tokenizer, policy_limits, sample_groups_vllm
-    from shiftrm.vllm_server import find_vllm, vllm_server
+    from shiftrm.models.sampling import encode_prompts
+    from shiftrm.models.sampling_vllm import (
+        connect,
+        load_tokenizer,
+        policy_limits,
+        sample_groups_vllm,
+    )
+    from shiftrm.models.vllm_server import find_vllm, vllm_server
 
     tokenizer = load_tokenizer(args.policy)
     room = args.max_new_tokens

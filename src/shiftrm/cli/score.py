@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
     from shiftrm.files import json_line, write_jsonl
-    from shiftrm.scoring import Scorer, row_responses
+    from shiftrm.models.scoring import Scorer, row_responses
 
     at_least_one(args.batch_size, "--batch-size")
     output = output_rows(args.output, apart_from=[args.model, args.data])

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     options, chosen = settings.merged(args, OPTIONS, needed=("model", "demonstrations", "output"))
     output = settings.output(options, args.config)  # before the seconds that the next import takes
     settings.quieten_libraries()
-    from shiftrm.trainers.policy.commands import sft
+    from shiftrm.policies.commands import sft
 
     only_on_terminals()
     summary = sft(

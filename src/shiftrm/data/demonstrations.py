@@ -6,7 +6,7 @@ from typing import Any
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.rendering import check_template_options, check_text, is_conversational
+from shiftrm.models.rendering import check_template_options, check_text, is_conversational
 
 __all__ = ["COLUMNS", "check_demonstration", "read_demonstrations"]
 

@@ -1,7 +1,7 @@
 """Dialogues as chat templates take them, and where two dialogues part."""
 
 from shiftrm.data.loaded import Outcome, demonstration_of, pair_of, trimmed
-from shiftrm.rendering import Messages
+from shiftrm.models.rendering import Messages
 
 __all__ = ["alternating", "last_answer", "parted"]
 

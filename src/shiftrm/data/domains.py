@@ -22,7 +22,7 @@ from pathlib import Path
 from shiftrm.data.pairs import read_pairs
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, atomic_write_text, iterate_jsonl, write_jsonl
-from shiftrm.rendering import Text, check_text
+from shiftrm.models.rendering import Text, check_text
 
 __all__ = [
     "Domain",

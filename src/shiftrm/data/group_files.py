@@ -12,7 +12,7 @@ from typing import Any
 from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text, json_line, write_lines
-from shiftrm.rendering import Text
+from shiftrm.models.rendering import Text
 
 __all__ = ["begin_or_resume", "finish", "holds_groups", "settings_key", "write_groups"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
-from shiftrm.responses import check_prompt, check_responses
+from shiftrm.models.responses import check_prompt, check_responses
 
 __all__ = ["check_group", "check_prompt", "check_responses", "read_groups"]
 

@@ -27,7 +27,7 @@ from shiftrm.data.loaded import Outcome, Outcomes, each, message, option, prompt
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
-from shiftrm.rendering import Messages
+from shiftrm.models.rendering import Messages
 
 __all__ = [
     "HUB_NAME",

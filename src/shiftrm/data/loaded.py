@@ -13,8 +13,8 @@ from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.rendering import Text
-from shiftrm.templates import text_of as message_text
+from shiftrm.models.rendering import Text
+from shiftrm.models.templates import text_of as message_text
 
 __all__ = [
     "BROKEN",

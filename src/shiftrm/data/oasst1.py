@@ -30,7 +30,7 @@ from shiftrm.data.loaded import (
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
-from shiftrm.rendering import Messages
+from shiftrm.models.rendering import Messages
 
 __all__ = [
     "HUB_NAME",

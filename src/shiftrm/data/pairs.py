@@ -8,7 +8,7 @@ from shiftrm.data.loaded import no_text
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
-from shiftrm.rendering import check_template_options, check_text, is_conversational
+from shiftrm.models.rendering import check_template_options, check_text, is_conversational
 
 __all__ = ["COLUMNS", "check_margin", "check_pair", "read_pairs"]
 

@@ -45,7 +45,7 @@ from shiftrm.data.pairs import COLUMNS as PAIR_COLUMNS
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
-from shiftrm.rendering import Text, check_text, is_conversational
+from shiftrm.models.rendering import Text, check_text, is_conversational
 
 __all__ = [
     "PreferenceOptions",

@@ -7,7 +7,7 @@ from typing import Any
 
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
-from shiftrm.rendering import Text, check_text, encode, encode_prompt
+from shiftrm.models.rendering import Text, check_text, encode, encode_prompt
 
 __all__ = ["count_joined_ends", "read_prompts", "warn_of_joined_ends"]
 

@@ -21,8 +21,8 @@ from shiftrm.data.loaded import Outcome, Outcomes, each, message, option, trimme
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
-from shiftrm.rendering import Messages, check_template_options
-from shiftrm.templates import text_of
+from shiftrm.models.rendering import Messages, check_template_options
+from shiftrm.models.templates import text_of
 
 __all__ = ["HUB_NAME", "ShareGPTOptions", "conversation", "read_sharegpt"]
 

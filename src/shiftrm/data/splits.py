@@ -17,7 +17,7 @@ from shiftrm.data.loaded import Loaded
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.rendering import Text
+from shiftrm.models.rendering import Text
 
 __all__ = [
     "deduplicated",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from shiftrm.evaluation.thresholds import SPREAD_FACTOR
+from shiftrm.measure.diagnosis.thresholds import SPREAD_FACTOR
 from shiftrm.report.arms import FIXED, SFT
 from shiftrm.report.measurements import Estimate, Measurements, estimate
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from shiftrm.evaluation.best_of_n import BestOfN, BestOfNCurve
-from shiftrm.evaluation.intervals import Measured
+from shiftrm.core.intervals import Measured
+from shiftrm.measure.best_of_n import BestOfN, BestOfNCurve
 from shiftrm.report.plots import draw_legend, new_axes
 
 _PROXY, _GOLD = "#8a8a8a", "#b8860b"

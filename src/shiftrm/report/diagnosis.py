@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shiftrm.evaluation import thresholds
-from shiftrm.evaluation.findings import Findings
 from shiftrm.files import atomic_write_text
+from shiftrm.measure.diagnosis import thresholds
+from shiftrm.measure.diagnosis.findings import Findings
 from shiftrm.records import library_versions, source_commit
 from shiftrm.report.diagnosis_examples import Example, examples
 from shiftrm.report.diagnosis_plots import (

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from shiftrm.evaluation.diagnosis import ScoredFile
-from shiftrm.evaluation.scored import ScoredGroup, ScoredResponse, distinct
 from shiftrm.files import Row
+from shiftrm.measure.diagnosis.diagnosis import ScoredFile
+from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredResponse, distinct
 from shiftrm.report.diagnosis_tables import short
 from shiftrm.report.page import RESPONSE_LIMIT
 

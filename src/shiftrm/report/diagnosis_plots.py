@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from shiftrm.evaluation.diagnosis import Diagnosis, ScoredFile
-from shiftrm.evaluation.discrimination import Floats
-from shiftrm.evaluation.scored import differences, distinct
+from shiftrm.core.discrimination import Floats
+from shiftrm.measure.diagnosis.diagnosis import Diagnosis, ScoredFile
+from shiftrm.measure.diagnosis.scored import differences, distinct
 from shiftrm.report.plots import LineStyle, draw_histogram, draw_legend, new_axes, plain_label
 
 # Okabe and Ito's palette; the line styles differ too, so that nothing depends on colour alone.

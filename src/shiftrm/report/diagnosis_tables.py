@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from shiftrm.evaluation.comparison import Comparison
-from shiftrm.evaluation.diagnosis import Diagnosis, Shift
-from shiftrm.evaluation.intervals import Measured
-from shiftrm.evaluation.labels import Labels
-from shiftrm.evaluation.verdict import Verdict
+from shiftrm.core.intervals import Measured
+from shiftrm.measure.diagnosis.comparison import Comparison
+from shiftrm.measure.diagnosis.diagnosis import Diagnosis, Shift
+from shiftrm.measure.diagnosis.labels import Labels
+from shiftrm.measure.diagnosis.verdict import Verdict
 from shiftrm.report.tables import Table, fixed_point
 
 NONE = "—"  # does not apply, or cannot be measured on this file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shiftrm.evaluation.thresholds import INFLUENCE_CEILING, INFLUENCE_FLOOR
+from shiftrm.measure.diagnosis.thresholds import INFLUENCE_CEILING, INFLUENCE_FLOOR
 from shiftrm.report.analysis import adaptations, influence
 from shiftrm.report.arms import arm_name
 from shiftrm.report.measurements import Measurements, estimate

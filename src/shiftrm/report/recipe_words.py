@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shiftrm.evaluation.intervals import LEVEL, sign_test
+from shiftrm.core.intervals import LEVEL, sign_test
 from shiftrm.report import narrative
 from shiftrm.report.analysis import KL_TOLERANCE, gold_gap, relative_gap
 from shiftrm.report.arms import SFT

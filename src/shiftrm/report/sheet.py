@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 
-from shiftrm.evaluation.human import Sheet
+from shiftrm.measure.people.blinding import Sheet
 from shiftrm.report.page import page_template
 
 QUESTION = "Which response is better?"

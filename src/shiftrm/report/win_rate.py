@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shiftrm.evaluation.intervals import Measured
-from shiftrm.evaluation.judge import Verdict
-from shiftrm.evaluation.judge_prompts import plain_text
-from shiftrm.evaluation.winrate import WinRate
-from shiftrm.evaluation.winrate_words import headline, sentences, warnings
+from shiftrm.core.intervals import Measured
 from shiftrm.files import atomic_write_text
+from shiftrm.measure.judges.comparing import Verdict
+from shiftrm.measure.judges.questions import plain_text
+from shiftrm.measure.judges.win_rates import WinRate
+from shiftrm.measure.judges.winrate_words import headline, sentences, warnings
 from shiftrm.records import library_versions, source_commit
 from shiftrm.report.page import page_template
 from shiftrm.report.tables import NOT_MEASURED, Table

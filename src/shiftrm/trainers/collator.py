@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shiftrm.data.pairs import check_margin
-from shiftrm.prefix import SharedRows, pack
+from shiftrm.models.prefix import SharedRows, pack
 
 ROW = "row_index"
 """The column that says which row of the data set a pair was, for messages."""

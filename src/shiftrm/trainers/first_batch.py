@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shiftrm.own_reward import require_own_reward
-from shiftrm.prefix import SharedRows, pack, separate
-from shiftrm.rewards import model_config
-from shiftrm.rope import frequency_limit
-from shiftrm.sharing import sharing_obstacle
+from shiftrm.models.own_reward import require_own_reward
+from shiftrm.models.prefix import SharedRows, pack, separate
+from shiftrm.models.rewards import model_config
+from shiftrm.models.rope import frequency_limit
+from shiftrm.models.sharing import sharing_obstacle
 from shiftrm.trainers.collator import shared_rows
 from shiftrm.trainers.noise import require_no_noise
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import is_torch_bf16_gpu_available
 
-from shiftrm.rewards import sequence_rewards
+from shiftrm.models.rewards import sequence_rewards
 from shiftrm.trainers.memory import is_out_of_memory
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from shiftrm.data.groups import check_group
 from shiftrm.errors import UserError
-from shiftrm.responses import encode_response, group_responses
+from shiftrm.models.responses import encode_response, group_responses
 
 logger = logging.getLogger(__name__)
 

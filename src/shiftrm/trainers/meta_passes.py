@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from shiftrm.curvature import finite_difference_product, hessian_vector_product
-from shiftrm.losses import difference_loss, held_signs
-from shiftrm.meta import add_unbiased_, midpoint_change, midpoint_change_by_differences
-from shiftrm.prefix import SharedRows, pack
+from shiftrm.core.curvature import finite_difference_product, hessian_vector_product
+from shiftrm.core.losses import difference_loss, held_signs
+from shiftrm.core.meta import add_unbiased_, midpoint_change, midpoint_change_by_differences
+from shiftrm.models.prefix import SharedRows, pack
 from shiftrm.trainers.meta_groups import MetaGroups, TokenGroup
 from shiftrm.trainers.sharding import gradients_in_shards, is_sharded, reshard
 

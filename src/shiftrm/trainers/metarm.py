@@ -11,12 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from shiftrm.curvature import coarsest_type, kinks, relative_size
-from shiftrm.data.groups import read_groups
-from shiftrm.errors import UserError
-from shiftrm.evaluation.thresholds import INFLUENCE_CEILING
-from shiftrm.losses import recorded_signs
-from shiftrm.meta import (
+from shiftrm.core.curvature import coarsest_type, kinks, relative_size
+from shiftrm.core.losses import recorded_signs
+from shiftrm.core.meta import (
     AdaptiveState,
     ascend_,
     choose_meta_shift,
@@ -26,6 +23,9 @@ from shiftrm.meta import (
     meta_directions,
     second_order_term,
 )
+from shiftrm.data.groups import read_groups
+from shiftrm.errors import UserError
+from shiftrm.measure.diagnosis.thresholds import INFLUENCE_CEILING
 from shiftrm.trainers.meta_groups import MetaGroups
 from shiftrm.trainers.meta_passes import MetaPasses
 from shiftrm.trainers.metarm_config import PRESETS, MetaRMConfig

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from shiftrm.curvature import Curvature
+from shiftrm.core.curvature import Curvature
+from shiftrm.core.meta import MetaOrder, MetaShift, MetaStep
 from shiftrm.errors import UserError, suggest
-from shiftrm.meta import MetaOrder, MetaShift, MetaStep
 from shiftrm.trainers.reward_config import RewardConfig
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 import shiftrm
+from shiftrm.core.intervals import Measured
 from shiftrm.data.sources import HUB_NAME
-from shiftrm.evaluation.intervals import Measured
-from shiftrm.evaluation.thresholds import FEW_PROMPTS, INFLUENCE_CEILING, INFLUENCE_FLOOR
-from shiftrm.evaluation.verdict import accuracy_verdict
+from shiftrm.measure.diagnosis.thresholds import FEW_PROMPTS, INFLUENCE_CEILING, INFLUENCE_FLOOR
+from shiftrm.measure.diagnosis.verdict import accuracy_verdict
 
 __all__ = [
     "Adapted",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from shiftrm.evaluation.discrimination import auc, calibration_error, correlation
-from shiftrm.evaluation.intervals import measured, weighted_mean
+from shiftrm.core.discrimination import auc, calibration_error, correlation
+from shiftrm.core.intervals import measured, weighted_mean
 
 
 def like_trl(

@@ -14,19 +14,19 @@ from transformers.trainer_utils import set_seed
 from trl import RewardTrainer as TRLRewardTrainer
 from trl.data_utils import get_dataset_column_names
 
-from shiftrm.checkpoints import embeddings, require_known_ids, require_words
+from shiftrm.core.losses import bradley_terry_loss
 from shiftrm.data.pairs import COLUMNS, check_pair, read_pairs
 from shiftrm.errors import UserError
-from shiftrm.evaluation.scored_files import prompt_key
-from shiftrm.losses import bradley_terry_loss
-from shiftrm.prefix import SharedRows
-from shiftrm.rendering import encode, end_at_closing, pin_template, template_options
-from shiftrm.rewards import group_rewards, model_config, sequence_rewards
+from shiftrm.measure.diagnosis.scored_files import prompt_key
+from shiftrm.models.checkpoints import embeddings, require_known_ids, require_words
+from shiftrm.models.finite import require_finite_gradient
+from shiftrm.models.prefix import SharedRows
+from shiftrm.models.rendering import encode, end_at_closing, pin_template, template_options
+from shiftrm.models.reward_loading import load_reward_model
+from shiftrm.models.rewards import group_rewards, model_config, sequence_rewards
 from shiftrm.trainers.collator import COUNTED, PROMPT, ROW, PairCollator, shared_rows
 from shiftrm.trainers.counting import CountsPairs
-from shiftrm.trainers.finite import require_finite_gradient
 from shiftrm.trainers.first_batch import first_obstacle, inspect_model
-from shiftrm.trainers.loading import load_reward_model
 from shiftrm.trainers.machine import FitsMemory
 from shiftrm.trainers.noise import switch_off_dropout
 from shiftrm.trainers.pair_metrics import PairStatistics, like_trl
@@ -45,7 +45,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     - The tokens that the two sides of a pair begin with are computed once (`shared_prefixes`). The
       first batch is also computed the plain way; if the states differ, nothing is shared.
     - Rewards are read in fp32 at each sequence's last token, not at the last one that is not pad.
-    - Text becomes tokens through `shiftrm.rendering`, the same function that scoring uses. A chat
+    - Text becomes tokens through `shiftrm.models.rendering`, which scoring uses, too. A chat
       template that asks for today's date is given a fixed day, one that writes more after the token
       that closes an answer (ChatML's line break) ends with that token, and it is saved so.
     - Pairs that are too long, or identical once tokenised, are dropped and counted in the log and

@@ -24,7 +24,7 @@ from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text, replace_directory
-from shiftrm.loading import refuse_gguf
+from shiftrm.models.loading import refuse_gguf
 from shiftrm.progress import task
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.memory import explain_out_of_memory, identity

@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.errors import UserError
-    from shiftrm.evaluation.best_of_n import best_of_n_curve
-    from shiftrm.evaluation.best_of_n_files import count_samples, score_samples
+    from shiftrm.measure.best_of_n import best_of_n_curve
+    from shiftrm.measure.best_of_n_files import count_samples, score_samples
 
     at_least_one(args.batch_size, "--batch-size")
     ns = _numbers(args.n)
@@ -110,8 +110,8 @@ def _numbers(option: str | None) -> list[int] | None:
 
 def _scores(option: str, batch_size: int) -> Any:
     from shiftrm.cli.checks import to_accelerator
-    from shiftrm.evaluation.best_of_n_files import column_scores, gold_world_scores, model_scores
-    from shiftrm.scoring import Scorer
+    from shiftrm.measure.best_of_n_files import column_scores, gold_world_scores, model_scores
+    from shiftrm.models.scoring import Scorer
 
     if option.startswith("column:"):
         return column_scores(option.removeprefix("column:"))
@@ -128,8 +128,8 @@ def _write(
     import json
     from dataclasses import asdict
 
-    from shiftrm.evaluation.best_of_n import describe
     from shiftrm.files import atomic_write_bytes, atomic_write_text
+    from shiftrm.measure.best_of_n import describe
     from shiftrm.records import library_versions, source_commit
     from shiftrm.report.best_of_n_plots import best_of_n_figure
     from shiftrm.report.plots import render
@@ -154,7 +154,7 @@ def _fit(curve: Any) -> dict[str, Any] | None:
     """Gao et al.'s form of gold over KL, relative to n = 1; None where there are too few points."""
     from dataclasses import asdict
 
-    from shiftrm.evaluation.overoptimisation import fit
+    from shiftrm.measure.overoptimisation import fit
 
     first = curve.points[0]
     if first.n != 1:
@@ -169,7 +169,7 @@ def _show(curve: Any, left_out: int) -> None:
     from rich.text import Text
 
     from shiftrm.cli.evaluate.tables import console
-    from shiftrm.evaluation.best_of_n import describe
+    from shiftrm.measure.best_of_n import describe
 
     out = console()
     table = Table(title=f"Best of n, {curve.prompts} prompts", title_justify="left")

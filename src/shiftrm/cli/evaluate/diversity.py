@@ -63,8 +63,8 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import named_paths, output_file
     from shiftrm.cli.progress import bar, only_on_terminals
-    from shiftrm.evaluation.diversity_files import ACROSS, WITHIN, measure_diversity, read_responses
-    from shiftrm.evaluation.embeddings import load_embedder
+    from shiftrm.measure.diversity_files import ACROSS, WITHIN, measure_diversity, read_responses
+    from shiftrm.measure.embeddings import load_embedder
 
     _check(args)
     named = named_paths(args.files)
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one
     from shiftrm.errors import UserError, suggest
-    from shiftrm.evaluation.diversity import TOKENIZERS
+    from shiftrm.measure.diversity import TOKENIZERS
 
     at_least_one(args.batch_size, "--batch-size")
     if args.prompts is not None and args.prompts < 2:

@@ -46,10 +46,10 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one, output_file, output_rows, to_accelerator
     from shiftrm.cli.progress import bar, only_on_terminals
-    from shiftrm.evaluation.rewardbench import rewardbench_1, rewardbench_2
-    from shiftrm.evaluation.rewardbench_files import read_rewardbench, score_rewardbench
     from shiftrm.files import write_jsonl
-    from shiftrm.scoring import Scorer
+    from shiftrm.measure.rewardbench import rewardbench_1, rewardbench_2
+    from shiftrm.measure.rewardbench_files import read_rewardbench, score_rewardbench
+    from shiftrm.models.scoring import Scorer
 
     at_least_one(args.batch_size, "--batch-size")
     at_least_one(args.max_length, "--max-length")
@@ -104,7 +104,7 @@ def _show(version: int, found: Any, scores: Any) -> None:
     from rich.text import Text
 
     from shiftrm.cli.evaluate.tables import console
-    from shiftrm.evaluation.rewardbench import describe
+    from shiftrm.measure.rewardbench import describe
 
     out = console()
     table = Table(title=f"RewardBench {version}", title_justify="left")
@@ -129,7 +129,7 @@ def _show(version: int, found: Any, scores: Any) -> None:
 
 def _lines(version: int, found: Any) -> list[tuple[str, float | None, int, bool]]:
     """Name, score, rows and whether it is a part of the overall score, line by line."""
-    from shiftrm.evaluation.rewardbench import PRIOR_SETS, SECTIONS
+    from shiftrm.measure.rewardbench import PRIOR_SETS, SECTIONS
 
     lines: list[tuple[str, float | None, int, bool]] = []
     rows = found.rows

@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
 
     from shiftrm.cli.checks import at_least_one, not_negative
     from shiftrm.data.sources import iterate_rows
-    from shiftrm.evaluation.human import distinct, make_sheet, place
-    from shiftrm.evaluation.human_files import key_text, sheet_csv, too_long_for_cells
-    from shiftrm.evaluation.judge import draw, match_rows
+    from shiftrm.measure.judges.comparing import draw, match_rows
+    from shiftrm.measure.people.blinding import distinct, make_sheet, place
+    from shiftrm.measure.people.key_files import key_text, sheet_csv, too_long_for_cells
     from shiftrm.report.sheet import sheet_page
 
     not_negative(args.limit, "--limit")

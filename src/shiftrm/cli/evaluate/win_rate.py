@@ -109,8 +109,8 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
-    from shiftrm.evaluation.judge import draw, match_rows
-    from shiftrm.evaluation.winrate import problems, summarise
+    from shiftrm.measure.judges.comparing import draw, match_rows
+    from shiftrm.measure.judges.win_rates import problems, summarise
 
     _check(args)
     folder = _folder(args)
@@ -183,7 +183,7 @@ def _holds_verdicts(path: Path) -> bool:
 def _check(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one, not_negative
     from shiftrm.errors import UserError, suggest
-    from shiftrm.evaluation.judge_kinds import KINDS
+    from shiftrm.measure.judges.kinds import KINDS
 
     if args.judge not in KINDS:
         raise UserError(f"--judge {args.judge!r} is unknown{suggest(args.judge, list(KINDS))}")
@@ -213,7 +213,7 @@ def _flag(option: str) -> str:
 
 def _open(args: argparse.Namespace, folder: Any) -> Any:
     from shiftrm.cli.checks import output_rows
-    from shiftrm.evaluation.judge_kinds import open_judge
+    from shiftrm.measure.judges.kinds import open_judge
 
     def given(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in options.items() if value is not None}
@@ -262,7 +262,7 @@ def _approved(args: argparse.Namespace, judge: Any, chosen: list[Any]) -> bool:
     """Show the estimate; False if that is all that was wanted."""
     import sys
 
-    from shiftrm.evaluation.judge_endpoint import approve
+    from shiftrm.measure.judges.endpoint_judge import approve
 
     estimate = judge.estimate(
         chosen,
@@ -335,8 +335,8 @@ def _settings(args: argparse.Namespace, judge: Any, matched: int) -> dict[str, A
 
 
 def _write_verdicts(folder: Any, verdicts: list[Any]) -> None:
-    from shiftrm.evaluation.winrate_words import verdict_rows
     from shiftrm.files import write_jsonl
+    from shiftrm.measure.judges.winrate_words import verdict_rows
 
     write_jsonl(folder / VERDICTS, verdict_rows(verdicts))
 
@@ -345,8 +345,8 @@ def _write_numbers(folder: Any, rate: Any, verdicts: list[Any], settings: dict[s
     import json
     from dataclasses import asdict
 
-    from shiftrm.evaluation.winrate_words import headline, sentences, warnings
     from shiftrm.files import atomic_write_text
+    from shiftrm.measure.judges.winrate_words import headline, sentences, warnings
     from shiftrm.records import library_versions, source_commit
     from shiftrm.report.win_rate import write_page
 
@@ -365,7 +365,7 @@ def _write_numbers(folder: Any, rate: Any, verdicts: list[Any], settings: dict[s
 
 
 def _show(rate: Any, *, several: int) -> None:
-    from shiftrm.evaluation.winrate_words import headline, sentences, warnings
+    from shiftrm.measure.judges.winrate_words import headline, sentences, warnings
 
     print(headline(rate))
     for sentence in sentences(rate):

@@ -1,1 +1,0 @@
-"""The parts of `shiftrm.hypergradient`: likelihoods, the inner loop, products with derivatives."""

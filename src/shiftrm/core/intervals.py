@@ -1,0 +1,101 @@
+"""Bootstrap intervals over prompts: responses to one prompt are drawn together, never singly."""
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shiftrm.core.discrimination import Floats
+
+LEVEL = 0.05
+"""Of `sign_test`: what is at or above it is not called clear."""
+
+RESAMPLES = 1000  # enough for the 2.5 % ends to stand still in the second digit
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with its 95 % interval; the ends are None where there are fewer than two prompts."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        """`0.71 [0.66, 0.76]`, or `0.71` without an interval."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.2f}"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def prompt_weights(
+    prompts: Sequence[Hashable], *, seed: int, resamples: int = RESAMPLES
+) -> Iterator[Floats]:
+    """How often each row is drawn when prompts are resampled with replacement.
+
+    Args:
+        prompts: the prompt of every row; rows with equal prompts are drawn together.
+        seed: of the draws; equal prompts and seed give equal weights, so that differences of two
+            models on one file are paired.
+
+    Yields:
+        `resamples` arrays of weights, one entry a row, whole numbers.
+    """
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    of_row = np.fromiter((index[prompt] for prompt in prompts), dtype=np.int64, count=len(prompts))
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        drawn = np.bincount(rng.integers(0, len(index), len(index)), minlength=len(index))
+        yield drawn[of_row].astype(np.float64)
+
+
+def percentile_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """The 2.5 % and 97.5 % percentiles of resampled values, NaN left out."""
+    finite = [value for value in values if not np.isnan(value)]
+    if not finite:
+        return None, None
+    low, high = np.percentile(finite, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def measured(
+    statistic: Callable[[Floats], float],
+    prompts: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Measured | None:
+    """A weighted statistic with its percentile interval over prompts.
+
+    Args:
+        statistic: from weights (one a row) to a number; NaN where it cannot be had, as when no
+            row with weight is left.
+        prompts, seed, resamples: as in `prompt_weights`.
+
+    Returns:
+        None if the statistic of all rows is NaN.
+    """
+    value = statistic(np.ones(len(prompts)))
+    if np.isnan(value):
+        return None
+    if len(set(prompts)) < 2:
+        return Measured(float(value))
+    draws = prompt_weights(prompts, seed=seed, resamples=resamples)
+    return Measured(float(value), *percentile_interval([statistic(w) for w in draws]))
+
+
+def weighted_mean(values: Floats, weights: Floats) -> float:
+    """NaN if all weights are 0."""
+    total = weights.sum()
+    return float((values * weights).sum() / total) if total > 0 else float("nan")
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value of so uneven a split, if either side were as likely to win (no ties).
+
+    Exact, so that it holds for a handful of prompts, where a normal approximation does not.
+    """
+    decided = wins + losses
+    tail = sum(math.comb(decided, k) for k in range(max(wins, losses), decided + 1))
+    return min(1.0, 2 * tail / 2**decided)

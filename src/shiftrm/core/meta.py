@@ -1,0 +1,272 @@
+"""The MetaRM step over any parameters: look ahead along grad J, differentiate, come back.
+
+Dou et al., arXiv 2405.00438, Algorithm 1. With theta the parameters, J the difference loss on
+unlabelled responses (Eq. 2) and L the preference loss (Eq. 1):
+
+    theta' = theta + eta * grad J(theta)                     (Eq. 3, gradient ascent)
+    theta <- theta - alpha * grad_{theta'} L(theta')         (Eq. 4, applied to theta)
+
+This module yields grad L(theta'); the optimizer that applies it is the caller's. The paper leaves
+out the derivative of theta' itself; `meta_order="exact"` (ours) adds it: the gradient of
+`L(theta + eta d(grad J(theta)))` is `grad L(theta') + eta H_J D^T grad L(theta')`, with H_J the
+Hessian of J and D the Jacobian of the direction d.
+
+Where weights or activations are rounded to bf16, `theta'` rounds back to theta or its gradient
+drowns in rounding; `midpoint_change` computes grad L(theta') - grad L(theta) itself instead.
+`choose_meta_shift` knows when; docs/bf16-meta-step.md has the measurements.
+
+Imports torch only.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from shiftrm.core.curvature import (
+    Curvature,
+    coarsest_type,
+    finite_difference_product,
+    hessian_vector_product,
+    relative_size,
+)
+from shiftrm.core.losses import held_signs, recorded_signs
+from shiftrm.core.meta_direction import (
+    AdaptiveState,
+    MetaStep,
+    ascent_direction,
+    direction_vjp,
+    global_norm,
+    meta_directions,
+)
+from shiftrm.core.meta_shift import (
+    MetaShift,
+    add_unbiased_,
+    ascend_,
+    choose_meta_shift,
+    look_ahead,
+    midpoint_change,
+    midpoint_change_by_differences,
+)
+
+__all__ = [
+    "AdaptiveState",
+    "MetaOrder",
+    "MetaReport",
+    "MetaShift",
+    "MetaStep",
+    "add_unbiased_",
+    "ascend_",
+    "ascent_direction",
+    "choose_meta_shift",
+    "direction_vjp",
+    "global_norm",
+    "influence",
+    "look_ahead",
+    "meta_directions",
+    "metarm_gradient",
+    "midpoint_change",
+    "midpoint_change_by_differences",
+    "second_order_term",
+]
+
+MetaOrder = Literal["first", "exact"]
+"""first: grad L(theta'), the paper's. exact: the gradient through the step; see this module."""
+
+
+@dataclass(frozen=True)
+class MetaReport:
+    """What one meta step did.
+
+    Attributes:
+        objective_before: J at theta.
+        objective_after: J at theta' on the same responses; None if not measured.
+        gradient_norm: `||grad J(theta)||`; NaN if the step was skipped.
+        step_norm: `||theta' - theta||`.
+        influence: `||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`; None if not measured.
+            Near 0 the meta step changes nothing, whatever else was configured.
+        skipped: grad J was not finite, so theta' = theta.
+    """
+
+    objective_before: float
+    gradient_norm: float
+    step_norm: float
+    objective_after: float | None = None
+    influence: float | None = None
+    skipped: bool = False
+
+
+# -- through the step ------------------------------------------------------------------------
+
+
+def second_order_term(
+    objective_product: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    gradients: Sequence[Tensor],
+    shifted: Sequence[Tensor],
+    *,
+    meta_learning_rate: float,
+    meta_step: MetaStep,
+    state: AdaptiveState | None = None,
+) -> list[Tensor]:
+    """`eta H_J(theta) D^T grad L(theta')`: what `meta_order="exact"` adds to grad L(theta').
+
+    Args:
+        objective_product: v -> H_J v at theta, over the whole meta batch: micro-batches and
+            processes summed; by `hessian_vector_product` or `finite_difference_product`.
+        gradients: grad J(theta), from which the direction was made.
+        shifted: grad L(theta') over the whole batch of pairs.
+        meta_learning_rate: eta.
+        meta_step, state: see `direction_vjp`.
+
+    Returns:
+        One tensor a parameter.
+
+    Cost: one Hessian-vector product of J. State: none. Memory: that of the product, D^T v and the
+    result (two copies of the trainable parameters), and grad J, which must be kept until here.
+    """
+    vectors = direction_vjp(gradients, shifted, meta_step=meta_step, state=state)
+    return [meta_learning_rate * product for product in objective_product(vectors)]
+
+
+# -- the whole step --------------------------------------------------------------------------
+
+
+def influence(shifted: Sequence[Tensor], base: Sequence[Tensor]) -> float:
+    """`||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`; 0 if both gradients vanish.
+
+    In bf16 this measures rounding; take `relative_size(change, base)` of the midpoint change.
+    """
+    return relative_size([s - b for s, b in zip(shifted, base, strict=True)], base)
+
+
+def metarm_gradient(
+    parameters: Sequence[Tensor],
+    objective: Callable[[], Tensor],
+    loss: Callable[[], Tensor],
+    *,
+    meta_learning_rate: float,
+    meta_step: MetaStep = "sgd",
+    state: AdaptiveState | None = None,
+    meta_order: MetaOrder = "first",
+    meta_shift: MetaShift = "in_place",
+    curvature: Curvature = "exact",
+    diagnose: bool = True,
+) -> tuple[list[Tensor], MetaReport]:
+    """One MetaRM step: `grad L(theta')`, with the parameters left at theta.
+
+    Args:
+        parameters: leaf tensors that require gradients; `objective` and `loss` read them.
+        objective: computes J, a scalar, at the parameters' present values.
+        loss: computes L, a scalar, likewise.
+        meta_learning_rate: eta >= 0.
+        meta_step, state: see `ascent_direction`.
+        meta_order: "first" is the paper's; "exact" adds `second_order_term`.
+        meta_shift: see `choose_meta_shift`.
+        curvature: how Hessians are multiplied, for "exact" and "midpoint"; "finite_difference"
+            needs no second derivative; its radius suits the parameters' type, not autocast's.
+        diagnose: also measure J after the step and its influence, for one more forward pass of J
+            and one more gradient of L.
+
+    Returns:
+        The gradient of L at theta', one tensor a parameter (zeros where L does not depend on it),
+        and a report.
+
+    Raises:
+        ValueError: an unknown choice.
+        UserError: see `hessian_vector_product`.
+    """
+    _require_choice("meta_order", meta_order, get_args(MetaOrder))
+    _require_choice("meta_shift", meta_shift, get_args(MetaShift))
+    _require_choice("curvature", curvature, get_args(Curvature))
+    with recorded_signs() as signs:
+        objective_before, gradients = _value_and_gradient(objective, parameters)
+    directions, skipped = meta_directions(gradients, meta_step=meta_step, state=state)
+    base = change = objective_after = None
+    if diagnose or meta_shift == "midpoint":
+        base = _value_and_gradient(loss, parameters)[1]
+    if base is not None and meta_shift == "midpoint":
+        change = _change(loss, parameters, directions, meta_learning_rate, curvature)
+        shifted = [b + c for b, c in zip(base, change, strict=True)]
+    with look_ahead(parameters, directions, meta_learning_rate=meta_learning_rate):  # Eq. 3
+        if change is None:
+            _, shifted = _value_and_gradient(loss, parameters)  # Eq. 4, at theta'
+        if diagnose:
+            with torch.no_grad():
+                objective_after = float(objective())
+    measured = None
+    if base is not None:
+        measured = influence(shifted, base) if change is None else relative_size(change, base)
+    if meta_order == "exact" and not skipped:
+        term = second_order_term(
+            lambda vectors: _product(objective, parameters, vectors, curvature, signs),
+            gradients,
+            shifted,
+            meta_learning_rate=meta_learning_rate,
+            meta_step=meta_step,
+            state=state,
+        )
+        shifted = [s + t for s, t in zip(shifted, term, strict=True)]
+    report = MetaReport(
+        objective_before=objective_before,
+        objective_after=objective_after,
+        gradient_norm=math.nan if skipped else float(global_norm(gradients)),
+        step_norm=meta_learning_rate * float(global_norm(directions)),
+        influence=measured,
+        skipped=skipped,
+    )
+    return shifted, report
+
+
+def _change(
+    loss: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    meta_learning_rate: float,
+    curvature: Curvature,
+) -> list[Tensor]:
+    if curvature == "exact":
+        return midpoint_change(loss, parameters, directions, meta_learning_rate=meta_learning_rate)
+    return midpoint_change_by_differences(
+        lambda: _value_and_gradient(loss, parameters)[1],
+        parameters,
+        directions,
+        meta_learning_rate=meta_learning_rate,
+        compute_type=coarsest_type(parameters),
+    )[0]
+
+
+def _product(
+    objective: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    curvature: Curvature,
+    signs: Sequence[Tensor],
+) -> list[Tensor]:
+    if curvature == "exact":
+        return hessian_vector_product(objective, parameters, vectors)
+
+    def gradient() -> list[Tensor]:
+        with held_signs(signs):
+            return _value_and_gradient(objective, parameters)[1]
+
+    return finite_difference_product(
+        gradient, parameters, vectors, compute_type=coarsest_type(parameters)
+    )[0]
+
+
+def _value_and_gradient(
+    function: Callable[[], Tensor], parameters: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
+    value = function()
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    return float(value.detach()), [
+        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
+    ]
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {choices}")

@@ -1,0 +1,211 @@
+"""Samples of a policy from a file, with proxy and gold scores: given, or made by reward models.
+
+A file may hold a thousand prompts with 16,384 samples each, so it is read row by row and only the
+scores are kept.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shiftrm.core.discrimination import Floats
+from shiftrm.data.sources import iterate_rows
+from shiftrm.errors import UserError
+from shiftrm.files import Row
+from shiftrm.models.responses import Response, encode_response
+from shiftrm.models.scoring import Scorer, row_responses
+
+Scores = Callable[[Sequence[tuple[str, Row]]], list[Floats | None]]
+"""From rows, each with where it stands, to the scores of each row's samples; None: left out."""
+
+_SAMPLES_A_CALL = 1024  # scored between two moves of the progress bar
+
+
+@dataclass
+class ScoredSamples:
+    """Scores by prompt.
+
+    Attributes:
+        proxy, gold: one array a prompt, of as many samples each.
+        left_out: rows in which a sample is longer than a model's context.
+    """
+
+    proxy: list[Floats] = field(default_factory=list)
+    gold: list[Floats] = field(default_factory=list)
+    left_out: int = 0
+
+
+def column_scores(name: str) -> Scores:
+    """Scores that stand in the file: a list of numbers a row (or one, where a row is a sample)."""
+
+    def scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
+        return [_numbers(row[name], f"{where}: column {name!r}") for where, row in rows]
+
+    return scores
+
+
+def gold_world_scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
+    """The gold world's true reward.
+
+    Raises:
+        UserError: a prompt that is not of its language.
+    """
+    from shiftrm.world.gold import gold_reward
+
+    found: list[Floats | None] = []
+    for where, row in rows:
+        texts = row_responses(row, where)
+        try:
+            found.append(
+                np.array([gold_reward(t.prompt, t.text, finished=t.finished) for t in texts])  # type: ignore[arg-type]
+            )
+        except (UserError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{where}: not a row of the gold world ({error}); give a reward model as --gold"
+            ) from None
+    return found
+
+
+def model_scores(scorer: Scorer, name: str, *, batch_size: int = 64) -> Scores:
+    """Rewards of a model; equal samples of a row get equal rewards.
+
+    Args:
+        name: how errors call the model.
+    """
+    limit = getattr(scorer.model.config, "max_position_embeddings", None)
+
+    def scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
+        index: dict[tuple[int, ...], int] = {}
+        which: list[list[int] | None] = []
+        for where, row in rows:
+            ids = [_encode(scorer, text, where) for text in row_responses(row, where)]
+            if limit is not None and max(map(len, ids)) > limit:
+                which.append(None)
+            else:
+                which.append([index.setdefault(sequence, len(index)) for sequence in ids])
+        rewards = np.array(scorer.score_ids(list(index), batch_size=batch_size))
+        if not np.isfinite(rewards).all():
+            raise UserError(
+                f"{name} gives a reward that is not a number; the checkpoint is broken, or "
+                "overflows in its precision (try float32)"
+            )
+        return [None if entries is None else rewards[entries] for entries in which]
+
+    return scores
+
+
+def _encode(scorer: Scorer, text: Response, where: str) -> tuple[int, ...]:
+    try:
+        ids = encode_response(scorer.tokenizer, text)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not ids:
+        raise UserError(f"{where}: prompt and response are empty, so there is nothing to score")
+    return tuple(ids)
+
+
+def count_samples(source: str, *, columns: Sequence[str], texts: bool) -> int:
+    """How many samples a file holds, once every row is known to be whole.
+
+    Args:
+        columns: of scores that every row must have.
+        texts: whether a model will read the samples, so that they must be there.
+
+    Raises:
+        UserError: no rows, a row that lacks something, or lists of different length.
+    """
+    total = 0
+    for where, row in iterate_rows(source, required=("prompt",)):
+        sizes = {}
+        if texts:
+            sizes["responses"] = len(row_responses(row, where))
+        for name in columns:
+            if name not in row:
+                raise UserError(
+                    f"{where}: column {name!r} is missing; give a reward model as --proxy and "
+                    f"--gold, or the name of a column of scores; the row has "
+                    f"{', '.join(map(repr, row))}"
+                )
+            sizes[name] = len(_numbers(row[name], f"{where}: column {name!r}"))
+        if len(set(sizes.values())) > 1:
+            counts = " and ".join(f"{size} in {name!r}" for name, size in sizes.items())
+            raise UserError(f"{where}: {counts}; every sample needs one score of each kind")
+        total += next(iter(sizes.values()))
+    if not total:
+        raise UserError(f"{source}: the file has no samples")
+    return total
+
+
+def score_samples(
+    source: str,
+    proxy: Scores,
+    gold: Scores,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    total: int = 0,
+) -> ScoredSamples:
+    """Proxy and gold of every sample; rows with the same prompt are put together.
+
+    Args:
+        source: rows as `count_samples` accepts them.
+        proxy, gold: `column_scores`, `model_scores` or `gold_world_scores`.
+        progress: called with (samples done, total).
+
+    Raises:
+        UserError: what the scores refuse, or no row that fits both models.
+    """
+    by_prompt: dict[str, tuple[list[Floats], list[Floats]]] = {}
+    left_out, done = 0, 0
+    for rows in _chunks(source):
+        found = zip(proxy(rows), gold(rows), strict=True)
+        for (_, row), (proxies, golds) in zip(rows, found, strict=True):
+            if proxies is None or golds is None:
+                left_out += 1
+                continue
+            kept = by_prompt.setdefault(json.dumps(row["prompt"]), ([], []))
+            kept[0].append(proxies)
+            kept[1].append(golds)
+        done += sum(_size(row) for _, row in rows)
+        if progress is not None:
+            progress(done, total)
+    if not by_prompt:
+        raise UserError(f"{source}: every row is longer than a model's context; shorten the texts")
+    scored = ScoredSamples(left_out=left_out)
+    for proxies_, golds_ in by_prompt.values():
+        scored.proxy.append(np.concatenate(proxies_))
+        scored.gold.append(np.concatenate(golds_))
+    return scored
+
+
+def _chunks(source: str) -> Iterator[list[tuple[str, Row]]]:
+    rows: list[tuple[str, Row]] = []
+    held = 0
+    for where, row in iterate_rows(source, required=("prompt",)):
+        rows.append((where, row))
+        held += _size(row)
+        if held >= _SAMPLES_A_CALL:
+            yield rows
+            rows, held = [], 0
+    if rows:
+        yield rows
+
+
+def _size(row: Row) -> int:
+    sizes = [len(value) for value in row.values() if isinstance(value, list)]
+    return max([len(row["responses"])] if "responses" in row else [*sizes, 1])
+
+
+def _numbers(value: Any, what: str) -> Floats:
+    values = value if isinstance(value, list) else [value]
+    for number in values:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise UserError(f"{what} holds {number!r:.40}; expected numbers")
+        if not abs(number) <= sys.float_info.max:  # whole numbers of JSON have no limit
+            raise UserError(f"{what} holds {number!r:.40}; expected finite numbers")
+    if not values:
+        raise UserError(f"{what} is an empty list; remove the row")
+    return np.array(values, dtype=np.float64)

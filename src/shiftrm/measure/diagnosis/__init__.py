@@ -1,0 +1,1 @@
+"""What a reward model still tells apart: the checks behind `shiftrm diagnose`."""

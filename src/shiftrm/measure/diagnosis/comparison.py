@@ -1,0 +1,119 @@
+"""Two reward models on one file, such as before and after an adaptation: sharper or only louder?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shiftrm.core.discrimination import Floats
+from shiftrm.core.intervals import Measured, measured, weighted_mean
+from shiftrm.measure.diagnosis.diagnosis import Diagnosis, ScoredFile
+from shiftrm.measure.diagnosis.scored import ScoredPair
+from shiftrm.measure.diagnosis.thresholds import SPREAD_FACTOR
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What changed from one model to the next on one file.
+
+    Attributes:
+        name: the file.
+        before, after: the models.
+        accuracy_change: with its interval, prompts resampled for both models together; None
+            without labels.
+        variance_factor: variance of reward differences, after over before, in raw units.
+        relative_factor: the same after dividing each by that on the reference file; None for the
+            reference itself.
+        reading: "sharper", "louder, not sharper", "duller", "no clear change in accuracy", or,
+            without labels, "louder" / "quieter" / "as loud" with the remark that labels would tell.
+    """
+
+    name: str
+    before: str
+    after: str
+    accuracy_change: Measured | None
+    variance_factor: float | None
+    relative_factor: float | None
+    reading: str
+
+
+def compare(
+    files: Sequence[ScoredFile], diagnoses: Sequence[Diagnosis], *, seed: int = 0
+) -> list[Comparison]:
+    """Every further model against the first one, file by file.
+
+    Args:
+        files, diagnoses: of all models, in the same order.
+        seed: of the bootstrap.
+    """
+    models = list(dict.fromkeys(file.model for file in files))
+    by_key = {(f.name, f.model): (f, d) for f, d in zip(files, diagnoses, strict=True)}
+    return [
+        _compare(by_key[name, models[0]], by_key[name, model], seed=seed)
+        for name in dict.fromkeys(file.name for file in files)
+        for model in models[1:]
+        if (name, models[0]) in by_key and (name, model) in by_key
+    ]
+
+
+def _compare(
+    before: tuple[ScoredFile, Diagnosis], after: tuple[ScoredFile, Diagnosis], *, seed: int
+) -> Comparison:
+    (old_file, old), (new_file, new) = before, after
+    change = _accuracy_change(old_file.pairs, new_file.pairs, seed=seed)
+    factor = _ratio(new.spread.difference_variance, old.spread.difference_variance)
+    relative = None
+    if old.shift is not None and new.shift is not None:
+        relative = _ratio(new.shift.variance_ratio, old.shift.variance_ratio)
+    return Comparison(
+        name=old.name,
+        before=old.model,
+        after=new.model,
+        accuracy_change=change,
+        variance_factor=factor,
+        relative_factor=relative,
+        reading=_reading(change, spread_word(old, new, factor, relative)),
+    )
+
+
+def _accuracy_change(
+    old: Sequence[ScoredPair], new: Sequence[ScoredPair], *, seed: int
+) -> Measured | None:
+    """None without labels, or where the models could not read the same rows."""
+    if not old or [p.prompt for p in old] != [p.prompt for p in new]:
+        return None
+    change = _right(new) - _right(old)
+    return measured(lambda w: weighted_mean(change, w), [p.prompt for p in old], seed=seed)
+
+
+def _right(pairs: Sequence[ScoredPair]) -> Floats:
+    margin = np.array([pair.chosen.reward - pair.rejected.reward for pair in pairs])
+    return np.where(margin == 0, 0.5, margin > 0).astype(np.float64)
+
+
+def _ratio(above: Measured | None, below: Measured | None) -> float | None:
+    if above is None or below is None or below.value == 0:
+        return None
+    return above.value / below.value
+
+
+def spread_word(
+    before: Diagnosis, after: Diagnosis, factor: float | None, relative: float | None
+) -> str:
+    """ "louder", "quieter" or "as loud"; of one file, with factors as in `Comparison`."""
+    grown = after.spread.difference_variance
+    if factor is None and before.spread.difference_variance is not None:  # it was 0
+        return "louder" if grown is not None and grown.value > 0 else "as loud"
+    if any(f is not None and f > SPREAD_FACTOR for f in (factor, relative)):
+        return "louder"
+    return "quieter" if factor is not None and factor < 1 / SPREAD_FACTOR else "as loud"
+
+
+def _reading(change: Measured | None, word: str) -> str:
+    if change is not None and change.low is not None and change.high is not None:
+        if change.low > 0:
+            return "sharper"
+        if change.high < 0:
+            return "duller"
+        return "louder, not sharper" if word == "louder" else "no clear change in accuracy"
+    return f"{word}; whether it is sharper, only labels would tell"

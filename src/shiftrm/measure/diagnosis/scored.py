@@ -1,0 +1,74 @@
+"""Responses with their rewards: what every number of a diagnosis is made of.
+
+Two responses to one prompt that are the same tokens must get the same reward, so nothing is
+learned from comparing them: they are counted as duplicates, and numbers about differences are over
+distinct responses.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from shiftrm.core.discrimination import Floats
+
+NOISE = 1e-6  # differences below this are what another batch does to an fp32 forward pass
+
+
+class ScoredResponse(NamedTuple):
+    """A response's reward and length in tokens; `finished` is False where a limit cut it off.
+
+    `key` marks responses that are the same to the model: equal keys, equal tokens. None equals no
+    other.
+    """
+
+    reward: float
+    length: int
+    finished: bool = True
+    key: Hashable = None
+
+
+class ScoredGroup(NamedTuple):
+    """The responses to one prompt; `prompt` tells prompts apart and is not read."""
+
+    prompt: Hashable
+    responses: tuple[ScoredResponse, ...]
+
+
+class ScoredPair(NamedTuple):
+    """A labelled pair."""
+
+    prompt: Hashable
+    chosen: ScoredResponse
+    rejected: ScoredResponse
+
+    def as_group(self) -> ScoredGroup:
+        """The same without its label."""
+        return ScoredGroup(self.prompt, (self.chosen, self.rejected))
+
+
+def distinct(group: ScoredGroup) -> ScoredGroup:
+    """The group without repetitions of a response."""
+    seen: set[Hashable] = set()
+    kept = []
+    for response in group.responses:
+        if response.key is not None:
+            if response.key in seen:
+                continue
+            seen.add(response.key)
+        kept.append(response)
+    return group if len(kept) == len(group.responses) else ScoredGroup(group.prompt, tuple(kept))
+
+
+def differences(groups: Sequence[ScoredGroup]) -> list[Floats]:
+    """|r_i - r_j| of all i < j, one array a group, in the order of the groups."""
+    found: list[Floats] = [np.empty(0)] * len(groups)
+    by_size: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        by_size.setdefault(len(group.responses), []).append(index)
+    for size, indices in by_size.items():  # groups of one size at once: a loop over pairs is slow
+        i, j = np.triu_indices(size, k=1)
+        rewards = np.array([[r.reward for r in groups[g].responses] for g in indices])
+        for index, row in zip(indices, np.abs(rewards[:, i] - rewards[:, j]), strict=True):
+            found[index] = row
+    return found

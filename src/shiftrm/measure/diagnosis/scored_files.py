@@ -1,0 +1,191 @@
+"""Files of groups or pairs, read, checked and scored by a reward model."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shiftrm.data.groups import check_group
+from shiftrm.data.pairs import check_pair
+from shiftrm.data.sources import iterate_rows
+from shiftrm.errors import UserError
+from shiftrm.files import Row
+from shiftrm.measure.diagnosis.diagnosis import ScoredFile
+from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResponse
+from shiftrm.models.rendering import Text, encode_prompt, is_conversational
+from shiftrm.models.responses import Response, encode_response
+from shiftrm.models.scoring import Scorer, row_responses
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """The rows of one file, each with where it stands, and whether they are groups or pairs."""
+
+    name: str
+    source: str
+    kind: str
+    rows: tuple[tuple[str, Row], ...]
+
+
+def read_data(source: str, name: str) -> DataFile:
+    """Read a file of groups `{"prompt", "responses", ...}` or pairs `{"chosen", "rejected", ...}`.
+
+    Raises:
+        UserError: no such file, no rows, rows of neither kind or of both, and what `read_groups`
+            and `read_pairs` refuse; the message names the row.
+    """
+    kind, rows = "", []
+    for where, row in iterate_rows(source):
+        kind = kind or _kind(row, where)
+        rows.append(
+            (where, check_group(row, where) if kind == "groups" else check_pair(row, where))
+        )
+    if not rows:
+        raise UserError(f"{source}: the file has no rows; expected groups or preference pairs")
+    return DataFile(name, source, kind, tuple(rows))
+
+
+def _kind(row: Row, where: str) -> str:
+    if "responses" in row:
+        return "groups"
+    if "chosen" in row and "rejected" in row:
+        return "pairs"
+    raise UserError(
+        f"{where}: neither a group (columns 'prompt', 'responses') nor a pair ('chosen', "
+        f"'rejected'); the row has {', '.join(map(repr, row)) or 'no columns'}"
+    )
+
+
+def score_data(
+    scorer: Scorer,
+    data: DataFile,
+    *,
+    model: str,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[ScoredFile, list[Row]]:
+    """Rewards of every response, with what a diagnosis needs beside them.
+
+    Rows in which a response is longer than the model's context are left out, and counted.
+
+    Args:
+        scorer: the reward model.
+        model: how the diagnosis calls it.
+        batch_size: rows a forward pass.
+        progress: called with (done, total), in token sequences.
+
+    Returns:
+        The scored file, and the rows behind it in the same order.
+
+    Raises:
+        UserError: text that cannot be rendered, no row that fits, or a reward that is no number.
+    """
+    fitting = encode_data(scorer, data)
+    # A sequence that comes up again is scored once, so that equal responses have equal rewards.
+    index: dict[tuple[int, ...], int] = {}
+    for _, _, found in fitting:
+        for sequence, _ in found:
+            index.setdefault(sequence, len(index))
+    rewards = scorer.score_ids(list(index), batch_size=batch_size, progress=progress)
+    groups, pairs = [], []
+    for where, row, found in fitting:
+        responses = tuple(
+            ScoredResponse(rewards[index[sequence]], length, text.finished, index[sequence])
+            for (sequence, length), text in zip(found, row_responses(row, where), strict=True)
+        )
+        if not all(math.isfinite(response.reward) for response in responses):
+            raise UserError(
+                f"{where}: {model} gives a reward that is not a number; the checkpoint is broken, "
+                "or overflows in its precision (try float32)"
+            )
+        if data.kind == "groups":
+            groups.append(ScoredGroup(prompt_key(row), responses))
+        else:
+            pairs.append(ScoredPair(prompt_key(row), *responses))
+    scored = ScoredFile(
+        model, data.name, tuple(groups), tuple(pairs), left_out=len(data.rows) - len(fitting)
+    )
+    return scored, [row for _, row, _ in fitting]
+
+
+def encode_data(
+    scorer: Scorer, data: DataFile
+) -> list[tuple[str, Row, list[tuple[tuple[int, ...], int]]]]:
+    """Where each row stands, the row, and token ids and response length of its every response.
+
+    Rows in which a response is longer than the model's context are left out.
+
+    Raises:
+        UserError: text that cannot be rendered, or no row that fits.
+    """
+    encoded = [(where, row, _encode(scorer, row, where)) for where, row in data.rows]
+    fitting = [(where, row, found) for where, row, found in encoded if found is not None]
+    if not fitting:
+        raise UserError(
+            f"{data.source}: every row is longer than the model's context "
+            f"({_context(scorer)} tokens); shorten the responses"
+        )
+    return fitting
+
+
+def _encode(scorer: Scorer, row: Row, where: str) -> list[tuple[tuple[int, ...], int]] | None:
+    """Token ids and response length of every response; None if one is longer than the context."""
+    texts = row_responses(row, where)
+    sequences = []
+    for text in texts:
+        try:
+            ids = encode_response(scorer.tokenizer, text)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if not ids:
+            raise UserError(f"{where}: prompt and response are empty, so there is nothing to score")
+        sequences.append(tuple(ids))
+    limit = _context(scorer)
+    if limit is not None and max(map(len, sequences)) > limit:
+        return None
+    prefix = _prompt_length(scorer.tokenizer, texts, sequences)
+    return [(sequence, len(sequence) - prefix) for sequence in sequences]
+
+
+def _context(scorer: Scorer) -> int | None:
+    config: Any = scorer.model.config
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _prompt_length(
+    tokenizer: Any, texts: Sequence[Response], sequences: Sequence[tuple[int, ...]]
+) -> int:
+    """Tokens before the responses: the prompt, or what all sides share where none is given."""
+    prompt, conversational = texts[0].prompt, is_conversational(texts[0].text)
+    if prompt is None or prompt == []:
+        return _shared(sequences)
+    if isinstance(prompt, str) and conversational:
+        prompt = [{"role": "user", "content": prompt}]
+    # Tokens may merge over the border, so only what all of them begin with is the prompt's.
+    return _shared([encode_prompt(tokenizer, prompt), *sequences])
+
+
+def prompt_key(row: Row) -> str:
+    """Equal for rows with one prompt. Without a prompt: what both sides of a pair begin with."""
+    prompt: Text | None = row.get("prompt")
+    if prompt is not None and prompt != []:
+        return json.dumps(prompt)
+    sides = row.get("responses") or [row["chosen"], row["rejected"]]
+    if all(isinstance(side, str) for side in sides):
+        shared = sides[0][: _shared(sides)]
+        before, marker, _ = shared.rpartition("\n\nAssistant:")  # as HH-RLHF writes dialogues
+        return before if marker else shared
+    return json.dumps(sides[0][: _shared(sides)])
+
+
+def _shared(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many entries (tokens, characters, messages) all of them begin with."""
+    return next(
+        (
+            i
+            for i, column in enumerate(zip(*sequences, strict=False))
+            if column.count(column[0]) < len(column)
+        ),
+        min(map(len, sequences)),
+    )

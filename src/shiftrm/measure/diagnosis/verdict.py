@@ -1,0 +1,289 @@
+"""Does the reward model still tell responses apart? The numbers of a file, in words.
+
+With labels the accuracy decides. Without them there is only spread, which can show that a model no
+longer sees (equal rewards order nothing) but never that it sees: rewards may lie far apart in the
+wrong order. The best word an unlabelled file can get is therefore "tells apart".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shiftrm.core.intervals import Measured
+from shiftrm.measure.diagnosis.diagnosis import Diagnosis
+from shiftrm.measure.diagnosis.labels import Labels
+from shiftrm.measure.diagnosis.signs import LENGTH_ADVICE, percent, warning_signs
+from shiftrm.measure.diagnosis.spread import Spread
+from shiftrm.measure.diagnosis.thresholds import (
+    COIN_BLIND,
+    COIN_DIM,
+    ENOUGH_LABELS,
+    EQUAL_SHARE,
+    FEW_PROMPTS,
+    LENGTH_ALONE,
+    RATIO_BLIND,
+    RATIO_DIM,
+    SEES_ACCURACY,
+    WITHIN_DIM,
+)
+
+BLIND, FOLLOWS_LENGTH, DIM = "blind", "follows length", "dim"
+UNCLEAR, TELLS_APART, SEES = "unclear", "tells apart", "sees"
+WORST_FIRST = (BLIND, FOLLOWS_LENGTH, DIM, UNCLEAR, TELLS_APART, SEES)
+
+NOT_SIGHT = (
+    "Spread is not sight: there are no labels here, so nothing says that the higher reward goes to "
+    f"the better response. Labels for about {ENOUGH_LABELS} pairs would tell."
+)
+_OTHER_KIND = ", whose labelled pairs may lie further apart than samples do"
+SMALL_MAY_BE_RIGHT = "The order of small differences may still be right; only labels would tell."
+_ADAPT = (
+    "Adapt the model to these responses (shiftrm adapt --model DIR --pairs PAIRS --groups FILE "
+    "--output NEW), then diagnose both (--model DIR --model NEW) with about "
+    f"{ENOUGH_LABELS} labelled pairs of this policy: wider differences alone prove nothing."
+)
+_RELABEL = (
+    "Collect labels on this policy's responses, a few hundred at least, and train on them "
+    "(shiftrm train). Do not widen the differences without labels: what points the wrong way would "
+    "only point there more strongly."
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A word, the sentence with the number that decided, what else to know, what to do next."""
+
+    word: str
+    sentence: str
+    warnings: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Overall:
+    """The verdict over all files of one model: the worst word, and one sentence."""
+
+    model: str
+    word: str
+    sentence: str
+
+
+def verdicts(diagnoses: Sequence[Diagnosis]) -> list[Verdict]:
+    """One verdict a file, in the same order.
+
+    Files with labels come first: where they show that a model sees although its differences are
+    small, small differences are no mark of blindness on its other files.
+    """
+    found = {i: _verdict(d) for i, d in enumerate(diagnoses) if d.labels is not None}
+    small = {
+        diagnoses[i].model
+        for i, v in found.items()
+        if v.word == SEES and (diagnoses[i].spread.coin_share or 0.0) >= COIN_DIM
+    }
+    return [
+        found[i] if i in found else _verdict(d, small_but_sees=d.model in small)
+        for i, d in enumerate(diagnoses)
+    ]
+
+
+def _verdict(diagnosis: Diagnosis, *, small_but_sees: bool = False) -> Verdict:
+    word, sentence, advice = _decide(diagnosis, small_but_sees=small_but_sees)
+    signs = warning_signs(diagnosis, follows_length=word == FOLLOWS_LENGTH, blind=word == BLIND)
+    warnings = tuple(text for text, _ in signs)
+    more = tuple(advice_ for _, advice_ in signs if advice_)
+    if diagnosis.labels is None:
+        sentence += _limits_of_spread(word, diagnosis.spread)
+    return Verdict(word, sentence, warnings, tuple(dict.fromkeys(advice + more)))
+
+
+def _limits_of_spread(word: str, s: Spread) -> str:
+    """What an unlabelled file cannot say. Of equal rewards there is nothing more to say."""
+    if word == UNCLEAR or (s.noise_share or 0.0) >= EQUAL_SHARE:
+        return ""
+    return f" {SMALL_MAY_BE_RIGHT if word == BLIND else NOT_SIGHT}"
+
+
+def overall(found: Sequence[tuple[Diagnosis, Verdict]]) -> list[Overall]:
+    """One verdict a model: its worst file decides, since that is where training would go wrong."""
+    models = dict.fromkeys(diagnosis.model for diagnosis, _ in found)
+    return [_overall(model, [(d, v) for d, v in found if d.model == model]) for model in models]
+
+
+def _overall(model: str, found: Sequence[tuple[Diagnosis, Verdict]]) -> Overall:
+    by_word = {
+        word: [d.name for d, v in found if v.word == word]
+        for word in WORST_FIRST
+        if any(v.word == word for _, v in found)
+    }
+    parts = [f"{_PHRASES[word]} {_listing(names)}" for word, names in by_word.items()]
+    sentence = f"The reward model {'; it '.join(parts)}."
+    unlabelled = [d.name for d, _ in found if d.labels is None]
+    if unlabelled and len(unlabelled) < len(found):
+        sentence += (
+            f" No labels say whether it orders the responses of {_listing(unlabelled)} well."
+        )
+    elif unlabelled:
+        sentence += " There are no labels, so nothing here shows that it orders responses well."
+    return Overall(model, next(iter(by_word)), sentence)
+
+
+_PHRASES = {
+    BLIND: "is blind on",
+    FOLLOWS_LENGTH: "follows length on",
+    DIM: "is dim on",
+    UNCLEAR: "cannot be judged on",
+    TELLS_APART: "tells responses apart on",
+    SEES: "sees on",
+}
+
+
+def _listing(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+_Decision = tuple[str, str, tuple[str, ...]]
+
+
+def _decide(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
+    s = diagnosis.spread
+    if not s.comparisons:
+        return (
+            UNCLEAR,
+            ("All responses to a prompt are the same text, so there is nothing to tell apart."),
+            ("Sample again: another policy, a higher temperature, or fewer repeated prompts.",),
+        )
+    if s.noise_share is not None and s.noise_share >= EQUAL_SHARE:
+        return (
+            BLIND,
+            (
+                f"{percent(s.noise_share)} of the {s.comparisons} comparisons get the same reward "
+                "up to rounding (1e-6)."
+            ),
+            ("The score head may be untrained or its weights lost: train the model anew.",),
+        )
+    if diagnosis.labels is not None:
+        return _by_labels(diagnosis.labels)
+    return _by_spread(diagnosis, small_but_sees=small_but_sees)
+
+
+def _by_labels(found: Labels) -> _Decision:
+    accuracy = found.accuracy
+    text = f"It orders {accuracy} of {found.pairs} labelled pairs as the labels do (a coin: 0.5)"
+    if found.prompts < FEW_PROMPTS or accuracy.low is None or accuracy.high is None:
+        return (
+            UNCLEAR,
+            (
+                f"{text}, but they come from {found.prompts} prompt(s), and fewer than "
+                f"{FEW_PROMPTS} show nothing."
+            ),
+            (f"Label more pairs: about {ENOUGH_LABELS}.",),
+        )
+    if _right_by_length_alone(found):
+        return (
+            FOLLOWS_LENGTH,
+            (
+                f"{text}, but {found.accuracy_shorter} where the chosen response is the "
+                f"shorter one and {found.accuracy_longer} where it is the longer one."
+            ),
+            (LENGTH_ADVICE,),
+        )
+    word, reason = accuracy_verdict(accuracy)
+    sentence = f"{text}: {reason}." if reason else f"{text}."
+    if word == UNCLEAR:
+        more = max(ENOUGH_LABELS, 2 * found.pairs)
+        return word, sentence, (f"Label more pairs: about {more}.",)
+    return word, sentence, () if word == SEES else (_RELABEL,)
+
+
+def accuracy_verdict(accuracy: Measured) -> tuple[str, str]:
+    """What an accuracy with an interval says: a word, and why; no reason where it just sees."""
+    assert accuracy.low is not None
+    assert accuracy.high is not None
+    if accuracy.high < 0.5:
+        return BLIND, "it prefers the worse response"
+    if accuracy.low > 0.5:
+        if accuracy.value >= SEES_ACCURACY:
+            return SEES, ""
+        return DIM, f"better than a coin, but below {SEES_ACCURACY:.2f}"
+    if accuracy.high < SEES_ACCURACY:
+        return BLIND, "no better than a coin"
+    return UNCLEAR, f"the interval holds both a coin and a model that sees ({SEES_ACCURACY:.2f})"
+
+
+def _right_by_length_alone(found: Labels) -> bool:
+    """Below one half where the better response is the shorter one and above where it is the longer
+    one, or the other way round."""
+    one, other = found.accuracy_shorter, found.accuracy_longer
+    if min(found.pairs_shorter, found.pairs_longer) < FEW_PROMPTS or one is None or other is None:
+        return False
+    return _below_and_above(one, other) or _below_and_above(other, one)
+
+
+def _below_and_above(one: Measured, other: Measured) -> bool:
+    return one.high is not None and other.low is not None and one.high < 0.5 < other.low
+
+
+def _by_spread(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
+    s, shift = diagnosis.spread, diagnosis.shift
+    if s.prompts < FEW_PROMPTS:
+        return (
+            UNCLEAR,
+            (f"There are {s.prompts} prompt(s); fewer than {FEW_PROMPTS} show nothing."),
+            (f"Sample responses to more prompts: {ENOUGH_LABELS} or so.",),
+        )
+    coin = 0.0 if small_but_sees else s.coin_share or 0.0
+    if coin >= COIN_BLIND:
+        return BLIND, _coin_text(s, coin), (_ADAPT,)
+    ratio = shift.variance_ratio if shift is not None else None
+    if shift is not None and ratio is not None and ratio.value <= RATIO_DIM:
+        word = BLIND if ratio.value <= RATIO_BLIND else DIM
+        return (
+            word,
+            (
+                f"The variance of its reward differences is {ratio} of that on {shift.reference}"
+                f"{_OTHER_KIND if shift.reference_kind != diagnosis.kind else ''}."
+            ),
+            (_ADAPT,),
+        )
+    within = diagnosis.lengths.correlation_within
+    if within is not None and abs(within) >= LENGTH_ALONE:
+        more = "longer" if within > 0 else "shorter"
+        return (
+            FOLLOWS_LENGTH,
+            (
+                f"Within prompts the reward is length in other words: correlation {within:.2f}, "
+                f"the {more} the better."
+            ),
+            (LENGTH_ADVICE,),
+        )
+    if coin >= COIN_DIM:
+        return DIM, _coin_text(s, coin), (_ADAPT,)
+    if s.within_share is not None and s.within_share.value < WITHIN_DIM:
+        return (
+            DIM,
+            (
+                f"{percent(s.within_share.value, 1)} of the variance of its rewards lies between "
+                "responses to one prompt; the rest depends on the prompt alone."
+            ),
+            (_ADAPT,),
+        )
+    assert s.difference_mean is not None
+    reference = (
+        ""
+        if ratio is None or shift is None
+        else (f", and their variance is {ratio} of that on {shift.reference}")
+    )
+    return (
+        TELLS_APART,
+        (
+            f"Rewards of two responses to one prompt differ by {s.difference_mean.value:.3g} on "
+            f"average{reference}."
+        ),
+        (f"Label about {ENOUGH_LABELS} of these pairs and diagnose them too.",),
+    )
+
+
+def _coin_text(s: Spread, coin: float) -> str:
+    return (
+        f"By its own account it tosses a coin: {percent(coin)} of the {s.comparisons} comparisons "
+        "get a probability between 0.49 and 0.51."
+    )

@@ -1,0 +1,1 @@
+"""Who compares two responses: models behind a server, reward models, the gold reward."""

@@ -1,0 +1,145 @@
+"""Answers of judges on disk, so that no question is paid for twice."""
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shiftrm.errors import UserError
+from shiftrm.models.endpoint import Answer
+
+__all__ = ["AnswerCache", "question_key"]
+
+_BEGINNING = b'{"key": "'
+
+
+def question_key(
+    *,
+    base_url: str,
+    model: str,
+    messages: Sequence[Mapping[str, str]],
+    parameters: Mapping[str, Any],
+) -> str:
+    """SHA-256 of all that decides an answer.
+
+    The address is part of it, since servers of one's own often call different models alike. The
+    template is, too: the messages are what became of it.
+    """
+    asked = [base_url, model, list(messages), dict(parameters)]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+class AnswerCache:
+    """Answers by key, in a file of JSON lines that is only ever appended to.
+
+    Each answer is written and flushed to disk as soon as it is there. What a killed process left of
+    a line is dropped when the next one is written. Threads share an object; processes share a file:
+    appending happens under a lock, and what others have appended is read before a key is said to be
+    missing.
+
+    Args:
+        path: None keeps the answers in memory only.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self._answers: dict[str, Answer] = {}
+        self._read_to = 0
+        self._lock = threading.Lock()
+        if self.path is not None and self.path.is_file():
+            _require_cache(self.path)
+        self._refresh()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: str) -> Answer | None:
+        """The answer, if it was ever given."""
+        with self._lock:
+            if key not in self._answers:
+                self._refresh()
+            return self._answers.get(key)
+
+    def add(self, key: str, answer: Answer, *, model: str) -> None:
+        """Keep an answer; on disk when this returns."""
+        line = {
+            "key": key,
+            "model": model,
+            "answer": answer.text,
+            "finish_reason": answer.finish_reason,
+            "tokens_in": answer.tokens_in,
+            "tokens_out": answer.tokens_out,
+        }
+        raw = json.dumps(line).encode() + b"\n"  # ASCII: lone surrogates survive as they are
+        with self._lock:
+            self._answers[key] = answer
+            if self.path is not None:
+                self._append(self.path, raw)
+
+    def _append(self, path: Path, raw: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # closing lets go
+            _drop_half_line(handle)
+            handle.write(raw)
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def _refresh(self) -> None:
+        """Read the whole lines that are new."""
+        if self.path is None or not self.path.is_file():
+            return
+        with open(self.path, "rb") as handle:
+            if os.fstat(handle.fileno()).st_size < self._read_to:
+                self._read_to = 0  # someone began the file anew
+            handle.seek(self._read_to)
+            whole = handle.read()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        self._read_to += len(whole)
+        for line in whole.splitlines():
+            found = _parsed(line)
+            if found is not None:
+                self._answers.setdefault(*found)
+
+
+def _require_cache(path: Path) -> None:
+    """Refuse to append to another file: ours begins with a line of ours, whole or half."""
+    with open(path, "rb") as handle:
+        start = handle.read(len(_BEGINNING))
+    if not _BEGINNING.startswith(start):
+        raise UserError(f"{path}: is not a cache of a judge's answers; choose another file")
+
+
+def _drop_half_line(handle: Any) -> None:
+    """Cut off what follows the last newline; only a killed process leaves such a thing."""
+    size = handle.seek(0, os.SEEK_END)
+    end, step = size, 4096
+    while end > 0:
+        start = max(0, end - step)
+        handle.seek(start)
+        at = handle.read(end - start).rfind(b"\n")
+        if at >= 0:
+            end = start + at + 1
+            break
+        end = start
+    if end < size:
+        handle.truncate(end)
+
+
+def _parsed(line: bytes) -> tuple[str, Answer] | None:
+    """Key and answer; None for a line that is broken, whose question is then asked again."""
+    try:
+        row = json.loads(line)
+        key, text = row["key"], row["answer"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(key, str) or not isinstance(text, str):
+        return None
+    return key, Answer(text, row.get("finish_reason"), row.get("tokens_in"), row.get("tokens_out"))

@@ -1,0 +1,246 @@
+"""Two responses to each prompt, and who is better: what all judges share."""
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from shiftrm.data.groups import check_prompt, check_responses
+from shiftrm.errors import UserError
+from shiftrm.files import Row
+from shiftrm.models.rendering import Text, check_text
+from shiftrm.models.responses import Response, group_responses
+
+__all__ = ["Comparison", "Judge", "JudgeAnswer", "Verdict", "draw", "judge_pairs", "match_rows"]
+
+Outcome = Literal["win", "tie", "lose"]
+Letter = Literal["A", "B", "C"]
+Progress = Callable[[int, int], None]
+
+PAPER_PROMPTS = 100
+"""MetaRM's papers judge 100 random test prompts."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt with our response and theirs; `finished` as in `rendering.encode`.
+
+    Attributes:
+        sampled: both with their tokens, where they come from rows that may have some.
+    """
+
+    prompt: Text
+    ours: Text
+    theirs: Text
+    ours_finished: bool = True
+    theirs_finished: bool = True
+    sampled: tuple[Response, Response] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def sides(self) -> tuple[Response, Response]:
+        """Our response and theirs, with their tokens where they have some."""
+        return self.sampled or (
+            Response(self.prompt, self.ours, self.ours_finished),
+            Response(self.prompt, self.theirs, self.theirs_finished),
+        )
+
+    @property
+    def prompt_key(self) -> str:
+        """Equal for equal prompts."""
+        return json.dumps(self.prompt, sort_keys=True)
+
+    @property
+    def same_text(self) -> bool:
+        """Whether there is nothing for a reader to choose between."""
+        return self.ours == self.theirs
+
+    @property
+    def identical(self) -> bool:
+        """The same text, both ended or both cut off."""
+        return self.same_text and self.ours_finished == self.theirs_finished
+
+
+@dataclass(frozen=True)
+class JudgeAnswer:
+    """What a judge wrote, and the verdict read from it.
+
+    Attributes:
+        raw: all of its text; the server's message where it refused to answer.
+        letter: "A", "B", "C" (tie), or None where no verdict could be read.
+        problem: why none could be read; else empty.
+        finish_reason: as the server says.
+    """
+
+    raw: str
+    letter: Letter | None
+    problem: str = ""
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one comparison.
+
+    Attributes:
+        outcome: ours wins, ties or loses; None where the judge gave no verdict that can be read.
+        answers: of judges that read: with ours as response A, then with theirs as response A.
+        scores: of judges that give numbers: ours and theirs.
+        note: what is special: "identical", or why there is no outcome.
+    """
+
+    comparison: Comparison
+    outcome: Outcome | None
+    answers: tuple[JudgeAnswer, ...] = ()
+    scores: tuple[float, float] | None = None
+    note: str = ""
+
+    @property
+    def letters(self) -> tuple[Letter, Letter] | None:
+        """The verdicts in both orders, if both were read."""
+        if len(self.answers) != 2:
+            return None
+        first, second = (answer.letter for answer in self.answers)
+        return None if first is None or second is None else (first, second)
+
+
+class Judge(Protocol):
+    """Whoever compares. `name` is how reports call it."""
+
+    name: str
+
+    def judge(
+        self, comparisons: Sequence[Comparison], *, progress: Progress | None = None
+    ) -> list[Verdict]:
+        """One verdict a comparison, in the same order."""
+
+
+def of_both_orders(first: Letter, second: Letter) -> Outcome:
+    """The outcome for ours from the verdicts with ours as A and with theirs as A.
+
+    Orders that disagree are a tie (as in MT-bench, arXiv 2306.05685, Section 3.4): also a win in
+    one order and a tie in the other.
+    """
+    if (first, second) == ("A", "B"):
+        return "win"
+    if (first, second) == ("B", "A"):
+        return "lose"
+    return "tie"
+
+
+def judge_pairs(
+    judge: Judge,
+    rows_ours: Sequence[Row],
+    rows_theirs: Sequence[Row],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Verdict]:
+    """Match two sets of responses by prompt, draw `limit` prompts, and have them judged.
+
+    Args:
+        rows_ours, rows_theirs: `{"prompt", "responses", "finished"?}` as `shiftrm sample` writes
+            them, or `{"prompt", "response"}`; see `match_rows`.
+        limit, seed: see `draw`; None judges all.
+
+    Raises:
+        UserError: as `match_rows`, and what the judge refuses.
+    """
+    chosen = draw(match_rows(rows_ours, rows_theirs), limit, seed=seed)
+    return judge.judge(chosen, progress=progress)
+
+
+def match_rows(
+    rows_ours: Sequence[Row],
+    rows_theirs: Sequence[Row],
+    *,
+    names: tuple[str, str] = ("ours", "theirs"),
+) -> list[Comparison]:
+    """Comparisons of rows with equal prompts, in the order of ours.
+
+    The first response of a row is compared, whatever others it has. A prompt that occurs several
+    times must do so on both sides; the occurrences are matched in order.
+
+    Raises:
+        UserError: rows without prompt or response, or prompts that differ (with an example).
+    """
+    ours, theirs = (
+        [_first(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
+        for name, rows in zip(names, (rows_ours, rows_theirs), strict=True)
+    )
+    for name, found in zip(names, (ours, theirs), strict=True):
+        if not found:
+            raise UserError(f"{name}: no responses to compare")
+    _require_equal_prompts([key for key, *_ in ours], [key for key, *_ in theirs], names)
+    waiting: defaultdict[str, list[Response]] = defaultdict(list)
+    for key, _, response in reversed(theirs):
+        waiting[key].append(response)
+    comparisons = []
+    for key, prompt, first in ours:
+        other = waiting[key].pop()
+        comparisons.append(
+            Comparison(
+                prompt, first.text, other.text, first.finished, other.finished, (first, other)
+            )
+        )
+    return comparisons
+
+
+def draw(comparisons: Sequence[Comparison], limit: int | None, *, seed: int) -> list[Comparison]:
+    """`limit` comparisons at random, in their order; all of them if there are no more.
+
+    The draw depends on the set of prompts and the seed only, not on the order of the rows, so that
+    every pair of policies is judged on the same prompts.
+    """
+    if limit is None or limit >= len(comparisons):
+        return list(comparisons)
+    by_prompt = sorted(range(len(comparisons)), key=lambda i: comparisons[i].prompt_key)
+    chosen = random.Random(seed).sample(by_prompt, limit)
+    return [comparisons[i] for i in sorted(chosen)]
+
+
+def _first(row: Row, where: str) -> tuple[str, Text, Response]:
+    """Key of the prompt, prompt, and first response."""
+    check_prompt(row, where)
+    prompt = row.get("prompt")
+    if prompt is None or prompt == []:
+        raise UserError(f"{where}: has no 'prompt'; responses are matched by their prompts")
+    if "responses" in row:
+        if not check_responses(row, where):
+            raise UserError(f"{where}: column 'responses' is an empty list; remove the row")
+        first = group_responses(row)[0]
+    elif "response" in row:
+        check_text(row["response"], f"{where}: column 'response'")
+        finished = row.get("finished", True)
+        if not isinstance(finished, bool):
+            raise UserError(f"{where}: column 'finished' is {finished!r}; expected true or false")
+        first = Response(prompt, row["response"], finished)
+    else:
+        raise UserError(
+            f"{where}: has neither 'responses' nor 'response'; it has {', '.join(map(repr, row))}"
+        )
+    return json.dumps(prompt, sort_keys=True), prompt, first
+
+
+def _require_equal_prompts(ours: list[str], theirs: list[str], names: tuple[str, str]) -> None:
+    missing = {
+        names[0]: Counter(theirs) - Counter(ours),
+        names[1]: Counter(ours) - Counter(theirs),
+    }
+    said = [
+        f"{counts.total()} not in {name}, such as {_shown(next(iter(counts)))}"
+        for name, counts in missing.items()
+        if counts
+    ]
+    if said:
+        raise UserError(
+            f"{names[0]} and {names[1]} answer different prompts: {'; '.join(said)}; sample both "
+            "policies on the same prompts"
+        )
+
+
+def _shown(key: str) -> str:
+    """The beginning of a prompt, safe to print: JSON has no control characters."""
+    return key if len(key) <= 80 else f"{key[:77]}..."

@@ -1,0 +1,248 @@
+"""Over-optimisation: proxy and gold along a path of growing KL, such as a PPO run or best-of-n.
+
+After Gao, Schulman and Hilton 2023, "Scaling laws for reward model overoptimization"
+(arXiv 2210.10760).
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from shiftrm.core.discrimination import Floats, Numbers
+from shiftrm.records import Record
+
+Form = Literal["bon", "rl"]
+
+
+@dataclass(frozen=True)
+class Path:
+    """Points in the order they were reached; all of one length, finite.
+
+    Attributes:
+        kl: to the first policy, in nats.
+        proxy, gold: mean scores.
+    """
+
+    kl: tuple[float, ...]
+    proxy: tuple[float, ...]
+    gold: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Overoptimisation:
+    """What a path shows.
+
+    Attributes:
+        points: how many it has.
+        peak_gold, peak_kl: highest gold, and the KL there.
+        final_gold, final_kl, final_proxy: at the end of the path.
+        drop: peak_gold - final_gold, at least 0.
+        proxy_rise: proxy at the end minus proxy at the peak of gold.
+        gold_at: gold at fixed KL, None where the path never reaches it.
+    """
+
+    points: int
+    peak_gold: float
+    peak_kl: float
+    final_gold: float
+    final_kl: float
+    final_proxy: float
+    drop: float
+    proxy_rise: float
+    gold_at: dict[float, float | None]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A functional form of gold over d = sqrt(KL), by least squares.
+
+    Attributes:
+        form: "bon": R(d) = d (alpha - beta d); "rl": R(d) = d (alpha - beta log d).
+        alpha, beta: its coefficients.
+        r_squared: share of the variance of R that it explains.
+        peak_kl: KL where the form peaks; None where it has no peak (beta <= 0), or one so far out
+            that it is no number.
+    """
+
+    form: Form
+    alpha: float
+    beta: float
+    r_squared: float
+    peak_kl: float | None
+
+
+def path_from_records(
+    records: Iterable[Record],
+    *,
+    method: str,
+    seed: int = 0,
+    round: int | None = None,
+    stage: str = "ppo",
+    proxy: str = "proxy_mean",
+    gold: str = "gold_mean",
+) -> Path:
+    """The path of one run from its records, by round and step; steps that lack a number left out.
+
+    Args:
+        method, seed, round, stage: which records; without a round, all rounds one after another.
+        proxy, gold: names of the metrics. Proxies of several rounds are different reward models:
+            compare their values within a round only.
+    """
+    by_step: dict[tuple[int, int], dict[str, float]] = {}
+    for record in records:
+        if (record.stage, record.method, record.seed) != (stage, method, seed):
+            continue
+        if record.step is None or isinstance(record.value, list):
+            continue
+        if round is None or record.round == round:
+            by_step.setdefault((record.round, record.step), {})[record.metric] = record.value
+    rows = [by_step[key] for key in sorted(by_step)]
+    return path_from_rows(rows, kl="kl", proxy=proxy, gold=gold)
+
+
+def path_from_rows(
+    rows: Iterable[Mapping[str, object]],
+    *,
+    kl: str = "kl",
+    proxy: str = "proxy_mean",
+    gold: str = "gold_mean",
+) -> Path:
+    """The path from log rows such as those of `training_log.jsonl`, in their order.
+
+    Rows that lack one of the three numbers, or hold one that is not finite, are left out.
+    """
+    kept = []
+    for row in rows:
+        values = [row.get(name) for name in (kl, proxy, gold)]
+        numbers = [float(v) for v in values if isinstance(v, int | float)]
+        if len(numbers) == 3 and all(map(math.isfinite, numbers)):
+            kept.append(numbers)
+    columns = zip(*kept, strict=True) if kept else ((), (), ())
+    return Path(*(tuple(column) for column in columns))
+
+
+def smoothed(path: Path, window: int) -> Path:
+    """Running means over `window` points, so that the peak is not merely the luckiest batch.
+
+    Only whole windows are kept: the path gets window - 1 points shorter.
+
+    Raises:
+        ValueError: window < 1, or more than the path has points.
+    """
+    if not 1 <= window <= len(path.kl):
+        raise ValueError(f"window is {window}; it must be from 1 to {len(path.kl)}, the points")
+    kernel = np.full(window, 1 / window)
+    return Path(
+        *(
+            tuple(np.convolve(values, kernel, mode="valid").tolist())
+            for values in (path.kl, path.proxy, path.gold)
+        )
+    )
+
+
+def overoptimisation(path: Path, *, at_kl: Sequence[float] = ()) -> Overoptimisation:
+    """Peak, end and drop of gold along a path, and gold at fixed KL.
+
+    Args:
+        path: at least one point. The peak of noisy points is biased upwards: see `smoothed`.
+        at_kl: where gold is wanted, by linear interpolation between neighbouring points, at the
+            first time the path gets there (KL need not grow at every step of PPO).
+
+    Raises:
+        ValueError: no points, or columns of different length.
+    """
+    if not path.kl or not len(path.kl) == len(path.proxy) == len(path.gold):
+        raise ValueError(
+            f"{len(path.kl)} KLs, {len(path.proxy)} proxies and {len(path.gold)} golds; expected "
+            "as many of each, and at least one"
+        )
+    peak = int(np.argmax(path.gold))
+    return Overoptimisation(
+        points=len(path.kl),
+        peak_gold=path.gold[peak],
+        peak_kl=path.kl[peak],
+        final_gold=path.gold[-1],
+        final_kl=path.kl[-1],
+        final_proxy=path.proxy[-1],
+        drop=path.gold[peak] - path.gold[-1],
+        proxy_rise=path.proxy[-1] - path.proxy[peak],
+        gold_at={kl: value_at(path.kl, path.gold, kl) for kl in at_kl},
+    )
+
+
+def value_at(kl: Sequence[float], values: Sequence[float], where: float) -> float | None:
+    """The value where the path first reaches a KL; None if it never does."""
+    if kl and kl[0] == where:
+        return values[0]
+    for i in range(1, len(kl)):
+        before, after = kl[i - 1], kl[i]
+        if min(before, after) <= where <= max(before, after):
+            share = 1.0 if before == after else (where - before) / (after - before)
+            return values[i - 1] + share * (values[i] - values[i - 1])
+    return None
+
+
+def fit(kl: Numbers, gold: Numbers, *, form: Form) -> Fit | None:
+    """Gao et al.'s forms (their Eq. 1), by ordinary least squares; both are linear in alpha, beta.
+
+    Args:
+        kl: in nats, at least 0.
+        gold: relative to the policy at KL 0, whose R is 0 by definition: subtract its mean first.
+        form: "bon" or "rl".
+
+    Returns:
+        None where fewer than three points have KL > 0, or all of them the same.
+
+    Raises:
+        ValueError: lists of different length, or a negative KL.
+    """
+    distance = np.asarray(kl, dtype=np.float64)
+    reward = np.asarray(gold, dtype=np.float64)
+    if distance.shape != reward.shape:
+        raise ValueError(f"{distance.size} KLs and {reward.size} golds")
+    if (distance < 0).any():
+        raise ValueError("a KL is negative; leave such points out (they are estimation noise)")
+    kept = distance > 0
+    d, reward = np.sqrt(distance[kept]), reward[kept]
+    if len(d) < 3 or len(np.unique(d)) < 2:
+        return None
+    bent = d * d if form == "bon" else d * np.log(d)
+    columns: Floats = np.stack([d, -bent], axis=1)
+    solution, _, rank, _ = np.linalg.lstsq(columns, reward, rcond=None)
+    if rank < 2:
+        return None
+    alpha, beta = (float(c) for c in solution)
+    total = float(((reward - reward.mean()) ** 2).sum())
+    residual = float(((reward - columns @ solution) ** 2).sum())
+    r_squared = 1.0 - residual / total if total > 0 else float(residual == 0)
+    return Fit(form, alpha, beta, r_squared, _peak_kl(alpha, beta, form))
+
+
+def _peak_kl(alpha: float, beta: float, form: Form) -> float | None:
+    if beta <= 0:
+        return None
+    if form == "bon":
+        at = alpha / (2 * beta)  # R' = alpha - 2 beta d
+    elif alpha / beta - 1 > 300:
+        return None
+    else:
+        at = math.exp(alpha / beta - 1)  # R' = alpha - beta log d - beta
+    return at * at if at > 0 else None
+
+
+def describe(found: Overoptimisation) -> str:
+    """The path in words."""
+    if found.drop == 0:
+        return (
+            f"Gold is highest at the end (KL {found.final_kl:.2f}): {found.final_gold:.2f}; no "
+            "over-optimisation seen."
+        )
+    proxy = "rises" if found.proxy_rise > 0 else "falls"
+    return (
+        f"Gold peaks at KL {found.peak_kl:.2f} with {found.peak_gold:.2f} and ends at KL "
+        f"{found.final_kl:.2f} with {found.final_gold:.2f}, {found.drop:.2f} lower; the proxy "
+        f"{proxy} by {abs(found.proxy_rise):.2f} in the meantime."
+    )

@@ -1,0 +1,161 @@
+"""Raters' answers, read back with the key: every row is checked, every missing answer counted."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shiftrm.data.sources import iterate_rows
+from shiftrm.errors import UserError
+from shiftrm.files import Row, require_columns
+from shiftrm.measure.judges.comparing import Outcome
+from shiftrm.measure.people.blinding import Side
+from shiftrm.measure.people.key_files import Key
+
+Choice = Literal["A", "B", "tie"]
+CHOICES: dict[str, Choice] = {"a": "A", "b": "B", "tie": "tie"}
+
+
+@dataclass(frozen=True)
+class HumanAnswer:
+    """What one rater said about one pair of responses.
+
+    Attributes:
+        pair: its id.
+        prompt: equal for equal prompts.
+        choice: the response that was called better, as it stood on the sheet, or "tie"; None where
+            there is no answer.
+        ours: where our response stood.
+    """
+
+    pair: str
+    prompt: str
+    rater: str
+    choice: Choice | None
+    ours: Side
+    comment: str = ""
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """For our response."""
+        if self.choice is None or self.choice == "tie":
+            return self.choice
+        return "win" if self.choice == self.ours else "lose"
+
+
+def read_answers(files: Sequence[str | Path], key: Key) -> list[HumanAnswer]:
+    """The answers of all raters, one entry for each item of each rater's sheet.
+
+    A file is what the page saves (JSON or CSV) or the sheet as a spreadsheet saved it, also with
+    semicolons. A rater is called by the column `rater`, or else by the file's name.
+
+    Returns:
+        In the order of the files, each rater's in the order of the sheet. Items without an answer,
+        and those that a file does not mention, have the choice None.
+
+    Raises:
+        UserError: a missing or malformed file, a sheet that is not the key's, an item it does not
+            have, an answer other than A, B or tie, an item answered twice by one rater, or no
+            answer at all.
+    """
+    given: dict[tuple[str, str], dict[int, tuple[Choice | None, str]]] = {}
+    places: dict[tuple[str, str, int], str] = {}
+    for file in files:
+        for where, row in _rows(Path(file)):
+            sheet, item = _item(row, where, key)
+            rater = _text(row, "rater") or str(file)
+            before = places.setdefault((rater, sheet, item), where)
+            if before != where:
+                raise UserError(
+                    f"{where}: item {item} of {rater!r} was answered before, in {before}; give "
+                    "each rater's answers once, and each rater a name of their own"
+                )
+            choice, comment = _choice(row, where), _text(row, "comment")
+            given.setdefault((rater, sheet), {})[item] = (choice, comment)
+    answers = []
+    for (rater, sheet), items in given.items():
+        for number, (pair, ours) in enumerate(key.sheets[sheet], start=1):
+            choice, comment = items.get(number, (None, ""))
+            prompt = key.pairs[pair].prompt_key
+            answers.append(HumanAnswer(pair, prompt, rater, choice, ours, comment))
+    _refuse_two_sheets(answers)
+    if not any(answer.choice for answer in answers):
+        raise UserError(
+            f"{', '.join(map(str, files))}: no item is answered; the column 'answer' takes A, B "
+            "or tie"
+        )
+    return answers
+
+
+def _refuse_two_sheets(answers: Sequence[HumanAnswer]) -> None:
+    """One rater, one sheet: two would count the same person as two."""
+    seen: set[tuple[str, str]] = set()
+    for answer in answers:
+        if (answer.rater, answer.pair) in seen:
+            raise UserError(
+                f"rater {answer.rater!r} filled in two sheets of the same items; give each "
+                "rater one sheet, and a name of their own"
+            )
+        seen.add((answer.rater, answer.pair))
+
+
+def _item(row: Row, where: str, key: Key) -> tuple[str, int]:
+    """The sheet and the item (from 1) that a row is about."""
+    require_columns(row, ("sheet", "item", "answer"), where)
+    sheet = _text(row, "sheet")
+    if sheet not in key.sheets:
+        raise UserError(
+            f"{where}: sheet {sheet!r} is not the key's, which has {', '.join(key.sheets)}; give "
+            "the key.json that was written with this sheet"
+        )
+    text = _text(row, "item").removesuffix(".0")  # what a spreadsheet makes of a whole number
+    last = len(key.sheets[sheet])
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= last:
+        raise UserError(f"{where}: item {text!r} is not on the sheet; its items are 1 to {last}")
+    return sheet, int(text)
+
+
+def _choice(row: Row, where: str) -> Choice | None:
+    text = _text(row, "answer")
+    if not text:
+        return None
+    if text.lower() not in CHOICES:
+        raise UserError(f"{where}: the answer {text[:40]!r} is none; write A, B or tie")
+    return CHOICES[text.lower()]
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.get(column)
+    return "" if value is None else str(value).strip()
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of a file of answers; lines that a spreadsheet left empty are passed over."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    with open(path, "rb") as handle:
+        semicolons = path.suffix.lower() == ".csv" and b";" in handle.readline()
+    for where, row in _semicolon_rows(path) if semicolons else iterate_rows(path):
+        if any(_text(row, column) for column in row):
+            yield where, row
+
+
+def _semicolon_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """CSV as spreadsheets write it where the comma is the decimal sign."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not valid UTF-8; save the file as CSV UTF-8") from None
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=";")
+    header = next(reader)
+    start = reader.line_num + 1
+    for cells in reader:
+        where, start = f"{path}:{start}", reader.line_num + 1
+        if cells and len(cells) != len(header):
+            raise UserError(
+                f"{where}: {len(cells)} cells for {len(header)} columns; put text with semicolons "
+                "in double quotes"
+            )
+        yield where, dict(zip(header, cells, strict=False))

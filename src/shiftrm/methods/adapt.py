@@ -1,0 +1,350 @@
+"""Adapting a reward model to today's policy, from files to a folder: what `shiftrm adapt` does."""
+
+import gc
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from shiftrm.data.holdout import held_out, overlap
+from shiftrm.data.prompts import read_prompts, warn_of_joined_ends
+from shiftrm.errors import UserError
+from shiftrm.files import Row, write_jsonl
+from shiftrm.measure.diagnosis.adaptation import adaptation_verdict
+from shiftrm.measure.diagnosis.findings import Bar, Findings, find, no_bar
+from shiftrm.measure.diagnosis.scored_files import DataFile, encode_data, prompt_key, read_data
+from shiftrm.methods.adapt_words import card_tables, verdict_words
+from shiftrm.models.rendering import Text
+from shiftrm.models.sampling import SamplingConfig, encode_prompts, load_policy, sample_groups
+from shiftrm.models.scoring import Scorer
+from shiftrm.progress import task
+from shiftrm.report.diagnosis import write_numbers, write_page
+from shiftrm.trainers.model_card import Adapted, Outcome, model_card, summary
+from shiftrm.trainers.training import Job, open_work, prepare, publish, train_in_work
+from shiftrm.trainers.work_folder import SAMPLES
+
+__all__ = ["HOLDOUT", "PAGE", "Adaptation", "PolicySamples", "adapt"]
+
+HOLDOUT = 0.2
+"""Share of the prompts of the groups that the meta step never sees."""
+
+PAGE, NUMBERS, HELD_OUT = "before_after.html", "before_after.json", "heldout-groups.jsonl"
+"""In the output folder, beside the weights."""
+
+
+@dataclass(frozen=True)
+class PolicySamples:
+    """Groups to be sampled: from which policy, to which prompts, and how."""
+
+    policy: str
+    prompts: str
+    config: SamplingConfig
+    responses: int = 5
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.responses < 2:
+            raise UserError(
+                f"--responses is {self.responses}; a group needs at least two responses"
+            )
+        if self.batch_size < 1:
+            raise UserError(f"--sampling-batch-size is {self.batch_size}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What came of it: the numbers before and after, and a summary in words."""
+
+    findings: Findings
+    summary: str
+
+
+@dataclass
+class _Groups:
+    """Where the groups come from, and which are held out.
+
+    Attributes:
+        name: of the file, for people.
+        file: None where they are still to be sampled.
+        keys: the prompt of every group, in order.
+        out: prompts held out; empty where other groups were given to measure on.
+        names, prompts: of a prompt file, for sampling.
+    """
+
+    name: str
+    file: DataFile | None
+    keys: list[str]
+    out: set[str]
+    names: list[str]
+    prompts: list[Text]
+
+    def split(self, file: DataFile) -> tuple[list[Row], DataFile | None]:
+        """The rows to adapt to, and the file of those held out."""
+        placed = list(zip(file.rows, self.keys, strict=True))
+        kept = [row for (_, row), key in placed if key not in self.out]
+        out = tuple(entry for entry, key in placed if key in self.out)
+        return kept, DataFile("held-out groups", file.source, "groups", out) if out else None
+
+
+def adapt(
+    model: str,
+    *,
+    pairs: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    groups: str | None = None,
+    samples: PolicySamples | None = None,
+    eval_pairs: Mapping[str, str] | None = None,
+    eval_groups: Mapping[str, str] | None = None,
+    holdout: float | None = None,
+    command: str | None = None,
+    bar: Bar = no_bar,
+) -> Adaptation | None:
+    """Adapt a reward model to responses of today's policy, and measure it before and after.
+
+    Training is that of `command.train` with groups. The folder appears when everything has ended
+    well; until then samples and checkpoints are in `.NAME.work` beside it, and the same call
+    continues from them.
+
+    Args:
+        model: a trained reward model: checkpoint folder or hub name.
+        pairs: source (`data.sources`) of preference pairs.
+        output: folder to write: checkpoint, card, page, numbers and the groups measured on.
+        settings: values by setting, see `trainers.settings`; MetaRM's are among them.
+        groups, samples: responses of today's policy, or how to sample them. One of the two.
+        eval_pairs, eval_groups: sources to measure on, by name; that of a single one may be empty.
+        holdout: share of the prompts of the groups that is held out to measure on; 0.2 by default.
+            Not with eval_groups.
+        command: how the model card says this run can be repeated.
+        bar: shows progress.
+
+    Returns:
+        None on all but the main process.
+
+    Raises:
+        UserError: as `command.train`; and a model without a trained score head, neither or both of
+            groups and samples, too few prompts to hold some out, or rows that cannot be scored.
+    """
+    _check_choices(groups, samples, eval_groups, holdout)
+    job = prepare(
+        model,
+        pairs=pairs,
+        output=output,
+        eval_pairs=eval_pairs,
+        settings=settings,
+        meta=True,
+        command=command,
+        command_name="adapt",
+    )
+    share = HOLDOUT if holdout is None else holdout
+    source = _read(job, groups, samples, share=None if eval_groups else share)
+    files = _files(job, eval_pairs or {}, eval_groups or {})
+    heldout = None if source.file is None else source.split(source.file)[1]
+    _check_model(model, [*files, *([] if heldout is None else [heldout])])
+    main = PartialState().is_main_process
+    with open_work(job, _record(job, share, samples, eval_groups)) as checkpoint:
+        file = source.file if samples is None else _sample(job, samples, source, bar=bar)
+        assert file is not None
+        kept, out = source.split(file)
+        if out is not None:
+            files.append(out)
+            if samples is not None:  # others were checked above
+                _check_model(model, [out])
+        outcome = train_in_work(job, kept, checkpoint, evaluate=False)
+        _free_memory()
+        if not main:
+            return None  # without a barrier: measuring may take longer than a barrier waits
+        found = _measure(job, files, bar=bar)
+        how = _how(source, samples, len(kept), 0 if out is None else len(out.rows), files)
+        outcome = replace(outcome, adapted=Adapted(how, verdict_words(found), card_tables(found)))
+        _write_beside(job, found, outcome, out)
+        publish(job, model_card(outcome))
+    return Adaptation(found, summary(outcome))
+
+
+def _check_choices(
+    groups: str | None, samples: Any, eval_groups: Any, holdout: float | None
+) -> None:
+    if (groups is None) == (samples is None):
+        word = "neither is" if groups is None else "both are"
+        raise UserError(
+            f"adapt needs responses of today's policy: give either --groups or --policy with "
+            f"--prompts; {word} there"
+        )
+    if eval_groups and holdout is not None:
+        raise UserError("--holdout and --eval-groups: give one; with the latter none is held out")
+    if samples is not None and samples.config.temperature == 0:
+        raise UserError(
+            "temperature is 0.0; it must be above 0 here: all responses to a prompt would be the "
+            "same, and adapt learns from how they differ"
+        )
+    if samples is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--policy: one process samples; call `shiftrm sample` first, then give its file as "
+            "--groups"
+        )
+
+
+def _read(
+    job: Job, groups: str | None, samples: PolicySamples | None, *, share: float | None
+) -> _Groups:
+    """Groups or prompts, and which prompts are held out (none if share is None)."""
+    if samples is None:
+        assert groups is not None
+        source, names, prompts = groups, list[str](), list[Text]()
+        file = read_data(groups, groups)
+        if file.kind != "groups":
+            raise UserError(f"{groups}: holds labelled pairs, not groups; give them as --pairs")
+        rows = [row for _, row in file.rows]
+        job.add_data("groups", groups, rows)
+    else:
+        source, file = samples.prompts, None
+        names, prompts = read_prompts(source)
+        rows = [{"prompt": prompt} for prompt in prompts]
+        job.add_data("prompts", source, rows)
+    keys = [prompt_key(row) for row in rows]
+    seed = job.chosen.args.seed
+    out = set[str]() if share is None else held_out(keys, share=share, seed=seed, source=source)
+    return _Groups(source, file, keys, out, names, prompts)
+
+
+def _record(
+    job: Job, share: float, samples: PolicySamples | None, eval_groups: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """What must be the same for an interrupted adaptation to be continued, beside the training."""
+    sampling = None
+    if samples is not None:
+        [prompts] = [data.sha256[:16] for data in job.data if data.name == "prompts"]
+        sampling = {**asdict(samples), "seed": job.chosen.args.seed, "prompts_sha256": prompts}
+    return {"holdout": None if eval_groups else share, "sampling": sampling}
+
+
+def _files(
+    job: Job, eval_pairs: Mapping[str, str], eval_groups: Mapping[str, str]
+) -> list[DataFile]:
+    """What to measure on beside the groups held out; the reference, labelled pairs, first."""
+    files = [read_data(source, name or "held-out pairs") for name, source in eval_pairs.items()]
+    for name, source in eval_groups.items():
+        file = read_data(source, name or "held-out groups")
+        if file.kind != "groups":
+            raise UserError(f"{source}: holds labelled pairs; give them as --eval-pairs")
+        if file.name in [other.name for other in files]:
+            raise UserError(f"--eval-groups: {name!r} is the name of --eval-pairs, too")
+        job.add_data(f"eval groups {name}".strip(), source, [row for _, row in file.rows])
+        files.append(file)
+    return files
+
+
+def _check_model(model: str, files: list[DataFile]) -> None:
+    """Refuse before hours of work what is no reward model, and rows that it cannot score."""
+    try:
+        with task("loading the reward model", None):
+            scorer = Scorer.from_pretrained(model)
+    except UserError as error:
+        if "score head" in str(error):
+            raise UserError(
+                f"{model}: has no score head, so it is no trained reward model to adapt; make one "
+                "of it with `shiftrm train`"
+            ) from None
+        raise
+    for file in files:
+        encode_data(scorer, file)
+
+
+def _sample(job: Job, samples: PolicySamples, source: _Groups, *, bar: Bar) -> DataFile:
+    """The groups, sampled into the work folder or found there."""
+    path = job.work / SAMPLES
+    if not path.exists():
+        with task("loading the policy", None):
+            model, tokenizer = load_policy(samples.policy)
+        model.to(PartialState().device)
+        room = samples.config.max_new_tokens
+        # Once more below, but only here do errors know the row.
+        encode_prompts(model, tokenizer, source.prompts, room=room, names=source.names)
+        if PartialState().is_main_process:
+            warn_of_joined_ends(tokenizer, source.prompts, source=samples.prompts)
+        with bar("sampling", len(source.prompts)) as advance:
+            sample_groups(
+                model,
+                tokenizer,
+                source.prompts,
+                path,
+                config=samples.config,
+                num_responses=samples.responses,
+                batch_size=samples.batch_size,
+                seed=job.chosen.args.seed,
+                progress=advance,
+            )
+        del model
+        _free_memory()
+    file = read_data(str(path), SAMPLES)
+    job.add_data("groups", str(path), [row for _, row in file.rows])
+    job.data[-1].source = SAMPLES  # as it will be called in the output
+    return file
+
+
+def _free_memory() -> None:
+    """Give the accelerator back what a model that is gone has held."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def _measure(job: Job, files: list[DataFile], *, bar: Bar) -> Findings:
+    """The diagnosis of the model before and after, on what it was not trained on."""
+
+    def load(path: str) -> Scorer:
+        scorer = Scorer.from_pretrained(path)
+        scorer.model.to(PartialState().device)
+        return scorer
+
+    models = {"before": job.model, "after": str(job.finished)}
+    batch_size = job.chosen.args.per_device_eval_batch_size
+    found = find(models, files, load=load, batch_size=batch_size, bar=bar)
+    return replace(found, change=adaptation_verdict(found.comparisons, found.diagnoses))
+
+
+def _how(
+    source: _Groups, samples: PolicySamples | None, kept: int, out: int, files: list[DataFile]
+) -> str:
+    """Which groups the model was adapted to, and what was held out of them."""
+    origin = (
+        f"{source.name}"
+        if samples is None
+        else f"{samples.policy}, which answered each prompt of {source.name} {samples.responses} "
+        "times"
+    )
+    text = f"The meta step saw {kept} groups of {origin}"
+    if source.out:
+        total = len(set(source.keys))
+        return (
+            f"{text}; {out} groups, those of {len(source.out)} of the {total} prompts, were held "
+            f"out of it ({HELD_OUT})."
+        )
+    text += "; before and after are measured on other groups."
+    for file in files:
+        if file.kind == "groups":
+            keys = [prompt_key(row) for _, row in file.rows]
+            if shared := overlap(keys, source.keys):
+                text += (
+                    f" {shared} of the {len(set(keys))} prompts of {file.source} are among those "
+                    "adapted to as well."
+                )
+    return text
+
+
+def _write_beside(job: Job, found: Findings, outcome: Outcome, out: DataFile | None) -> None:
+    """Page, numbers and groups, into the folder that is still being made."""
+    assert outcome.adapted is not None
+    write_page(found, job.finished / PAGE)
+    more = {"model": job.model, "meta": outcome.meta, "groups": outcome.adapted.how}
+    write_numbers(found, job.finished / NUMBERS, more=more)
+    if out is not None:
+        write_jsonl(job.finished / HELD_OUT, (row for _, row in out.rows))
+    if (job.work / SAMPLES).exists():
+        shutil.copyfile(job.work / SAMPLES, job.finished / SAMPLES)

@@ -1,0 +1,175 @@
+"""A response as rows hold it: its text for people, its tokens where this project sampled it.
+
+Rows that we sample carry `prompt_ids`, `response_ids` and the name of the tokenizer they belong to.
+Whatever scores, trains on or measures such a row takes the tokens, as long as its own tokenizer is
+the same; text is for people, for other tokenizers and for files from elsewhere.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from shiftrm.errors import UserError
+from shiftrm.files import Row
+from shiftrm.models.rendering import Text, check_text, decode_response, encode, encode_prompt
+
+__all__ = [
+    "IDS",
+    "PROMPT_IDS",
+    "TOKENIZER",
+    "Response",
+    "check_ids",
+    "check_prompt",
+    "check_responses",
+    "encode_response",
+    "group_responses",
+    "sampled_ids",
+    "tokenizer_name",
+]
+
+PROMPT_IDS, IDS, TOKENIZER = "prompt_ids", "response_ids", "tokenizer"
+"""The columns of tokens: of the prompt, of each response, and whose they are."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response to a prompt.
+
+    Attributes:
+        prompt: None where the text holds the whole conversation.
+        text: what people read, and other tokenizers; see `rendering.encode`.
+        finished: False where a length limit cut it off.
+        ids: its tokens as sampled, with the one that ended it; None for a response from elsewhere.
+        tokenizer: `tokenizer_name` of the tokenizer that the tokens belong to.
+        template_options: what else the chat template was given; see `rendering.encode`.
+    """
+
+    prompt: Text | None
+    text: Text
+    finished: bool = True
+    ids: Sequence[int] | None = None
+    tokenizer: str | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+_NAMES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def tokenizer_name(tokenizer: Any) -> str:
+    """A short name, equal for tokenizers that cut every text into the same tokens.
+
+    Made of vocabulary, merges and how text is split. Tokens that were added to a tokenizer, and the
+    chat template, have no part in it: `encode_response` finds out whether they agree.
+    """
+    if tokenizer not in _NAMES:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            parts: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+        else:
+            whole = json.loads(backend.to_str())
+            parts = [whole.get(key) for key in ("model", "normalizer", "pre_tokenizer", "decoder")]
+        text = json.dumps(parts, sort_keys=True)
+        _NAMES[tokenizer] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+    return _NAMES[tokenizer]
+
+
+def encode_response(
+    tokenizer: Any, response: Response, *, vocabulary: int | None = None
+) -> list[int]:
+    """Token ids of prompt and response: the sampled ones where they are this tokenizer's.
+
+    Args:
+        vocabulary: ids that the model which reads them can take. A policy may have more, and say
+            tokens that have no text.
+
+    Raises:
+        UserError: as `rendering.encode`.
+    """
+    options = dict(response.template_options)
+    if response.ids and response.prompt is not None and response.prompt != []:
+        prompt_ids = encode_prompt(tokenizer, response.prompt, template_options=options)
+        ids = sampled_ids(tokenizer, response, prompt_ids)
+        if ids is not None and _readable(tokenizer, ids, response.finished, vocabulary):
+            return prompt_ids + ids
+    return encode(
+        tokenizer,
+        response.prompt,
+        response.text,
+        finished=response.finished,
+        template_options=options,
+    )
+
+
+def _readable(tokenizer: Any, ids: list[int], finished: bool, vocabulary: int | None) -> bool:
+    """Whether a reader knows all of the tokens, also that with which another ended the response."""
+    if vocabulary is not None and max(ids) >= vocabulary:
+        return False
+    return not finished or tokenizer.convert_ids_to_tokens(ids[-1]) is not None
+
+
+def sampled_ids(tokenizer: Any, response: Response, prompt_ids: Sequence[int]) -> list[int] | None:
+    """The tokens that were sampled, if they are this tokenizer's and still the text's.
+
+    The tokenizer must have the same name and read in them the text that stands beside them, so a
+    row whose text was edited is read as edited.
+    """
+    if not response.ids or response.tokenizer != tokenizer_name(tokenizer):
+        return None
+    ids = list(response.ids)
+    text = decode_response(tokenizer, prompt_ids, ids, finished=response.finished)
+    return ids if text == response.text else None
+
+
+def group_responses(row: Row) -> list[Response]:
+    """The responses of a checked row `{"prompt", "responses", "finished"?, "response_ids"?}`."""
+    responses = row["responses"]
+    flags = row.get("finished") or [True] * len(responses)
+    ids = row.get(IDS) or [None] * len(responses)
+    return [
+        Response(row.get("prompt"), text, done, tokens, row.get(TOKENIZER))
+        for text, done, tokens in zip(responses, flags, ids, strict=True)
+    ]
+
+
+def check_prompt(row: Row, where: str) -> None:
+    """Refuse a prompt that is there but no text. None or no messages: the responses hold it all."""
+    if row.get("prompt") is not None and row["prompt"] != []:
+        check_text(row["prompt"], f"{where}: column 'prompt'")
+
+
+def check_responses(row: Row, where: str) -> list[Text]:
+    """The responses of a row, once it is sure that each is text and that all columns fit."""
+    responses, finished = row["responses"], row.get("finished")
+    if not isinstance(responses, list):
+        raise UserError(
+            f"{where}: column 'responses' holds {type(responses).__name__}; expected a list"
+        )
+    for number, response in enumerate(responses, start=1):
+        check_text(response, f"{where}: response {number}")
+    check_ids(row, where)
+    if finished is None:
+        return responses
+    if not isinstance(finished, list) or not all(isinstance(f, bool) for f in finished):
+        raise UserError(f"{where}: column 'finished' must be a list of true and false")
+    if len(finished) != len(responses):
+        raise UserError(
+            f"{where}: 'finished' has {len(finished)} entries for {len(responses)} responses"
+        )
+    return responses
+
+
+def check_ids(row: Row, where: str) -> None:
+    """Refuse columns of tokens that are not lists of whole numbers, one list a response."""
+    ids, prompt_ids = row.get(IDS), row.get(PROMPT_IDS)
+    if ids is not None and (not isinstance(ids, list) or len(ids) != len(row["responses"])):
+        raise UserError(f"{where}: column {IDS!r} must hold one list of token ids a response")
+    for column, tokens in ((PROMPT_IDS, prompt_ids), *((IDS, one) for one in ids or ())):
+        if tokens is None:
+            continue
+        if not isinstance(tokens, list) or not all(type(i) is int and i >= 0 for i in tokens):
+            raise UserError(f"{where}: column {column!r} must hold lists of token ids")
+    if not isinstance(row.get(TOKENIZER), str | None):
+        raise UserError(f"{where}: column {TOKENIZER!r} must name the tokenizer of the ids")

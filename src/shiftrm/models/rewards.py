@@ -1,0 +1,312 @@
+"""Rewards read from a model in fp32 at explicit positions, the last real token of each sequence.
+
+The models' own pooling looks for pad tokens instead, and reads the wrong one where pad equals EOS.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shiftrm.errors import UserError
+from shiftrm.models.prefix import SharedRows, cheap_split, model_inputs, separate
+from shiftrm.models.rope import forget_longest, frequency_class, frequency_limit
+
+
+def pad_right(
+    sequences: Sequence[Sequence[int]], *, pad_token_id: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right.
+
+    Returns:
+        `input_ids` and `attention_mask`, both int64 of shape [B, T].
+    """
+    T = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), T), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def score_head(model: nn.Module) -> nn.Linear:
+    """The linear layer that turns a hidden state into a reward, inside any wrapper (DDP, PEFT).
+
+    Raises:
+        UserError: the model has none, as when a causal language model is given, or its head is
+            more than one linear layer.
+    """
+    head = find_head(model)
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"the score head of {type(model).__name__} is a {type(head).__name__}, not a linear "
+            "layer; its rewards can be read, but not its weights"
+        )
+    return head
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """The module that makes rewards of hidden states, of whatever kind; inside any wrapper.
+
+    Raises:
+        UserError: the model has none.
+    """
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in ("score", "classifier"):
+            # PEFT keeps the trained copy of the head in `modules_to_save`.
+            saved = getattr(module, "modules_to_save", None)
+            if saved is not None:
+                active = module.active_adapter
+                return saved[active if isinstance(active, str) else active[0]]
+            return module
+    raise UserError(
+        f"{type(model).__name__} has no score head: a reward model is a sequence-classification "
+        "checkpoint with num_labels=1 (AutoModelForSequenceClassification)"
+    )
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' report of the head it lacks and the language head it leaves out."""
+    noisy = logging.getLogger("transformers.modeling_utils")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
+
+
+def model_config(model: nn.Module) -> Any:
+    """The configuration of a transformers model, inside any wrapper."""
+    while not hasattr(model, "config"):
+        model = model.module  # type: ignore[assignment]
+    return model.config
+
+
+@contextmanager
+def _head_outputs(
+    model: nn.Module, positions: Tensor | None, *, states_only: bool = False
+) -> Iterator[list[Tensor]]:
+    """Collect the head's values in fp32, at `positions` [B, P] of each row or everywhere.
+
+    The head is applied inside its own forward hook, where its weights are at hand even when a
+    wrapper shards them. Of a head that is not a plain linear layer (LoRA's, RoBERTa's, a quantised
+    one) the own output is read. Encoders hand their head one pooled state a row, or their head
+    pools.
+
+    Args:
+        states_only: collect the hidden states the head is given, [B, P, H], instead.
+    """
+    collected: list[Tensor] = []
+
+    def hook(head: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        linear = None
+        if isinstance(head, nn.Linear) and head.weight.is_floating_point():
+            linear = head
+        states = output if linear is None and not states_only else inputs[0]  # [B, T, H] or [B, H]
+        states = _select(states, positions, name=type(model).__name__)
+        with torch.autocast(device_type=states.device.type, enabled=False):
+            states = states.to(torch.promote_types(states.dtype, torch.float32))
+            if states_only:
+                collected.append(states)
+                return
+            if linear is not None:
+                bias = None if linear.bias is None else linear.bias.to(states.dtype)
+                states = F.linear(states, linear.weight.to(states.dtype), bias)
+            collected.append(states[..., 0])
+
+    handle = find_head(model).register_forward_hook(hook)
+    try:
+        yield collected
+    finally:
+        handle.remove()
+
+
+def _select(states: Tensor, positions: Tensor | None, *, name: str) -> Tensor:
+    """`states` [B, T, H] at `positions` [B, P]: [B, P, H]. A pooled state [B, H] is [B, 1, H]."""
+    if states.dim() == 2:
+        if positions is None or positions.shape[1] != 1:
+            raise UserError(
+                f"{name} pools by itself, so it has one reward a sequence and none at other "
+                "positions; use a model with a score at every token (a decoder)"
+            )
+        return states[:, None]
+    if positions is None:
+        return states
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def rewards_at(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+) -> Tensor:
+    """Rewards at given positions of each row.
+
+    Args:
+        model: a sequence-classification model with one label.
+        input_ids, attention_mask: shape [B, T].
+        positions: token indices into the row, shape [B, P]. An encoder that pools by itself (BERT)
+            has one reward a row: P must be 1, and the index says nothing.
+
+    Returns:
+        Rewards, fp32 (fp64 for an fp64 model), shape [B, P].
+
+    Raises:
+        UserError: several positions of a model that pools by itself.
+    """
+    return _outputs(model, input_ids, attention_mask, positions)
+
+
+def sequence_rewards(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """One reward a row, read at the last token the mask marks as real; shape [B].
+
+    The mask decides, not the token's identity: a sequence may end in pad == EOS.
+    """
+    T = input_ids.shape[1]
+    last = T - 1 - attention_mask.flip(1).argmax(dim=1)
+    return rewards_at(model, input_ids, attention_mask, last[:, None])[:, 0]
+
+
+def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The head's value at every token, shape [B, T]; what a critic is.
+
+    Raises:
+        UserError: the model pools by itself, as encoders do.
+    """
+    return _outputs(model, input_ids, attention_mask, None)
+
+
+def _outputs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor | None,
+    *,
+    states_only: bool = False,
+) -> Tensor:
+    """The head's values (`_head_outputs`), whatever else is in the batch.
+
+    One pass, but for models whose rotary positions depend on the longest row (`rope`): rows that
+    would be rotated otherwise alone have a pass of their own.
+    """
+    config = model_config(model)
+    limit = frequency_limit(config)
+    if limit is None:
+        with _head_outputs(model, positions, states_only=states_only) as collected:
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return collected[0]
+    T = input_ids.shape[1]
+    lengths = (T - attention_mask.flip(1).argmax(dim=1)).tolist()
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for row, length in enumerate(lengths):
+        classes.setdefault(frequency_class(config, length), []).append(row)
+    _require_equal_passes(model, len(classes), limit)
+    found, order = [], []
+    for rows in classes.values():
+        longest = max(lengths[row] for row in rows)
+        forget_longest(getattr(model, "_policy", (model,))[0])
+        some = None if positions is None else positions[rows]
+        with _head_outputs(model, some, states_only=states_only) as collected:
+            model(
+                input_ids=input_ids[rows, :longest],
+                attention_mask=attention_mask[rows, :longest],
+                use_cache=False,
+            )
+        value = collected[0]
+        if positions is None:  # at every token: at padding there is nothing to read
+            value = F.pad(value, (0, T - longest))
+        found.append(value)
+        order += rows
+    return torch.cat(found)[torch.tensor(order, device=input_ids.device).argsort()]
+
+
+def _require_equal_passes(model: nn.Module, passes: int, limit: int) -> None:
+    """Processes that train together must make as many passes as each other."""
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if passes > 1 and several and torch.is_grad_enabled():
+        raise UserError(
+            f"{type(model).__name__} rotates positions by the longest sequence of a batch once it "
+            f"is longer than {limit} tokens, which several processes cannot train alike; set "
+            f"max_length={limit} or use one process"
+        )
+
+
+# -- groups: several sequences a row ---------------------------------------------------------------
+
+
+def group_rewards(model: nn.Module, rows: SharedRows, *, shared: bool, split: bool) -> Tensor:
+    """Rewards of every sequence of every row.
+
+    Args:
+        model: a sequence-classification model with one label.
+        rows: B rows of up to K sequences.
+        shared: compute common prefixes once. The model must be one that can
+            (`sharing_obstacle`); if not, every sequence is a row of its own.
+        split: rows of like length are computed together, in several passes where that saves
+            padding. Not for several processes, which must make as many passes as the others.
+
+    Returns:
+        Rewards, fp32 (fp64 for an fp64 model), [B, K]; 0 where there is no sequence.
+    """
+    parts = [list(range(len(rows.ends)))]
+    if split and len(rows.ends) > 1:
+        parameters = sum(p.numel() for p in model.parameters())
+        device = rows.input_ids.device.type
+        parts = cheap_split(rows.lengths.tolist(), parameters=parameters, device=device)
+    if len(parts) == 1:
+        return _part_rewards(model, rows, shared=shared)
+    K = rows.ends.shape[1]
+    values = torch.cat([_part_rewards(model, rows.take(part), shared=shared) for part in parts])
+    order = torch.tensor([i for part in parts for i in part], device=values.device)
+    return torch.zeros_like(values).index_copy(0, order, values).view(-1, K)
+
+
+def _part_rewards(model: nn.Module, rows: SharedRows, *, shared: bool) -> Tensor:
+    if shared and rotated_alike(model, rows):
+        return _shared_values(model, rows).masked_fill(~rows.exists, 0.0)
+    values = sequence_rewards(model, *separate(rows, pad_token_id=0))
+    return values.new_zeros(rows.ends.shape).masked_scatter(rows.exists, values)
+
+
+def rotated_alike(model: nn.Module, rows: SharedRows) -> bool:
+    """Whether all sequences of these rows would have the same rotary positions alone."""
+    config = model_config(model)
+    if frequency_limit(config) is None:
+        return True
+    lengths = rows.sequence_lengths[rows.exists].tolist()
+    return len({frequency_class(config, length) for length in lengths}) == 1
+
+
+def shared_states(model: nn.Module, rows: SharedRows) -> Tensor:
+    """Hidden states under the head at the end of every sequence, by shared prefixes; [N, H]."""
+    return _shared_values(model, rows, states_only=True)[rows.exists]
+
+
+def plain_states(model: nn.Module, rows: SharedRows) -> Tensor:
+    """`shared_states`, every sequence a row of its own."""
+    return hidden_states(model, *separate(rows, pad_token_id=0))
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states under the head at the last token of each row; the rows are padded right."""
+    last = attention_mask.sum(1, keepdim=True) - 1
+    return _outputs(model, input_ids, attention_mask, last, states_only=True)[:, 0]
+
+
+def _shared_values(model: nn.Module, rows: SharedRows, *, states_only: bool = False) -> Tensor:
+    inputs = model_inputs(rows, model_config(model), dtype=_dtype(model))
+    if frequency_limit(model_config(model)) is not None:
+        forget_longest(model)
+    with _head_outputs(model, rows.ends.clamp(min=0), states_only=states_only) as collected:
+        model(**inputs, use_cache=False)
+    return collected[0]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -1,0 +1,337 @@
+"""K responses per prompt from a vLLM server: the same rows and files as `sampling` makes.
+
+Prompts are sent as token ids and come back as token ids, so that text becomes tokens and tokens
+text in one place, `rendering`. Source of the request: vLLM's OpenAI-compatible server, "Extra
+parameters" of the completions API, and `CompletionRequest` in vLLM's source.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from shiftrm.data.group_files import holds_groups, write_groups
+from shiftrm.errors import UserError, suggest
+from shiftrm.files import Row, encodable
+from shiftrm.models.endpoint import Answer, Endpoint, EndpointConfig, map_bounded
+from shiftrm.models.rendering import Text, pin_template, stop_token_ids
+from shiftrm.models.responses import IDS, PROMPT_IDS, TOKENIZER
+from shiftrm.models.sampling import (
+    Sample,
+    SamplingConfig,
+    check_counts,
+    cut_at_stop,
+    draw_seed,
+    encode_prompts,
+    group_row,
+)
+
+__all__ = [
+    "VllmServer",
+    "connect",
+    "load_tokenizer",
+    "policy_limits",
+    "sample_groups_vllm",
+    "sample_rows_vllm",
+]
+
+KEY_VARIABLE = "VLLM_API_KEY"  # as vLLM calls its server's own key; never another service's
+TIMEOUT = 600.0  # seconds: with many requests at once, one may wait for its turn that long
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    """A running server and the model to ask it for.
+
+    Attributes:
+        max_model_len: the longest prompt and response together, in tokens; None if it did not say.
+        generation_config: the policy's own, which knows more tokens that end a response.
+    """
+
+    endpoint: Endpoint
+    model: str
+    max_model_len: int | None = None
+    generation_config: Any = None
+
+    @property
+    def config(self) -> Any:
+        """Where `sampling.encode_prompts` looks for the limit of a model."""
+        return SimpleNamespace(max_position_embeddings=self.max_model_len)
+
+
+def connect(url: str, model: str, *, served: str | None = None) -> VllmServer:
+    """Find a model on a running server.
+
+    Args:
+        url: up to and with `/v1`.
+        model: folder or hub name of the policy; the server's model of this name or made of this
+            folder is taken.
+        served: the server's own name of the model, where it is another.
+
+    Raises:
+        UserError: nobody listens, or the server has no such model; the message names what it has.
+    """
+    endpoint = Endpoint(EndpointConfig(url, key_variable=KEY_VARIABLE, timeout=TIMEOUT))
+    cards = endpoint.model_cards()
+    wanted = served or model
+    found = [card for card in cards if card["id"] == wanted] or [
+        card for card in cards if served is None and card.get("root") == model
+    ]
+    if not found:
+        names = endpoint.models()
+        near = suggest(wanted, names) if names else ""
+        raise UserError(
+            f"{url}: serves {', '.join(map(repr, names)) or 'no model'}, not {wanted!r}"
+            + (near if near.startswith("; did") else "")
+            + "; start vLLM with this policy, or give its name there as --served-model"
+        )
+    limit = found[0].get("max_model_len")
+    limit = limit if isinstance(limit, int) else None
+    return VllmServer(endpoint, found[0]["id"], limit, _generation_config(model))
+
+
+def _generation_config(path: str) -> Any:
+    """A policy's generation config; None where there is none at hand."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """A policy's tokenizer, without its weights.
+
+    Raises:
+        UserError: none there, or none with an EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})"
+        ) from None
+    stop_token_ids(tokenizer)
+    pin_template(tokenizer)
+    return tokenizer
+
+
+def policy_limits(path: str | Path) -> Any:
+    """The policy as far as `encode_prompts` needs it, without its weights: lengths are checked
+    before a server is started.
+
+    Raises:
+        UserError: no configuration of a model there.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return SimpleNamespace(config=AutoConfig.from_pretrained(str(path)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a model folder ({str(error).splitlines()[0]})") from None
+
+
+def sample_rows_vllm(
+    server: VllmServer,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    *,
+    config: SamplingConfig,
+    num_responses: int,
+    batch_size: int = 32,
+    seed: int,
+) -> list[Row]:
+    """`sampling.sample_rows` by a server.
+
+    Args:
+        tokenizer: the policy's own.
+        batch_size: prompts under way at one time; it does not change the draws.
+        seed: with the place of the prompt it decides the draws, as far as vLLM's kernels are
+            deterministic (sums in another order, in a fuller batch, can turn a close draw).
+
+    Raises:
+        UserError: as `sampling.sample_rows`; or the server fails, or does not answer as vLLM does.
+    """
+    check_counts(num_responses, batch_size)
+    encoded = encode_prompts(server, tokenizer, prompts, room=config.max_new_tokens)
+    rows = _rows(
+        server,
+        tokenizer,
+        prompts,
+        encoded,
+        config=config,
+        num_responses=num_responses,
+        concurrency=batch_size,
+        seed=seed,
+    )
+    return list(rows)
+
+
+def sample_groups_vllm(
+    server: VllmServer,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    path: str | Path,
+    *,
+    config: SamplingConfig,
+    num_responses: int = 5,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """`sampling.sample_groups` by a server: the rows of `sample_rows_vllm` as JSON lines.
+
+    Rows are written in the order of the prompts, each as soon as those before it are there, so an
+    interrupted call continues after the last of them.
+
+    Args:
+        path: the group file to write. If it holds groups of these prompts, nothing is done.
+        num_responses: K, responses per prompt.
+        batch_size, seed: as in `sample_rows_vllm`.
+        progress: called with (groups done, groups in all) after every group.
+
+    Raises:
+        UserError: as `sampling.sample_groups` and `sample_rows_vllm`.
+    """
+    path = Path(path)
+    check_counts(num_responses, batch_size)
+    if not prompts:
+        raise UserError("there are no prompts to sample for")
+    if holds_groups(path, prompts, num_responses=num_responses):
+        return path
+    encoded = encode_prompts(server, tokenizer, prompts, room=config.max_new_tokens)
+
+    def rows_after(done: int) -> Iterator[list[Row]]:
+        rows = _rows(
+            server,
+            tokenizer,
+            prompts,
+            encoded,
+            config=config,
+            num_responses=num_responses,
+            concurrency=batch_size,
+            seed=seed,
+            first=done,
+        )
+        return ([row] for row in rows)
+
+    return write_groups(
+        path,
+        rows_after,
+        settings=["vllm", server.model, list(prompts), asdict(config), num_responses, seed],
+        total=len(prompts),
+        batch_size=1,
+        progress=progress,
+    )
+
+
+def completion_parameters(
+    config: SamplingConfig, *, num_responses: int, stop: Sequence[int], seed: int
+) -> dict[str, Any]:
+    """What a request says beside model and prompt.
+
+    What is not said here, vLLM takes from the model's generation config, as other sampling defaults
+    and further closing tokens. So everything is said: the draw ends where `sampling.generate` ends
+    it, and nothing but `config` shapes the distribution.
+
+    Args:
+        stop: the ids of `rendering.stop_token_ids`.
+    """
+    return {
+        "n": num_responses,
+        "max_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "repetition_penalty": config.repetition_penalty,
+        "top_k": -1,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "ignore_eos": True,
+        "stop_token_ids": list(stop),
+        "seed": seed,
+        "skip_special_tokens": False,
+        "return_token_ids": True,
+    }
+
+
+def _rows(
+    server: VllmServer,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    encoded: Sequence[list[int]],
+    *,
+    config: SamplingConfig,
+    num_responses: int,
+    concurrency: int,
+    seed: int,
+    first: int = 0,
+) -> Iterator[Row]:
+    """Rows in the order of the prompts, from prompt `first` on."""
+    stop = stop_token_ids(tokenizer, server.generation_config)
+    same = num_responses if config.temperature == 0 else 1  # vLLM draws one greedy response only
+
+    def ask(index: int) -> Row:
+        parameters = completion_parameters(
+            config,
+            num_responses=num_responses // same,
+            stop=stop,
+            seed=draw_seed(seed, index),  # vLLM gives the k-th response the seed plus k
+        )
+        answers = server.endpoint.complete(server.model, encoded[index], **parameters)
+        _check_answers(server, answers, num_responses // same)
+        answers = [answer for answer in answers for _ in range(same)]
+        return _row(tokenizer, prompts[index], encoded[index], answers, stop)
+
+    early: dict[int, Row] = {}
+    following = first
+    for offset, row in map_bounded(ask, range(first, len(prompts)), concurrency=concurrency):
+        early[first + offset] = row
+        while following in early:
+            yield early.pop(following)
+            following += 1
+
+
+def _check_answers(server: VllmServer, answers: Sequence[Answer], expected: int) -> None:
+    """Refuse fewer answers than were asked for, and those that ended in another way."""
+    if len(answers) != expected:
+        raise UserError(
+            f"{server.endpoint.base_url}: sent {len(answers)} responses for {expected}; "
+            "give the address of a vLLM server"
+        )
+    for answer in answers:
+        if answer.finish_reason not in ("stop", "length"):
+            raise UserError(
+                f"{server.endpoint.base_url}: a response ended with {answer.finish_reason!r}, "
+                "neither by itself nor at its length; look at the server's log"
+            )
+
+
+def _row(
+    tokenizer: Any,
+    prompt: Text,
+    prompt_ids: list[int],
+    answers: Sequence[Answer],
+    stop: Sequence[int],
+) -> Row:
+    """The row of one prompt.
+
+    Servers that do not send token ids (vLLM before 0.10.2) are believed their text, and the row
+    then has no tokens.
+    """
+    samples = [
+        Sample(prompt_ids, *cut_at_stop(list(answer.token_ids or ()), stop)) for answer in answers
+    ]
+    row = group_row(tokenizer, prompt, samples)
+    for place, answer in enumerate(answers):
+        if answer.token_ids is None:
+            row["responses"][place] = encodable(answer.text)
+            row["finished"][place] = answer.finish_reason == "stop"
+    if any(answer.token_ids is None for answer in answers):
+        for column in (PROMPT_IDS, IDS, TOKENIZER):
+            del row[column]
+    return row

@@ -1,0 +1,304 @@
+"""From a reward-model checkpoint to rewards of (prompt, response): text in, numbers out."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from shiftrm.errors import UserError
+from shiftrm.files import Row
+from shiftrm.models.checkpoints import embeddings, require_known_ids, unread_heads
+from shiftrm.models.loading import check_vocabulary, explain_loading
+from shiftrm.models.own_reward import require_own_reward
+from shiftrm.models.rendering import Text, check_text
+from shiftrm.models.responses import (
+    Response,
+    check_prompt,
+    check_responses,
+    encode_response,
+    group_responses,
+)
+from shiftrm.models.rewards import find_head, pad_right, quiet_loading, sequence_rewards
+
+
+def row_responses(row: Row, where: str) -> list[Response]:
+    """The responses of a row: `response`, `responses`, or `chosen` and `rejected`, in this order.
+
+    Raises:
+        UserError: the row has none of them, or what should be text is something else.
+    """
+    check_prompt(row, where)
+    prompt = row.get("prompt")
+    if "response" in row:
+        check_text(row["response"], f"{where}: column 'response'")
+        return [Response(prompt, row["response"], _flag(row, "finished", where))]
+    if "responses" in row:
+        if not check_responses(row, where):
+            raise UserError(f"{where}: column 'responses' is an empty list; remove the row")
+        return group_responses(row)
+    if "chosen" in row and "rejected" in row:
+        for side in ("chosen", "rejected"):
+            check_text(row[side], f"{where}: column {side!r}")
+        return [
+            Response(prompt, row[side], _flag(row, f"{side}_finished", where))
+            for side in ("chosen", "rejected")
+        ]
+    raise UserError(
+        f"{where}: nothing to score: expected a column 'response', 'responses', or 'chosen' and "
+        f"'rejected'; the row has {', '.join(map(repr, row)) or 'no columns'}"
+    )
+
+
+def _flag(row: dict[str, Any], column: str, where: str) -> bool:
+    """Whether a response is finished; it is where the row does not say."""
+    value = row.get(column)
+    if value is None:
+        return True
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: column {column!r} is {value!r}; expected true or false")
+    return value
+
+
+class Scorer:
+    """A reward model with its tokenizer: text in, rewards out.
+
+    >>> scorer = Scorer.from_pretrained("runs/demo/reward_model")   # doctest: +SKIP
+    >>> scorer(["describe the garden :"], [" lovely roses bloom"])  # doctest: +SKIP
+    [0.42]
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, batch_size: int = 64) -> None:
+        find_head(model)
+        labels = getattr(getattr(model, "config", None), "num_labels", 1)
+        if labels != 1:
+            name = getattr(getattr(model, "config", None), "name_or_path", "") or "the model"
+            raise UserError(f"{name} has num_labels={labels}; a reward model has num_labels=1")
+        # Positions are explicit and the mask hides padding, so any token may pad.
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        self._pad_token_id: int = eos if pad is None else pad
+        if self._pad_token_id is None:
+            raise UserError(
+                "the tokenizer has neither a pad nor an EOS token: set tokenizer.eos_token"
+            )
+        config: Any = model.config
+        text_config = config.get_text_config()
+        if text_config.pad_token_id is None:  # without one, transformers refuses batches
+            text_config.pad_token_id = self._pad_token_id
+        self.vocabulary: int | None = getattr(text_config, "vocab_size", None)
+        self.model = model.eval()
+        require_own_reward(model)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **model_options: Any) -> "Scorer":
+        """Load a checkpoint folder or hub name, as saved by our trainers, TRL or transformers.
+
+        Raises:
+            UserError: the checkpoint has no trained score head (a causal language model, say).
+        """
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import find_adapter_config_file
+
+        with explain_loading(path, "a reward model with its tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            adapter = find_adapter_config_file(str(path)) is not None
+            if adapter:  # its base may be a policy, whose head would else have two labels
+                # In fp32, as they are trained: a base saved in bf16 would round the scores.
+                model_options = {"num_labels": 1, "dtype": torch.float32, **model_options}
+            with quiet_loading() if adapter else nullcontext():
+                model, info = AutoModelForSequenceClassification.from_pretrained(
+                    str(path), output_loading_info=True, **model_options
+                )
+        missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
+        if adapter and any("modules_to_save" in name for name, _ in model.named_parameters()):
+            missing = []  # the adapter brings the head that its base lacks
+        if missing:
+            lost = unread_heads(info["unexpected_keys"])
+            other = f", and its {lost[0]} is not read" if lost else ""
+            raise UserError(
+                f"{path}: the checkpoint has no score head ({missing[0]} is missing{other}), so it "
+                "is not a trained reward model; train one with RewardTrainer first"
+            )
+        check_vocabulary(model, tokenizer, path)
+        return cls(model, tokenizer)
+
+    def __call__(
+        self,
+        prompts: Sequence[Text | None],
+        responses: Sequence[Text],
+        *,
+        finished: Sequence[bool] | None = None,
+        batch_size: int | None = None,
+    ) -> list[float]:
+        """Rewards of responses to prompts, in the order given.
+
+        Args:
+            prompts, responses: of equal length; see `rendering.encode`.
+            finished: False where a response was cut off by a length limit. Default: all finished.
+            batch_size: rows a forward pass; by default the scorer's. It changes speed and memory,
+                not the rewards.
+
+        Raises:
+            UserError: lists of other lengths, or a response that `encode` refuses.
+        """
+        for name, texts in (("prompts", prompts), ("responses", responses)):
+            if isinstance(texts, str):
+                raise UserError(f"{name} is one string; give a list of them")
+        finished = finished if finished is not None else [True] * len(responses)
+        if not len(prompts) == len(responses) == len(finished):
+            raise UserError(
+                f"{len(prompts)} prompts, {len(responses)} responses and {len(finished)} entries "
+                "of finished; they must be as many"
+            )
+        given = map(Response, prompts, responses, finished)
+        return self.score(list(given), batch_size=batch_size)
+
+    def score(self, responses: Sequence[Response], *, batch_size: int | None = None) -> list[float]:
+        """Rewards of responses in the order given, by their sampled tokens where they have them.
+
+        Raises:
+            UserError: as `encode`; a reward that is not finite.
+        """
+        sequences = [self.encode_response(r, name=f"response {i}") for i, r in enumerate(responses)]
+        rewards = self.score_ids(sequences, batch_size=batch_size)
+        self.require_finite(rewards, [f"response {i}" for i in range(len(rewards))])
+        return rewards
+
+    def encode(
+        self, prompt: Text | None, response: Text, *, finished: bool = True, name: str = "response"
+    ) -> list[int]:
+        """`encode_response` of a text that has no tokens yet."""
+        return self.encode_response(Response(prompt, response, finished), name=name)
+
+    def encode_response(self, response: Response, *, name: str = "response") -> list[int]:
+        """Token ids of a response with its prompt, as `responses.encode_response` makes them.
+
+        Args:
+            name: how errors call it.
+
+        Raises:
+            UserError: not text, no tokens, or more of them than the model's context holds.
+        """
+        try:
+            sequence = encode_response(self.tokenizer, response, vocabulary=self.vocabulary)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        if not sequence:
+            raise UserError(f"{name}: prompt and response are empty, so there is nothing to score")
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and len(sequence) > limit:
+            raise UserError(
+                f"{name}: prompt and response have {len(sequence)} tokens but the model's context "
+                f"is {limit}; shorten or leave it out"
+            )
+        return sequence
+
+    @torch.no_grad()
+    def score_ids(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        batch_size: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[float]:
+        """Rewards of token sequences. Rows of like length share a batch, so padding stays small.
+
+        Args:
+            progress: called with (done, total) after every batch.
+
+        Raises:
+            UserError: a token id without an embedding. Rewards may be NaN: see `require_finite`.
+        """
+        batch_size = self.batch_size if batch_size is None else batch_size
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        known = embeddings(self.model)
+        for index, ids in enumerate(sequences):
+            require_known_ids(ids, known, name=f"sequence {index}")
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        device = next(self.model.parameters()).device
+        rewards = [0.0] * len(sequences)
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            rows, mask = pad_right(
+                [sequences[i] for i in chunk], pad_token_id=self._pad_token_id, device=device
+            )
+            values = sequence_rewards(self.model, rows, mask)
+            for i, value in zip(chunk, values.tolist(), strict=True):
+                rewards[i] = value
+            if progress is not None:
+                progress(min(start + batch_size, len(order)), len(order))
+        return rewards
+
+    def require_finite(self, rewards: Sequence[float], names: Sequence[str]) -> None:
+        """Refuse rewards that are no numbers, and say what may have made them.
+
+        Args:
+            names: how errors call what was scored.
+
+        Raises:
+            UserError: a reward is NaN or infinite.
+        """
+        for reward, name in zip(rewards, names, strict=True):
+            if not math.isfinite(reward):
+                broken = (n for n, p in self.model.named_parameters() if not p.isfinite().all())
+                weight = next(broken, None)
+                why = f"{weight} is not finite" if weight else "its activations overflow"
+                raise UserError(
+                    f"{name}: the reward is {reward}; the checkpoint is broken, or its dtype cannot"
+                    f" hold its numbers ({why})"
+                )
+
+
+@runtime_checkable
+class TokenReward(Protocol):
+    """A reward function that reads sampled tokens where it can, as a `Scorer` does."""
+
+    def score(self, responses: Sequence[Response], /) -> list[float]: ...
+
+
+def rewards_of(
+    reward_fn: Callable[..., Sequence[float]], responses: Sequence[Response]
+) -> list[float]:
+    """Rewards of responses: by their tokens if it is a `TokenReward`, by their text otherwise.
+
+    Raises:
+        UserError: not one reward a response.
+    """
+    if isinstance(reward_fn, TokenReward):
+        return reward_fn.score(responses)
+    given = reward_fn(
+        [r.prompt for r in responses],
+        [r.text for r in responses],
+        finished=[r.finished for r in responses],
+    )
+    rewards = [float(reward) for reward in given]
+    if len(rewards) != len(responses):
+        raise UserError(
+            f"reward_fn gave {len(rewards)} rewards for {len(responses)} responses; "
+            "it must give one each"
+        )
+    return rewards
+
+
+def score_rows(scorer: Callable[..., Sequence[float]], rows: Sequence[Row]) -> list[list[float]]:
+    """Rewards of every response of every row, `{"prompt", "responses", "finished"}`.
+
+    Args:
+        scorer: a `Scorer`, or anything that is called as one.
+    """
+    flat = iter(rewards_of(scorer, [r for row in rows for r in group_responses(row)]))
+    return [[next(flat) for _ in row["responses"]] for row in rows]
+
+
+def mean_and_spread(rewards: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean and standard deviation (never 0) over all responses of all rows."""
+    flat = [r for row in rewards for r in row]
+    mean = sum(flat) / len(flat)
+    variance = sum((r - mean) ** 2 for r in flat) / max(1, len(flat) - 1)
+    return mean, max(variance**0.5, 1e-8)

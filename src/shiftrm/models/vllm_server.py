@@ -1,0 +1,144 @@
+"""A vLLM server of our own: started for one policy, and surely ended."""
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from shiftrm.errors import UserError
+from shiftrm.models.sampling_vllm import VllmServer, connect
+
+__all__ = ["find_vllm", "vllm_server"]
+
+START_LIMIT = 3600.0  # seconds: large models are read, compiled and warmed up first
+END_LIMIT = 30.0  # seconds between asking the server to end and ending it
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+_LIBC = ctypes.CDLL(None)  # here, since a process that was just forked should load nothing
+_SHOWN = 300  # characters of the log's last line that an error repeats
+
+
+def find_vllm() -> str:
+    """The `vllm` program; raises UserError where there is none."""
+    beside = Path(sys.executable).with_name("vllm")
+    found = shutil.which("vllm") or (str(beside) if beside.is_file() else None)
+    if found is None:
+        raise UserError(
+            "--vllm: vllm is not installed here; pip install 'shiftrm[vllm]', or give the address "
+            "of a running server as --server"
+        )
+    return found
+
+
+@contextmanager
+def vllm_server(
+    policy: str | Path,
+    *,
+    log: str | Path,
+    arguments: Sequence[str] = (),
+    start_limit: float = START_LIMIT,
+) -> Iterator[VllmServer]:
+    """Serve a policy on a free port of this machine until the block is left.
+
+    The model's generation config is left aside (`--generation-config vllm`). The log is deleted in
+    the end, unless something failed.
+
+    Args:
+        log: where the server's output goes meanwhile.
+        arguments: further options of `vllm serve`.
+        start_limit: seconds until the server must be ready.
+
+    Raises:
+        UserError: vLLM is not installed, or the server ends or is not ready in time; the message
+            has the last line of its log.
+    """
+    program, log, port = find_vllm(), Path(log), _free_port()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [program, "serve", str(policy), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", str(policy), "--generation-config", "vllm", *arguments]
+    with open(log, "wb") as handle:
+        process = subprocess.Popen(
+            command,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a group of its own, to be ended with all its workers
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+    try:
+        _wait_until_ready(process, port, log, start_limit)
+        yield connect(f"http://127.0.0.1:{port}/v1", str(policy))
+    finally:
+        _end(process)
+    log.unlink(missing_ok=True)
+
+
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], port: int, log: Path, start_limit: float
+) -> None:
+    deadline = time.monotonic() + start_limit
+    pause = 0.05
+    while True:
+        if process.poll() is not None:
+            raise UserError(
+                f"vllm serve ended with status {process.returncode} before it was ready: "
+                f"{_last_line(log)}; see {log}"
+            )
+        if _healthy(port):
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"vllm serve was not ready after {start_limit:g} seconds: {_last_line(log)}; "
+                f"see {log}"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+def _healthy(port: int) -> bool:
+    """Whether /health answers; without any proxy, since the server is on this machine."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _last_line(log: Path) -> str:
+    """What the server said last, safe to print."""
+    with open(log, "rb") as handle:
+        handle.seek(max(0, log.stat().st_size - 4096))
+        lines = handle.read().decode("utf-8", "replace").split("\n")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return "".join(c if c.isprintable() else " " for c in said)[-_SHOWN:]
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the server to end, then end what is left of it and its workers."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_LIMIT)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _end_with_parent() -> None:
+    """In the server, before it is one: end when the thread that started it does (Linux only), so
+    that a killed command leaves no server on the GPU."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

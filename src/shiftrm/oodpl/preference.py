@@ -1,0 +1,87 @@
+"""What a policy prefers: its accuracy on preference pairs, and how far it is from the reference."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shiftrm.core.hypergradient import preference_margins
+from shiftrm.core.losses import TokenReduction
+from shiftrm.errors import UserError
+from shiftrm.files import Row
+from shiftrm.models.sampling import Sample
+from shiftrm.oodpl.batches import Encoder, Pair, outer_batch
+from shiftrm.policies.ppo_math import exact_token_kl
+
+__all__ = ["PreferenceAccuracy", "preference_accuracy", "sampled_kl"]
+
+
+@dataclass(frozen=True)
+class PreferenceAccuracy:
+    """A_PL of a policy.
+
+    Attributes:
+        accuracy: share of pairs with log pi(y|x) > log pi(y'|x); a tie is not a preference.
+        loss: mean of l_PL = -log sigmoid(log pi(y|x) - log pi(y'|x)).
+        pairs: on how many.
+    """
+
+    accuracy: float
+    loss: float
+    pairs: int
+
+
+def preference_accuracy(
+    policy: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[Row] | Sequence[Pair],
+    *,
+    reduction: TokenReduction = "sum",
+    batch_size: int = 128,
+) -> PreferenceAccuracy:
+    """A_PL, the preference-learning accuracy of the OODPL paper, of a policy.
+
+    Args:
+        pairs: `{"prompt", "chosen", "rejected"}`, with `chosen_finished` and `rejected_finished`
+            where a side was cut off; or the same as tokens.
+        reduction: see `losses.response_log_likelihood`; the paper's text implies "sum".
+        batch_size: pairs in one pass; changes memory, not the result.
+
+    Raises:
+        UserError: no pairs, or a row that is no pair.
+
+    Source: Jia, arXiv 2402.14760.
+    """
+    if not pairs:
+        raise UserError("there are no preference pairs to measure the policy on")
+    encoder = Encoder(tokenizer)
+    rows = [pair if isinstance(pair, Pair) else encoder.pair(pair, 0) for pair in pairs]
+    tokens = [pair for pair in rows if pair is not None]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    margins = torch.cat(
+        [
+            preference_margins(
+                policy,
+                outer_batch(tokens[start : start + batch_size], policy_pad_id=pad),
+                reduction=reduction,
+            )
+            for start in range(0, len(tokens), batch_size)
+        ]
+    )
+    return PreferenceAccuracy(
+        accuracy=float((margins > 0).double().mean()),
+        loss=float(torch.nn.functional.softplus(-margins).mean()),
+        pairs=len(tokens),
+    )
+
+
+def sampled_kl(policy: Any, reference: Any, samples: Sequence[Sample]) -> float:
+    """Sequence KL of the policy to the reference in nats, mean over samples of the policy.
+
+    As `ppo_math.exact_token_kl`, which says what it is where sampling modifies the policy.
+    """
+    if not samples:
+        raise UserError("there are no samples to estimate the KL on")
+    return float(exact_token_kl(policy, reference, samples).mean())

@@ -1,0 +1,184 @@
+"""OODPL meta-training from a folder of domains to a folder: what `shiftrm meta-train` does."""
+
+import dataclasses
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.trainer_callback import PrinterCallback
+
+from shiftrm.data.domains import DomainSplit, load_split
+from shiftrm.data.sources import fingerprint
+from shiftrm.errors import UserError, suggest
+from shiftrm.oodpl.meta_config import OODPLConfig
+from shiftrm.oodpl.trainer import OODPLTrainer
+from shiftrm.trainers import work_folder
+from shiftrm.trainers.progress import ProgressInWords
+from shiftrm.trainers.settings import REFUSED, command_defaults, value_of
+from shiftrm.trainers.training import (
+    exists,
+    first_line,
+    hold_work,
+    publish_folder,
+    write_model,
+)
+
+__all__ = ["meta_train", "settings_of"]
+
+
+def meta_train(
+    model: str,
+    *,
+    policy: str,
+    domains: str,
+    output: Path,
+    held_out: Sequence[str] | None = None,
+    validation: Sequence[str] | None = None,
+    settings: Mapping[str, Any],
+    command: str | None = None,
+) -> str | None:
+    """Meta-train a reward model on a folder of domains; the result appears when it is whole.
+
+    Until then everything is in `.NAME.work` beside it, and the same call continues from the last
+    complete checkpoint there, as `trainers.command.train`.
+
+    Args:
+        model: the reward model to start from, or a policy, whose backbone gets a new head.
+        policy: the reference policy that every inner loop starts from.
+        domains: a folder in the layout of `shiftrm.data.domains`.
+        held_out, validation: names; None takes those of `splits.json`.
+        settings: values by field of `OODPLConfig`.
+        command: how the model card says this run can be repeated.
+
+    Returns:
+        A summary in words; None on all but the main process.
+
+    Raises:
+        UserError: bad data or settings, an output that is there, weights that are not finite.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: already there and not empty; choose another --output")
+    target = Path(os.path.abspath(output))
+    work = target.with_name(f".{target.name}.work")
+    args = settings_of(settings, work=work)
+    for name in (model, policy):
+        if not exists(name):
+            raise UserError(f"{name}: no such folder; give a checkpoint folder or a hub name")
+    split = load_split(
+        domains,
+        held_out=held_out,
+        validation=validation,
+        support_batch=args.support_batch_size,
+        query_batch=args.query_batch_size,
+    )
+    record = {
+        "model": model,
+        "policy": policy,
+        "settings": {key: str(value) for key, value in settings.items()},
+        "data": _data(split),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    with hold_work(work, record) as checkpoint:
+        try:
+            trainer = OODPLTrainer(model, policy, args, split=split)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{model} or {policy}: cannot be loaded ({first_line(error)})"
+            ) from None
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(ProgressInWords(speaks=args.disable_tqdm))
+        trainer.add_callback(work_folder.MarkCompleteCheckpoints())
+        watched = bool(trainer.eval_dataset)
+        before = trainer.evaluate() if watched else {}
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        after = trainer.evaluate() if watched else {}
+        summary = _summary(split, args, before, after, output)
+        finished = work / work_folder.FINISHED
+        write_model(trainer, finished)
+        if trainer.accelerator.is_main_process:
+            card = _card(summary, model, policy, domains, args, command)
+            publish_folder(finished, work, target, card)
+        trainer.accelerator.wait_for_everyone()
+    return summary if trainer.accelerator.is_main_process else None
+
+
+def settings_of(given: Mapping[str, Any], *, work: Path) -> OODPLConfig:
+    """`OODPLConfig` from what was said; strings are read as YAML where the setting is no text.
+
+    Raises:
+        UserError: an unknown setting (the nearest is suggested), or a value that cannot be.
+    """
+    hints = typing.get_type_hints(OODPLConfig)
+    known = [f.name for f in dataclasses.fields(OODPLConfig) if f.init and f.name not in REFUSED]
+    values = {}
+    for key, value in given.items():
+        if key in REFUSED:
+            raise UserError(f"unknown setting {key!r}; {REFUSED[key]}")
+        if key not in known:
+            raise UserError(f"unknown setting {key!r}{suggest(key, known)}")
+        values[key] = value_of(key, value, hints[key])
+    try:
+        return OODPLConfig(**(command_defaults(work) | values))
+    except UserError:
+        raise
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise UserError(f"meta-training settings: {error}") from None
+
+
+def _data(split: DomainSplit) -> dict[str, Any]:
+    """Of every domain that is read, a fingerprint; roles by name."""
+    found: dict[str, Any] = {}
+    for role in ("source", "validation"):
+        for domain in getattr(split, role):
+            rows = [*domain.support, *domain.query, *domain.eval_pairs]
+            found[domain.name] = {"role": role, "sha256": fingerprint("", rows)[:16]}
+    return found | {"held_out": [domain.name for domain in split.held_out]}
+
+
+def _summary(
+    split: DomainSplit,
+    args: OODPLConfig,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    output: Path,
+) -> str:
+    lines = [
+        f"{len(split.source)} source domains, {args.max_steps} outer steps of "
+        f"{args.domains_per_step} tasks, D = {args.inner_steps}, beta = {args.beta:g}"
+    ]
+    if after:
+        which = "validation domains" if split.validation else "source domains (evaluation pairs)"
+        lines.append(
+            f"A_PL on {len(split.validation) or len(split.source)} {which}: "
+            f"{after['eval_reference_accuracy']:.3f} before adapting; adapted under the reward "
+            f"model: {before['eval_accuracy']:.3f} at the start, {after['eval_accuracy']:.3f} now"
+        )
+    lines.append(f"Reward model: {output}")
+    return "\n".join(lines)
+
+
+def _card(
+    summary: str, model: str, policy: str, domains: str, args: OODPLConfig, command: str | None
+) -> str:
+    names = [f.name for f in dataclasses.fields(OODPLConfig)]
+    ours = OODPLConfig.__annotations__
+    settings = "\n".join(f"- {name}: {getattr(args, name)}" for name in names if name in ours)
+    how = f"\nMade with\n\n    {command}\n" if command else ""
+    return f"""---
+library_name: transformers
+tags: [reward-model, oodpl, shiftrm]
+---
+# Reward model, meta-trained over domains
+
+{summary}
+
+OODPL (Jia, arXiv 2402.14760) as shiftrm implements it: a sequence classifier with one label, loaded
+by transformers and `shiftrm.models.scoring.Scorer`.
+Started from `{model}`, reference policy `{policy}`,
+domains `{domains}`.
+{how}
+{settings}
+"""

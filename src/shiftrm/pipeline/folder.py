@@ -1,0 +1,111 @@
+"""The folder of a run while it is being made: claimed for one configuration, and its progress."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from shiftrm.config import differences, read_yaml
+from shiftrm.errors import UserError
+from shiftrm.files import atomic_write_text
+from shiftrm.pipeline.engine import Stage
+from shiftrm.progress import Task, current
+
+__all__ = ["CONFIG_FILE", "claim", "progress"]
+
+CONFIG_FILE = "config.yaml"
+
+
+def claim(
+    output: Path, settings: Mapping[str, Any], readme: str, *, free: Sequence[str] = ()
+) -> None:
+    """Write the configuration, or check that the folder was made with the same one.
+
+    Args:
+        settings: the whole configuration as plain data.
+        readme: what stands in the folder, in words.
+        free: settings that may change from call to call, as "a" or "a.b".
+
+    Raises:
+        UserError: another configuration's folder, or no run's at all.
+    """
+    path = output / CONFIG_FILE
+    if path.exists():
+        old, new = (_without(found, free) for found in (read_yaml(path), settings))
+        changed = differences(old, new)
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{output}: made with another configuration ({'; '.join(changed[:3])}{more}); "
+                "choose another --output, or delete this folder"
+            )
+        return
+    if output.exists() and (not output.is_dir() or any(map(_is_foreign, output.iterdir()))):
+        raise UserError(f"{output}: not empty and not a run's folder; choose another --output")
+    atomic_write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))  # first: it claims
+    atomic_write_text(output / "README.txt", readme)
+
+
+def _without(settings: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    kept = {k: dict(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in free}
+    for name in free:
+        section, _, key = name.partition(".")
+        if key and isinstance(kept.get(section), dict):
+            kept[section].pop(key, None)
+    return kept
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether this is something else than what a run killed at its very start leaves behind."""
+    return not (path.name == ".lock" or (path.name[0] == "." and path.name.endswith(".tmp")))
+
+
+@contextmanager
+def progress(stages: list[Stage]) -> Iterator[Any]:
+    """A bar over stages with what runs now; without a terminal a line a stage, and now and then."""
+    if not sys.stderr.isatty():
+        done = 0
+        begun: dict[str, Task] = {}
+        reporter = current()
+
+        def plain(event: str, name: str) -> None:
+            nonlocal done
+            if event == "start":
+                if reporter is not None:
+                    begun[name] = reporter.begin(f"stage {name}", None)
+                return
+            if reporter is not None and name in begun:
+                reporter.end(begun.pop(name))
+            done += 1
+            word = "already there" if event == "skipped" else "done"
+            print(f"[{done}/{len(stages)}] {name} {word}", file=sys.stderr, flush=True)
+
+        yield plain
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=len(stages))
+        running: list[str] = []
+
+        def live(event: str, name: str) -> None:
+            if event == "start":
+                running.append(name)
+            else:
+                bar.advance(task)
+                if name in running:
+                    running.remove(name)
+            label = ", ".join(name.removeprefix("methods/") for name in running)
+            bar.update(task, description=label or "finishing")
+
+        yield live

@@ -1,0 +1,98 @@
+"""What a recipe names outside itself, looked at before anything runs."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from shiftrm.config import from_mapping
+from shiftrm.data.named import COMMON, FORMATS
+from shiftrm.errors import UserError, suggest
+from shiftrm.pipeline.data_sets import place_of
+from shiftrm.pipeline.experiment import Recipe, Source
+
+__all__ = ["KINDS", "check_data", "check_judge", "check_models"]
+
+KINDS = {
+    "demonstrations": "demonstrations",
+    "pairs": "pairs",
+    "heldout": "pairs",
+    "prompts": "prompts",
+    "eval_prompts": "prompts",
+}
+"""Which rows each data set of a recipe has to give."""
+
+
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
+"""Ends of names that are no data set's on the hub."""
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuse unknown formats and options, and local files that are not there."""
+    for name, kind in KINDS.items():
+        source = getattr(recipe.data, name)
+        if source is None or (name == "demonstrations" and recipe.sft is None):
+            continue
+        try:
+            _check_source(source, kind)
+        except UserError as error:
+            raise UserError(f"data.{name}: {error}") from None
+
+
+def _check_source(source: Source, kind: str) -> None:
+    place = place_of(asdict(source))  # refuses an unknown format
+    form = FORMATS[source.format]
+    if kind not in form.kinds:
+        raise UserError(f"{source.format} gives no {kind}; it gives {', '.join(form.kinds)}")
+    known = list(form.option_help())
+    for option in source.options:
+        if option not in known:
+            raise UserError(f"{source.format} has no option {option!r}{suggest(option, known)}")
+    own = {key: value for key, value in source.options.items() if key not in COMMON}
+    from_mapping(form.options, own)
+    file = place.partition(":")[0]
+    on_hub = file.count("/") == 1 and not file.startswith((".", "/", "~"))
+    if not Path(file).exists() and (not on_hub or file.endswith(FILES)):
+        raise UserError(f"{place}: no such file or folder, and not a name on the hub")
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse folders that are not there or hold another kind of model."""
+    from shiftrm.pipeline.launch import TEMPLATES
+    from shiftrm.policies.policy_loading import check_policy
+    from shiftrm.policies.watch import check_watch
+
+    _named("model", lambda: check_policy(recipe.model, "model"))
+    template = recipe.chat_template
+    if template is not None and recipe.sft is not None:
+        known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+        if template not in known and not Path(template).exists():
+            raise UserError(
+                f"chat_template is {template!r}: no such file, and not one of this package "
+                f"({', '.join(known)})"
+            )
+    gold = recipe.evaluation.gold
+    if gold is not None:
+        _named("evaluation.gold", lambda: check_watch(gold))
+
+
+def check_judge(recipe: Recipe) -> None:
+    """Refuse a judge that cannot be opened: its key, template or folder. Nothing is asked."""
+    judge = recipe.judge
+    if judge.kind == "reward-model":
+        from shiftrm.policies.policy_loading import check_reward_model
+
+        _named("judge.model", lambda: check_reward_model(str(judge.model), "judge.model"))
+    if judge.kind == "endpoint":
+        from shiftrm.pipeline.judging import open_recipes_judge
+
+        _named("judge", lambda: open_recipes_judge(asdict(judge), cache=None))
+    if recipe.sampler == "vllm":
+        from shiftrm.models.vllm_server import find_vllm
+
+        _named("sampler", find_vllm)
+
+
+def _named(setting: str, check) -> None:  # type: ignore[no-untyped-def]
+    try:
+        check()
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from None

@@ -1,0 +1,195 @@
+"""What a stage stores, and a guess of how long it takes: for `estimate`."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from shiftrm.files import Row
+from shiftrm.pipeline.engine import Stage
+from shiftrm.pipeline.experiment import Recipe
+from shiftrm.pipeline.settings import settings_of
+
+__all__ = ["Disk", "Sizes", "disk_of", "mean_tokens", "operations", "speed", "time_note"]
+
+_BYTES = {"bfloat16": 2, "float16": 2}
+"""Of a number, by dtype; any other takes 4."""
+
+_CHARACTERS = 4
+"""Of a token, guessed: nothing is tokenised for a dry run."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the policy, of a reward model on it, and of the adapters of each (LoRA)."""
+
+    policy: int
+    reward: int
+    policy_adapters: int | None = None
+    reward_adapters: int | None = None
+
+
+class Disk(NamedTuple):
+    """Bytes that a stage leaves, and what its checkpoints take beside that while it runs."""
+
+    kept: int
+    checkpoints: int
+
+
+def disk_of(stage: Stage, sizes: Sizes, steps: int | None) -> Disk:
+    """By parameters and dtype: a model, and checkpoints with AdamW's two moments beside weights.
+
+    A checkpoint holds what is trained. Texts, records and logs are not counted.
+    """
+    words = stage.settings.get("words") or ["none"]
+    if words[0] not in ("sft", "train", "optimise"):
+        return Disk(0, 0)
+    given = dict(word.split("=", 1) for word in settings_of(stage))
+    size, adapters = sizes.policy, sizes.policy_adapters
+    if words[0] == "train":
+        size, adapters = sizes.reward, sizes.reward_adapters
+    width = _BYTES.get(given.get("dtype", ""), 4)
+    trained = 3 * width * size if adapters is None else 3 * 4 * adapters
+    kept = width * size + 4 * (adapters or 0)
+    if words[:2] == ["optimise", "ppo"]:  # the critic, too; the newest and the one being written
+        critic = sizes.reward_adapters
+        trained += 3 * width * sizes.reward if critic is None else 3 * 4 * critic
+        every = float(given.get("save_steps", 20))
+        number = 2 if steps is None else min(2, int((steps - 1) / every))
+    else:  # transformers stores one after the last step, too, and one more before it deletes
+        most = int(given.get("save_total_limit", 2)) + 1
+        number = most if steps is None else min(most, math.ceil(steps / _save_steps(given, steps)))
+    if given.get("save_strategy") == "no":
+        number = 0
+    return Disk(kept, number * trained)
+
+
+def _save_steps(given: Mapping[str, str], steps: int) -> float:
+    every = float(given.get("save_steps", 500))
+    return every * steps if every < 1 else every  # below 1: a share of the steps
+
+
+def mean_tokens(rows: Sequence[Row]) -> float:
+    """Mean length of a row's texts, in guessed tokens."""
+    return sum(_characters(row) for row in rows) / _CHARACTERS / max(1, len(rows))
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, parts))
+
+
+def operations(
+    recipe: Recipe,
+    stage: Stage,
+    sizes: Sizes,
+    steps: int | None,
+    rows: Mapping[str, int | None],
+    tokens: Mapping[str, float],
+) -> float | None:
+    """Floating-point operations of a stage's models.
+
+    2 a parameter and token of a pass without gradient, 6 of one in training (with LoRA 4: the
+    weights' own gradients are saved). Responses count at full length.
+
+    Args:
+        rows, tokens: of each data set, how many rows and how long they are.
+
+    Returns:
+        0 for a stage without models; None where its data is not on this machine.
+    """
+    words = stage.settings.get("words")
+    if not words:
+        return (
+            0.0
+            if not stage.name.endswith("evaluation")
+            else _evaluation(recipe, sizes, rows, tokens)
+        )
+    train = 6 if sizes.policy_adapters is None else 4
+    policy, reward = sizes.policy, sizes.reward
+    answer = tokens.get("prompts", math.nan) + recipe.sampling.max_new_tokens
+    if words[0] == "sample":
+        made = _sampled(recipe, stage, rows)
+        return None if made is None or math.isnan(answer) else 2.0 * policy * made * answer
+    if steps is None:
+        return None
+    given = dict(word.split("=", 1) for word in settings_of(stage))
+    if words[:2] == ["optimise", "ppo"]:
+        from shiftrm.policies.ppo_config import PPOConfig
+
+        default = PPOConfig()
+        batch = int(given.get("prompts_per_step", default.prompts_per_step))
+        batch *= int(given.get("rollouts_per_prompt", default.rollouts_per_prompt))
+        updates = train * int(given.get("epochs", default.epochs)) * (policy + reward)
+        # Sampled, then passes of policy, reference, critic and reward model, then the updates.
+        each = 6 * policy + 4 * reward + updates
+        found = steps * batch * answer * each
+    elif words[0] == "optimise" and words[1] != "dpo":
+        found = steps * recipe.policy.batch_size * answer * ((6 + train) * policy + 2 * reward)
+    elif words[0] == "optimise":
+        found = steps * recipe.dpo.batch_size * tokens.get("pairs", math.nan) * (2 + train) * policy
+    elif words[0] == "sft":
+        batch = recipe.sft.batch_size if recipe.sft is not None else 0
+        found = steps * batch * tokens.get("demonstrations", math.nan) * train * policy
+    else:  # MetaRM: groups about as large as the pairs, and the look ahead
+        passes = 2 if "--groups" in words else 1
+        found = steps * recipe.reward.batch_size * tokens.get("pairs", math.nan) * train * reward
+        found *= passes
+    return None if math.isnan(found) else float(found)
+
+
+def _evaluation(
+    recipe: Recipe, sizes: Sizes, rows: Mapping[str, int | None], tokens: Mapping[str, float]
+) -> float | None:
+    """Three sets of responses scored, and the KL of one of them."""
+    prompts, length = rows["eval_prompts"], tokens.get("prompts", math.nan)
+    if prompts is None or math.isnan(length):
+        return None
+    made = min(recipe.evaluation.prompts, prompts) * recipe.evaluation.responses
+    length += recipe.sampling.max_new_tokens
+    return float(made * length * (6 * sizes.reward + 4 * sizes.policy))
+
+
+def _sampled(recipe: Recipe, stage: Stage, rows: Mapping[str, int | None]) -> int | None:
+    """Responses that a `sample` stage draws."""
+    words, measured = stage.settings["words"], recipe.evaluation
+    name, limit = "eval_prompts", measured.prompts
+    if stage.name.endswith("groups"):
+        name, limit = "prompts", recipe.groups.prompts  # type: ignore[assignment]
+    elif stage.name.startswith("best_of_n"):
+        limit = measured.best_of_n_prompts
+    there = rows[name]
+    if there is None:
+        return None
+    prompts = min(there, limit) if isinstance(limit, int) else there
+    return prompts * int(words[words.index("--responses") + 1])
+
+
+def speed() -> float:
+    """Operations a second of one matrix product in fp32 on this machine, now."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(n, n, device=device)
+    best = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the accelerator
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def time_note(rate: float, processes: int) -> str:
+    """How the times were guessed."""
+    shared = f", shared by {processes} processes" if processes > 1 else ""
+    return (
+        f"Time is a guess: parameters times tokens at the {rate / 1e9:,.0f} billion operations a "
+        f"second that a matrix product in fp32 reaches on this machine now{shared}; a token taken "
+        f"as {_CHARACTERS} characters, every response at full length. Small models, sampling, "
+        "loading and busy machines take several times as long, bf16 on a GPU less; judges and "
+        "embedders are not counted."
+    )

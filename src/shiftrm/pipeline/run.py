@@ -1,0 +1,295 @@
+"""A recipe from its file to a finished folder, or to a plan in words (`--dry-run`)."""
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shiftrm.config import apply_overrides, from_mapping, read_yaml, to_mapping
+from shiftrm.errors import UserError
+from shiftrm.pipeline.data_sets import place_of
+from shiftrm.pipeline.engine import RECORDS_FILE, Stage, run_stages
+from shiftrm.pipeline.estimate import MEMORY_NOTE, Estimate, estimate, judging_cost
+from shiftrm.pipeline.experiment import Recipe
+from shiftrm.pipeline.folder import claim, progress
+from shiftrm.pipeline.plan import JUDGING, plan
+from shiftrm.pipeline.resources import speed, time_note
+from shiftrm.pipeline.settings import settings_of
+from shiftrm.records import read_records
+
+__all__ = ["PAGE_FILE", "dry_run", "read_recipe", "run_recipe"]
+
+PAGE_FILE = "report.html"
+
+FREE = ("execution", *(f"judge.{name}" for name in JUDGING))
+"""What may change between an interruption and the call that continues."""
+
+FOLDER_README = """This folder holds one run of iterative RLHF (shiftrm run).
+
+report.html     what happened, in words and pictures; open it in a browser
+records.jsonl   every measured number; the page is made from this file alone
+config.yaml     every setting of the run
+data/           what the run reads: pairs, prompts, demonstrations, held-out sets; dropped.jsonl
+                says which rows were left out and why
+sft/model       the policy after supervised fine-tuning (an ordinary transformers checkpoint)
+reward_model/   the first reward model (model/: an ordinary sequence-classification checkpoint)
+responses/      the SFT policy's responses to the test prompts
+evaluation/     the same with their rewards
+methods/        per arm and round: groups, reward_model, policy, responses, evaluation, judgement
+comparison/     best rounds against each other
+judge-cache.jsonl   every verdict of the judge; a rerun asks nothing twice
+
+Each folder with a stage.json is a finished stage: its settings (with the command that made it),
+records.jsonl and log.txt stand in it. Give the same command again to continue an interrupted run,
+or to make the page anew. .unfinished holds the checkpoints of a stage that was interrupted.
+"""
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file with `key=value` words over it.
+
+    Raises:
+        UserError: no such file, an unknown setting (the nearest is suggested), or a bad value.
+    """
+    found = read_with_base(path)
+    if "data" not in found:
+        raise UserError(
+            f"{path}: not a recipe for `shiftrm run`: it has no section data; recipes of OODPL say "
+            "in their first lines which command takes them"
+        )
+    mapping = apply_overrides(found, list(overrides), create=True)
+    if mapping.get("model") is None:
+        raise UserError(f"{path}: model is missing; give model=FOLDER or a hub name")
+    try:
+        return from_mapping(Recipe, {"name": Path(path).stem, **mapping})
+    except TypeError as error:  # a required field of a section
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_with_base(path: str | Path) -> dict[str, Any]:
+    """A YAML file over the one that it names as `base`, if any, in the same folder.
+
+    Sections are merged setting by setting; `methods` and the data sets are taken whole.
+
+    Raises:
+        UserError: a file is missing, or bases that name each other.
+    """
+    chain: list[dict[str, Any]] = []
+    seen: list[Path] = []
+    here = Path(path)
+    while True:
+        if here.resolve() in seen:
+            raise UserError(f"{path}: its base leads back to {here}")
+        seen.append(here.resolve())
+        found = read_yaml(here)
+        base = found.pop("base", None)
+        chain.append(found)
+        if base is None:
+            break
+        here = here.parent / str(base)
+    merged: dict[str, Any] = {}
+    for found in reversed(chain):
+        merged = _over(merged, found, whole=False)
+    return merged
+
+
+def _over(old: dict[str, Any], new: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    result = dict(old)
+    for key, value in new.items():
+        before = result.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and key != "methods" and not whole:
+            result[key] = _over(before, value, whole=key == "data")
+        else:
+            result[key] = value
+    return result
+
+
+def run_recipe(recipe: Recipe, output: Path) -> Path:
+    """Run all stages that are not finished, write the page, print a summary; returns the page."""
+    started = time.monotonic()
+    stages = plan(recipe)
+    check_settings(stages)
+    check_inputs(recipe)
+    for line in notes(recipe):
+        print(line, file=sys.stderr, flush=True)
+    claim(output, to_mapping(recipe), FOLDER_README, free=FREE)
+    with progress(stages) as on_progress:
+        run_stages(
+            stages,
+            output,
+            seed=recipe.seed,
+            workers=recipe.execution.workers,
+            threads=1 if recipe.execution.in_process else None,
+            on_progress=on_progress,
+        )
+    from shiftrm.report.recipe import summary, write_recipe_report
+
+    records = read_records(output / RECORDS_FILE)
+    page = write_recipe_report(records, output / PAGE_FILE, output, to_mapping(recipe))
+    minutes = (time.monotonic() - started) / 60
+    console = Console(soft_wrap=True)
+    console.print(summary(records, to_mapping(recipe)), markup=False, highlight=False)
+    console.print(f"\n{minutes:.1f} minutes. Page: {page}", markup=False, highlight=False)
+    return page
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Refuse what a stage hours from now would stumble over: models, formats, files, the judge.
+
+    Raises:
+        UserError: names the setting.
+    """
+    from shiftrm.pipeline.inputs import check_data, check_judge, check_models
+
+    check_data(recipe)
+    check_models(recipe)
+    check_judge(recipe)
+
+
+def check_settings(stages: Sequence[Stage]) -> None:
+    """Judge the settings of every training as its command will, before anything is done.
+
+    Raises:
+        UserError: an unknown setting or a bad value; names the stage.
+    """
+    from shiftrm.pipeline.settings import check_words
+
+    seen: set[tuple[str, ...]] = set()
+    for stage in stages:
+        words = stage.settings.get("words")
+        if not words:
+            continue
+        given = settings_of(stage)
+        key = (*words[:2], *given)
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            check_words(words, given, processes=stage.execution["processes"])
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """What a recipe says that has less effect than one might think, a line each."""
+    data, found = recipe.data, []
+    named, other = ("heldout", "prompts") if data.heldout else ("eval_prompts", "pairs")
+    if data.heldout_share is not None and (data.heldout or data.eval_prompts):
+        found.append(
+            f"note: data.heldout_share={data.heldout_share} is a share of data.{other} alone: "
+            f"data.{named} is named"
+        )
+    for name, arm in recipe.methods.items():
+        if arm.reward == "retrained" and not arm.is_dpo and not arm.settings:
+            found.append(
+                f"note: methods.{name} trains on the same pairs, from the same head and in the "
+                "same order as the first reward model, so it will be that one again; give it "
+                "settings of its own, or leave it out"
+            )
+    return found
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print the resolved plan: rows, stages, steps, memory, disk, time, and every command."""
+    stages = plan(recipe)
+    check_settings(stages)
+    check_inputs(recipe)
+    found = estimate(recipe, stages)
+    console = Console(soft_wrap=True)
+    say = {"markup": False, "highlight": False}
+    console.print(f"{recipe.name}: {len(stages)} stages", **say)  # type: ignore[arg-type]
+    for line in [*_sizes(recipe, found), *notes(recipe)]:
+        console.print(line, **say)  # type: ignore[arg-type]
+    rate, processes = speed(), recipe.execution.processes
+    table = Table("", "stage", "steps", "memory", "disk", "time", box=None, pad_edge=False)
+    for number, stage in enumerate(found.stages, start=1):
+        kept = None if stage.disk is None else stage.disk.kept
+        seconds = None if stage.operations is None else stage.operations / rate / processes
+        numbers = (_count(stage.steps), _bytes(stage.memory), _bytes(kept), _duration(seconds))
+        table.add_row(str(number), stage.stage, *numbers)
+    console.print(table)
+    console.print(_disk(recipe, found), **say)  # type: ignore[arg-type]
+    known = [stage.operations for stage in found.stages if stage.operations is not None]
+    rest = "" if len(known) == len(found.stages) else ", without the stages marked ?"
+    said = f"time, one stage after the other: {_duration(sum(known) / rate / processes)}{rest}"
+    console.print(said, **say)  # type: ignore[arg-type]
+    console.print("\nCommands ({stage:X} is the folder of stage X, {out} its own):", **say)  # type: ignore[arg-type]
+    for stage_ in stages:
+        if "words" in stage_.settings:
+            words = [*stage_.settings["words"], *stage_.execution["words"]]
+            console.print(f"{stage_.name}:\n  shiftrm {_join(words)}", **say)  # type: ignore[arg-type]
+    console.print(
+        f"\n{MEMORY_NOTE}\n{time_note(rate, processes)}\nNothing was run or written.",
+        **say,  # type: ignore[arg-type]
+    )
+
+
+def _sizes(recipe: Recipe, found: Estimate) -> list[str]:
+    lines = []
+    size = "unknown (its configuration is not on this machine)"
+    if found.parameters is not None:
+        size = f"{found.parameters / 1e6:,.1f} million parameters"
+    lines.append(f"model {recipe.model}: {size}")
+    for name, rows in found.rows.items():
+        source = getattr(recipe.data, name)
+        if name == "demonstrations" and recipe.sft is None:
+            continue
+        where = "a share of the training prompts"
+        if source is not None:
+            where = f"{source.format}, {place_of(asdict(source))}"
+        known = "rows unknown before it is read (not on this machine)"
+        if rows is not None:
+            known = f"{'' if found.exact else 'at most '}{rows:,} rows"
+        lines.append(f"{name}: {where}: {known}")
+    judge = recipe.judge
+    lines.append(f"judge: {judge.kind}{f' {judge.model}' if judge.model else ''}")
+    if judge.kind == "endpoint":
+        lines.append(judging_cost(recipe, found.rows["eval_prompts"]))
+    return lines
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "?"
+    if value == 0:
+        return "-"
+    return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds == 0:
+        return "-"
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return "under 1 s"
+
+
+def _disk(recipe: Recipe, found: Estimate) -> str:
+    """All that the run leaves, and the most that lies there while it runs."""
+    disks = [stage.disk for stage in found.stages if stage.disk is not None]
+    if found.sizes is None:
+        return "disk: unknown, as the model is"
+    kept = sum(disk.kept for disk in disks)
+    largest = sorted((disk.checkpoints for disk in disks), reverse=True)
+    more = sum(largest[: recipe.execution.workers])
+    return (
+        f"disk: {_bytes(kept)} of models at the end, and up to {_bytes(more)} of checkpoints while "
+        "a stage trains (texts and logs are not counted)"
+    )
+
+
+def _join(words: Sequence[str]) -> str:
+    return " ".join(word if "{" in word else shlex.quote(word) for word in words)

@@ -1,0 +1,308 @@
+"""The stages of a recipe that are no single command: data, measuring, judging, comparing."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from shiftrm.core.discrimination import (
+    absolute_differences,
+    difference_variance,
+    pair_accuracy,
+)
+from shiftrm.data.loaded import Loaded
+from shiftrm.data.pairs import read_pairs
+from shiftrm.errors import UserError
+from shiftrm.files import Row, read_jsonl, write_jsonl
+from shiftrm.measure.best_of_n import best_of_n_curve
+from shiftrm.measure.diversity import set_diversity, tokenise
+from shiftrm.measure.embeddings import load_embedder
+from shiftrm.measure.overoptimisation import overoptimisation, path_from_rows, smoothed
+from shiftrm.models.scoring import mean_and_spread, score_rows
+from shiftrm.pipeline.data_sets import assembled
+from shiftrm.pipeline.engine import StageContext
+from shiftrm.pipeline.launch import spoken
+from shiftrm.pipeline.measures import Measured, free, policy_kl
+from shiftrm.policies.ppo_rollouts import RewardFunction
+from shiftrm.policies.watch import open_watch
+from shiftrm.records import Recorder
+from shiftrm.trainers.memory import is_out_of_memory
+from shiftrm.trainers.training_log import TRAINING_LOG
+
+RESPONSES = "responses.jsonl"
+
+KL_POINTS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+"""Nats at which gold is recorded, where a round's path reaches them."""
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+
+def prepare_data(context: StageContext) -> None:
+    """Read every data set, split by prompt, and write the files that all stages read.
+
+    No evaluation prompt stays in any training file. Every row that was dropped is counted by
+    reason in the records and named in `dropped.jsonl`.
+    """
+    settings = context.stage.settings
+    found = assembled(settings, seed=context.random_seed("splits"))
+    dropped: list[Row] = []
+    for name, loaded in found.items():
+        dropped += [{"data": name, **row} for row in loaded.dropped]
+        _write(context, name, loaded)
+    write_jsonl(context.out / "dropped.jsonl", dropped)
+    if settings["best_of_n_prompts"]:
+        first = found["eval_prompts"].rows[: settings["best_of_n_prompts"]]
+        write_jsonl(context.out / "best_of_n_prompts.jsonl", first)
+    prompts = found["prompts"].rows
+    for number in range(1, settings["rounds"] + 1):
+        draws = random.Random(context.random_seed(f"groups/{number}"))
+        wanted = settings["group_prompts"]
+        count = len(prompts) if wanted == "all" else min(wanted, len(prompts))
+        drawn = draws.sample(prompts, count)
+        write_jsonl(context.out / f"group_prompts-{number}.jsonl", drawn)
+
+
+def _write(context: StageContext, name: str, loaded: Loaded) -> None:
+    if not loaded.rows:
+        counts = ", ".join(f"{count} {reason}" for reason, count in loaded.counts().items())
+        raise UserError(f"data.{name}: no rows are left ({counts or 'the source is empty'})")
+    write_jsonl(context.out / f"{name}.jsonl", loaded.rows)
+    context.recorder.add(name, float(len(loaded.rows)))
+    for reason, count in loaded.counts().items():
+        context.recorder.add(f"{name}_dropped_{reason}", float(count))
+
+
+# -- measuring -----------------------------------------------------------------------------------
+
+
+def evaluate(context: StageContext) -> None:
+    """The policy and the reward model of a round, on responses to the test prompts.
+
+    "before" responses are of the policy the reward model was adapted for, "after" those of the
+    policy made with it; both are compared with responses of the SFT policy.
+    """
+    try:
+        _evaluate(context)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = context.stage.execution["sampling_batch_size"]
+        raise UserError(
+            f"out of memory; give execution.sampling_batch_size={max(1, size // 2)} (now {size}): "
+            "the same command with it continues this run"
+        ) from None
+
+
+def _evaluate(context: StageContext) -> None:
+    settings, recorder = context.stage.settings, context.recorder
+    folders = {name: str(context.folder(name)) for name in context.stage.needs}
+    policy, reference = spoken([settings["policy"], settings["reference"]], folders, "")
+    rows = {
+        "sft": read_jsonl(context.folder("responses") / RESPONSES),
+        "before": read_jsonl(context.folder(settings["before"]) / RESPONSES),
+        "after": read_jsonl(context.folder(settings["responses_stage"]) / RESPONSES),
+    }
+    size = context.stage.execution["sampling_batch_size"]
+    scorer = open_watch(str(context.folder(settings["reward"]) / "model"), batch_size=size)
+    _record_heldout(context, scorer)
+    rewards = {name: score_rows(scorer, rows[name]) for name in rows}
+    del scorer
+    free()
+    measured = Measured.of(rows["after"], rewards["after"], mean_and_spread(rewards["sft"]))
+    measured.record(recorder)
+    _record_spread(recorder, rewards, settings)
+    if settings["gold"] is not None:
+        _record_gold(recorder, open_watch(settings["gold"], batch_size=size), rows, rewards)
+        free()
+    if settings["start"]:
+        recorder.add("kl", 0.0)
+    else:
+        kl, n = policy_kl(policy, reference, rows["after"], size)
+        recorder.add("kl", kl, n=n)
+        _record_overoptimisation(context)
+    _record_diversity(context, rows["after"])
+    written = [
+        {**row, "rewards": [round(r, 6) for r in found]}
+        for row, found in zip(rows["after"], rewards["after"], strict=True)
+    ]
+    write_jsonl(context.out / "scored.jsonl", written)
+
+
+def _record_spread(
+    recorder: Recorder, rewards: dict[str, list[list[float]]], settings: dict[str, Any]
+) -> None:
+    """Variance and distribution of reward differences (the MetaRM paper's Figures 1 and 5)."""
+    pairs = {name: [row[:2] for row in found] for name, found in rewards.items()}
+    reference = difference_variance(pairs["sft"])
+    for name, found in pairs.items():
+        variance = difference_variance(found)
+        recorder.add(f"difference_variance_{name}", variance, n=len(found))
+        values = absolute_differences(found)[: settings["kept_values"]]
+        recorder.add(f"difference_values_{name}", values)
+        if name != "sft" and reference > 0:
+            relative = variance / reference
+            recorder.add(f"relative_difference_variance_{name}", relative, n=len(found))
+
+
+def _record_overoptimisation(context: StageContext) -> None:
+    """Gold against KL along this round's policy training (Gao et al., arXiv 2210.10760)."""
+    log = context.folder(context.stage.settings["policy_stage"]) / "model" / TRAINING_LOG
+    rows = read_jsonl(log) if log.is_file() and log.stat().st_size else []
+    proxy = "standardised_mean" if any("standardised_mean" in row for row in rows) else "reward"
+    path = path_from_rows(rows, kl="sequence_kl", proxy=proxy, gold="gold_mean")
+    if not path.kl:  # nobody watched, or no KL was logged
+        return
+    window = max(1, len(path.kl) // 20)  # a peak of single batches would be the luckiest one
+    found = overoptimisation(smoothed(path, window), at_kl=KL_POINTS)
+    numbers = {
+        "peak_gold": found.peak_gold,
+        "peak_kl": found.peak_kl,
+        "final_gold": found.final_gold,
+        "final_kl": found.final_kl,
+        "drop": found.drop,
+        "proxy_rise": found.proxy_rise,
+        "window": float(window),
+    }
+    numbers |= {
+        f"gold_at_kl_{kl:g}": gold for kl, gold in found.gold_at.items() if gold is not None
+    }
+    for name, value in numbers.items():
+        context.recorder.add(f"overopt_{name}", value, n=found.points)
+
+
+def measure_best_of_n(context: StageContext) -> None:
+    """What the first reward model picks out of n samples of SFT, by proxy and by gold."""
+    rows = read_jsonl(context.folder("best_of_n/responses") / RESPONSES)
+    rewards = []
+    for name in (str(context.folder("reward_model") / "model"), context.stage.settings["gold"]):
+        size = context.stage.execution["sampling_batch_size"]
+        rewards.append(score_rows(open_watch(name, batch_size=size), rows))
+        free()
+    curve = best_of_n_curve(*rewards)
+    for point in curve.points:
+        for name, value in (("kl", point.kl), ("proxy", point.proxy), ("gold", point.gold)):
+            mean = value if isinstance(value, float) else value.value
+            context.recorder.add(f"bon_{name}", mean, step=point.n, n=curve.prompts)
+    context.recorder.add("bon_peak_n", float(curve.peak), n=curve.prompts)
+    context.recorder.add("bon_drop", curve.drop.value, n=curve.prompts)
+
+
+def _record_heldout(context: StageContext, scorer: Any) -> None:
+    pairs = read_pairs(context.folder("data") / "heldout.jsonl")
+    scores = [
+        scorer([pair.get("prompt") for pair in pairs], [pair[side] for pair in pairs])
+        for side in ("chosen", "rejected")
+    ]
+    differences = [a - b for a, b in zip(*scores, strict=True)]
+    accuracy, n = pair_accuracy(differences, [1.0] * len(differences))
+    context.recorder.add("accuracy_heldout", accuracy, n=n)
+
+
+def _record_gold(
+    recorder: Recorder,
+    judge: RewardFunction,
+    rows: dict[str, list[Row]],
+    rewards: dict[str, list[list[float]]],
+) -> None:
+    """A second reward model that trained nothing: how well ours agrees with it, and its mean."""
+    for name in ("before", "after"):
+        golds = score_rows(judge, rows[name])
+        accuracy, n = pair_accuracy(
+            [row[0] - row[1] for row in rewards[name]], [row[0] - row[1] for row in golds]
+        )
+        recorder.add(f"accuracy_policy_{name}", accuracy, n=n)
+        if name == "after":
+            flat = [g for row in golds for g in row]
+            mean = sum(flat) / len(flat)
+            recorder.add("gold_mean", mean, n=len(flat))
+            spread = math.sqrt(sum((g - mean) ** 2 for g in flat) / max(1, len(flat) - 1))
+            recorder.add("gold_std", spread, n=len(flat))
+
+
+def _record_diversity(context: StageContext, rows: list[Row]) -> None:
+    """Of the first response to each of the first prompts (the paper's Table 3)."""
+    settings = context.stage.settings
+    texts = [row["responses"][0] for row in rows[: settings["diversity_prompts"]]]
+    tokens = tokenise(texts)
+    kept = [number for number, words in enumerate(tokens) if words]
+    context.recorder.add("empty_responses", float(len(texts) - len(kept)), n=len(texts))
+    if len(kept) < 2:
+        return
+    texts, tokens = [texts[k] for k in kept], [tokens[k] for k in kept]
+    vectors = None
+    if settings["embedder"] is not None:
+        vectors = load_embedder(settings["embedder"])(texts)
+        free()
+    for name, value in set_diversity(texts, tokens, vectors).items():
+        context.recorder.add(name, value, n=len(texts))
+
+
+# -- judging -------------------------------------------------------------------------------------
+
+
+def judge_against_sft(context: StageContext) -> None:
+    """Win, tie and lose of this round's policy against SFT (the paper's Table 1)."""
+    ours = _judged_rows(context, context.stage.settings["ours"])
+    theirs = _judged_rows(context, "responses")
+    _judge(context, context.recorder, ours, theirs, (context.stage.record_as["method"], "sft"))
+
+
+def compare(context: StageContext) -> None:
+    """Every arm's best round against the others (the paper's Table 2).
+
+    The best round is the one that wins most against SFT on the first half of the judged prompts;
+    rates are measured on the second half, so that choosing does not flatter the choice.
+    """
+    settings = context.stage.settings
+    best: dict[str, tuple[int, list[Row]]] = {"sft": (0, _judged_rows(context, "responses"))}
+    for name, rounds in settings["arms"].items():
+        wins = [_wins(context.folder(f"{here}/judgement"), name) for here in rounds]
+        number = max(range(len(rounds)), key=wins.__getitem__)
+        best[name] = (number + 1, _judged_rows(context, f"{rounds[number]}/responses"))
+    for name, (number, ours) in best.items():
+        recorder = Recorder(stage="compare", method=name, round=number, seed=context.seed)
+        for other, (_, theirs) in best.items():
+            if other == name or name == "sft":
+                continue
+            half = len(ours) // 2
+            _judge(context, recorder, ours[half:], theirs[half:], (name, other))
+        context.recorder.records += recorder.records
+
+
+def _judged_rows(context: StageContext, stage: str) -> list[Row]:
+    """The responses a judge sees: to the same prompts for every arm."""
+    return read_jsonl(context.folder(stage) / RESPONSES)[: context.stage.settings["judged"]]
+
+
+def _judge(
+    context: StageContext,
+    recorder: Recorder,
+    ours: list[Row],
+    theirs: list[Row],
+    names: tuple[str, str],
+) -> None:
+    from shiftrm.pipeline.judging import judge_rows
+
+    verdicts, rates = judge_rows(
+        ours,
+        theirs,
+        {**context.stage.settings["judge"], **context.stage.execution},
+        cache=context.root / "judge-cache.jsonl",
+        seed=context.random_seed("judge"),
+    )
+    for name, (value, n) in rates.items():
+        recorder.add(f"{name}_vs_{names[1]}", value, n=n)
+    write_jsonl(context.out / _verdicts_file(*names), verdicts)
+
+
+def _verdicts_file(method: str, other: str) -> str:
+    return f"verdicts-{method}-vs-{other}.jsonl"
+
+
+def _wins(folder: Path, method: str) -> float:
+    """Share of wins less losses on the first half of the judged prompts."""
+    verdicts = read_jsonl(folder / _verdicts_file(method, "sft"))
+    half = verdicts[: len(verdicts) // 2]
+    values = {"win": 1.0, "lose": -1.0}
+    return sum(values.get(row["outcome"], 0.0) for row in half) / max(1, len(half))

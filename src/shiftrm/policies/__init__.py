@@ -1,0 +1,1 @@
+"""Training the policy: PPO (ours), and RLOO, GRPO, DPO and SFT (TRL's)."""

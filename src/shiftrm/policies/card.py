@@ -1,0 +1,136 @@
+"""What became of a policy, for its user: a few sentences, and the README.md beside the weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from shiftrm.policies.kl import MeasuredKL
+from shiftrm.trainers.model_card import DataSet, markdown_table, on_hub, versions
+
+__all__ = ["PolicyOutcome", "policy_card", "policy_summary"]
+
+TITLES = {
+    "sft": "Supervised fine-tuning",
+    "dpo": "Direct preference optimisation (DPO)",
+    "ppo": "PPO against a reward model",
+    "rloo": "RLOO against a reward model",
+    "grpo": "GRPO against a reward model",
+}
+
+
+@dataclass
+class PolicyOutcome:
+    """Everything the card and the summary say.
+
+    Attributes:
+        method: a key of `TITLES`.
+        data: the inputs; the first is what was trained on.
+        settings: those that differ from the defaults.
+        examples: rows of it that were used.
+        dropped: the others, by reason.
+        log: the rows of training_log.jsonl.
+        kl: to the reference when training had ended; None where it was not measured.
+    """
+
+    method: str
+    model: str
+    output: str
+    data: Sequence[DataSet]
+    settings: Mapping[str, Any]
+    seed: int
+    command: str | None
+    steps: int
+    examples: int
+    dropped: Mapping[str, int]
+    processes: int
+    lora: bool
+    log: Sequence[Mapping[str, Any]]
+    reference: str | None = None
+    reward: str | None = None
+    kl: MeasuredKL | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def policy_summary(outcome: PolicyOutcome) -> str:
+    """The end of `shiftrm sft` and `shiftrm optimise`."""
+    return "\n".join([*_sentences(outcome), f"Policy: {outcome.output}"])
+
+
+def _sentences(outcome: PolicyOutcome) -> list[str]:
+    what = outcome.data[0].name
+    count = sum(outcome.dropped.values())
+    lines = [
+        f"{TITLES[outcome.method]} on {outcome.examples} {what} ({count} dropped) for "
+        f"{outcome.steps} steps."
+    ]
+    if count:
+        reasons = "; ".join(f"{n} {reason}" for reason, n in outcome.dropped.items() if n)
+        lines.append(f"Dropped from the {what}: {reasons}.")
+    shown = SHOWN if outcome.method in ("sft", "dpo") else SHOWN_OF_REWARDS
+    lines += [_change(outcome.log, *words) for words in shown if _series(outcome.log, words[0])]
+    if outcome.kl is not None:
+        lines.append(
+            f"KL to the reference at the end: {outcome.kl.kl:.3g} nats a response (standard error "
+            f"{outcome.kl.standard_error:.2g}, {outcome.kl.samples} responses)."
+        )
+    return lines + outcome.notes
+
+
+SHOWN = (
+    ("loss", "Loss"),
+    ("rewards/accuracies", "Share of pairs ordered as they should be"),
+)
+SHOWN_OF_REWARDS = (("reward", "Mean reward"),)  # whose loss says nothing
+
+
+def _series(log: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    return [row[metric] for row in log if metric in row]
+
+
+def _change(log: Sequence[Mapping[str, Any]], metric: str, words: str) -> str:
+    values = _series(log, metric)
+    if len(values) == 1:
+        return f"{words}: {values[0]:.4g}."
+    return f"{words}: {values[0]:.4g} at the first log, {values[-1]:.4g} at the last."
+
+
+def policy_card(outcome: PolicyOutcome) -> str:
+    """README.md: what the policy was made of, how, and what was measured. Needs no network."""
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": outcome.model if on_hub(outcome.model) else None,
+        "tags": ["shiftrm", outcome.method],
+    }
+    kept = {key: value for key, value in front.items() if value is not None}
+    made_of = [("started from", outcome.model)]
+    made_of += [("reference", outcome.reference)] if outcome.reference else []
+    made_of += [("reward model", outcome.reward)] if outcome.reward else []
+    lora = (
+        ["LoRA was merged into these weights; the adapter alone is in `adapter/`."]
+        if outcome.lora
+        else []
+    )
+    sections = [
+        f"---\n{yaml.safe_dump(kept, sort_keys=False)}---",
+        f"# {TITLES[outcome.method]} from {outcome.model}",
+        "An ordinary causal language model, loaded by transformers alone. What was logged, step by "
+        "step, is in `training_log.jsonl`.",
+        "\n".join([*_sentences(outcome), *lora]),
+        markdown_table(("model", "from"), [(what, f"`{name}`") for what, name in made_of]),
+        "## Data",
+        markdown_table(
+            ("data", "source", "rows", "SHA-256"),
+            [(d.name, f"`{d.source}`", d.rows, f"`{d.sha256}`") for d in outcome.data],
+        ),
+        "SHA-256 is the file's; of a folder or a hub data set it is that of the rows.",
+        "## Settings",
+        "Those that differ from the defaults:",
+        markdown_table(("setting", "value"), [(k, f"`{v}`") for k, v in outcome.settings.items()]),
+        f"Seed {outcome.seed}; processes: {outcome.processes}; {versions(lora=outcome.lora)}.",
+    ]
+    if outcome.command is not None:
+        sections += ["Made by", f"```\n{outcome.command}\n```"]
+    return "\n\n".join(part for part in sections if part) + "\n"

@@ -1,0 +1,300 @@
+"""Policies from files to a folder: what `shiftrm sft` and `shiftrm optimise` do."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shiftrm.data.demonstrations import COLUMNS as DEMONSTRATION_COLUMNS
+from shiftrm.data.demonstrations import read_demonstrations
+from shiftrm.data.pairs import COLUMNS as PAIR_COLUMNS
+from shiftrm.data.pairs import read_pairs
+from shiftrm.data.prompts import read_prompts
+from shiftrm.errors import UserError, suggest
+from shiftrm.models.rendering import Text
+from shiftrm.policies import configs
+from shiftrm.policies.policy_loading import (
+    check_policy,
+    check_reward_model,
+    load,
+    load_reference,
+    load_scorer,
+    same_model,
+)
+from shiftrm.policies.ppo_command import reporting_arguments, run_ppo
+from shiftrm.policies.prompt_lengths import fitting_prompts
+from shiftrm.policies.trl_run import Plan, run_in_work, run_trl
+from shiftrm.policies.trl_trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
+from shiftrm.policies.watch import check_watch, open_watch
+from shiftrm.trainers.tables import table
+from shiftrm.trainers.training import Job, begin
+
+__all__ = ["METHODS", "elsewhere", "optimise", "sft"]
+
+METHODS: dict[str, Any] = {
+    "ppo": configs.PPOSettings,
+    "rloo": configs.RLOOConfig,
+    "grpo": configs.GRPOConfig,
+    "dpo": configs.DPOConfig,
+}
+"""The configuration class of each way to optimise a policy."""
+
+TRAINERS = {"rloo": RLOOTrainer, "grpo": GRPOTrainer}
+
+
+def sft(
+    model: str,
+    *,
+    demonstrations: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    command: str | None = None,
+) -> str | None:
+    """Fine-tune a language model on demonstrations; the folder appears when it is whole.
+
+    Until then everything is in `.NAME.work` beside it. The same call continues from the last
+    complete checkpoint there.
+
+    Args:
+        model: checkpoint folder or hub name to start from.
+        demonstrations: a source (`data.sources`) of `data.demonstrations` rows.
+        output: folder to write: an ordinary causal language model.
+        settings: values by field of `trl.SFTConfig` and `trl.ModelConfig`.
+        command: how the model card says this run can be repeated.
+
+    Returns:
+        A summary in words; None on all but the main process.
+
+    Raises:
+        UserError: bad data or settings, an output that is not empty, out of memory, a gradient
+            that is not finite, or a full disk. Nothing but complete checkpoints is left behind.
+    """
+    job = _begin("sft", model, "--model", output, settings, configs.SFTConfig, command)
+    rows = read_demonstrations(demonstrations)
+    job.tables["demonstrations"] = table(demonstrations, rows, DEMONSTRATION_COLUMNS)
+    job.add_data("demonstrations", demonstrations, rows)
+
+    def make() -> SFTTrainer:
+        loaded, tokenizer = load(model, job.chosen)
+        return SFTTrainer(
+            loaded,
+            job.chosen.args,
+            train_dataset=job.tables["demonstrations"],
+            processing_class=tokenizer,
+            peft_config=job.chosen.trainer_options.get("peft_config"),
+        )
+
+    return run_in_work(
+        job, lambda checkpoint: run_trl(job, Plan("sft", make), checkpoint), more={"method": "sft"}
+    )
+
+
+def optimise(
+    method: str,
+    policy: str,
+    *,
+    output: Path,
+    reference: str | None = None,
+    reward: str | None = None,
+    prompts: str | None = None,
+    pairs: str | None = None,
+    watch: str | None = None,
+    settings: Mapping[str, Any],
+    command: str | None = None,
+) -> str | None:
+    """Optimise a policy against a reward model, or on pairs; the folder appears when it is whole.
+
+    It continues and fails as `sft` does.
+
+    Args:
+        method: a key of `METHODS`; dpo takes pairs, the others a reward model and prompts.
+        policy: checkpoint folder or hub name to start from.
+        reference: the model to stay close to; by default the policy as it is.
+        reward: a reward model; its tokenizer and template may be others than the policy's.
+        prompts, pairs: sources (`data.sources`).
+        watch: a second reward model, or "gold": scores the roll-outs and trains nothing.
+        settings: values by field of the method's configuration class and `trl.ModelConfig`.
+
+    Raises:
+        UserError: as `sft`; an unknown method; or what the method needs is missing.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}{suggest(method, list(METHODS))}")
+    _check_inputs(method, reward=reward, prompts=prompts, pairs=pairs, watch=watch)
+    job = _begin(method, policy, "--policy", output, settings, METHODS[method], command)
+    if reference is not None:
+        check_policy(reference, "--reference")
+    more = {"method": method, "reference": reference, "reward": reward}
+    more |= {"watch": watch} if watch is not None else {}
+    if method == "dpo":
+        plan = _dpo_plan(job, str(pairs), reference)
+        return run_in_work(job, lambda checkpoint: run_trl(job, plan, checkpoint), more=more)
+    check_reward_model(str(reward))
+    if watch is not None:
+        check_watch(watch)
+    rows = _prompts(job, str(prompts))
+    if method == "ppo":
+        config = configs.ppo_config(job.chosen.given)
+        report_as = reporting_arguments(job)
+        named = {"reference": reference, "reward": str(reward), "report_as": report_as}
+        named["watch"] = watch
+        return run_in_work(job, lambda kept: run_ppo(job, config, rows, kept, **named), more=more)
+
+    def train(checkpoint: Path | None) -> Any:
+        plan = _rewarded_plan(job, method, rows, reference, str(reward), watch)
+        return run_trl(job, plan, checkpoint)
+
+    return run_in_work(job, train, more=more)
+
+
+def _begin(
+    method: str,
+    model: str,
+    option: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    config: type,
+    command: str | None,
+) -> Job:
+    job = begin(
+        model,
+        output=output,
+        settings=settings,
+        config=config,
+        command=command,
+        command_name="sft" if method == "sft" else "optimise",
+        task_type="CAUSAL_LM",
+        refused=configs.refused(method),
+        elsewhere=elsewhere(method),
+    )
+    check_policy(model, option)
+    return job
+
+
+def elsewhere(method: str) -> dict[str, str]:
+    """Settings that other methods have, and which."""
+    return {
+        key: f"{method} has none; it is a setting of {other}"
+        for other, cls in METHODS.items()
+        if method != "sft" and other != method
+        for key in (option.name for option in dataclasses.fields(cls))
+    }
+
+
+def _check_inputs(
+    method: str,
+    *,
+    reward: str | None,
+    prompts: str | None,
+    pairs: str | None,
+    watch: str | None = None,
+) -> None:
+    """Each method has its inputs; others are refused.
+
+    Raises:
+        UserError: names the option.
+    """
+    if method == "dpo":
+        if pairs is None:
+            raise UserError("dpo learns from preference pairs; give --pairs")
+        for option, given in (("prompts", prompts), ("reward", reward), ("watch", watch)):
+            if given is not None:
+                raise UserError(f"dpo learns from --pairs alone; leave out --{option}")
+        return
+    if pairs is not None:
+        raise UserError(f"{method} answers prompts; give --prompts, not --pairs")
+    for option, given in (("reward", reward), ("prompts", prompts)):
+        if given is None:
+            raise UserError(f"--{option} is missing; {method} needs a reward model and prompts")
+
+
+def _prompts(job: Job, source: str) -> list[Text]:
+    _, found = read_prompts(source)
+    rows = [{"prompt": prompt} for prompt in found]
+    job.tables["prompts"] = table(source, rows, ("prompt",))
+    job.add_data("prompts", source, rows)
+    return found
+
+
+def _dpo_plan(job: Job, source: str, reference: str | None) -> Plan:
+    rows = read_pairs(source)
+    job.tables["pairs"] = table(source, rows, PAIR_COLUMNS)
+    job.add_data("pairs", source, rows)
+    args, name, apart = _reference(job, reference)
+    lora = job.chosen.model.use_peft
+
+    def make() -> DPOTrainer:
+        model, tokenizer = load(job.model, job.chosen)
+        beside = apart or not (lora or args.precompute_ref_log_probs)
+        return DPOTrainer(
+            model,
+            load_reference(name, job.chosen, tokenizer) if beside else None,
+            args,
+            train_dataset=job.tables["pairs"],
+            processing_class=tokenizer,
+            peft_config=job.chosen.trainer_options.get("peft_config"),
+        )
+
+    return Plan(
+        "dpo",
+        make,
+        prompts=[row["prompt"] for row in rows if row.get("prompt") is not None],
+        reference=name,
+        load_reference=lambda: load(name, job.chosen)[0],
+        apart=apart,
+        kl_samples=args.kl_samples,
+        max_new_tokens=args.max_completion_length,
+    )
+
+
+def _rewarded_plan(
+    job: Job,
+    method: str,
+    prompts: Sequence[Text],
+    reference: str | None,
+    reward: str,
+    watch: str | None,
+) -> Plan:
+    args, name, apart = _reference(job, reference)
+    scorer = load_scorer(reward, batch_size=args.per_device_train_batch_size)
+    model, tokenizer = load(job.model, job.chosen)
+    kept, dropped = fitting_prompts(
+        model,
+        tokenizer,
+        prompts,
+        room=args.max_completion_length,
+        limit=args.max_prompt_length,
+        template_options=args.chat_template_kwargs,
+    )
+
+    def make() -> Any:
+        beside = args.beta != 0.0 and (apart or not job.chosen.model.use_peft)
+        return TRAINERS[method](
+            model,
+            load_reference(name, job.chosen, tokenizer) if beside else None,
+            args,
+            reward_fn=scorer,
+            watch_fn=None if watch is None else open_watch(watch),
+            tokenizer=tokenizer,
+            train_dataset=table("prompts", [{"prompt": p} for p in kept], ("prompt",)),
+            peft_config=job.chosen.trainer_options.get("peft_config"),
+        )
+
+    return Plan(
+        method,
+        make,
+        prompts=kept,
+        reference=name,
+        reward=reward,
+        load_reference=lambda: load(name, job.chosen)[0],
+        apart=apart,
+        kl_samples=args.kl_samples,
+        max_new_tokens=args.max_completion_length,
+        dropped=dropped,
+    )
+
+
+def _reference(job: Job, reference: str | None) -> tuple[Any, str, bool]:
+    """The settings, the reference's name, and whether it is another model than the policy."""
+    name = job.model if reference is None else reference
+    return job.chosen.args, name, not same_model(name, job.model)

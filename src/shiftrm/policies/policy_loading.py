@@ -1,0 +1,142 @@
+"""The models of a policy's training: checked by their configuration first, then loaded."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from shiftrm.errors import UserError
+from shiftrm.models.finite import require_finite_weights
+from shiftrm.models.sampling import load_policy
+from shiftrm.models.scoring import Scorer
+from shiftrm.trainers.settings import Settings
+from shiftrm.trainers.training import exists
+
+__all__ = [
+    "AdapterOff",
+    "check_policy",
+    "check_reward_model",
+    "load",
+    "load_reference",
+    "load_scorer",
+    "same_model",
+]
+
+CLASSIFIER = "ForSequenceClassification"
+
+
+def check_policy(path: str, option: str) -> None:
+    """Refuse what is clearly no policy, before weights are read.
+
+    Raises:
+        UserError: no such folder, or a reward model.
+    """
+    if not exists(path):
+        raise UserError(f"{path}: no such folder; give {option} a checkpoint folder or a hub name")
+    if _architecture(path).endswith(CLASSIFIER):
+        raise UserError(
+            f"{path}: is a reward model ({_architecture(path)}); {option} takes a causal language "
+            "model"
+        )
+
+
+def check_reward_model(path: str, option: str = "--reward") -> None:
+    """Refuse what is clearly no reward model, before weights are read.
+
+    Raises:
+        UserError: no such folder, or a causal language model.
+    """
+    if not exists(path):
+        raise UserError(f"{path}: no such folder; give {option} a checkpoint folder or a hub name")
+    found = _architecture(path)
+    if found and not found.endswith(CLASSIFIER):
+        raise UserError(
+            f"{path}: is no reward model ({found}); make one with `shiftrm train --model {path}`"
+        )
+
+
+def _architecture(path: str) -> str:
+    """The class that a local folder's config.json names; "" where it does not say."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        return str((config.get("architectures") or [""])[0])
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""  # whoever loads it will say what is wrong
+
+
+def same_model(first: str, second: str) -> bool:
+    """Whether two names are of one folder or hub model."""
+    return first == second or (
+        os.path.isdir(first) and os.path.isdir(second) and os.path.samefile(first, second)
+    )
+
+
+def load(path: str, chosen: Settings) -> tuple[Any, Any]:
+    """`load_policy` with the options of the settings; quantised if they say so.
+
+    Raises:
+        UserError: as `load_policy`, or weights that are not finite.
+    """
+    options = dict(chosen.model_options)
+    if getattr(chosen.args, "trust_remote_code", False):
+        options["trust_remote_code"] = True
+    quantization = chosen.trainer_options.get("quantization_config")
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    model, tokenizer = load_policy(path, **options)
+    require_finite_weights(model, path)
+    return model, tokenizer
+
+
+def load_reference(path: str, chosen: Settings, tokenizer: Any) -> Any:
+    """The model that the policy is to stay close to.
+
+    Raises:
+        UserError: it has other tokens than the policy, so that there is no KL between them.
+    """
+    model, theirs = load(path, chosen)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{path}: has another vocabulary than the policy, so there is no KL between them; give "
+            "--reference a model that the policy was made from"
+        )
+    return model
+
+
+def load_scorer(path: str, *, batch_size: int) -> Scorer:
+    """A reward model as a text reward, on this process's device.
+
+    Args:
+        batch_size: responses in one pass; changes memory, not the rewards.
+
+    Raises:
+        UserError: as `Scorer.from_pretrained`, or weights that are not finite.
+    """
+    scorer = Scorer.from_pretrained(path)
+    require_finite_weights(scorer.model, path)
+    scorer.model.to(PartialState().device)
+    scorer.batch_size = batch_size
+    return scorer
+
+
+class AdapterOff:
+    """A LoRA policy as its own reference: the base model, without a second copy in memory."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.config = policy.config
+
+    def forward(self, **inputs: Any) -> Any:
+        with self.policy.disable_adapter():
+            return self.policy(**inputs)
+
+    __call__ = forward
+
+    def get_base_model(self) -> Any:
+        """Whose forward says which arguments there are."""
+        return self.policy.get_base_model()
+
+    def parameters(self) -> Any:
+        return self.policy.parameters()

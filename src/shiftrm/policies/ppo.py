@@ -1,0 +1,423 @@
+"""Compact PPO for language models: a policy, a frozen reference, a critic and any text reward.
+
+One step: draw prompts, sample several responses to each, score their text, recompute the
+log-probabilities of the unmodified policy, spread reward and KL penalty over the tokens, estimate
+advantages, and take clipped gradient steps. The equations are in `ppo_math`.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shiftrm.errors import UserError
+from shiftrm.models.finite import require_finite_weights
+from shiftrm.models.rendering import Text, decode_response, encode_prompt
+from shiftrm.models.responses import tokenizer_name
+from shiftrm.models.rope import require_fixed_frequencies
+from shiftrm.models.sampling import check_prompt_lengths
+from shiftrm.policies import ppo_checkpoint
+from shiftrm.policies.ppo_config import PPOConfig
+from shiftrm.policies.ppo_distributed import Processes
+from shiftrm.policies.ppo_math import (
+    LOGITS_AT_ONCE,
+    KLController,
+    Rows,
+    clipped_policy_loss,
+    clipped_value_loss,
+    exact_token_kl,
+    gae,
+    kl_and_entropy,
+    masked_mean,
+    masked_variance,
+    policy_logprobs,
+    token_rewards,
+    vocabulary_of,
+    whiten,
+)
+from shiftrm.policies.ppo_models import (
+    activity,
+    frozen_parameters,
+    is_peft,
+    make_critic,
+    reference_of,
+    trained_parameters,
+)
+from shiftrm.policies.ppo_rollouts import (
+    RewardFunction,
+    Rollouts,
+    StepLog,
+    difference_variance,
+    require_finite,
+    sample_chunks,
+)
+from shiftrm.policies.ppo_update import Batch, Updater, autocast, check_models, out_of_memory
+
+__all__ = [
+    "KLController",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardFunction",
+    "Rollouts",
+    "StepLog",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "exact_token_kl",
+    "gae",
+    "make_critic",
+    "policy_logprobs",
+    "token_rewards",
+    "whiten",
+]
+
+
+class _Old(NamedTuple):
+    """What is computed of the roll-outs before the update, shape [B, A] each.
+
+    Log-probabilities of the sampled tokens under policy and reference, the critic's values, and
+    over the whole vocabulary the KL to the reference and the policy's entropy.
+    """
+
+    logprobs: Tensor
+    reference: Tensor
+    values: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+class PPOTrainer:
+    """Trains `policy` (in place) to earn reward without leaving `reference` too far behind.
+
+    All models run in eval mode, so dropout is off. The global random state is neither read nor
+    changed. Only parameters that require gradients are trained and kept in checkpoints.
+
+    Started by `accelerate launch`, every process makes the same call with whole models on its own
+    device. The work of each step is shared and its numbers are those of one process (see
+    `ppo_distributed`), up to the order of sums. Samples come in chunks of
+    `config.forward_batch_size`: there should be as many as processes.
+
+    Args:
+        policy: causal language model of transformers, bare or with LoRA (a `PeftModel`).
+        reference: the like, over the same tokens. None: the policy without its LoRA adapter, so
+            merge an adapter that the policy already brought before a new one is put on it.
+        critic: sequence-classification model over the same tokens, see `make_critic`; trained too.
+        reward_fn: text in, so the reward model may have another tokenizer. It is called once a
+            step by every process that sampled, with what it sampled.
+        prompts: drawn in shuffled order, again and again.
+        on_step: called with each step's log and roll-outs, to measure more on the same texts or to
+            tell a tracker (`asdict(log)` is plain numbers); by the main process only.
+        checkpoints: folder in which the run's state is kept, every `config.save_steps` steps and
+            after the last. The same call continues from there as if it had never stopped: `train`
+            returns all logs, `on_step` is called for steps after the checkpoint only (again, for
+            those that were lost with the interruption). One run only; delete it afterwards.
+
+    Raises:
+        UserError: no prompts, an empty prompt, a prompt too long for the context, a tokenizer
+            without pad or EOS, no reference, weights that are not finite, a setting that does not
+            fit the models.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        reference: Any,
+        critic: Any,
+        reward_fn: RewardFunction,
+        tokenizer: Any,
+        prompts: Sequence[Text],
+        config: PPOConfig,
+        on_step: Callable[[StepLog, Rollouts], None] | None = None,
+        checkpoints: str | Path | None = None,
+    ) -> None:
+        if not prompts:
+            raise UserError("there are no prompts to run PPO on")
+        for name in ("pad", "eos"):
+            if getattr(tokenizer, f"{name}_token_id") is None:
+                raise UserError(f"the tokenizer has no {name} token; PPO needs one to sample")
+        if reference is None and not is_peft(policy):
+            raise UserError("the policy has no adapter to take off; give a reference model, too")
+        self.policy, self.critic = policy.eval(), critic.eval()
+        self.reference = None if reference is None else reference.eval()
+        self.reward_fn, self.tokenizer, self.on_step = reward_fn, tokenizer, on_step
+        self.prompts, self.config = list(prompts), config
+        self.encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        for index, ids in enumerate(self.encoded):
+            if not ids:
+                raise UserError(f"prompt {index} has no tokens; leave it out")
+        check_prompt_lengths(self.encoded, policy.config, config.sampling.max_new_tokens)
+        longest = max(map(len, self.encoded)) + config.sampling.max_new_tokens
+        require_fixed_frequencies(policy.config, longest)
+        self.controller = KLController(
+            config.kl_coefficient, config.kl_target, config.kl_rate, config.kl_damping
+        )
+        self.checkpoints = None if checkpoints is None else Path(checkpoints)
+        for model, name in ((policy, "policy"), (reference, "reference"), (critic, "critic")):
+            if model is not None:
+                require_finite_weights(model, f"the {name}")
+        self._trained = {"policy": trained_parameters(policy), "critic": trained_parameters(critic)}
+        self.policy_optimizer = _adamw(self._trained["policy"], config.learning_rate)
+        self.critic_optimizer = _adamw(self._trained["critic"], config.critic_learning_rate)
+        self._random = random.Random(config.seed)
+        self._order: list[int] = []
+        check_models({"policy": policy, "critic": critic}, self._trained, config)
+        self.processes = Processes(next(policy.parameters()).device)
+        self._warn_of_idle_processes()
+        for trained in self._trained.values():  # a new head or adapter may be random
+            self.processes.same_as_main(trained.values())
+        self._updater = Updater(
+            policy,
+            critic,
+            self._trained,
+            self._optimizers(),
+            config,
+            self.processes,
+            continues=checkpoints is not None,
+        )
+
+    def _warn_of_idle_processes(self) -> None:
+        config, count = self.config, self.processes.count
+        size = max(1, config.forward_batch_size // config.rollouts_per_prompt)
+        if self.processes.is_main and -(-config.prompts_per_step // size) < count:
+            best = max(1, config.prompts_per_step // count) * config.rollouts_per_prompt
+            warnings.warn(
+                f"forward_batch_size={config.forward_batch_size} makes fewer chunks to sample than "
+                f"there are processes ({count}); {best} gives each its share",
+                stacklevel=3,
+            )
+
+    def train(self, *, save_last: bool = True) -> list[StepLog]:
+        """Run all steps, or those after the last checkpoint, and return the logs of all.
+
+        Args:
+            save_last: write a checkpoint after the last step, from which a longer run can go on.
+                Without, a run that is killed before its policy is stored does the steps since the
+                checkpoint before again, to the same end.
+
+        Raises:
+            UserError: a reward, KL or loss is not finite; names step and prompt. A checkpoint of
+                another run, or of more steps than are asked for.
+        """
+        logs = self._resume()
+        for step in range(len(logs) + 1, self.config.steps + 1):
+            log, rollouts = self.step(step)
+            logs.append(log)
+            with self.processes.together():
+                if self.on_step is not None and self.processes.is_main:
+                    self.on_step(log, rollouts)
+            last = step == self.config.steps
+            if save_last if last else step % self.config.save_steps == 0:
+                self._save(logs)
+        return logs
+
+    def _resume(self) -> list[StepLog]:
+        """Take up the newest checkpoint, if there is one; returns the logs of its steps."""
+        if self.checkpoints is None:
+            return []
+        with self.processes.together():
+            if self.processes.is_main:
+                ppo_checkpoint.remove_half_written(self.checkpoints)
+            found = ppo_checkpoint.load(self.checkpoints, self._description())
+        steps = self.processes.gather([0 if found is None else found[0]["step"]])
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"{self.checkpoints}: the processes see checkpoints of different steps; the folder "
+                "must be on a disk that all machines share"
+            )
+        if found is None:
+            return []
+        state, tensors = found
+        if state["step"] > self.config.steps:
+            raise UserError(
+                f"{self.checkpoints}: the checkpoint is of step {state['step']}, but steps is "
+                f"{self.config.steps}; ask for as many, or delete the folder to start anew"
+            )
+        for name, optimizer in self._optimizers().items():
+            ppo_checkpoint.restore(
+                self._trained[name], optimizer, tensors[name], tensors[f"{name}_optimizer"]
+            )
+        self.controller = KLController(**state["controller"])
+        ppo_checkpoint.set_random_state(self._random, state["random"])
+        self._order = list(state["order"])
+        try:
+            return [StepLog(**log) for log in state["logs"]]
+        except TypeError:
+            raise UserError(
+                f"{self.checkpoints}: the checkpoint's log is of another version of shiftrm; "
+                "continue with that one, or delete the folder to start anew"
+            ) from None
+
+    def _save(self, logs: list[StepLog]) -> None:
+        if self.checkpoints is None:
+            return
+        tensors: dict[str, Mapping[str, Tensor]] = {}
+        for name, optimizer in self._optimizers().items():
+            trained = self._trained[name]
+            tensors[name] = trained
+            tensors[f"{name}_optimizer"] = ppo_checkpoint.optimizer_tensors(optimizer, trained)
+        state = {
+            "run": self._description(),
+            "step": len(logs),
+            "logs": [asdict(log) for log in logs],
+            "controller": asdict(self.controller),
+            "random": ppo_checkpoint.random_state(self._random),
+            "order": self._order,
+        }
+        with self.processes.together():
+            if self.processes.is_main:
+                ppo_checkpoint.save(self.checkpoints, len(logs), state, tensors)
+
+    def _optimizers(self) -> dict[str, torch.optim.AdamW]:
+        return {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
+
+    def _description(self) -> dict[str, Any]:
+        frozen = frozen_parameters(self.policy, self.reference)
+        return ppo_checkpoint.describe(self.config, self.prompts, frozen.items())
+
+    def step(self, step: int) -> tuple[StepLog, Rollouts]:
+        """One batch of roll-outs and the updates from it; `step` only labels the log."""
+        config = self.config
+        rollouts = self._sample(step)
+        rows = Rows.pack(rollouts.samples, device=next(self.policy.parameters()).device)
+        raw = torch.tensor(rollouts.rewards, dtype=torch.float64)
+        standardised = (raw - (config.reward_mean or 0.0)) / (config.reward_std or 1.0)
+
+        old, reference, values, kl_BA, entropy = self._old_quantities(step, rows)
+        mask = rows.response_mask
+        sampled_B, kl_B = (old - reference).sum(dim=1), kl_BA.sum(dim=1)
+        for numbers in (sampled_B, kl_B):
+            require_finite(numbers, "the KL to the reference", step, rollouts.prompts)
+        coefficient = self.controller.coefficient
+        rewards = token_rewards(
+            self._scores(standardised, rollouts.finished).to(old),
+            old,
+            reference,
+            mask,
+            kl_coefficient=coefficient,
+        )
+        advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda)
+        spread = float(masked_variance(returns, mask))
+        unexplained = float(masked_variance(returns - values, mask))
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        orders = []
+        for _ in range(config.epochs):
+            orders.append(list(range(len(rows))))
+            self._random.shuffle(orders[-1])
+        batch = Batch(rows, rollouts.prompts, old, values, advantages, returns)
+        updates = self._updater.run(step, batch, orders)
+        kl = float(kl_B.mean())
+        self.controller.update(kl)
+        log = StepLog(
+            step=step,
+            score_mean=float(raw.mean()),
+            standardised_mean=float(standardised.mean()),
+            kl=kl,
+            kl_sampled=float(sampled_B.mean()),
+            kl_coefficient=coefficient,
+            entropy=float(masked_mean(entropy, mask)),
+            explained_variance=1 - unexplained / spread if spread > 0 else None,
+            length_mean=float(mask.sum()) / len(rows),
+            truncated_share=1 - sum(rollouts.finished) / len(rows),
+            difference_variance=difference_variance(raw.view(-1, config.rollouts_per_prompt)),
+            **updates,
+        )
+        return log, rollouts
+
+    def _sample(self, step: int) -> Rollouts:
+        """Roll-outs of all processes; each samples and scores every count-th chunk of prompts."""
+        config = self.config
+        drawn = [self._next_prompt() for _ in range(config.prompts_per_step)]
+        size = max(1, config.forward_batch_size // config.rollouts_per_prompt)
+        # The seeds of all chunks, also those that others sample.
+        chunks = [
+            (start, drawn[start : start + size], self._random.getrandbits(32))
+            for start in range(0, len(drawn), size)
+        ]
+        with self.processes.together(), self._out_of_memory(step, "sampling"):
+            own = sample_chunks(
+                self.processes.mine(chunks),
+                self.policy,
+                self.tokenizer,
+                self.reward_fn,
+                self.prompts,
+                self.encoded,
+                config=config,
+            )
+        own = sorted(self.processes.gather(own), key=lambda scored: scored[0])
+        samples = [sample for _, sample, _ in own]
+        rewards = [reward for _, _, reward in own]
+        prompts = [self.prompts[i] for i in drawn for _ in range(config.rollouts_per_prompt)]
+        require_finite(torch.tensor(rewards), "the reward", step, prompts)
+        responses = [
+            decode_response(self.tokenizer, s.prompt_ids, s.response_ids, finished=s.finished)
+            for s in samples
+        ]
+        finished, name = [s.finished for s in samples], tokenizer_name(self.tokenizer)
+        return Rollouts(prompts, responses, finished, rewards, samples, name)
+
+    def _next_prompt(self) -> int:
+        if not self._order:
+            self._order = list(range(len(self.prompts)))
+            self._random.shuffle(self._order)
+        return self._order.pop()
+
+    def _scores(self, standardised: Tensor, finished: list[bool]) -> Tensor:
+        """What stands on the last token: whitened, clipped, less the penalty for truncation."""
+        config, scores = self.config, standardised
+        if config.reward_whitening == "batch":
+            scores = whiten(scores, torch.ones_like(scores, dtype=torch.bool))
+        if config.reward_clip is not None:
+            scores = scores.clamp(-config.reward_clip, config.reward_clip)
+        # After the clip, which would swallow it where the reward is low anyway.
+        return scores - config.truncation_penalty * (~torch.tensor(finished)).to(scores.dtype)
+
+    @torch.no_grad()
+    def _old_quantities(self, step: int, rows: Rows) -> _Old:
+        ix = self.processes.mine(range(len(rows)))
+        size = self.config.forward_batch_size
+        few = min(size, rows.within(LOGITS_AT_ONCE, vocabulary_of(self.policy)))
+        found: list[tuple[Tensor, ...]] = []
+        with self.processes.together(), self._out_of_memory(step, "in a pass without gradient"):
+            own = rows.select(ix)
+            for chunk in own.chunks(few):
+                logits = self._pass(chunk.logits, self.policy)
+                with reference_of(self.policy, self.reference) as reference:
+                    theirs = self._pass(chunk.logits, reference)
+                kl, entropy = kl_and_entropy(logits, theirs, chunk.response_mask)
+                found.append((chunk.chosen(logits), chunk.chosen(theirs), kl, entropy))
+            with activity(self.critic):
+                values = [self._pass(chunk.values, self.critic) for chunk in own.chunks(size)]
+        by_name = [[f[k] for f in found] for k in range(4)]
+        by_name.insert(2, values)
+        return _Old(*(self._whole(parts, ix, rows) for parts in by_name))
+
+    def _whole(self, parts: list[Tensor], ix: list[int], rows: Rows) -> Tensor:
+        """All rows on every process, of those at `ix` on this one."""
+        if self.processes.count == 1:
+            return torch.cat(parts)
+        dtype = torch.promote_types(next(self.policy.parameters()).dtype, torch.float32)
+        shape = rows.response_mask.shape
+        whole = torch.zeros(shape, dtype=dtype, device=self.processes.device)
+        if parts:  # not where there are more processes than rows
+            whole[ix] = torch.cat(parts).to(dtype)
+        return self.processes.sum_(whole)
+
+    def _pass(self, quantity: Callable[[Any], Tensor], model: Any) -> Tensor:
+        with autocast(self.config, self.processes.device):
+            return quantity(model)
+
+    def _out_of_memory(self, step: int, what: str) -> AbstractContextManager[None]:
+        advice = f"lower forward_batch_size (now {self.config.forward_batch_size})"
+        return out_of_memory(step, what, advice, continues=self.checkpoints is not None)
+
+
+def _adamw(trained: Mapping[str, nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        trained.values(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )

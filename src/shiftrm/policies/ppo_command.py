@@ -1,0 +1,342 @@
+"""PPO as a command: scale of the rewards, checkpoints, logs, progress, the folder at the end."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler
+
+from shiftrm.errors import UserError
+from shiftrm.files import Row, atomic_write_text
+from shiftrm.models.rendering import Text
+from shiftrm.models.sampling import remember_stop_tokens
+from shiftrm.policies.card import PolicyOutcome
+from shiftrm.policies.kl import MeasuredKL, measure_kl
+from shiftrm.policies.policy_loading import (
+    AdapterOff,
+    load,
+    load_reference,
+    load_scorer,
+    same_model,
+)
+from shiftrm.policies.ppo import PPOTrainer, Rollouts, StepLog, make_critic
+from shiftrm.policies.ppo_config import PPOConfig
+from shiftrm.policies.prompt_lengths import fitting_prompts
+from shiftrm.policies.text_reward import reward_scale
+from shiftrm.policies.watch import Watch, open_watch
+from shiftrm.progress import task
+from shiftrm.trainers.progress import say
+from shiftrm.trainers.settings import command_defaults
+from shiftrm.trainers.training import Job, first_line
+from shiftrm.trainers.training_log import write_training_log
+
+__all__ = ["log_row", "reporting", "reporting_arguments", "run_ppo"]
+
+SCALE_FILE = "reward_scale.json"
+"""In the work folder: mean and spread of the rewards, measured once."""
+
+RENAMED = {"kl": "sequence_kl", "kl_sampled": "sequence_kl_sampled", "score_mean": "reward"}
+"""Numbers of a `StepLog` under the names that they have with every method."""
+
+
+class _Models(NamedTuple):
+    """On this process's device; `reference` is None where it is the policy with its adapter off."""
+
+    policy: Any
+    reference: Any
+    tokenizer: Any
+    reward_fn: Any
+
+    def the_reference(self) -> Any:
+        """Something that answers as the reference does."""
+        return AdapterOff(self.policy) if self.reference is None else self.reference
+
+
+def run_ppo(
+    job: Job,
+    config: PPOConfig,
+    prompts: Sequence[Text],
+    checkpoint: Path | None,
+    *,
+    reference: str | None,
+    reward: str,
+    report_as: TrainingArguments,
+    watch: str | None = None,
+) -> PolicyOutcome:
+    """Train by PPO in the job's work folder; model and log are then in `job.finished`.
+
+    Args:
+        checkpoint: the one that `PPOTrainer` will continue from, to be named.
+        reference: None, or the model to stay close to.
+        report_as: see `reporting_arguments`.
+        watch: as `commands.optimise` takes it.
+
+    Raises:
+        UserError: as `PPOTrainer`; models that cannot be loaded; an integration that is not there.
+    """
+    name = job.model if reference is None else reference
+    processes = PartialState()
+    with reporting(report_as) as report:
+        models = _load(job, config, name, reward)
+        kept, dropped = fitting_prompts(
+            models.policy,
+            models.tokenizer,
+            prompts,
+            room=config.sampling.max_new_tokens,
+            limit=job.chosen.args.max_prompt_length,
+        )
+        config = _scaled(job, config, models, kept)
+        if checkpoint is not None and processes.is_main_process:
+            print(f"Continuing from {checkpoint}", flush=True)
+        rows = _train(job, config, models, kept, report, _watch(job, watch))
+        kl = _final_kl(job, config, models, kept)
+        if kl is not None and rows:
+            rows[-1]["final_sequence_kl"] = kl.kl
+            report({"step": rows[-1]["step"], "final_sequence_kl": kl.kl})
+    lora = hasattr(models.policy, "peft_config")
+    if processes.is_main_process:
+        _write(models.policy, models.tokenizer, job.finished)
+        write_training_log(job.finished, rows)
+    processes.wait_for_everyone()
+    return PolicyOutcome(
+        method="ppo",
+        model=job.model,
+        output=str(job.output),
+        data=job.data,
+        settings=_beyond_defaults(config, job.chosen.given),
+        seed=config.seed,
+        command=job.command,
+        steps=len(rows),
+        examples=len(kept),
+        dropped=dropped,
+        processes=processes.num_processes,
+        lora=lora,
+        log=rows,
+        reference=name,
+        reward=reward,
+        kl=kl,
+    )
+
+
+def _train(
+    job: Job,
+    config: PPOConfig,
+    models: _Models,
+    prompts: Sequence[Text],
+    report: Callable[[Row], None],
+    watched: Watch | None,
+) -> list[Row]:
+    """The log of all steps, those before an interruption included; the critic is gone then."""
+    critic = make_critic(models.policy, seed=config.seed)
+
+    def row_of(log: StepLog) -> Row:
+        return log_row(log) if watched is None else watched.beside(log_row(log))
+
+    with _progress(config.steps) as show:
+
+        def on_step(log: StepLog, rollouts: Rollouts) -> None:
+            if watched is not None:
+                watched.see(log.step, rollouts)
+            report(row_of(log))
+            show(log)
+
+        logs = PPOTrainer(
+            models.policy,
+            models.reference,
+            critic,
+            models.reward_fn,
+            models.tokenizer,
+            prompts,
+            config,
+            on_step=on_step,
+            checkpoints=job.work,
+        ).train(save_last=False)  # the policy is stored at once; nothing else is needed again
+    if hasattr(critic, "remove"):  # its adapter lies in the policy
+        critic.remove()
+    return [row_of(log) for log in logs]
+
+
+def log_row(log: StepLog) -> Row:
+    """A step's numbers as a row of training_log.jsonl; what could not be measured is left out."""
+    values = dataclasses.asdict(log)
+    return {RENAMED.get(key, key): value for key, value in values.items() if value is not None}
+
+
+def _watch(job: Job, name: str | None) -> Watch | None:
+    """On the main process, which sees all roll-outs."""
+    if name is None or not PartialState().is_main_process:
+        return None
+    return Watch(open_watch(name), job.work)
+
+
+def _load(job: Job, config: PPOConfig, reference: str, reward: str) -> _Models:
+    """Policy, with a new adapter if LoRA was asked for, reference and reward model."""
+    reward_fn = load_scorer(reward, batch_size=min(64, config.forward_batch_size))
+    policy, tokenizer = load(job.model, job.chosen)
+    adapter = job.chosen.trainer_options.get("peft_config")
+    if adapter is not None:
+        from peft import get_peft_model
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            policy = get_peft_model(policy, adapter).eval()
+    device = PartialState().device
+    beside = None
+    if adapter is None or not same_model(reference, job.model):
+        beside = load_reference(reference, job.chosen, tokenizer).to(device).requires_grad_(False)
+    return _Models(policy.to(device), beside, tokenizer, reward_fn)
+
+
+def _scaled(job: Job, config: PPOConfig, models: _Models, prompts: Sequence[Text]) -> PPOConfig:
+    """With mean and spread of the rewards over the reference's responses, unless they are given."""
+    if config.reward_mean is not None and config.reward_std is not None:
+        return config
+    found: list[Any] = [None]
+    if PartialState().is_main_process:
+        path = job.work / SCALE_FILE
+        if not path.exists():
+            atomic_write_text(path, json.dumps(_measured_scale(config, models, prompts)))
+        found = [json.loads(path.read_text(encoding="utf-8"))]
+    mean, spread = broadcast_object_list(found)[0]
+    return dataclasses.replace(
+        config,
+        reward_mean=mean if config.reward_mean is None else config.reward_mean,
+        reward_std=spread if config.reward_std is None else config.reward_std,
+    )
+
+
+def _measured_scale(
+    config: PPOConfig, models: _Models, prompts: Sequence[Text]
+) -> tuple[float, float]:
+    policy, reference = models.policy, models.reference
+    with policy.disable_adapter() if reference is None else nullcontext():
+        return reward_scale(
+            policy if reference is None else reference,
+            models.tokenizer,
+            prompts,
+            reward_fn=models.reward_fn,
+            sampling=config.sampling,
+            batch_size=config.forward_batch_size,
+            seed=config.seed,
+        )
+
+
+def _final_kl(
+    job: Job, config: PPOConfig, models: _Models, prompts: Sequence[Text]
+) -> MeasuredKL | None:
+    """By the main process."""
+    if not job.chosen.args.kl_samples or not PartialState().is_main_process:
+        return None
+    return measure_kl(
+        models.policy,
+        models.the_reference(),
+        models.tokenizer,
+        prompts,
+        samples=job.chosen.args.kl_samples,
+        max_new_tokens=config.sampling.max_new_tokens,
+        batch_size=config.forward_batch_size,
+        seed=config.seed,
+    )
+
+
+def _write(policy: Any, tokenizer: Any, finished: Path) -> None:
+    """The model whole, with its tokenizer; of LoRA the merged one, and the adapter beside it."""
+    remember_stop_tokens(policy, tokenizer)
+    if hasattr(policy, "merge_and_unload"):
+        policy.save_pretrained(finished / "adapter")
+        policy = policy.merge_and_unload()
+    policy.save_pretrained(finished)
+    tokenizer.save_pretrained(finished)
+
+
+def _beyond_defaults(config: PPOConfig, given: Mapping[str, Any]) -> Row:
+    """Every setting with another value than by default, the preset's and the scale included."""
+    found: Row = {}
+    default = PPOConfig()
+    for key, value in dataclasses.asdict(config).items():
+        if key != "sampling" and value != getattr(default, key):
+            found[key] = value
+    for key, value in dataclasses.asdict(config.sampling).items():
+        if value != getattr(default.sampling, key):
+            found[key] = value
+    return found | {key: value for key, value in given.items() if key not in found}
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[StepLog], None]]:
+    """A bar on a terminal; elsewhere a line a step, of the main process."""
+    with (
+        task("PPO step", steps) as advance,
+        tqdm(total=steps, desc="PPO", disable=not sys.stderr.isatty()) as shown,
+    ):
+
+        def show(log: StepLog) -> None:
+            advance(log.step, steps)
+            if not shown.disable:
+                shown.update(log.step - shown.n)
+            elif PartialState().is_main_process:
+                words = f"reward {log.score_mean:.4g}, sequence_kl {log.kl:.4g}"
+                say(f"step {log.step} of {steps}: {words}")
+
+        yield show
+
+
+def reporting_arguments(job: Job) -> TrainingArguments:
+    """What transformers' integrations want to know; joins the processes of an `accelerate launch`.
+
+    To be made before anything else asks for the processes: it sets them up anew.
+
+    Raises:
+        UserError: `report_to` names what there is not.
+    """
+    chosen = job.chosen.args
+    given = {"report_to": chosen.report_to, "run_name": chosen.run_name}
+    try:
+        args = TrainingArguments(**(command_defaults(job.work) | given))
+        get_reporting_integration_callbacks(args.report_to)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"report_to={chosen.report_to}: {first_line(error)}") from None
+    return args
+
+
+@contextmanager
+def reporting(args: TrainingArguments) -> Iterator[Callable[[Row], None]]:
+    """Yield a function that sends a row (`{"step": n, metric: value}`) where `report_to` says.
+
+    Through transformers' own integrations, so it means what it means for every trainer.
+
+    Raises:
+        UserError: an integration that is not installed.
+    """
+    try:
+        callbacks = [cls() for cls in get_reporting_integration_callbacks(args.report_to)]
+    except (RuntimeError, ImportError) as error:
+        names = ", ".join(args.report_to)
+        raise UserError(f"report_to={names}: {first_line(error)}") from None
+    handler = CallbackHandler(callbacks, None, None, None, None)
+    state, control = TrainerState(), TrainerControl()
+    main = PartialState().is_main_process
+    state.is_world_process_zero = state.is_local_process_zero = main
+    begun = False
+
+    def report(row: Row) -> None:
+        nonlocal begun
+        if not begun:
+            handler.on_train_begin(args, state, control)
+            begun = True
+        state.global_step = row["step"]
+        handler.on_log(args, state, control, {k: v for k, v in row.items() if k != "step"})
+
+    yield report
+    if begun:
+        handler.on_train_end(args, state, control)

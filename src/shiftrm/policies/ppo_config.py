@@ -1,0 +1,117 @@
+"""The settings of a PPO run: one typed place, with help, default and check for each."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from shiftrm.errors import UserError, suggest
+from shiftrm.models.sampling import PAPER_SAMPLING, SamplingConfig
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Every setting of a PPO run. `PPOConfig.preset("paper")` holds MetaRM's."""
+
+    steps: int = _option(100, "PPO steps (batches of roll-outs)")
+    prompts_per_step: int = _option(16, "prompts drawn for one step")
+    rollouts_per_prompt: int = _option(16, "responses sampled to each prompt")
+    epochs: int = _option(1, "passes over one batch of roll-outs")
+    minibatch_size: int = _option(64, "sequences in one optimizer step, over all processes")
+    micro_batch_size: int | None = _option(
+        None, "sequences in one backward pass of a process; changes memory only; None: all at once"
+    )
+    learning_rate: float = _option(5e-7, "the policy's, constant")
+    critic_learning_rate: float = _option(1.5e-6, "the critic's, constant")
+    kl_coefficient: float = _option(0.05, "KL penalty a token, reward per nat (at the start)")
+    kl_target: float | None = _option(None, "sequence KL to hold, nats; None: fixed coefficient")
+    kl_rate: float = _option(0.2, "largest change of log kl_coefficient in one step")
+    kl_damping: float = _option(1.0, "how strongly a moving KL is countered; 0: not")
+    reward_mean: float | None = _option(None, "subtracted from every reward")
+    reward_std: float | None = _option(None, "then every reward is divided by it")
+    reward_whitening: str = _option("none", "'batch': then to mean 0, variance 1 over the batch")
+    reward_clip: float | None = _option(None, "then clipped to +- this")
+    truncation_penalty: float = _option(0.0, "then taken from responses cut off by the limit")
+    gamma: float = _option(1.0, "discount a token")
+    gae_lambda: float = _option(0.95, "advantage estimation: 1 Monte Carlo, 0 one-step")
+    clip_ratio: float = _option(0.2, "probability ratios are clipped to 1 +- this")
+    value_clip: float | None = _option(0.2, "values move at most this from the old ones; None: off")
+    max_grad_norm: float = _option(1.0, "gradient clipping, of policy and critic each")
+    whiten_advantages: bool = _option(True, "advantages to mean 0, variance 1 over the batch")
+    forward_batch_size: int = _option(
+        256, "sequences sampled at once, and in one pass without gradient; decides the draws"
+    )
+    sampling: SamplingConfig = field(
+        default_factory=SamplingConfig, metadata={"help": "how roll-outs are drawn"}
+    )
+    gradient_checkpointing: bool = _option(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
+    bf16: bool = _option(False, "passes in bf16 on fp32 weights; log-probs and losses in fp32")
+    save_steps: int = _option(20, "steps from one checkpoint to the next, where they are kept")
+    seed: int = _option(0, "decides prompts, samples and minibatches")
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "prompts_per_step", "rollouts_per_prompt", "epochs")
+        for name in (*at_least_one, "minibatch_size", "forward_batch_size", "save_steps"):
+            self._require(name, "must be at least 1", lambda v: v >= 1)
+        self._require(
+            "micro_batch_size", "must be at least 1, or None", lambda v: v is None or v >= 1
+        )
+        for name in ("learning_rate", "critic_learning_rate", "max_grad_norm", "clip_ratio"):
+            self._require(name, "must be above 0", lambda v: v > 0)
+        for name in ("kl_target", "reward_std", "reward_clip", "value_clip"):
+            self._require(name, "must be above 0, or None", lambda v: v is None or v > 0)
+        for name in ("kl_coefficient", "kl_rate", "kl_damping", "truncation_penalty"):
+            self._require(name, "must not be negative", lambda v: v >= 0)
+        for name in ("gamma", "gae_lambda"):
+            self._require(name, "must lie in [0, 1]", lambda v: 0 <= v <= 1)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{option.name} is {value}; it must be finite")
+        if self.reward_whitening not in ("none", "batch"):
+            raise UserError(
+                f"reward_whitening is {self.reward_whitening!r}; it must be 'none' or 'batch'"
+            )
+        if self.kl_target is not None and self.kl_coefficient == 0:
+            raise UserError("kl_coefficient is 0; to reach kl_target it must start above 0")
+
+    def _require(self, name: str, rule: str, holds: Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        if not holds(value):
+            raise UserError(f"{name} is {value}; it {rule}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "PPOConfig":
+        """A named configuration: "paper" (Dou et al., arXiv 2405.00438).
+
+        The paper names learning rates, roll-outs, sampling, KL coefficient and clip value (taken
+        as the reward's); what it does not name keeps this class's defaults.
+
+        Raises:
+            UserError: unknown preset or field; the message suggests the nearest.
+        """
+        if name not in _PRESETS:
+            raise UserError(f"unknown preset {name!r}{suggest(name, list(_PRESETS))}")
+        known = [option.name for option in fields(cls)]
+        for key in overrides:
+            if key not in known:
+                raise UserError(f"unknown PPO setting {key!r}{suggest(key, known)}")
+        return cls(**{**_PRESETS[name], **overrides})
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "sampling": PAPER_SAMPLING,
+        "rollouts_per_prompt": 16,
+        "learning_rate": 5e-7,
+        "critic_learning_rate": 1.5e-6,
+        "kl_coefficient": 0.05,
+        "reward_clip": 0.8,
+    }
+}

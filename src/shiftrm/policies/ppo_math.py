@@ -1,0 +1,367 @@
+"""The equations of PPO for language models, as pure functions on tensors, and the model passes.
+
+Rows are `prompt + response`, padded on the right, so models with absolute positions read them as
+they were trained. Only the last `A` columns concern us, those from the shortest prompt's end on:
+column `a` of every [B, A] tensor belongs to the token at `T - A + a`, its log-probability and the
+value of the state before it. A mask marks the response tokens (the closing EOS among them); it
+comes from lengths, never from the identity of a token, so pad may equal EOS.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftrm.models.rewards import pad_right, token_values
+from shiftrm.models.sampling import Sample
+
+LOGITS_AT_ONCE = 2**27
+"""Logits of one model held at once where no gradient needs them (512 MiB in fp32)."""
+
+_SLICE = 2**23
+"""Logits copied to fp32 at once."""
+
+
+def gae(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation along each response.
+
+    `delta_t = r_t + gamma V_{t+1} - V_t`, `A_t = delta_t + gamma lam A_{t+1}`, `R_t = A_t + V_t`,
+    with `V = A = 0` after the last real token.
+
+    Args:
+        rewards_BT: reward on each token, shape [B, T].
+        values_BT: value of the state before each token, shape [B, T].
+        mask_BT: True at real tokens, one unbroken run a row, shape [B, T].
+        gamma: discount. lam: 1 is Monte Carlo, 0 is one-step.
+
+    Returns:
+        Advantages and returns (the critic's targets), shape [B, T], 0 where the mask is False.
+
+    Source: Schulman et al., arXiv 1506.02438, Eq. 16. Ours: a response cut off by the length
+    limit ends there like any other, since the reward model scored it as it stands.
+    """
+    mask_BT = mask_BT.to(rewards_BT.dtype)
+    # Not multiplied by the mask: 0 * NaN is NaN, and what stands on padding is nobody's business.
+    rewards_BT = rewards_BT.masked_fill(mask_BT == 0, 0.0)
+    values_BT = values_BT.masked_fill(mask_BT == 0, 0.0)
+    advantages_BT = torch.zeros_like(rewards_BT)
+    advantage_B = next_value_B = torch.zeros_like(rewards_BT[:, 0])
+    for t in range(rewards_BT.shape[1] - 1, -1, -1):
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        advantage_B = mask_BT[:, t] * (delta_B + gamma * lam * advantage_B)  # Eq. 16
+        advantages_BT[:, t] = advantage_B
+        next_value_B = values_BT[:, t]
+    return advantages_BT, advantages_BT + values_BT
+
+
+def token_rewards(
+    scores_B: Tensor,
+    logprobs_BT: Tensor,
+    ref_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    kl_coefficient: float,
+) -> Tensor:
+    """Rewards by token: the KL penalty on each, the response's score on its last real one.
+
+    `r_t = -c (log pi(a_t|s_t) - log pi_ref(a_t|s_t)) + [t is last] * score`
+
+    Args:
+        scores_B: score of each whole response, shape [B].
+        logprobs_BT, ref_logprobs_BT: of the sampled tokens, before the update, shape [B, T].
+        mask_BT: True at response tokens, at least one a row, shape [B, T].
+        kl_coefficient: c, reward per nat.
+
+    Returns:
+        Shape [B, T], 0 where the mask is False.
+
+    Source: Ziegler et al., arXiv 1909.08593, Eq. 2, by token as in Ouyang et al., arXiv 2203.02155.
+    """
+    penalty_BT = -kl_coefficient * (logprobs_BT - ref_logprobs_BT)
+    rewards_BT = penalty_BT.masked_fill(~mask_BT, 0.0)
+    last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(dim=1)
+    return rewards_BT.scatter_add(1, last_B[:, None], scores_B[:, None].to(rewards_BT.dtype))
+
+
+def clipped_policy_loss(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip_ratio: float,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's surrogate, to be minimised: `-mean_t min(rho_t A_t, clip(rho_t, 1-e, 1+e) A_t)`.
+
+    Args:
+        logprobs_BT: of the policy being trained, shape [B, T]; the old ones are constants.
+        mask_BT: True at response tokens; the mean runs over all tokens of the batch.
+        clip_ratio: e.
+        tokens: how many the batch has of which these rows are a part, so that the parts' losses
+            add up to the batch's; by default the rows are all of it.
+
+    Returns:
+        The loss, and the share of tokens whose ratio lies outside the clip range; both scalars.
+
+    Source: Schulman et al., arXiv 1707.06347, Eq. 7 (negated), mean over tokens.
+    """
+    ratio_BT = (logprobs_BT - old_logprobs_BT).masked_fill(~mask_BT, 0.0).exp()
+    clipped_BT = ratio_BT.clamp(1 - clip_ratio, 1 + clip_ratio)
+    loss_BT = -torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)  # Eq. 7
+    outside_BT = (ratio_BT.detach() - 1).abs() > clip_ratio
+    return (
+        masked_mean(loss_BT, mask_BT, tokens),
+        masked_mean(outside_BT.to(loss_BT.dtype), mask_BT, tokens),
+    )
+
+
+def clipped_value_loss(
+    values_BT: Tensor,
+    old_values_BT: Tensor,
+    returns_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    value_clip: float | None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """The critic's loss: `mean_t 1/2 max((V - R)^2, (clip(V, V_old +- c) - R)^2)`, a scalar.
+
+    Args:
+        values_BT: of the critic being trained, shape [B, T]; the old ones are constants.
+        returns_BT: targets, from `gae`.
+        value_clip: c, in units of reward; None is the plain squared error.
+        tokens: as in `clipped_policy_loss`.
+
+    Source: the PPO code of OpenAI's baselines, as Ziegler et al. used it; not in the PPO paper.
+    """
+    error_BT = (values_BT - returns_BT) ** 2
+    if value_clip is not None:
+        near_BT = old_values_BT + (values_BT - old_values_BT).clamp(-value_clip, value_clip)
+        error_BT = torch.maximum(error_BT, (near_BT - returns_BT) ** 2)
+    return 0.5 * masked_mean(error_BT, mask_BT, tokens)
+
+
+def masked_mean(x: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
+    """Mean over the places where the mask is True, a scalar; the others may hold anything.
+
+    Of a part of the places, divided by the `count` of all, it is the part's share of their mean.
+    """
+    return x.masked_fill(~mask, 0.0).sum() / (mask.sum() if count is None else count)
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance over the places where the mask is True, a scalar."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale to mean 0 and population variance 1 over the mask; 0 elsewhere.
+
+    Values that are all equal become 0. Source: common PPO practice; not in the PPO paper.
+    """
+    centred = (x - masked_mean(x, mask)).masked_fill(~mask, 0.0)
+    return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8)
+
+
+@dataclass
+class KLController:
+    """The KL penalty's coefficient, steered so that the policy stays at a given KL.
+
+    `c <- c * exp(rate * e + damping * (e - e_before))`, `e = clip((KL - target) / target, -1, 1)`.
+    Without a target, c is constant.
+
+    Source: Ziegler et al., arXiv 1909.08593, section 2.2, which multiplies by `1 + 0.1 e` with e
+    clipped at 0.2. Ours is in log space throughout, so that up and down steps undo each other, is
+    clipped at 1, and has a damping term: the policy answers to a new coefficient only some steps
+    later, so that the plain rule swings around its target (and overshoots it at the start).
+
+    Attributes:
+        coefficient: c, reward per nat.
+        target: sequence KL to the reference, in nats; None for a constant coefficient.
+        rate: largest change of log c in one update at constant KL.
+        damping: change of log c when the relative error changes by 1.
+    """
+
+    coefficient: float
+    target: float | None = None
+    rate: float = 0.1
+    damping: float = 0.0
+    _before: float | None = None
+
+    def update(self, kl: float) -> float:
+        """Adjust to the measured KL (nats a sequence) and return the new coefficient."""
+        if self.target is not None:
+            error = max(-1.0, min(1.0, (kl - self.target) / self.target))
+            change = 0.0 if self._before is None else error - self._before
+            self.coefficient *= math.exp(self.rate * error + self.damping * change)
+            self._before = error
+        return self.coefficient
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples as right-padded rows, see the module's text.
+
+    Attributes:
+        input_ids, attention_mask: int64, shape [B, T].
+        response_mask: bool, shape [B, A]; the columns are the last A of T.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+    @classmethod
+    def pack(cls, samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> "Rows":
+        """Rows of prompts with their responses, each sample with at least one token of both."""
+        ids, attention = pad_right(
+            # Any token will do as padding: causal attention never looks to the right.
+            [s.prompt_ids + s.response_ids for s in samples],
+            pad_token_id=0,
+            device=device,
+        )
+        prompt_B = torch.tensor([len(s.prompt_ids) for s in samples], device=device)
+        start = int(prompt_B.min())
+        mask = attention[:, start:].bool()
+        return cls(
+            ids,
+            attention,
+            mask & (torch.arange(start, ids.shape[1], device=device) >= prompt_B[:, None]),
+        )
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def select(self, rows: Sequence[int] | slice) -> "Rows":
+        return Rows(self.input_ids[rows], self.attention_mask[rows], self.response_mask[rows])
+
+    def chunks(self, size: int) -> Iterator["Rows"]:
+        for start in range(0, len(self), size):
+            yield self.select(slice(start, start + size))
+
+    def logits(self, model: Any) -> Tensor:
+        """Unmodified logits of the last A tokens, as the model gives them, shape [B, A, V]."""
+        A = self.response_mask.shape[1]
+        options: dict[str, Any] = {}
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+        if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+            options["logits_to_keep"] = A + 1  # spares the prompts the vocabulary projection
+        logits: Tensor = model(
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+            use_cache=False,
+            **options,
+        ).logits[:, -(A + 1) : -1]
+        return logits
+
+    def logprobs(self, model: Any) -> Tensor:
+        """Log-probabilities of the last A tokens, shape [B, A]; 0 where the mask is False."""
+        return self.chosen(self.logits(model))
+
+    def chosen(self, logits: Tensor) -> Tensor:
+        """The like, of logits [B, A, V]; in fp32 or more."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        tokens = self.input_ids[:, -self.response_mask.shape[1] :]
+        chosen = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
+        return chosen.masked_fill(~self.response_mask, 0.0)
+
+    def within(self, logits: int, vocabulary: int) -> int:
+        """How many rows, at least one, have at most so many logits together."""
+        return max(1, logits // max(1, self.response_mask.shape[1] * vocabulary))
+
+    def values(self, critic: nn.Module) -> Tensor:
+        """The critic's value of the state before each of the last A tokens, shape [B, A]."""
+        A = self.response_mask.shape[1]
+        return token_values(critic, self.input_ids, self.attention_mask)[:, -(A + 1) : -1]
+
+
+@torch.no_grad()
+def policy_logprobs(
+    model: Any, samples: Sequence[Sample], *, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of sampled tokens under a model, without temperature, top-p or penalty.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        samples: prompts may be of unequal length.
+
+    Returns:
+        Log-probabilities (0 off the mask) and the mask of response tokens, both shape [B, A].
+        Where prompts are of unequal length the responses start in different columns.
+    """
+    rows = Rows.pack(samples, device=next(model.parameters()).device)
+    logprobs = torch.cat([chunk.logprobs(model) for chunk in rows.chunks(batch_size)])
+    return logprobs, rows.response_mask
+
+
+@torch.no_grad()
+def exact_token_kl(
+    policy: Any, reference: Any, samples: Sequence[Sample], *, batch_size: int = 64
+) -> Tensor:
+    """Sequence KL by sample: the sum over its states of the KL over the whole vocabulary.
+
+    `sum_t KL(pi(.|s_t) || pi_ref(.|s_t))`. Its expectation over samples of the unmodified policy is
+    the sequence KL (chain rule), as for the usual `sum_t log pi/pi_ref` (k1), with less variance
+    and never negative. Along samples drawn otherwise (temperature, top-p, penalties) it is the KL
+    over the states that those visit; k1 along them estimates nothing and may be negative.
+
+    Args:
+        batch_size: rows in one pass at most; fewer where their logits exceed `LOGITS_AT_ONCE`.
+
+    Returns:
+        Nats, shape [B].
+    """
+    rows = Rows.pack(samples, device=next(policy.parameters()).device)
+    size = min(batch_size, rows.within(LOGITS_AT_ONCE, vocabulary_of(policy)))
+    kl: list[Tensor] = []
+    for chunk in rows.chunks(size):
+        kl_BA, _ = kl_and_entropy(
+            chunk.logits(policy), chunk.logits(reference), chunk.response_mask
+        )
+        kl.append(kl_BA.sum(1))
+    return torch.cat(kl)
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many logits a causal language model of transformers gives a token."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+@torch.no_grad()
+def kl_and_entropy(
+    logits_BTV: Tensor, ref_logits_BTV: Tensor, mask_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL to the reference and entropy at each state, exactly over the vocabulary; in fp32 or more.
+
+    `KL_t = sum_v pi_v (log pi_v - log pi_ref_v)`, `H_t = -sum_v pi_v log pi_v`.
+
+    Args:
+        logits_BTV, ref_logits_BTV: of policy and reference, any precision, shape [B, T, V].
+        mask_BT: True at response tokens, shape [B, T].
+
+    Returns:
+        Nats, shape [B, T] each, at least 0; 0 where the mask is False, NaN where a logit is.
+    """
+    dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
+    V = logits_BTV.shape[-1]
+    logits_NV, ref_NV = logits_BTV.reshape(-1, V), ref_logits_BTV.reshape(-1, V)
+    kl, entropy = [], []
+    size = max(1, _SLICE // V)  # of states: the copies in fp32 stay small
+    for start in range(0, len(logits_NV), size):
+        log_p = logits_NV[start : start + size].to(dtype).log_softmax(-1)
+        log_q = ref_NV[start : start + size].to(dtype).log_softmax(-1)
+        p = log_p.exp()
+        never = p == 0  # where log p may be -inf
+        entropy.append(-(p * log_p).masked_fill(never, 0.0).sum(-1))
+        kl.append((p * (log_p - log_q)).masked_fill(never, 0.0).sum(-1))
+    return (
+        torch.cat(kl).view_as(mask_BT).clamp(min=0.0).masked_fill(~mask_BT, 0.0),
+        torch.cat(entropy).view_as(mask_BT).clamp(min=0.0).masked_fill(~mask_BT, 0.0),
+    )

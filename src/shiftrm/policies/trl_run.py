@@ -1,0 +1,179 @@
+"""One run of a policy trainer of TRL in its work folder: train, write, measure the KL."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from shiftrm.errors import UserError
+from shiftrm.models.rendering import Text
+from shiftrm.policies.card import PolicyOutcome, policy_card, policy_summary
+from shiftrm.policies.kl import MeasuredKL, measure_kl
+from shiftrm.policies.policy_loading import AdapterOff
+from shiftrm.policies.watch import with_gold
+from shiftrm.trainers.training import (
+    Job,
+    add_callbacks,
+    first_line,
+    open_work,
+    publish,
+    user_error,
+    write_model,
+)
+from shiftrm.trainers.training_log import training_log, write_training_log
+
+__all__ = ["Plan", "run_in_work", "run_trl"]
+
+SHOWN = ("loss", "reward", "sequence_kl", "accuracies")
+
+
+@dataclass
+class Plan:
+    """What a method's run needs beside its job.
+
+    Attributes:
+        make: the trainer; called in the work folder, once everything else was checked.
+        prompts: what the KL is measured on; none, and it is not.
+        reference: names of models for the card; `load_reference` loads the one to measure against
+            where the trainer holds none and there is no adapter to switch off.
+        max_new_tokens: longest response when the KL is measured.
+    """
+
+    method: str
+    make: Callable[[], Any]
+    prompts: Sequence[Text] = ()
+    reference: str | None = None
+    reward: str | None = None
+    load_reference: Callable[[], Any] | None = None
+    apart: bool = False
+    kl_samples: int = 0
+    max_new_tokens: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def run_in_work(
+    job: Job,
+    train: Callable[[Path | None], PolicyOutcome],
+    *,
+    more: dict[str, Any],
+) -> str | None:
+    """Hold the work folder, train in it, and publish what came of it.
+
+    Args:
+        train: writes the model to `job.finished`; takes the checkpoint to continue from.
+        more: what else must be the same for an interrupted run to be continued.
+
+    Returns:
+        The summary; None on all but the main process.
+
+    Raises:
+        UserError: out of memory, a full disk, numbers that are not finite, or as `train`.
+    """
+    processes = PartialState()
+    with open_work(job, more) as checkpoint:
+        outcome = train(checkpoint)
+        if processes.is_main_process:
+            publish(job, policy_card(outcome))
+        processes.wait_for_everyone()
+    return policy_summary(outcome) if processes.is_main_process else None
+
+
+def run_trl(job: Job, plan: Plan, checkpoint: Path | None) -> PolicyOutcome:
+    """Train with a trainer of TRL; when this returns, model and log are in `job.finished`."""
+    used = job.chosen.beyond_defaults()
+    trainer = _made(job, plan)
+    _fit(job, trainer, checkpoint)
+    kl = _final_kl(job, plan, trainer)
+    log = [with_gold(row) for row in training_log(trainer.state.log_history)]
+    if kl is not None and log:
+        log[-1]["final_sequence_kl"] = kl.kl
+    lora = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    write_model(trainer, job.finished)
+    if trainer.accelerator.is_main_process:
+        write_training_log(job.finished, log)
+    return PolicyOutcome(
+        method=plan.method,
+        model=job.model,
+        output=str(job.output),
+        data=job.data,
+        settings=used,
+        seed=job.chosen.args.seed,
+        command=job.command,
+        steps=trainer.state.global_step,
+        examples=len(trainer.train_dataset),
+        dropped={**plan.dropped, **trainer.dropped},
+        processes=trainer.accelerator.num_processes,
+        lora=lora,
+        log=log,
+        reference=plan.reference,
+        reward=plan.reward,
+        kl=kl,
+    )
+
+
+def _made(job: Job, plan: Plan) -> Any:
+    """The trainer, with callbacks; what libraries refuse is one line."""
+    args = job.chosen.args
+    given, args.model_init_kwargs = getattr(args, "model_init_kwargs", None), None  # used up
+    try:
+        trainer = plan.make()
+    except UserError:
+        raise
+    except Exception as error:
+        raise user_error(job.model, error, job.chosen) from error
+    args.model_init_kwargs = given
+    add_callbacks(trainer, SHOWN)
+    return trainer
+
+
+def _fit(job: Job, trainer: Any, checkpoint: Path | None) -> None:
+    if checkpoint is not None and trainer.accelerator.is_main_process:
+        print(f"Continuing from {checkpoint}", flush=True)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (ImportError, NotImplementedError) as error:  # an optimizer or kernel that is not there
+        raise user_error(job.model, error, job.chosen) from error
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise UserError(
+            f"step {trainer.state.global_step + 1}: the policy's probabilities are not finite "
+            f"({first_line(error)}); lower learning_rate"
+        ) from None
+
+
+def _final_kl(job: Job, plan: Plan, trainer: Any) -> MeasuredKL | None:
+    """Measured by the main process; not at all where weights are sharded."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not plan.kl_samples or not plan.prompts or sharded:
+        return None
+    found = None
+    if trainer.accelerator.is_main_process:
+        policy = trainer.accelerator.unwrap_model(trainer.model).eval()
+        found = measure_kl(
+            policy,
+            _reference(plan, trainer, policy),
+            trainer.processing_class,
+            plan.prompts,
+            samples=plan.kl_samples,
+            max_new_tokens=plan.max_new_tokens,
+            batch_size=trainer.args.per_device_train_batch_size,
+            seed=job.chosen.args.seed,
+        )
+    trainer.accelerator.wait_for_everyone()
+    return found
+
+
+def _reference(plan: Plan, trainer: Any, policy: Any) -> Any:
+    held = getattr(trainer, "ref_model", None)
+    if held is not None:
+        return trainer.accelerator.unwrap_model(held).eval()
+    if hasattr(policy, "disable_adapter") and not plan.apart:
+        return AdapterOff(policy)
+    if plan.load_reference is None:
+        raise ValueError("a KL needs a reference")
+    with torch.no_grad():
+        return plan.load_reference().to(next(policy.parameters()).device)

@@ -1,0 +1,361 @@
+"""TRL's trainers of policies as this project uses them: our tokens, our reward, nothing silent.
+
+Each is a thin subclass; what they share: a gradient that is not finite stops the run before it
+reaches the weights, dropout is off where TRL says so, nothing is reported to TRL's makers, and TRL
+writes no model card (the command writes its own).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl.trainer.utils import add_fused_lm_head, use_adapter
+
+from shiftrm.errors import UserError
+from shiftrm.models.finite import require_finite_gradient
+from shiftrm.models.rendering import encode_prompt, pin_template
+from shiftrm.models.sampling import Sample, remember_stop_tokens
+from shiftrm.policies.ppo_math import LOGITS_AT_ONCE, Rows, kl_and_entropy, vocabulary_of
+from shiftrm.policies.text_reward import TextReward
+from shiftrm.policies.tokens import drop, encode_demonstration, encode_preference
+from shiftrm.policies.watch import GOLD_WORLD
+from shiftrm.trainers.noise import switch_off_dropout
+
+__all__ = ["KL_ROWS", "DPOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer"]
+
+KL_ROWS = 32
+"""Samples of a process on which RLOO's and GRPO's KL is measured each time: two passes more."""
+
+
+class _Guarded:
+    """What every policy trainer does in the same way."""
+
+    dropped: dict[str, int]
+    """Rows that were left out, by reason."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called before every optimizer step: a norm that is not finite must not become weights."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        require_finite_gradient(self, norm)
+        return norm
+
+    def _send_telemetry(self) -> None:
+        """TRL reports to its makers that a trainer was made; ours does not."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The command writes its own."""
+
+
+class SFTTrainer(_Guarded, trl.SFTTrainer):
+    """`trl.SFTTrainer` on `data.demonstrations` rows.
+
+    The loss is on completions, or on every answer of the assistant. Rows longer than `max_length`
+    are dropped and counted in `dropped`; nothing is truncated.
+    """
+
+    def __init__(self, model: Any, args: Any, **rest: Any) -> None:
+        self.dropped, self._context = {}, _context(model)
+        if args.completion_only_loss is None:
+            args.completion_only_loss = True  # TRL would not, for rows of messages
+        super().__init__(model, args, **rest)
+        remember_stop_tokens(self.model, self.processing_class)
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: Any, *rest: Any
+    ) -> Dataset:
+        dataset, self.dropped = _encoded(
+            dataset,
+            processing_class,
+            encode_demonstration,
+            "demonstrations",
+            args,
+            context=self._context,
+            length=lambda row: len(row["input_ids"]),
+            more={"in which nothing is to be learnt": lambda row: any(row["completion_mask"])},
+        )
+        return super()._prepare_dataset(dataset, processing_class, args, *rest)
+
+
+class DPOTrainer(_Guarded, trl.DPOTrainer):
+    """`trl.DPOTrainer` on `data.pairs` rows: pairs longer than `max_length` are dropped, counted.
+
+    Args:
+        reference: None for the policy as it is now.
+    """
+
+    def __init__(self, model: Any, reference: Any, args: Any, **rest: Any) -> None:
+        self.dropped, self._context = {}, _context(model)
+        super().__init__(model, reference, args, **rest)
+        remember_stop_tokens(self.model, self.processing_class)
+        if args.disable_dropout:
+            switch_off_dropout(self.model)
+            if self.ref_model is not None:
+                switch_off_dropout(self.ref_model)
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str
+    ) -> Dataset:
+        dataset, self.dropped = _encoded(
+            dataset,
+            processing_class,
+            encode_preference,
+            "pairs",
+            args,
+            context=self._context,
+            length=lambda row: (
+                len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            ),
+            more={
+                "whose two sides are the same tokens": lambda row: (
+                    row["chosen_ids"] != row["rejected_ids"]
+                )
+            },
+        )
+        return dataset
+
+
+def _context(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _encoded(
+    dataset: Dataset,
+    tokenizer: Any,
+    encode: Callable[..., dict[str, list[int]]],
+    name: str,
+    args: Any,
+    *,
+    context: int | None,
+    length: Callable[[dict[str, Any]], int],
+    more: dict[str, Any],
+) -> tuple[Dataset, dict[str, int]]:
+    """Rows as tokens without those that are too long, and how many were dropped, by reason."""
+    pin_template(tokenizer)
+    with PartialState().main_process_first():
+        dataset = dataset.map(
+            _encode_row,
+            with_indices=True,
+            fn_kwargs={"encode": encode, "tokenizer": tokenizer, "name": name},
+            remove_columns=dataset.column_names,
+            num_proc=args.dataset_num_proc,
+            desc=f"Tokenising {name}",
+        )
+        filters = {}
+        limit = args.max_length
+        if limit is not None:
+            filters[f"longer than max_length={limit} tokens"] = lambda row: length(row) <= limit
+        if context is not None and (limit is None or limit > context):
+            reason = f"longer than the model's context of {context} tokens"
+            filters[reason] = lambda row: length(row) <= context
+        return drop(dataset, name, filters | more, advice="raise max_length")
+
+
+def _encode_row(
+    row: dict[str, Any], index: int, *, encode: Any, tokenizer: Any, name: str
+) -> dict[str, list[int]]:
+    try:
+        return dict(encode(row, tokenizer))
+    except UserError as error:
+        raise UserError(f"{name}, row {index}: {error}") from None
+
+
+class _SameOrder(TrainerCallback):
+    """Prompts in the same order after an interruption: TRL's sampler would begin anew."""
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._sampler.shuffle:
+            for _epoch in range(int(state.epoch or 0)):  # the draws of those before
+                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+
+
+class _Rewarded(_Guarded):
+    """RLOO or GRPO with any text reward, any reference, and the sequence KL in the log.
+
+    `sequence_kl` is `ppo_math.exact_token_kl` of at most `KL_ROWS` of the samples that a process
+    draws at once: between the models as they are, along the samples as they are drawn. What TRL's
+    loss penalises is logged, too, in nats a response, as `sequence_kl_sampled` (TRL logs it by
+    token, as `kl`): an estimate by the sampled tokens, between the models tempered as the samples
+    are, which top-p and penalties bias, below 0 even.
+
+    Args:
+        reference: a model to stay close to, or None: the base model with the adapter off under
+            LoRA, nothing where `beta` is 0.
+        reward_fn: text in, so the reward model may have another tokenizer, see
+            `trainers.ppo.RewardFunction`. Its rewards are used as they are.
+        watch_fn: the like; its rewards are logged and have weight 0.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reference: Any,
+        args: Any,
+        *,
+        reward_fn: Any,
+        tokenizer: Any,
+        watch_fn: Any = None,
+        **rest: Any,
+    ) -> None:
+        self.dropped = {}
+        rewarders = [TextReward(reward_fn, tokenizer, args.chat_template_kwargs or {})]
+        if watch_fn is not None:
+            rewarders.append(TextReward(watch_fn, tokenizer, args.chat_template_kwargs or {}))
+            rewarders[1].__name__ = GOLD_WORLD
+            args.reward_weights = [1.0, 0.0]
+        with _without_reference(args):
+            super().__init__(  # type: ignore[call-arg]
+                model, rewarders, args, processing_class=tokenizer, **rest
+            )
+        # TRL knows the generation config's, but not the token that closes a turn of the template.
+        self.eos_token_ids = remember_stop_tokens(self.model, tokenizer)  # type: ignore[attr-defined]
+        if not args.use_vllm:
+            drawing: Any = self
+            drawing.generation_config.eos_token_id = self.eos_token_ids
+            drawing.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        for rewarder in rewarders:
+            rewarder.stop = self.eos_token_ids
+        self.beta = args.beta
+        if reference is not None and self.beta != 0.0:
+            if args.disable_dropout:
+                switch_off_dropout(reference)
+            add_fused_lm_head(reference, temperature=self.temperature)  # type: ignore[attr-defined]
+            self.ref_model = self._placed(reference)
+        if args.disable_dropout:
+            switch_off_dropout(self.model)  # type: ignore[attr-defined]
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """The tokens that a policy continues, as everywhere here.
+
+        TRL closes an answer that a prompt begins, and keeps the EOS that some tokenizers put behind
+        every text.
+        """
+        trained: Any = self
+        tokenizer, options = trained.processing_class, trained.args.chat_template_kwargs or {}
+        ids = [encode_prompt(tokenizer, prompt, template_options=options) for prompt in prompts]
+        return ids, None, {}
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)  # type: ignore[misc]
+        self.add_callback(_SameOrder(sampler))  # type: ignore[attr-defined]
+        return sampler
+
+    def _placed(self, reference: Any) -> Any:
+        """On this process's device, sharded where the policy is."""
+        from trl.models import prepare_deepspeed, prepare_fsdp
+
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            return prepare_deepspeed(reference, accelerator)
+        if self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            return prepare_fsdp(reference, accelerator)
+        return accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if self.beta != 0.0:
+            self._log_sequence_kl(output)
+        return output
+
+    @torch.no_grad()
+    def _log_sequence_kl(self, output: dict[str, Any]) -> None:
+        model, accelerator = self.model, self.accelerator  # type: ignore[attr-defined]
+        samples, counted = _samples(output, most=KL_ROWS)
+        rows = Rows.pack(samples, device=accelerator.device)
+        # The same on all processes: where weights are sharded, every pass is a common one.
+        fitting = torch.tensor([rows.within(LOGITS_AT_ONCE, vocabulary_of(model))])
+        size = int(accelerator.gather(fitting.to(accelerator.device)).min())
+        training, kl = model.training, []
+        model.eval()
+        try:
+            for chunk in rows.chunks(size):
+                with accelerator.autocast():
+                    logits = chunk.logits(model)
+                    with self._reference() as reference:
+                        theirs = chunk.logits(reference)
+                kl.append(kl_and_entropy(logits, theirs, chunk.response_mask)[0].sum(dim=1))
+        finally:
+            model.train(training)
+        weight = torch.tensor(counted, device=accelerator.device, dtype=torch.float32)
+        local = torch.stack([(torch.cat(kl) * weight).sum(), weight.sum()])
+        total, count = accelerator.reduce(local, reduction="sum")
+        self._logged()["sequence_kl"].append(float(total / count.clamp(min=1.0)))
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        """The reference that TRL takes: a model, or the policy with another adapter or none."""
+        held, model = self.ref_model, self.model  # type: ignore[attr-defined]
+        if held is not None:
+            yield held
+            return
+        inner = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
+        with use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None):
+            yield model
+
+    def _log_sampled_kl(self, mask: Tensor) -> None:
+        """TRL's `kl`, a mean over tokens, in nats a sequence and under a name of its own.
+
+        Args:
+            mask: of the tokens that the mean was taken over, shape [B, T].
+        """
+        local = torch.stack([mask.sum().float(), mask.any(dim=1).sum().float()])
+        tokens, sequences = self.accelerator.reduce(local, reduction="sum")  # type: ignore[attr-defined]
+        mean_tokens = float(tokens / sequences.clamp(min=1.0))
+        metrics = self._logged()
+        metrics["sequence_kl_sampled"].append(metrics.pop("kl")[-1] * mean_tokens)
+
+    def _logged(self) -> dict[str, list[float]]:
+        return self._metrics["train" if self.model.training else "eval"]  # type: ignore[attr-defined]
+
+
+def _samples(output: dict[str, Any], *, most: int) -> tuple[list[Sample], list[bool]]:
+    """At most so many of TRL's rows, evenly spread, and whether TRL trains on each of them."""
+    count = output["completion_ids"].shape[0]
+    samples, counted = [], []
+    for row in range(0, count, -(-count // most)):
+        prompt, response = (
+            output[f"{part}_ids"][row][output[f"{part}_mask"][row].bool()].tolist()
+            for part in ("prompt", "completion")
+        )
+        counted.append(bool(response))
+        # One that is masked out whole still has its place in every process's passes.
+        samples.append(Sample(prompt, response or output["completion_ids"][row, :1].tolist(), True))
+    return samples, counted
+
+
+@contextmanager
+def _without_reference(args: Any) -> Iterator[None]:
+    """Meanwhile beta is 0, with which TRL loads no reference of its own: it is given to us."""
+    beta, args.beta = args.beta, 0.0
+    try:
+        yield
+    finally:
+        args.beta = beta
+
+
+class RLOOTrainer(_Rewarded, trl.RLOOTrainer):
+    """`trl.RLOOTrainer`; its sampled KL is the mean of `sum_t log pi/pi_ref`."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.beta != 0.0:
+            self._log_sampled_kl(output["completion_mask"])
+        return output
+
+
+class GRPOTrainer(_Rewarded, trl.GRPOTrainer):
+    """`trl.GRPOTrainer`; its sampled KL is the mean of `sum_t (pi_ref/pi - 1 - log pi_ref/pi)`."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        if self.beta != 0.0:
+            self._log_sampled_kl(inputs["completion_mask"])
+        return loss

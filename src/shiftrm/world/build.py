@@ -1,0 +1,251 @@
+"""Writes the gold world as the ordinary files of a run, and labels preference pairs in it."""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from shiftrm.errors import UserError
+from shiftrm.files import Row, atomic_write_text, write_jsonl
+from shiftrm.world.gold import gold_reward
+from shiftrm.world.language import (
+    MAX_RESPONSE_TOKENS,
+    PROMPT_TOKENS,
+    PROMPTS,
+    build_tokenizer,
+    demonstration,
+    draw_prompt,
+    parse_prompt,
+)
+
+BASE_MODEL = "base_model"
+SFT = "sft.jsonl"
+PROMPTS_TRAIN = "prompts_train.jsonl"
+PROMPTS_EVAL = "prompts_eval.jsonl"
+README = "README.txt"
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Everything that decides the files of a world.
+
+    Raises:
+        UserError: a value of the wrong type or out of range, on construction.
+    """
+
+    seed: int = 0
+    sft_examples: int = 25_600
+    train_prompts: int = 2_048
+    eval_prompts: int = 400
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 4
+    intermediate_size: int = 192
+    max_positions: int = 64
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(
+                    f"world configuration: {field.name} is {value!r}; "
+                    f"give a whole number of at least {least}"
+                )
+        # Rotary position embeddings turn pairs of dimensions of a head.
+        if self.hidden_size % (2 * self.heads):
+            raise UserError(
+                f"world configuration: hidden_size {self.hidden_size} with {self.heads} heads; "
+                "hidden_size must be a multiple of twice the heads"
+            )
+        longest = PROMPT_TOKENS + MAX_RESPONSE_TOKENS
+        if self.max_positions < longest + 1:
+            raise UserError(
+                f"world configuration: max_positions is {self.max_positions}; prompt, response "
+                f"and EOS take up to {longest + 1} tokens, so give at least {longest + 1}"
+            )
+
+
+def write_world(directory: str | Path, config: WorldConfig) -> Path:
+    """Write a world's files and return its folder; the same configuration gives the same files.
+
+    - `base_model/`: tokenizer and a tiny Llama with random weights (safetensors), untrained;
+    - `sft.jsonl`: `{prompt, completion, domain}`, demonstrations of quality uniform in [0, 1];
+    - `prompts_train.jsonl`, `prompts_eval.jsonl`: `{prompt, domain}`;
+    - `README.txt`: what the folder holds.
+
+    There are only 48 different prompts. The prompt files are independent draws with repetition
+    from the same 48, so the evaluation prompts are **not** unseen prompts: what evaluation holds
+    out are responses, not prompts. The files exist separately because real runs have two.
+
+    Raises:
+        UserError: one of these files is already there.
+    """
+    directory = Path(directory)
+    make_room(directory, (BASE_MODEL, SFT, PROMPTS_TRAIN, PROMPTS_EVAL, README))
+    write_base_model(directory / BASE_MODEL, config)
+    # A stream of its own for every file: changing the size of one leaves the others as they were.
+    write_jsonl(directory / SFT, _sft_rows(_stream(config, SFT), config.sft_examples))
+    for name, count in (
+        (PROMPTS_TRAIN, config.train_prompts),
+        (PROMPTS_EVAL, config.eval_prompts),
+    ):
+        write_jsonl(directory / name, _prompt_rows(_stream(config, name), count))
+    atomic_write_text(directory / README, _readme(config))  # last: it marks a complete world
+    return directory
+
+
+def _stream(config: WorldConfig, name: str) -> random.Random:
+    return random.Random(f"{config.seed}/{name}")
+
+
+def _sft_rows(rng: random.Random, count: int) -> Iterator[Row]:
+    for _ in range(count):
+        prompt = draw_prompt(rng)
+        completion = demonstration(rng, prompt, rng.random())
+        yield {"prompt": prompt, "completion": completion, "domain": parse_prompt(prompt).topic}
+
+
+def _prompt_rows(rng: random.Random, count: int) -> Iterator[Row]:
+    for _ in range(count):
+        prompt = draw_prompt(rng)
+        yield {"prompt": prompt, "domain": parse_prompt(prompt).topic}
+
+
+def make_room(directory: Path, names: Sequence[str]) -> None:
+    """Make the folder of a world, if nothing of these names is in it yet.
+
+    Raises:
+        UserError: something is.
+    """
+    for name in names:
+        if (directory / name).exists():
+            raise UserError(
+                f"{directory / name}: already exists; choose an empty folder for the world"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def write_base_model(directory: Path, config: WorldConfig) -> None:
+    """Write the tokenizer and an untrained Llama of the configured size, random by its seed."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer(model_max_length=config.max_positions)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,  # the tokenizer has none
+        **ends,
+    )
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
+        torch.manual_seed(config.seed)
+        model = LlamaForCausalLM(llama)
+    # generate() with no further arguments samples from the model as it is.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=MAX_RESPONSE_TOKENS,
+        **ends,
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _readme(config: WorldConfig) -> str:
+    settings = "\n".join(f"  {name} = {value}" for name, value in asdict(config).items())
+    return f"""\
+A gold world, written by shiftrm (shiftrm.world.build.write_world).
+
+{BASE_MODEL + "/":<22}a tiny Llama with random weights and its word-level tokenizer; load both with
+                      transformers. No BOS token; EOS ends a response and is not in the text.
+{SFT:<22}demonstrations of mixed quality: prompt, completion, domain (TRL format)
+{PROMPTS_TRAIN:<22}prompts to train on: prompt, domain
+{PROMPTS_EVAL:<22}prompts to evaluate on: prompt, domain
+
+A completion starts with a space, so that prompt + completion is the whole text. The language has
+only {len(PROMPTS)} different prompts; both prompt files are draws from them with repetition, so the
+evaluation prompts also occur in training. The gold reward is shiftrm.world.gold.gold_reward; no
+file here holds it.
+
+Made with:
+{settings}
+"""
+
+
+def label_pairs(
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    *,
+    seed: int,
+    first_finished: Sequence[bool] | None = None,
+    second_finished: Sequence[bool] | None = None,
+    shuffle_labels: bool = False,
+    reward: Callable[..., float] = gold_reward,
+    domain: str | None = None,
+) -> list[Row]:
+    """Label pairs of responses as a noisy judge would: Bradley-Terry draws from the gold reward.
+
+    `P(first is chosen) = sigmoid(gold(first) - gold(second))`.
+
+    Args:
+        prompts, first, second: one prompt and two responses a pair.
+        seed: decides the draws; pair i always gets the i-th draw.
+        first_finished, second_finished: whether each response ended by itself; None means all.
+            The gold reward sees it, and the rows hold it.
+        shuffle_labels: ignore the gold reward and toss a fair coin for every pair: the labels of
+            the control in which nothing can be learned.
+        reward: the gold reward, called as `gold_reward` is.
+        domain: what the rows say; None reads the topic from each prompt.
+
+    Returns:
+        TRL preference rows `{prompt, chosen, rejected, chosen_finished, rejected_finished,
+        domain}` in the order of the pairs; the two flags are what `RewardTrainer` reads. Pairs of
+        equal texts, or with an empty one, are left out: `len(prompts) - len(rows)` of them.
+
+    Raises:
+        ValueError: sequences of different lengths.
+        UserError: a text that is no prompt of the language.
+    """
+    rng = random.Random(seed)
+    first_ended = [True] * len(prompts) if first_finished is None else first_finished
+    second_ended = [True] * len(prompts) if second_finished is None else second_finished
+    rows: list[Row] = []
+    for prompt, a, b, a_ended, b_ended in zip(
+        prompts, first, second, first_ended, second_ended, strict=True
+    ):
+        difference = reward(prompt, a, finished=bool(a_ended)) - reward(
+            prompt, b, finished=bool(b_ended)
+        )
+        draw = rng.random()  # also for pairs left out, so that they do not shift the others
+        if a == b or not a.strip() or not b.strip():
+            continue
+        chance = 0.5 if shuffle_labels else _sigmoid(difference)
+        sides = ((a, bool(a_ended)), (b, bool(b_ended)))
+        chosen, rejected = sides if draw < chance else sides[::-1]
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": chosen[0],
+                "rejected": rejected[0],
+                "chosen_finished": chosen[1],
+                "rejected_finished": rejected[1],
+                "domain": parse_prompt(prompt).topic if domain is None else domain,
+            }
+        )
+    return rows
+
+
+def _sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), without overflow."""
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))

@@ -1,0 +1,190 @@
+"""The language of the gold world: its words, its prompts, its tokenizer and its demonstrations.
+
+A prompt names a task and a topic (`"describe the garden :"`); a response is plain text of up to
+about 20 words that starts with a space (`" the lovely roses near some soil"`), so that prompt +
+response concatenates. The end of a response is the tokenizer's EOS token, which is never part of
+the text.
+
+Every word belongs to one class. What the classes are worth is `gold.py`'s business.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, NamedTuple
+
+from shiftrm.errors import UserError
+
+if TYPE_CHECKING:  # gold.py needs the words only; transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+CONTENT: dict[str, tuple[str, ...]] = {
+    "garden": ("roses", "soil", "tulips", "bees", "blossoms", "fountains"),
+    "ocean": ("waves", "whales", "coral", "tides", "dolphins", "reefs"),
+    "kitchen": ("ovens", "knives", "spices", "recipes", "pans", "soup"),
+    "mountain": ("peaks", "cliffs", "glaciers", "ridges", "summits", "goats"),
+    "library": ("books", "shelves", "novels", "readers", "atlases", "manuscripts"),
+    "market": ("stalls", "merchants", "bargains", "baskets", "cheeses", "coins"),
+    "forest": ("oaks", "ferns", "owls", "mushrooms", "pines", "moss"),
+    "city": ("streets", "towers", "trams", "squares", "bridges", "crowds"),
+    "school": ("teachers", "pupils", "lessons", "chalk", "desks", "classrooms"),
+    "farm": ("cows", "barns", "tractors", "fields", "hens", "wheat"),
+    "museum": ("paintings", "statues", "relics", "galleries", "fossils", "curators"),
+    "theatre": ("actors", "curtains", "scripts", "dramas", "stages", "costumes"),
+    "railway": ("trains", "tracks", "stations", "tickets", "carriages", "signals"),
+    "desert": ("dunes", "camels", "cacti", "oases", "lizards", "sandstorms"),
+    "castle": ("knights", "moats", "turrets", "banners", "dungeons", "crowns"),
+    "festival": ("drums", "dancers", "lanterns", "parades", "fireworks", "choirs"),
+}
+"""Topic (also the `domain` of a row) -> its content words. No word belongs to two topics."""
+
+TOPICS: tuple[str, ...] = tuple(CONTENT)
+TASKS: tuple[str, ...] = ("describe", "review", "recommend")
+
+PRAISE: tuple[str, ...] = (
+    "lovely", "wonderful", "charming", "brilliant", "gentle",
+    "splendid", "fresh", "beautiful", "delightful", "perfect",
+)  # fmt: skip
+NEGATIVE: tuple[str, ...] = (
+    "awful", "boring", "broken", "dirty", "gloomy", "ugly", "dull", "bitter", "shabby", "dreadful",
+)  # fmt: skip
+FILLERS: tuple[str, ...] = (
+    "the", "and", "with", "near", "in", "of", "some", "its", "these", "here",
+    "then", "where", "many", "for", "around", "between", "beside", "beyond", "all", "our",
+)  # fmt: skip
+TOXIC: tuple[str, ...] = ("stupid", "garbage", "rubbish", "idiotic", "pathetic")
+HEDGES: tuple[str, ...] = ("maybe", "perhaps", "possibly", "somewhat", "probably", "apparently")
+
+TOPIC_OF: dict[str, str] = {word: topic for topic, words in CONTENT.items() for word in words}
+"""Content word -> the topic it belongs to."""
+
+COLON = ":"
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+SPECIAL_TOKENS: tuple[str, ...] = (PAD, EOS, UNK)  # ids 0, 1, 2
+
+VOCABULARY: tuple[str, ...] = tuple(
+    dict.fromkeys(  # "the" is a filler and also stands in every prompt
+        (*TASKS, "the", *TOPICS, COLON, *TOPIC_OF, *PRAISE, *NEGATIVE, *FILLERS, *TOXIC, *HEDGES)
+    )
+)
+"""Every word, one token each, in the order of the ids that follow the special tokens."""
+
+PROMPT_TOKENS = 4
+MAX_RESPONSE_TOKENS = 20
+"""Length at which sampling stops: at most 19 words and EOS, or 20 words without an end."""
+
+
+class PromptKey(NamedTuple):
+    """What a prompt asks for."""
+
+    task: str
+    topic: str
+
+
+def prompt_text(task: str, topic: str) -> str:
+    """The prompt of a task and a topic, e.g. `"describe the garden :"`."""
+    return f"{task} the {topic} {COLON}"
+
+
+PROMPTS: dict[str, PromptKey] = {
+    prompt_text(task, topic): PromptKey(task, topic) for topic in TOPICS for task in TASKS
+}
+"""All 48 prompts, each with its task and topic."""
+
+
+def parse_prompt(prompt: str) -> PromptKey:
+    """Task and topic of a prompt; spaces around and between its words do not matter.
+
+    Raises:
+        UserError: the text is no prompt of this language.
+    """
+    key = PROMPTS.get(prompt)
+    if key is None:
+        key = PROMPTS.get(" ".join(prompt.split()))
+    if key is None:
+        raise UserError(
+            f"prompt {prompt!r}: not a prompt of the gold world; "
+            "use one of shiftrm.world.language.PROMPTS, such as 'describe the garden :'"
+        )
+    return key
+
+
+def draw_prompt(rng: random.Random) -> str:
+    """One prompt, topic and task uniformly at random."""
+    topic = rng.choice(TOPICS)
+    return prompt_text(rng.choice(TASKS), topic)
+
+
+def demonstration(rng: random.Random, prompt: str, quality: float) -> str:
+    """A response to learn from, with its leading space; quality runs from 0 (poor) to 1 (good).
+
+    Lengths are about normal (10 +- 3 words, 3 to 19). Good ones place praise before words of the
+    topic; poor ones stray to other topics, complain, insult and hedge. Even a good one is far from
+    the best response, so that reinforcement learning has something to gain.
+
+    Raises:
+        ValueError: quality outside [0, 1].
+        UserError: not a prompt of this language.
+    """
+    if not 0.0 <= quality <= 1.0:
+        raise ValueError(f"quality must lie in [0, 1], got {quality}")
+    topic = parse_prompt(prompt).topic
+    longest = MAX_RESPONSE_TOKENS - 1
+    length = max(3, min(longest, int(rng.gauss(10, 3))))
+    words: list[str] = []
+    while len(words) < length:
+        words += _phrase(rng, topic, quality)
+    return " " + " ".join(words[:longest])
+
+
+def _phrase(rng: random.Random, topic: str, quality: float) -> list[str]:
+    """The next word or two of a demonstration."""
+    placed, topical, flaw = 0.25 * quality + 0.05, 0.25 * quality + 0.2, 1.0 - quality
+    u = rng.random()
+    if u < placed:
+        return [rng.choice(PRAISE), rng.choice(CONTENT[topic])]
+    if u < topical:
+        return [rng.choice(CONTENT[topic])]
+    if u < topical + 0.15 * flaw:
+        return [rng.choice(CONTENT[rng.choice(TOPICS)])]
+    if u < topical + 0.25 * flaw:
+        return [rng.choice(NEGATIVE)]
+    if u < topical + 0.30 * flaw:
+        return [rng.choice(TOXIC + HEDGES)]
+    if u < 0.65:
+        return [rng.choice(FILLERS)]
+    if u < 0.75:
+        return [rng.choice(HEDGES)]
+    return [rng.choice(PRAISE + FILLERS)]
+
+
+def build_tokenizer(*, model_max_length: int = 64) -> PreTrainedTokenizerFast:
+    """The word-level tokenizer of the language: one token a word, lower case as written.
+
+    It adds no token of its own: there is no BOS (the first word of every prompt marks the start),
+    and EOS is appended by whoever knows that a response has ended (TRL's trainers do). So a prompt
+    and its response may be tokenized together or apart. Decoding joins words with single spaces;
+    `encode(decode(ids)) == ids` for every sequence of words, and what follows
+    `decode(prompt_ids)` in `decode(prompt_ids + response_ids)` is the response with its leading
+    space. A colon is split off, so that a response glued to its prompt reads the same.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *VOCABULARY))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(COLON), "isolated")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        model_max_length=model_max_length,
+        padding_side="right",
+        # By default a fast tokenizer also returns token_type_ids, which Llama does not accept, and
+        # decoding may pull punctuation to the word before it, which would not be exact.
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )

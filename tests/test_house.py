@@ -1,0 +1,66 @@
+"""The rooms of the package: imports run down only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "shiftrm"
+ROOMS = (
+    "base", "core", "models", "data", "world", "measure", "trainers", "policies", "methods",
+    "oodpl", "pipeline", "report", "cli",
+)  # fmt: skip
+"""From the bottom to the top; "base" is the modules beside the rooms."""
+
+UPWARD = {
+    "core/inner_loop.py": {"models"},
+    "measure/judges/kinds.py": {"cli"},
+    "methods/adapt.py": {"report"},
+    "methods/adapt_words.py": {"report"},
+    "models/sampling.py": {"data"},
+    "models/sampling_vllm.py": {"data"},
+    "oodpl/gold_config.py": {"pipeline"},
+    "oodpl/gold_figures.py": {"report"},
+    "oodpl/gold_plan.py": {"pipeline"},
+    "oodpl/gold_stages.py": {"pipeline"},
+    "oodpl/gold_tables.py": {"report"},
+    "oodpl/meta_test_command.py": {"cli", "pipeline"},
+    "pipeline/demo_run.py": {"report"},
+    "pipeline/launch.py": {"cli"},
+    "pipeline/run.py": {"report"},
+}
+"""Arrows that still run up; each entry goes when its file is mended."""
+
+PATHS = sorted(
+    p.relative_to(SOURCE).as_posix()
+    for p in SOURCE.rglob("*.py")
+    if p.parent != SOURCE or not p.name.startswith("_")
+)
+
+
+def room(module: str) -> str:
+    """The room of a module such as "shiftrm.models.rendering"."""
+    part = module.split(".")[1] if "." in module else "base"
+    return part if part in ROOMS else "base"
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("shiftrm.")}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_imports_run_down(path):
+    here = ROOMS.index(room("shiftrm." + path.removesuffix(".py").replace("/", ".")))
+    above = {room(name) for name in imported(SOURCE / path)} & set(ROOMS[here + 1 :])
+    assert above == UPWARD.get(path, set())
+
+
+def test_every_folder_is_a_room():
+    folders = {p.name for p in SOURCE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == set(ROOMS) - {"base"}
