@@ -17,8 +17,6 @@ UPWARD = {
     "measure/judges/kinds.py": {"cli"},
     "methods/adapt.py": {"report"},
     "methods/adapt_words.py": {"report"},
-    "models/sampling.py": {"data"},
-    "models/sampling_vllm.py": {"data"},
     "oodpl/gold_config.py": {"pipeline"},
     "oodpl/gold_figures.py": {"report"},
     "oodpl/gold_plan.py": {"pipeline"},

@@ -74,8 +74,8 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one, output_rows
     from shiftrm.cli.progress import only_on_terminals
-    from shiftrm.data.group_files import holds_groups
     from shiftrm.data.prompts import read_prompts
+    from shiftrm.models.group_files import holds_groups
     from shiftrm.models.sampling import SamplingConfig
 
     at_least_one(args.batch_size, "--batch-size")

@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from shiftrm.errors import UserError
-from shiftrm.files import Row
+from shiftrm.files import Row, require_columns
 from shiftrm.models.rendering import Text, check_text, decode_response, encode, encode_prompt
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "PROMPT_IDS",
     "TOKENIZER",
     "Response",
+    "check_group",
     "check_ids",
     "check_prompt",
     "check_responses",
@@ -132,6 +133,19 @@ def group_responses(row: Row) -> list[Response]:
         Response(row.get("prompt"), text, done, tokens, row.get(TOKENIZER))
         for text, done, tokens in zip(responses, flags, ids, strict=True)
     ]
+
+
+def check_group(row: Row, where: str, *, least: int = 2) -> Row:
+    """Return a group's row unchanged, once its columns fit and it has `least` responses."""
+    require_columns(row, ("prompt", "responses"), where)
+    check_prompt(row, where)
+    responses = check_responses(row, where)
+    if len(responses) < least:
+        raise UserError(
+            f"{where}: the group has {len(responses)} response(s); at least two are needed to "
+            "measure a difference: sample more with num_responses >= 2"
+        )
+    return row
 
 
 def check_prompt(row: Row, where: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from shiftrm.data.group_files import holds_groups, write_groups
 from shiftrm.errors import UserError
 from shiftrm.files import Row
+from shiftrm.models.group_files import holds_groups, write_groups
 from shiftrm.models.loading import check_vocabulary, explain_loading
 from shiftrm.models.rendering import (
     Text,

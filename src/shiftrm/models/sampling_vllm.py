@@ -11,10 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from shiftrm.data.group_files import holds_groups, write_groups
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, encodable
 from shiftrm.models.endpoint import Answer, Endpoint, EndpointConfig, map_bounded
+from shiftrm.models.group_files import holds_groups, write_groups
 from shiftrm.models.rendering import Text, pin_template, stop_token_ids
 from shiftrm.models.responses import IDS, PROMPT_IDS, TOKENIZER
 from shiftrm.models.sampling import (

@@ -1,6 +1,6 @@
-"""A group file while it is being sampled: begun, resumed, finished, or found to be there.
+"""Writes group files during sampling: begin, resume, finish, or find a finished file.
 
-Until it is whole it stands under another name, with a first line that says by which settings.
+An unfinished file is called `PATH.partial`; its first line holds a hash of the sampling settings.
 """
 
 import hashlib
@@ -9,28 +9,31 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
-from shiftrm.files import Row, atomic_write_text, json_line, write_lines
+from shiftrm.files import Row, atomic_write_text, iterate_jsonl, json_line, write_lines
 from shiftrm.models.rendering import Text
+from shiftrm.models.responses import check_group
 
 __all__ = ["begin_or_resume", "finish", "holds_groups", "settings_key", "write_groups"]
 
 
 def holds_groups(path: str | Path, prompts: Sequence[Text], *, num_responses: int) -> bool:
-    """Whether a file of groups of these prompts and this size is there.
+    """Return whether the file exists and holds groups of these prompts and this size.
 
-    Temperature and the like cannot be told from the file: a group file holds no settings.
+    Sampling settings such as temperature are not compared: a finished group file does not record
+    them.
 
     Raises:
-        UserError: something else is there.
+        UserError: the path holds something else.
     """
     path = Path(path)
     if not path.exists():
         return False
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file to write")
-    rows = read_groups(path, least=1)
+    rows = [check_group(row, where, least=1) for where, row in iterate_jsonl(path)]
+    if not rows:
+        raise UserError(f"{path}: the file has no groups")
     sizes = {len(row["responses"]) for row in rows}
     if len(rows) != len(prompts):
         found = f"{len(rows)} groups, not {len(prompts)}"
@@ -44,15 +47,15 @@ def holds_groups(path: str | Path, prompts: Sequence[Text], *, num_responses: in
 
 
 def settings_key(settings: list[Any]) -> str:
-    """A short hash of plain data."""
+    """Return a short hash of JSON data."""
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def begin_or_resume(partial: Path, header: Row, batch_size: int) -> int:
-    """How many groups an interrupted call has left as whole batches; the rest is cut off.
+    """Return how many groups an interrupted call wrote in whole batches; truncate the rest.
 
-    Works on bytes: a line ends at LF alone, while str.splitlines would also cut a response apart
-    at U+2028 and its like.
+    Splits bytes at LF only: str.splitlines would also split a response at U+2028 and similar
+    characters.
     """
     if not partial.exists():
         atomic_write_text(partial, json_line(header))
@@ -77,17 +80,17 @@ def write_groups(
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write groups batch by batch to `PATH.partial`, from where an interrupted call stopped.
+    """Write groups batch by batch to `PATH.partial`, resuming an interrupted call.
 
     Args:
-        batches: from the number of groups already there to the batches after them.
-        settings: plain data that decides what the groups are.
-        total: groups in all.
-        batch_size: groups a batch; only whole batches are kept of an interrupted call.
-        progress: called with (groups done, groups in all) after every batch.
+        batches: takes the number of groups already written and yields the remaining batches.
+        settings: JSON data that determines the groups.
+        total: total number of groups.
+        batch_size: groups per batch; a resumed call keeps only whole batches.
+        progress: called with (groups done, total) after every batch.
 
     Raises:
-        UserError: a partial file of other settings.
+        UserError: a partial file was begun with other settings.
     """
     partial = path.with_name(path.name + ".partial")
     done = begin_or_resume(partial, {"settings": settings_key(settings)}, batch_size)
@@ -107,7 +110,7 @@ def write_groups(
 
 
 def finish(partial: Path, path: Path) -> Path:
-    """Publish the groups under their name, without the line of settings."""
+    """Move the groups to their final name, without the settings line."""
     _, _, groups = partial.read_bytes().partition(b"\n")
     write_lines(path, groups)
     partial.unlink()
