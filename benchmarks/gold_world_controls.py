@@ -38,15 +38,16 @@ def main() -> int:
 
 
 def run(seeds: list[int], output: Path, workers: int, docs: Path | None) -> int:
-    from shiftrm.pipeline.control_checks import check_controls
-    from shiftrm.pipeline.control_report import (
+    from gold_world.checks import check_controls
+    from gold_world.controls import ControlsConfig, plan_controls
+    from gold_world.report import (
         checks_table,
         controls_figure,
         controls_tables,
         feature_table,
         replace_block,
     )
-    from shiftrm.pipeline.controls import ControlsConfig, plan_controls
+
     from shiftrm.report.plots import render
 
     records: list[Record] = []

@@ -6,9 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from shiftrm.errors import UserError
-from shiftrm.pipeline.control_checks import (
+from benchmarks.gold_world.checks import (
     Table,
     check_controls,
     curve_noise,
@@ -18,14 +16,16 @@ from shiftrm.pipeline.control_checks import (
     shuffled_labels,
     windows,
 )
-from shiftrm.pipeline.control_report import (
+from benchmarks.gold_world.controls import ControlsConfig, at_kl, plan_controls
+from benchmarks.gold_world.report import (
     block,
     controls_figure,
     controls_tables,
     feature_table,
     replace_block,
 )
-from shiftrm.pipeline.controls import ControlsConfig, at_kl, plan_controls
+
+from shiftrm.errors import UserError
 from shiftrm.pipeline.engine import run_stages, stage_keys
 from shiftrm.records import Record, read_records
 from shiftrm.world.build import WorldConfig
@@ -204,7 +204,7 @@ def test_the_document_shows_the_gold_reward_as_it_is():
     text = feature_table()
     assert all(f"`{feature.name}` | {feature.weight:+g} |" in text for feature in FEATURES)
     assert block(DOCS / "gold-world.md", "features") == text, (
-        "docs/gold-world.md is older than testbed/gold.py: run "
+        "docs/gold-world.md is older than world/gold.py: run "
         "benchmarks/gold_world_controls.py --docs docs"
     )
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from shiftrm.pipeline.controls import ControlsConfig, at_kl
 from shiftrm.records import Record
+
+from .controls import ControlsConfig, at_kl
 
 WINDOW = 10
 """PPO steps averaged into one point of a curve before it is judged."""

@@ -1,7 +1,7 @@
 """The gold world's controls: runs whose outcome is known beforehand if the world is any good.
 
 Reward models on 500, 3,000 and 20,000 pairs, one on shuffled labels, and the gold reward itself
-are each optimised against; `control_checks` says what has to come out. All runs of a seed share the
+are each optimised against; `checks` says what the results must be. All runs of a seed share the
 world, the SFT policy, the held-out pairs, PPO's prompts and its random numbers.
 """
 
@@ -17,7 +17,6 @@ from shiftrm.pipeline.engine import Stage, StageContext
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.world.build import WorldConfig
 
-HERE = "shiftrm.pipeline.controls"
 PROXY = "reward_model"
 SHUFFLED = "reward_models/shuffled_1"
 
@@ -139,7 +138,7 @@ def _beginning(config: ControlsConfig) -> list[Stage]:
         stages.append(
             Stage(
                 stage,
-                f"{HERE}:train_control_reward",
+                f"{__name__}:train_control_reward",
                 settings,
                 ("sft", "pairs"),
                 record_as("reward_model", method, 0),

@@ -8,10 +8,11 @@ from matplotlib.figure import Figure
 
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
-from shiftrm.pipeline.control_checks import LAST_STEPS, Check, Table
-from shiftrm.pipeline.controls import ControlsConfig, at_kl
 from shiftrm.records import Record
 from shiftrm.world.gold import DOMAIN_FACTORS, FEATURES, TASK_FACTORS
+
+from .checks import LAST_STEPS, Check, Table
+from .controls import ControlsConfig, at_kl
 
 # Okabe and Ito's palette, as in the report.
 _BLACK, _BLUE, _ORANGE, _GREEN, _PINK = "#333333", "#0072B2", "#D55E00", "#009E73", "#CC79A7"

@@ -1,0 +1,1 @@
+"""Controls of the gold world: plan the runs, judge their records, draw the results."""
