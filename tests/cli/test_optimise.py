@@ -29,13 +29,13 @@ from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.sampling import load_policy
 from shiftrm.models.scoring import Scorer
-from shiftrm.policies import ppo_checkpoint, ppo_command
+from shiftrm.policies import ppo_command, ppo_runtime
 from shiftrm.policies.commands import METHODS, optimise
 from shiftrm.policies.configs import refused as refused_settings
-from shiftrm.policies.kl import measure_kl
+from shiftrm.policies.outcome import measure_kl
 from shiftrm.policies.ppo import PPOTrainer
 from shiftrm.policies.ppo_config import PPOConfig
-from shiftrm.policies.text_reward import reward_scale
+from shiftrm.policies.text_rewards import reward_scale
 from tests.cli.conftest import refused
 from tests.cli.test_sft import equal, weights
 from tests.cli.test_train_interrupted import start
@@ -171,13 +171,13 @@ def test_interrupted_and_continued_is_as_if_never_interrupted(run, method, stopp
 def test_ppo_stores_no_checkpoint_of_its_last_step(run, monkeypatch, save_steps):
     """Killed before the policy is stored it does the last steps again, to the same end."""
     assert run("ppo", output="straight")[0] == 0
-    plain, saved = ppo_checkpoint.save, []
+    plain, saved = ppo_runtime.save, []
 
     def save(folder, step, state, tensors):
         saved.append(step)
         return plain(folder, step, state, tensors)
 
-    monkeypatch.setattr(ppo_checkpoint, "save", save)
+    monkeypatch.setattr(ppo_runtime, "save", save)
 
     def killed(*args, **options):
         raise KeyboardInterrupt

@@ -6,7 +6,7 @@ from shiftrm.files import read_jsonl
 from shiftrm.models.sampling import Sample
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies.ppo import PPOTrainer, Rollouts
-from shiftrm.policies.watch import Watch, with_gold
+from shiftrm.policies.text_rewards import Watch, with_gold
 from tests.cli.conftest import refused
 from tests.cli.test_optimise import run  # noqa: F401 - a fixture
 from tests.cli.test_sft import equal

@@ -23,7 +23,7 @@ from shiftrm.models.rendering import (
 from shiftrm.models.responses import Response, encode_response, group_responses
 from shiftrm.models.sampling import Sample, as_samples, generation_config, group_row, load_policy
 from shiftrm.models.scoring import Scorer
-from shiftrm.policies.text_reward import TextReward
+from shiftrm.policies.text_rewards import TextReward
 from shiftrm.trainers.meta_groups import MetaGroups
 from tests.byte_level import CHATML, TRL_TEMPLATES, byte_level
 from tests.conftest import llama_config

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from shiftrm.errors import UserError
 from shiftrm.models.sampling import SamplingConfig
-from shiftrm.policies import ppo_checkpoint, ppo_update
+from shiftrm.policies import ppo_runtime, ppo_update
 from shiftrm.policies.ppo import PPOConfig, PPOTrainer, make_critic
 from tests.policies.test_ppo import make_llama, make_tokenizer, share_of_a
 from tests.policies.test_ppo_models import with_lora
@@ -110,7 +110,7 @@ def failures(folder):
     """What this process says where one of the two fails."""
     said = {}
     for what in ("reward", "memory", "bug", "disk", "nan"):
-        plain_loss, plain_save = ppo_update.clipped_policy_loss, ppo_checkpoint.save_file
+        plain_loss, plain_save = ppo_update.clipped_policy_loss, ppo_runtime.save_file
 
         def reward_fn(prompts, responses, *, finished, what=what):
             if rank() == 1 and what == "reward":
@@ -131,13 +131,13 @@ def failures(folder):
                 raise OSError(28, "No space left on device")
             plain(*args)
 
-        ppo_update.clipped_policy_loss, ppo_checkpoint.save_file = loss, save
+        ppo_update.clipped_policy_loss, ppo_runtime.save_file = loss, save
         try:
             train("fp64", reward_fn=reward_fn, checkpoints=folder / what)
         except Exception as error:
             said[what] = f"{type(error).__name__}: {error}"
         finally:
-            ppo_update.clipped_policy_loss, ppo_checkpoint.save_file = plain_loss, plain_save
+            ppo_update.clipped_policy_loss, ppo_runtime.save_file = plain_loss, plain_save
     return said
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from shiftrm.errors import UserError
-from shiftrm.policies import ppo_checkpoint
+from shiftrm.policies import ppo_runtime
 from tests.policies.test_ppo import make_llama, make_trainer
 
 SETTINGS = {
@@ -102,7 +102,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch, straight):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_checkpoint, "save_file", full)
+        patch.setattr(ppo_runtime, "save_file", full)
         with pytest.raises(UserError, match="no space left for the checkpoint of step 4; free"):
             run(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]

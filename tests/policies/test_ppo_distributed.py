@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from shiftrm.errors import UserError
-from shiftrm.policies import ppo_distributed
-from shiftrm.policies.ppo_distributed import Processes
+from shiftrm.policies import ppo_runtime
+from shiftrm.policies.ppo_runtime import Processes
 from tests.policies.ppo_distributed_run import CASES, run, train
 from tests.trainers.test_distributed import DDP, LAUNCH
 
@@ -123,7 +123,7 @@ def test_gradients_are_summed_in_buckets_and_missing_ones_are_zeros(monkeypatch)
         return tensor.mul_(2)
 
     monkeypatch.setattr(processes, "sum_", double)
-    monkeypatch.setattr(ppo_distributed, "BUCKET", 8)
+    monkeypatch.setattr(ppo_runtime, "BUCKET", 8)
     sizes = [(2, 3), (2,), (9,), (1,), (4, 2)]
     parameters = [nn.Parameter(torch.zeros(s, dtype=torch.float64)) for s in sizes]
     parameters.append(nn.Parameter(torch.zeros(3)))

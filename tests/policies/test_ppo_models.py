@@ -15,7 +15,7 @@ from shiftrm.models.sampling import SamplingConfig
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies import ppo_update
 from shiftrm.policies.ppo import PPOConfig, PPOTrainer, make_critic
-from shiftrm.policies.ppo_models import recomputed_layers
+from shiftrm.policies.ppo_update import recomputed_layers
 from tests.conftest import llama_config
 from tests.policies.test_ppo import make_gpt2, make_llama, make_tokenizer, make_trainer, share_of_a
 
@@ -305,7 +305,7 @@ def test_out_of_memory_is_one_line_that_says_which_setting(monkeypatch, tmp_path
     again = "; the same command with that continues from the last checkpoint"
     for target, words in (
         ("ppo_update.clipped_policy_loss", "in an update; lower micro_batch_size (now all 7)"),
-        ("ppo_rollouts.generate", "sampling; lower forward_batch_size (now 256)"),
+        ("ppo.generate", "sampling; lower forward_batch_size (now 256)"),
         ("ppo_math.Rows.logits", "in a pass without gradient; lower forward_batch_size"),
     ):
         for checkpoints, ending in ((None, ""), (tmp_path, again)):

@@ -40,21 +40,21 @@ trl.GRPOConfig or trl.DPOConfig, kl_samples and max_prompt_length"""
 
 METHODS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "ppo": (
-        ("shiftrm", "trainers/ppo_config.py", "PPOConfig"),
-        ("shiftrm", "sampling.py", "SamplingConfig"),
-        ("shiftrm", "trainers/policy/configs.py", "_PPOCommand"),
+        ("shiftrm", "policies/ppo_config.py", "PPOConfig"),
+        ("shiftrm", "models/sampling.py", "SamplingConfig"),
+        ("shiftrm", "policies/configs.py", "_PPOCommand"),
     ),
     "rloo": (
         ("trl", "trainer/rloo_config.py", "RLOOConfig"),
-        ("shiftrm", "trainers/policy/configs.py", "RLOOConfig"),
+        ("shiftrm", "policies/configs.py", "RLOOConfig"),
     ),
     "grpo": (
         ("trl", "trainer/grpo_config.py", "GRPOConfig"),
-        ("shiftrm", "trainers/policy/configs.py", "GRPOConfig"),
+        ("shiftrm", "policies/configs.py", "GRPOConfig"),
     ),
     "dpo": (
         ("trl", "trainer/dpo_config.py", "DPOConfig"),
-        ("shiftrm", "trainers/policy/configs.py", "DPOConfig"),
+        ("shiftrm", "policies/configs.py", "DPOConfig"),
     ),
 }
 """The ways to optimise a policy, and where the settings of each are declared."""

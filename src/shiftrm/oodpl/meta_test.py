@@ -20,7 +20,7 @@ from shiftrm.oodpl.fine_tuning import FineTuningConfig, FineTuningLog, fine_tune
 from shiftrm.oodpl.preference import preference_accuracy, sampled_kl
 from shiftrm.policies.ppo import PPOTrainer, RewardFunction, StepLog, make_critic
 from shiftrm.policies.ppo_config import PPOConfig
-from shiftrm.policies.text_reward import reward_scale
+from shiftrm.policies.text_rewards import reward_scale
 
 if TYPE_CHECKING:
     from shiftrm.oodpl.rloo import RLOOSettings

@@ -57,8 +57,8 @@ def _check_source(source: Source, kind: str) -> None:
 def check_models(recipe: Recipe) -> None:
     """Refuse folders that are not there or hold another kind of model."""
     from shiftrm.pipeline.launch import TEMPLATES
-    from shiftrm.policies.policy_loading import check_policy
-    from shiftrm.policies.watch import check_watch
+    from shiftrm.policies.loading import check_policy
+    from shiftrm.policies.text_rewards import check_watch
 
     _named("model", lambda: check_policy(recipe.model, "model"))
     template = recipe.chat_template
@@ -78,7 +78,7 @@ def check_judge(recipe: Recipe) -> None:
     """Refuse a judge that cannot be opened: its key, template or folder. Nothing is asked."""
     judge = recipe.judge
     if judge.kind == "reward-model":
-        from shiftrm.policies.policy_loading import check_reward_model
+        from shiftrm.policies.loading import check_reward_model
 
         _named("judge.model", lambda: check_reward_model(str(judge.model), "judge.model"))
     if judge.kind == "endpoint":

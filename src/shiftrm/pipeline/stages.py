@@ -23,8 +23,8 @@ from shiftrm.pipeline.data_sets import assembled
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.launch import spoken
 from shiftrm.pipeline.measures import Measured, free, policy_kl
-from shiftrm.policies.ppo_rollouts import RewardFunction
-from shiftrm.policies.watch import open_watch
+from shiftrm.policies.ppo import RewardFunction
+from shiftrm.policies.text_rewards import open_watch
 from shiftrm.records import Recorder
 from shiftrm.trainers.memory import is_out_of_memory
 from shiftrm.trainers.training_log import TRAINING_LOG

@@ -13,19 +13,19 @@ from shiftrm.data.prompts import read_prompts
 from shiftrm.errors import UserError, suggest
 from shiftrm.models.rendering import Text
 from shiftrm.policies import configs
-from shiftrm.policies.policy_loading import (
+from shiftrm.policies.loading import (
     check_policy,
     check_reward_model,
+    fitting_prompts,
     load,
     load_reference,
     load_scorer,
     same_model,
 )
 from shiftrm.policies.ppo_command import reporting_arguments, run_ppo
-from shiftrm.policies.prompt_lengths import fitting_prompts
+from shiftrm.policies.text_rewards import check_watch, open_watch
 from shiftrm.policies.trl_run import Plan, run_in_work, run_trl
 from shiftrm.policies.trl_trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
-from shiftrm.policies.watch import check_watch, open_watch
 from shiftrm.trainers.tables import table
 from shiftrm.trainers.training import Job, begin
 

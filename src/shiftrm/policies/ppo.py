@@ -9,9 +9,9 @@ import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_weights
 from shiftrm.models.rendering import Text, decode_response, encode_prompt
-from shiftrm.models.responses import tokenizer_name
+from shiftrm.models.responses import Response, tokenizer_name
 from shiftrm.models.rope import require_fixed_frequencies
-from shiftrm.models.sampling import check_prompt_lengths
-from shiftrm.policies import ppo_checkpoint
+from shiftrm.models.sampling import Sample, as_response, check_prompt_lengths, generate
+from shiftrm.models.scoring import rewards_of
+from shiftrm.policies import ppo_runtime
 from shiftrm.policies.ppo_config import PPOConfig
-from shiftrm.policies.ppo_distributed import Processes
 from shiftrm.policies.ppo_math import (
     LOGITS_AT_ONCE,
     KLController,
@@ -41,23 +41,20 @@ from shiftrm.policies.ppo_math import (
     vocabulary_of,
     whiten,
 )
-from shiftrm.policies.ppo_models import (
+from shiftrm.policies.ppo_runtime import Processes
+from shiftrm.policies.ppo_update import (
+    Batch,
+    Updater,
     activity,
+    autocast,
+    check_models,
     frozen_parameters,
     is_peft,
     make_critic,
+    out_of_memory,
     reference_of,
     trained_parameters,
 )
-from shiftrm.policies.ppo_rollouts import (
-    RewardFunction,
-    Rollouts,
-    StepLog,
-    difference_variance,
-    require_finite,
-    sample_chunks,
-)
-from shiftrm.policies.ppo_update import Batch, Updater, autocast, check_models, out_of_memory
 
 __all__ = [
     "KLController",
@@ -75,6 +72,148 @@ __all__ = [
     "token_rewards",
     "whiten",
 ]
+
+
+class RewardFunction(Protocol):
+    """Text in, rewards out; `finished` is False where the length limit cut a response off.
+
+    A `scoring.Scorer` is one, and reads the sampled tokens where its tokenizer is the policy's.
+    """
+
+    def __call__(
+        self, prompts: list[Text], responses: list[str], /, *, finished: list[bool]
+    ) -> Sequence[float]: ...
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What one step sampled, in order: the responses to one prompt stand together.
+
+    Attributes:
+        prompts, responses: texts, one entry a response.
+        finished: False where the length limit cut the response off.
+        rewards: raw, as the reward function gave them.
+        samples: the same as tokens.
+        tokenizer: `responses.tokenizer_name` of the policy's, to which they belong.
+    """
+
+    prompts: list[Text]
+    responses: list[str]
+    finished: list[bool]
+    rewards: list[float]
+    samples: list[Sample]
+    tokenizer: str
+
+    def as_responses(self) -> list[Response]:
+        """Texts with the tokens that were sampled, for another reward function."""
+        ids = [sample.response_ids for sample in self.samples]
+        columns = zip(self.prompts, self.responses, self.finished, ids, strict=True)
+        return [Response(*row, self.tokenizer) for row in columns]
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """One step's measurements; all of the policy as it was when it sampled, before the update.
+
+    Attributes:
+        step: from 1.
+        score_mean: raw reward.
+        standardised_mean: `(reward - reward_mean) / reward_std`.
+        kl: sequence KL to the reference in nats, mean over the responses of the sum over their
+            states of KL(pi || pi_ref) over the whole vocabulary. Never negative, whatever the
+            sampling; unbiased for the policy's own KL if it leaves the policy unmodified
+            (temperature 1, top-p 1, no penalty), else the KL over the states that it visits. The
+            controller steers by it.
+        kl_sampled: the same by `sum_t log pi/pi_ref` of the sampled tokens (k1), which the penalty
+            in the rewards consists of. With modified sampling it estimates no KL and can be
+            negative while the policy moves away.
+        kl_coefficient: the one used in this step.
+        entropy: nats a token, exactly over the vocabulary at the states visited.
+        clip_fraction: share of tokens whose ratio left the clip range, mean over the updates.
+        policy_loss, value_loss, gradient_norm: mean over the step's updates.
+        explained_variance: of the returns by the old values; 1 is a perfect critic; None
+            where all returns are equal.
+        length_mean: tokens a response, EOS included.
+        truncated_share: of responses cut off by the length limit.
+        difference_variance: variance of the raw reward difference between two responses to one
+            prompt, unbiased; None with one roll-out a prompt.
+    """
+
+    step: int
+    score_mean: float
+    standardised_mean: float
+    kl: float
+    kl_sampled: float
+    kl_coefficient: float
+    entropy: float
+    clip_fraction: float
+    policy_loss: float
+    value_loss: float
+    gradient_norm: float
+    explained_variance: float | None
+    length_mean: float
+    truncated_share: float
+    difference_variance: float | None
+
+
+def sample_chunks(
+    chunks: Sequence[tuple[int, list[int], int]],
+    policy: Any,
+    tokenizer: Any,
+    reward_fn: RewardFunction,
+    prompts: Sequence[Text],
+    encoded: Sequence[list[int]],
+    *,
+    config: PPOConfig,
+) -> list[tuple[int, Sample, float]]:
+    """Sample chunk by chunk, then score all of it at once.
+
+    Args:
+        chunks: each with its place among all, the prompts' numbers, and its seed.
+        prompts, encoded: all of the run, as text and as tokens.
+
+    Returns:
+        Samples and rewards in order, each after the place of its chunk.
+
+    Raises:
+        UserError: not one reward a response.
+    """
+    device, K = next(policy.parameters()).device, config.rollouts_per_prompt
+    places, texts, samples = [], [], []
+    for place, drawn, seed in chunks:
+        with autocast(config, device):
+            samples += generate(
+                policy,
+                tokenizer,
+                [encoded[i] for i in drawn],
+                config=config.sampling,
+                num_responses=K,
+                seed=seed,
+            )
+        places += [place] * (len(drawn) * K)
+        texts += [prompts[i] for i in drawn for _ in range(K)]
+    if not samples:  # more processes than chunks
+        return []
+    responses = [as_response(tokenizer, *one) for one in zip(texts, samples, strict=True)]
+    rewards = rewards_of(reward_fn, responses)
+    return list(zip(places, samples, rewards, strict=True))
+
+
+def difference_variance(rewards_BK: Tensor) -> float | None:
+    """Variance of `r_i - r_j` over pairs of responses to one prompt: twice the variance of r."""
+    if rewards_BK.shape[1] < 2:
+        return None
+    return float(2 * rewards_BK.var(dim=1).mean())
+
+
+def require_finite(numbers_B: Tensor, what: str, step: int, prompts: list[Text]) -> None:
+    bad = (~torch.isfinite(numbers_B)).nonzero()
+    if len(bad):
+        index = int(bad[0])
+        raise UserError(
+            f"step {step}: {what} is {float(numbers_B[index])} for the prompt {prompts[index]!r}; "
+            "check the reward model, or lower the learning rates"
+        )
 
 
 class _Old(NamedTuple):
@@ -99,7 +238,7 @@ class PPOTrainer:
 
     Started by `accelerate launch`, every process makes the same call with whole models on its own
     device. The work of each step is shared and its numbers are those of one process (see
-    `ppo_distributed`), up to the order of sums. Samples come in chunks of
+    `ppo_runtime`), up to the order of sums. Samples come in chunks of
     `config.forward_batch_size`: there should be as many as processes.
 
     Args:
@@ -221,8 +360,8 @@ class PPOTrainer:
             return []
         with self.processes.together():
             if self.processes.is_main:
-                ppo_checkpoint.remove_half_written(self.checkpoints)
-            found = ppo_checkpoint.load(self.checkpoints, self._description())
+                ppo_runtime.remove_half_written(self.checkpoints)
+            found = ppo_runtime.load(self.checkpoints, self._description())
         steps = self.processes.gather([0 if found is None else found[0]["step"]])
         if len(set(steps)) > 1:
             raise UserError(
@@ -238,11 +377,11 @@ class PPOTrainer:
                 f"{self.config.steps}; ask for as many, or delete the folder to start anew"
             )
         for name, optimizer in self._optimizers().items():
-            ppo_checkpoint.restore(
+            ppo_runtime.restore(
                 self._trained[name], optimizer, tensors[name], tensors[f"{name}_optimizer"]
             )
         self.controller = KLController(**state["controller"])
-        ppo_checkpoint.set_random_state(self._random, state["random"])
+        ppo_runtime.set_random_state(self._random, state["random"])
         self._order = list(state["order"])
         try:
             return [StepLog(**log) for log in state["logs"]]
@@ -259,25 +398,25 @@ class PPOTrainer:
         for name, optimizer in self._optimizers().items():
             trained = self._trained[name]
             tensors[name] = trained
-            tensors[f"{name}_optimizer"] = ppo_checkpoint.optimizer_tensors(optimizer, trained)
+            tensors[f"{name}_optimizer"] = ppo_runtime.optimizer_tensors(optimizer, trained)
         state = {
             "run": self._description(),
             "step": len(logs),
             "logs": [asdict(log) for log in logs],
             "controller": asdict(self.controller),
-            "random": ppo_checkpoint.random_state(self._random),
+            "random": ppo_runtime.random_state(self._random),
             "order": self._order,
         }
         with self.processes.together():
             if self.processes.is_main:
-                ppo_checkpoint.save(self.checkpoints, len(logs), state, tensors)
+                ppo_runtime.save(self.checkpoints, len(logs), state, tensors)
 
     def _optimizers(self) -> dict[str, torch.optim.AdamW]:
         return {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
 
     def _description(self) -> dict[str, Any]:
         frozen = frozen_parameters(self.policy, self.reference)
-        return ppo_checkpoint.describe(self.config, self.prompts, frozen.items())
+        return ppo_runtime.describe(self.config, self.prompts, frozen.items())
 
     def step(self, step: int) -> tuple[StepLog, Rollouts]:
         """One batch of roll-outs and the updates from it; `step` only labels the log."""

@@ -20,20 +20,18 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import remember_stop_tokens
-from shiftrm.policies.card import PolicyOutcome
-from shiftrm.policies.kl import MeasuredKL, measure_kl
-from shiftrm.policies.policy_loading import (
+from shiftrm.policies.loading import (
     AdapterOff,
+    fitting_prompts,
     load,
     load_reference,
     load_scorer,
     same_model,
 )
+from shiftrm.policies.outcome import MeasuredKL, PolicyOutcome, measure_kl
 from shiftrm.policies.ppo import PPOTrainer, Rollouts, StepLog, make_critic
 from shiftrm.policies.ppo_config import PPOConfig
-from shiftrm.policies.prompt_lengths import fitting_prompts
-from shiftrm.policies.text_reward import reward_scale
-from shiftrm.policies.watch import Watch, open_watch
+from shiftrm.policies.text_rewards import Watch, open_watch, reward_scale
 from shiftrm.progress import task
 from shiftrm.trainers.progress import say
 from shiftrm.trainers.settings import command_defaults

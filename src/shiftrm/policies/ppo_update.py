@@ -1,21 +1,212 @@
-"""The gradient steps of PPO on one batch of roll-outs, in portions and over processes."""
+"""The models of a PPO run and their gradient steps, in portions and over processes."""
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shiftrm.errors import UserError
 from shiftrm.models.rendering import Text
+from shiftrm.models.rewards import score_head
 from shiftrm.policies.ppo_config import PPOConfig
-from shiftrm.policies.ppo_distributed import Processes
 from shiftrm.policies.ppo_math import Rows, clipped_policy_loss, clipped_value_loss
-from shiftrm.policies.ppo_models import activity, recomputed_layers
+from shiftrm.policies.ppo_runtime import Processes
 from shiftrm.trainers.memory import is_out_of_memory
+
+VALUE_ADAPTER = "value"
+"""The critic's adapter in a policy with LoRA."""
+
+
+def make_critic(policy: Any, *, seed: int = 0) -> Any:
+    """A critic whose values are all 0 at first: the policy's backbone under a score head of zeros.
+
+    Of a bare policy it is a copy, and all of it is trained; the policy must be of an architecture
+    that transformers also has as a sequence classifier. Of a policy with LoRA (a `PeftModel`) it
+    is an `AdapterCritic`: a second adapter in the policy itself, so that no weight of the base is
+    there twice. Call its `remove` before the policy is saved or merged.
+
+    Args:
+        seed: for the new adapter's random factors; a copy has nothing random.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if is_peft(policy):
+        return AdapterCritic(policy, seed=seed)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    if config.pad_token_id is None:  # its own pooling asks for one; we never use that
+        config.pad_token_id = 0
+    weight = next(policy.parameters())
+    with torch.random.fork_rng(devices=[]):
+        critic = AutoModelForSequenceClassification.from_config(config)
+    critic.to(device=weight.device, dtype=weight.dtype)
+    critic.base_model.load_state_dict(policy.base_model.state_dict())
+    for parameter in score_head(critic).parameters():
+        nn.init.zeros_(parameter)
+    return critic.eval()
+
+
+class AdapterCritic(nn.Module):
+    """A value adapter and a head on the base of a policy with LoRA.
+
+    The policy gets a second adapter, `VALUE_ADAPTER`, of the same rank and places as its own, which
+    works only inside `active`; `remove` takes it away again. Parameters of this module are that
+    adapter's and the head's, in fp32 or more. Ours: sharing a base this way is common in PPO with
+    LoRA; no source fixes it.
+
+    Raises:
+        UserError: the policy has more than one adapter, or one of virtual tokens.
+    """
+
+    def __init__(self, policy: Any, *, seed: int = 0) -> None:
+        super().__init__()
+        own = policy.active_adapter
+        if len(policy.peft_config) != 1 or policy.peft_config[own].is_prompt_learning:
+            raise UserError(
+                f"the policy has the adapters {', '.join(policy.peft_config)}; a critic can be "
+                "made beside one LoRA adapter: merge or delete the others"
+            )
+        config = copy.deepcopy(policy.peft_config[own])
+        config.modules_to_save = None  # the critic's head takes that part
+        self._policy = (policy,)  # in a tuple, so that its parameters do not count as ours
+        before = {n for n, _ in policy.named_parameters()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            policy.add_adapter(VALUE_ADAPTER, config)
+        policy.set_adapter(own)
+        # Under names without dots, which is all that torch allows.
+        self.adapter = nn.ParameterDict(
+            {n.replace(".", "/"): p for n, p in policy.named_parameters() if n not in before}
+        )
+        weight = next(policy.parameters())
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        size = policy.config.get_text_config().hidden_size
+        self.score = nn.Linear(size, 1, bias=False, device=weight.device, dtype=dtype)
+        nn.init.zeros_(self.score.weight)
+        self.eval()
+
+    @property
+    def config(self) -> Any:
+        return self._policy[0].config
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The value adapter instead of the policy's own; a backward pass must be in here, too."""
+        policy = self._policy[0]
+        own = policy.active_adapter
+        policy.set_adapter(VALUE_ADAPTER)
+        try:
+            yield
+        finally:
+            policy.set_adapter(own)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Values at every token, shape [B, T, 1]."""
+        backbone = self._policy[0].get_base_model().base_model
+        with self.active():
+            output = backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return self.score(output.last_hidden_state.to(self.score.weight.dtype))
+
+    def remove(self) -> None:
+        """Take the adapter out of the policy, say before it is saved; the critic is then gone."""
+        self._policy[0].delete_adapter(VALUE_ADAPTER)
+
+
+def is_peft(model: Any) -> bool:
+    """Whether PEFT wraps the model."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return False
+    return isinstance(model, PeftModel)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that gradient steps move, by name."""
+    if isinstance(model, AdapterCritic):  # which do not require gradients while it is not active
+        return dict(model.named_parameters())
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen_parameters(policy: nn.Module, reference: nn.Module | None) -> dict[str, Tensor]:
+    """What a run leaves as it is: the reference, which may be the policy's base."""
+    if reference is not None:
+        return dict(reference.named_parameters())
+    adapter = f".{VALUE_ADAPTER}"
+    return {
+        name: p
+        for name, p in policy.named_parameters()
+        if not p.requires_grad and not name.removesuffix(".weight").endswith(adapter)
+    }
+
+
+def activity(model: nn.Module) -> AbstractContextManager[None]:
+    """Within it a model's passes, forward and backward, are its own and not its host's."""
+    return model.active() if isinstance(model, AdapterCritic) else nullcontext()
+
+
+def reference_of(policy: Any, reference: Any) -> AbstractContextManager[Any]:
+    """A context whose value is the reference: the one given, or the policy without its adapter."""
+    return nullcontext(reference) if reference is not None else _without_adapter(policy)
+
+
+@contextmanager
+def _without_adapter(policy: Any) -> Iterator[Any]:
+    with policy.disable_adapter():
+        yield policy
+
+
+@contextmanager
+def recomputed_layers(*models: nn.Module) -> Iterator[None]:
+    """Within it, layers keep only their inputs for the backward pass and compute the rest again.
+
+    transformers does so in training mode only; ours run in eval mode, without dropout, so each
+    layer's forward is wrapped here.
+
+    Raises:
+        UserError: a model without layers of the kind that transformers recomputes.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    with ExitStack() as stack:
+        for model in models:
+            host = model._policy[0] if isinstance(model, AdapterCritic) else model
+            layers = [m for m in host.modules() if isinstance(m, GradientCheckpointingLayer)]
+            if not layers:
+                raise UserError(
+                    f"{type(model).__name__} has no layers that can be recomputed; leave "
+                    "gradient_checkpointing out"
+                )
+            for layer in layers:
+                # An AdapterCritic's layers are its policy's, which may be wrapped already.
+                if getattr(vars(layer).get("forward"), "func", None) is not checkpoint:
+                    stack.enter_context(_recomputed(layer))
+        yield
+
+
+@contextmanager
+def _recomputed(layer: nn.Module) -> Iterator[None]:
+    plain: Callable[..., Any] | None = vars(layer).get("forward")
+    layer.forward = partial(
+        checkpoint,
+        layer.forward,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing in a layer is random
+    )
+    try:
+        yield
+    finally:
+        del layer.forward
+        if plain is not None:
+            layer.forward = plain
+
 
 STATISTICS = ("policy_loss", "value_loss", "gradient_norm", "clip_fraction")
 

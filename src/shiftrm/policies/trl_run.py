@@ -10,10 +10,15 @@ from accelerate import PartialState
 
 from shiftrm.errors import UserError
 from shiftrm.models.rendering import Text
-from shiftrm.policies.card import PolicyOutcome, policy_card, policy_summary
-from shiftrm.policies.kl import MeasuredKL, measure_kl
-from shiftrm.policies.policy_loading import AdapterOff
-from shiftrm.policies.watch import with_gold
+from shiftrm.policies.loading import AdapterOff
+from shiftrm.policies.outcome import (
+    MeasuredKL,
+    PolicyOutcome,
+    measure_kl,
+    policy_card,
+    policy_summary,
+)
+from shiftrm.policies.text_rewards import with_gold
 from shiftrm.trainers.training import (
     Job,
     add_callbacks,

@@ -22,9 +22,8 @@ from shiftrm.models.finite import require_finite_gradient
 from shiftrm.models.rendering import encode_prompt, pin_template
 from shiftrm.models.sampling import Sample, remember_stop_tokens
 from shiftrm.policies.ppo_math import LOGITS_AT_ONCE, Rows, kl_and_entropy, vocabulary_of
-from shiftrm.policies.text_reward import TextReward
+from shiftrm.policies.text_rewards import GOLD_WORLD, TextReward
 from shiftrm.policies.tokens import drop, encode_demonstration, encode_preference
-from shiftrm.policies.watch import GOLD_WORLD
 from shiftrm.trainers.noise import switch_off_dropout
 
 __all__ = ["KL_ROWS", "DPOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer"]

@@ -1,14 +1,17 @@
-"""The models of a policy's training: checked by their configuration first, then loaded."""
+"""Load the models and prompts of a policy training, checking their configuration first."""
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from shiftrm.data.prompts import warn_of_joined_ends
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_weights
+from shiftrm.models.rendering import Text, encode_prompt
 from shiftrm.models.sampling import load_policy
 from shiftrm.models.scoring import Scorer
 from shiftrm.trainers.settings import Settings
@@ -18,6 +21,7 @@ __all__ = [
     "AdapterOff",
     "check_policy",
     "check_reward_model",
+    "fitting_prompts",
     "load",
     "load_reference",
     "load_scorer",
@@ -140,3 +144,51 @@ class AdapterOff:
 
     def parameters(self) -> Any:
         return self.policy.parameters()
+
+
+def fitting_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    *,
+    room: int,
+    limit: int | None,
+    template_options: Mapping[str, Any] | None = None,
+) -> tuple[list[Text], dict[str, int]]:
+    """Prompts that leave `room` tokens in the context and have at most `limit`; and the others.
+
+    The main process warns of ends that the tokenizer joins with a response.
+
+    Returns:
+        The prompts, and how many were dropped, by reason.
+
+    Raises:
+        UserError: none is left, or one that the tokenizer or its chat template cannot take.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = None if context is None else context - room
+    options = dict(template_options or {})
+    lengths = []
+    for row, prompt in enumerate(prompts):
+        try:
+            lengths.append(len(encode_prompt(tokenizer, prompt, template_options=options)))
+        except UserError as error:
+            raise UserError(f"prompts, row {row}: {error}") from None
+    reasons = {}
+    if limit is not None:
+        reasons[f"longer than max_prompt_length={limit} tokens"] = limit
+    if most is not None:
+        reasons[f"that leave less than {room} of the {context} tokens of the context"] = most
+    kept = list(zip(prompts, lengths, strict=True))
+    dropped = {"without tokens": sum(length == 0 for length in lengths)}
+    kept = [(prompt, length) for prompt, length in kept if length]
+    for reason, longest in reasons.items():
+        before = len(kept)
+        kept = [(prompt, length) for prompt, length in kept if length <= longest]
+        dropped[reason] = before - len(kept)
+    if not kept:
+        words = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        raise UserError(f"no prompt is left after dropping {words}")
+    if PartialState().is_main_process:
+        warn_of_joined_ends(tokenizer, [prompt for prompt, _ in kept], source="--prompts")
+    return [prompt for prompt, _ in kept], {r: n for r, n in dropped.items() if n}
