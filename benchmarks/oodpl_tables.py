@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from shiftrm.oodpl.gold_figures import (
+from oodpl_figures import (
     LABELS,
     betas_of,
     mean_over_domains,

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
 from shiftrm.report.measurements import Estimate, estimate
 
@@ -52,7 +53,8 @@ _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#33
 def values(
     records: Iterable[Record], stage: str, method: str, metric: str, step: int | None = None
 ) -> dict[int, float]:
-    """One number a seed."""
+    """One number per seed; UndeclaredMetric for a name that `shiftrm.metrics` does not declare."""
+    declared(metric)
     return {
         r.seed: float(r.value)  # type: ignore[arg-type]
         for r in records
@@ -195,6 +197,7 @@ _TITLE: Any = {"fontsize": 11, "loc": "left"}
 def _curve(
     records: Sequence[Record], stage: str, method: str, metric: str
 ) -> list[tuple[float, Estimate]]:
+    declared(metric)
     by_step: dict[int, dict[int, float]] = {}
     for r in records:
         if (r.stage, r.method, r.metric) == (stage, method, metric) and r.step is not None:
