@@ -203,20 +203,19 @@ def batches(args: argparse.Namespace, D: int, *, seed: int) -> tuple[Any, Any]:
 
 
 def ours(policy: Any, reward_model: Any, inner: Any, outer: Any, args: Any) -> Any:
-    from shiftrm.core.hypergradient import hypergradient
+    from shiftrm.core.hypergradient import InnerProblem, InnerSettings, hypergradient
+    from shiftrm.models.rewards import sequence_rewards
 
-    return hypergradient(
-        policy,
-        reward_model,
-        inner,
-        outer,
+    settings = InnerSettings(
         inner_learning_rate=ALPHA,
         beta=BETA,
         reduction="mean",
         curvature=args.methods[0],
         micro_batch_size=args.micro_batch_size,
         curvature_micro_batch_size=args.curvature_micro_batch_size,
-    ).gradients
+    )
+    problem = InnerProblem(policy, reward_model, inner, sequence_rewards)
+    return hypergradient(problem, outer, settings).gradients
 
 
 def log_likelihood(model: Callable[..., Any], batch: Any) -> Any:

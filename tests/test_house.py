@@ -13,7 +13,6 @@ ROOMS = (
 """From the bottom to the top; "base" is the modules beside the rooms."""
 
 UPWARD = {
-    "core/inner_loop.py": {"models"},
     "measure/judges/kinds.py": {"cli"},
     "methods/adapt.py": {"report"},
     "methods/adapt_words.py": {"report"},

@@ -24,7 +24,16 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from shiftrm.core.hypergradient import InnerBatch, OuterBatch, Sequences
+from shiftrm.core import hypergradient as bilevel
+from shiftrm.core.hypergradient import (
+    Hypergradient,
+    InnerBatch,
+    InnerProblem,
+    InnerSettings,
+    OuterBatch,
+    Sequences,
+)
+from shiftrm.models.rewards import sequence_rewards
 
 VOCABULARY = 23
 SHAPE = {
@@ -126,6 +135,22 @@ def make_problem(
         inner.append(InnerBatch(policy, reward_ids, (torch.arange(7)[None] < length).long()))
     outer = OuterBatch(make_sequences(4, generator), make_sequences(4, generator, longest=7))
     return inner, outer
+
+
+def hypergradient(
+    policy: nn.Module,
+    reward_model: nn.Module,
+    inner_batches: list[InnerBatch],
+    outer_batch: OuterBatch,
+    *,
+    return_adapted: bool = False,
+    **settings: Any,
+) -> Hypergradient:
+    """Ours, with arguments as for `whole_unroll`."""
+    problem = InnerProblem(policy, reward_model, inner_batches, sequence_rewards)
+    return bilevel.hypergradient(
+        problem, outer_batch, InnerSettings(**settings), return_adapted=return_adapted
+    )
 
 
 def whole_unroll(

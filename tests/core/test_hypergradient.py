@@ -9,17 +9,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shiftrm.core.hypergradient import (
     InnerBatch,
+    InnerProblem,
+    InnerSettings,
     OuterBatch,
     Sequences,
     adapted_policy,
     gradient_cosine,
-    hypergradient,
     preference_margins,
 )
 from shiftrm.core.inner_curvature import say_once
 from shiftrm.errors import UserError
+from shiftrm.models.rewards import sequence_rewards
 
 from .oracle import (
+    hypergradient,
     make_policy,
     make_problem,
     make_reward_model,
@@ -262,7 +265,8 @@ def test_what_is_returned():
     assert result.accuracy == float((result.margins > 0).double().mean())
     by_hand = [float(w.sum() ** 2 / w.pow(2).sum()) for w in result.weights]
     assert result.effective_sample_size == pytest.approx(by_hand)
-    with adapted_policy(policy, reward_model, inner, **OPTIONS) as run:
+    problem = InnerProblem(policy, reward_model, inner, sequence_rewards)
+    with adapted_policy(problem, InnerSettings(**OPTIONS)) as run:
         for name, p in policy.named_parameters():
             assert torch.equal(p, result.adapted[name])
         torch.testing.assert_close(preference_margins(policy, outer), result.margins)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from shiftrm.core import inner_curvature as curvature
-from shiftrm.core.hypergradient import gradient_cosine, hypergradient
+from shiftrm.core.hypergradient import gradient_cosine
 from shiftrm.errors import UserError
 from shiftrm.models.scoring import Scorer
 from shiftrm.oodpl.trainer import OODPLConfig, OODPLTrainer
 from tests.conftest import llama_config
-from tests.core.oracle import whole_unroll
+from tests.core.oracle import hypergradient, whole_unroll
 from tests.oodpl.domains import make_domain, make_models, make_split
 
 COMMON = {

@@ -20,20 +20,23 @@ share a graph (ours; the paper does not say how it is computed):
 
 What the paper says: the two losses, plain SGD inside, differentiation through all D steps. Ours:
 normalised weights, the mean over tokens, truncation, the cheaper curvatures, no dropout in either
-model (the passes must see the same function), and LoRA. Knows no trainer; torch only, and `scoring`
-for rewards.
+model (the passes must see the same function), and LoRA. Imports torch only; the caller gives the
+function that reads rewards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from shiftrm.core.inner_curvature import InnerLoss, add_into, say_once
 from shiftrm.core.inner_loop import (
+    Curvature,
     InnerBatch,
+    InnerProblem,
+    InnerSettings,
     Rewarder,
     adapted_policy,
     copy_into,
@@ -56,6 +59,8 @@ from shiftrm.core.losses import TokenReduction, effective_sample_size, preferenc
 __all__ = [
     "Hypergradient",
     "InnerBatch",
+    "InnerProblem",
+    "InnerSettings",
     "OuterBatch",
     "Sequences",
     "adapted_policy",
@@ -63,9 +68,6 @@ __all__ = [
     "hypergradient",
     "preference_margins",
 ]
-
-Curvature = Literal["exact", "finite_difference", "none"]
-"""How H_t lam is computed; see `hypergradient`."""
 
 
 class OuterBatch(NamedTuple):
@@ -120,21 +122,10 @@ class Hypergradient:
 
 
 def hypergradient(
-    policy: nn.Module,
-    reward_model: nn.Module,
-    inner_batches: Sequence[InnerBatch],
+    problem: InnerProblem,
     outer_batch: OuterBatch,
+    settings: InnerSettings,
     *,
-    inner_learning_rate: float,
-    beta: float,
-    normalize_weights: bool = False,
-    reduction: TokenReduction = "sum",
-    curvature: Curvature = "exact",
-    last_steps: int | None = None,
-    micro_batch_size: int | None = None,
-    curvature_micro_batch_size: int | None = None,
-    finite_difference_step: float | None = None,
-    trajectory_device: torch.device | str | None = None,
     return_adapted: bool = False,
 ) -> Hypergradient:
     """dL/dphi through D inner steps, one step's graph at a time.
@@ -143,29 +134,9 @@ def hypergradient(
     after an exception; `.grad` is not touched. Call it inside `torch.autocast` for mixed precision.
 
     Args:
-        policy: causal language model; its trainable parameters are theta_0 (all of them, or LoRA
-            adapters), in fp32 or fp64.
-        reward_model: sequence classifier with one label; its trainable parameters are phi.
-        inner_batches: one batch for each of the D >= 1 steps.
+        problem: both models and the D inner batches.
         outer_batch: preference pairs.
-        inner_learning_rate: alpha, of the plain SGD steps.
-        beta: temperature of the weights, > 0, in units of reward.
-        normalize_weights: see `losses.reward_weights`.
-        reduction: see `losses.response_log_likelihood`; for both losses.
-        curvature: "exact" by differentiating twice, for which the policy runs under math attention
-            whatever its kernel is elsewhere.
-            "finite_difference" from gradients at theta_t +- eps lam, outside autocast: any
-            attention, first-order memory, and as close as the loss is smooth (not across the
-            routing of a mixture of experts). "none" drops H_t: exact for D = 1, wrong beyond.
-        last_steps: differentiate through this many last steps only; earlier steps are taken, but
-            what they owe to phi is left out. Default: all.
-        micro_batch_size: rows in one pass; changes memory, not the result. Default: all at once.
-        curvature_micro_batch_size: rows in one pass that differentiates twice, which takes about
-            four times the memory of an ordinary one. Default: a quarter of micro_batch_size, and
-            1 at least.
-        finite_difference_step: eps ||lam|| relative to ||theta_t||. Default: 1e-4 in fp32, 1e-5 in
-            fp64.
-        trajectory_device: where theta_0..theta_{D-1} are kept; default: with the parameters.
+        settings: of the inner loop and of its differentiation.
         return_adapted: also return theta_D.
 
     Raises:
@@ -175,62 +146,38 @@ def hypergradient(
         UserError: trainable half-precision parameters, reentrant checkpointing, or
             curvature="finite_difference" where torch's gradient is no function's gradient.
     """
-    D = len(inner_batches)
-    if curvature not in get_args(Curvature):
-        raise ValueError(f"curvature is {curvature!r}; expected one of {get_args(Curvature)}")
-    if last_steps is not None and not 1 <= last_steps <= D:
-        raise ValueError(f"last_steps is {last_steps}; it must be between 1 and D = {D}")
+    policy, batches, D = problem.policy, problem.batches, len(problem.batches)
+    first = D - (_steps_to_differentiate(problem, settings) or D)
     outer_batch.check()
-    _check_models(policy, reward_model)
-    require_plain_checkpointing(policy, "policy")
-    require_plain_checkpointing(reward_model, "reward model")
-    first = D - (last_steps or D)
-    if curvature == "exact" and D - first > 1 and attention_kernel(policy) != "eager":
-        say_once("math attention is used where the policy is differentiated twice")
-    if curvature == "finite_difference" and D - first > 1:
-        require_smooth(policy)
-        require_symmetric_hessian(policy, (b.policy for b in inner_batches))
-    inner = InnerLoss.of(
-        policy,
-        reduction=reduction,
-        micro_batch_size=micro_batch_size,
-        curvature_micro_batch_size=curvature_micro_batch_size,
-        relative_step=finite_difference_step,
-    )
-    rewarder = Rewarder.of(reward_model, micro_batch_size=micro_batch_size)
+    _check_models(policy, problem.reward_model)
+    if D - first > 1:
+        _check_curvature(problem, settings.curvature)
+    inner = settings.loss(policy)
+    rewarder = Rewarder.of(problem, micro_batch_size=settings.micro_batch_size)
     # Forward passes enter the caller's autocast again, one by one; see `autocast_to`.
     with (
-        without_dropout(policy, reward_model),
+        without_dropout(policy, problem.reward_model),
         autocast_to(None, policy),
-        autocast_to(None, reward_model),
+        autocast_to(None, problem.reward_model),
     ):
-        with unrolled(
-            inner,
-            rewarder,
-            inner_batches,
-            inner_learning_rate=inner_learning_rate,
-            beta=beta,
-            normalize_weights=normalize_weights,
-            keep_last=D - first,
-            trajectory_device=trajectory_device,
-        ) as run:  # step 1
+        with unrolled(inner, rewarder, batches, settings, keep_last=D - first) as run:  # step 1
             adapted = _copies(policy) if return_adapted else None
             outer_loss, margins, lam = _outer_gradient(inner, outer_batch)  # step 2
             reward_gradients = [torch.zeros_like(w) for w in run.weights]
             for t in range(D - 1, first - 1, -1):  # step 3
                 copy_into(inner.parameters, run.trajectory.pop())
-                batch, weights = inner_batches[t].policy, run.weights[t]
+                weights = run.weights[t]
                 # The chain ends at its first step: nothing uses lam after it.
-                rule = "none" if t == first else curvature
-                products, curved = _products(inner, batch, weights, lam, curvature=rule)
+                rule = "none" if t == first else settings.curvature
+                products, curved = _products(inner, batches[t].policy, weights, lam, curvature=rule)
                 # dL/dlog w = w dL/dw is all that is needed, and is finite for any weight.
                 reward_gradients[t] = _through_weights(
-                    -inner_learning_rate * products, weights, beta=beta, normalize=normalize_weights
+                    -settings.inner_learning_rate * products, weights, settings
                 )
                 if curved is not None:
-                    torch._foreach_add_(lam, curved, alpha=-inner_learning_rate)
+                    torch._foreach_add_(lam, curved, alpha=-settings.inner_learning_rate)
                 del curved
-        gradients = rewarder.gradient(inner_batches[first:], reward_gradients[first:])  # step 4
+        gradients = rewarder.gradient(batches[first:], reward_gradients[first:])  # step 4
     return Hypergradient(
         outer_loss=outer_loss,
         gradients=gradients,
@@ -287,7 +234,7 @@ def _products(
 
 
 def _through_weights(
-    log_weight_gradients: Tensor, weights: Tensor, *, beta: float, normalize: bool
+    log_weight_gradients: Tensor, weights: Tensor, settings: InnerSettings
 ) -> Tensor:
     """dL/dr from q = dL/dlog w, shape [B].
 
@@ -295,9 +242,9 @@ def _through_weights(
     by r_j is `w_j / (B beta)`.
     """
     q = log_weight_gradients
-    if normalize:
+    if settings.normalize_weights:
         q = q - weights * q.mean()
-    return q / beta
+    return q / settings.beta
 
 
 def _outer_gradient(inner: InnerLoss, batch: OuterBatch) -> tuple[float, Tensor, list[Tensor]]:
@@ -334,6 +281,27 @@ def _copies(policy: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
 
 
+def _steps_to_differentiate(problem: InnerProblem, settings: InnerSettings) -> int | None:
+    """`last_steps`; raises ValueError if it or the curvature is out of range."""
+    if settings.curvature not in get_args(Curvature):
+        raise ValueError(
+            f"curvature is {settings.curvature!r}; expected one of {get_args(Curvature)}"
+        )
+    last, D = settings.last_steps, len(problem.batches)
+    if last is not None and not 1 <= last <= D:
+        raise ValueError(f"last_steps is {last}; it must be between 1 and D = {D}")
+    return last
+
+
+def _check_curvature(problem: InnerProblem, curvature: Curvature) -> None:
+    """Say that math attention is used, or refuse a policy that finite differences cannot handle."""
+    if curvature == "exact" and attention_kernel(problem.policy) != "eager":
+        say_once("math attention is used where the policy is differentiated twice")
+    if curvature == "finite_difference":
+        require_smooth(problem.policy)
+        require_symmetric_hessian(problem.policy, (b.policy for b in problem.batches))
+
+
 def _check_models(policy: nn.Module, reward_model: nn.Module) -> None:
     phi = {id(p) for p in reward_model.parameters() if p.requires_grad}
     if not phi:
@@ -342,3 +310,5 @@ def _check_models(policy: nn.Module, reward_model: nn.Module) -> None:
         raise ValueError(
             "policy and reward model share trainable parameters; give each its own adapters"
         )
+    require_plain_checkpointing(policy, "policy")
+    require_plain_checkpointing(reward_model, "reward model")

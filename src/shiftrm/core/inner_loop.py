@@ -1,9 +1,9 @@
-"""The inner loop of the bilevel method: from rewards to weights, and D plain SGD steps on them."""
+"""The inner loop of the bilevel method: D plain SGD steps on a loss weighted by rewards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,12 @@ from shiftrm.core.likelihood import (
     without_dropout,
 )
 from shiftrm.core.losses import TokenReduction, reward_weights
-from shiftrm.models.rewards import sequence_rewards
+
+Curvature = Literal["exact", "finite_difference", "none"]
+"""How H_t lam is computed; see `InnerSettings`."""
+
+ReadRewards = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""`(model, input_ids, attention_mask) -> rewards [B]`, as `models.rewards.sequence_rewards`."""
 
 
 class InnerBatch(NamedTuple):
@@ -50,22 +55,89 @@ class InnerBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
+class InnerProblem:
+    """The models and the data of an inner loop.
+
+    Attributes:
+        policy: causal language model; its trainable parameters are theta_0 (all of them, or LoRA
+            adapters), in fp32 or fp64.
+        reward_model: sequence classifier with one label; its trainable parameters are phi.
+        batches: one batch for each of the D >= 1 steps.
+        read_rewards: reads the rewards of a batch from the reward model.
+    """
+
+    policy: nn.Module
+    reward_model: nn.Module
+    batches: Sequence[InnerBatch]
+    read_rewards: ReadRewards
+
+
+@dataclass(frozen=True)
+class InnerSettings:
+    """How the inner loop runs and how it is differentiated.
+
+    Attributes:
+        inner_learning_rate: alpha, the learning rate of the plain SGD steps.
+        beta: temperature of the weights, > 0, in units of reward.
+        normalize_weights: see `losses.reward_weights`.
+        reduction: see `losses.response_log_likelihood`; used for both losses.
+        curvature: "exact" differentiates twice; the policy then runs under math attention.
+            "finite_difference" uses gradients at theta_t +- eps lam, outside autocast: it works
+            with any attention and takes first-order memory, but needs a smooth loss (a mixture of
+            experts is not smooth across its routing). "none" drops H_t: exact for D = 1 only.
+        last_steps: differentiate through this many last steps only. Earlier steps are taken, but
+            their share of the gradient is left out. Default: all.
+        micro_batch_size: rows in one pass; changes memory, not the result. Default: all at once.
+        curvature_micro_batch_size: rows in one pass that differentiates twice, which takes about
+            four times the memory of an ordinary pass. Default: a quarter of micro_batch_size, and
+            at least 1.
+        finite_difference_step: eps ||lam|| relative to ||theta_t||. Default: 1e-4 in fp32, 1e-5 in
+            fp64.
+        trajectory_device: where theta_0..theta_{D-1} are kept; default: with the parameters.
+    """
+
+    inner_learning_rate: float
+    beta: float
+    normalize_weights: bool = False
+    reduction: TokenReduction = "sum"
+    curvature: Curvature = "exact"
+    last_steps: int | None = None
+    micro_batch_size: int | None = None
+    curvature_micro_batch_size: int | None = None
+    finite_difference_step: float | None = None
+    trajectory_device: torch.device | str | None = None
+
+    def loss(self, policy: nn.Module) -> InnerLoss:
+        """The inner loss of `policy`; raises as `InnerLoss.of`."""
+        return InnerLoss.of(
+            policy,
+            reduction=self.reduction,
+            micro_batch_size=self.micro_batch_size,
+            curvature_micro_batch_size=self.curvature_micro_batch_size,
+            relative_step=self.finite_difference_step,
+        )
+
+
+@dataclass(frozen=True)
 class Rewarder:
     """Passes of the reward model over inner batches.
 
     Attributes:
         model: a sequence classifier with one label.
+        read_rewards: see `InnerProblem`.
         autocast: see `ambient_autocast`.
         micro_batch_size: rows in one pass; None: as many as a batch has.
     """
 
     model: nn.Module
+    read_rewards: ReadRewards
     autocast: torch.dtype | None
     micro_batch_size: int | None
 
     @classmethod
-    def of(cls, model: nn.Module, *, micro_batch_size: int | None) -> "Rewarder":
-        return cls(model, ambient_autocast(model), micro_batch_size)
+    def of(cls, problem: InnerProblem, *, micro_batch_size: int | None) -> "Rewarder":
+        model = problem.reward_model
+        return cls(model, problem.read_rewards, ambient_autocast(model), micro_batch_size)
 
     def passes(self, batches: Sequence[InnerBatch]) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices among the rows of all batches, and their rewards, one micro-batch at a time.
@@ -81,7 +153,7 @@ class Rewarder:
         for rows in micro_batches(lengths, size):
             T = int(lengths[rows].max())  # padding stands on the right
             with autocast_to(self.autocast, self.model):
-                rewards = sequence_rewards(
+                rewards = self.read_rewards(
                     self.model, ids[rows, :T].to(device), mask[rows, :T].to(device)
                 )
             yield rows, rewards
@@ -139,17 +211,15 @@ def unrolled(
     inner: InnerLoss,
     rewarder: Rewarder,
     batches: Sequence[InnerBatch],
+    settings: InnerSettings,
     *,
-    inner_learning_rate: float,
-    beta: float,
-    normalize_weights: bool,
     keep_last: int = 0,
-    trajectory_device: torch.device | str | None = None,
 ) -> Iterator[Unrolled]:
-    """The policy at theta_D inside the block, and back at theta_0, bit for bit, after it.
+    """Hold the policy at theta_D inside the block, and restore theta_0, bit for bit, after it.
 
-    Keeps theta_{D-keep_last}..theta_{D-1}. What is done to the parameters inside is undone too.
+    Keeps theta_{D-keep_last}..theta_{D-1}. Changes made to the parameters inside are undone too.
     """
+    inner_learning_rate, device = settings.inner_learning_rate, settings.trajectory_device
     if not 0 < inner_learning_rate < float("inf"):
         raise ValueError(f"inner_learning_rate is {inner_learning_rate}; it must be positive")
     if not batches:
@@ -157,20 +227,16 @@ def unrolled(
     for t, batch in enumerate(batches):
         batch.check(f"inner batch {t}")
     parameters: list[Tensor] = list(inner.parameters)
-    device = parameters[0].device
-    rewards = [r.to(device) for r in rewarder(batches)]
-    weights = [
-        _weights(r, f"inner batch {t}", beta=beta, normalize=normalize_weights)
-        for t, r in enumerate(rewards)
-    ]
+    rewards = [r.to(parameters[0].device) for r in rewarder(batches)]
+    weights = [_weights(r, f"inner batch {t}", settings) for t, r in enumerate(rewards)]
     for t, (r, w) in enumerate(zip(rewards, weights, strict=True)):
-        _refuse_zeros(r, w, f"inner batch {t}", beta)
+        _refuse_zeros(r, w, f"inner batch {t}", settings.beta)
     run = Unrolled(rewards, weights)
-    start = _copies(parameters, trajectory_device)
+    start = _copies(parameters, device)
     try:
         for t, batch in enumerate(batches):
             if t >= len(batches) - keep_last:
-                run.trajectory.append(start if t == 0 else _copies(parameters, trajectory_device))
+                run.trajectory.append(start if t == 0 else _copies(parameters, device))
             value, gradient = inner.gradient(batch.policy, weights[t])
             run.inner_losses.append(value)
             with torch.no_grad():
@@ -182,46 +248,29 @@ def unrolled(
 
 
 @contextmanager
-def adapted_policy(
-    policy: nn.Module,
-    reward_model: nn.Module,
-    inner_batches: Sequence[InnerBatch],
-    *,
-    inner_learning_rate: float,
-    beta: float,
-    normalize_weights: bool = False,
-    reduction: TokenReduction = "sum",
-    micro_batch_size: int | None = None,
-) -> Iterator[Unrolled]:
-    """The policy after the D inner steps inside the block, and as it was after it.
+def adapted_policy(problem: InnerProblem, settings: InnerSettings) -> Iterator[Unrolled]:
+    """Hold the policy after the D inner steps inside the block, and restore it afterwards.
 
-    For evaluation, as of A_PL on held-out pairs. Arguments and errors as for `hypergradient`.
+    For evaluation, such as A_PL on held-out pairs. Errors as for `hypergradient`.
     """
-    inner = InnerLoss.of(policy, reduction=reduction, micro_batch_size=micro_batch_size)
-    rewarder = Rewarder.of(reward_model, micro_batch_size=micro_batch_size)
+    inner = settings.loss(problem.policy)
+    rewarder = Rewarder.of(problem, micro_batch_size=settings.micro_batch_size)
     with (
-        without_dropout(policy, reward_model),
-        unrolled(
-            inner,
-            rewarder,
-            inner_batches,
-            inner_learning_rate=inner_learning_rate,
-            beta=beta,
-            normalize_weights=normalize_weights,
-        ) as run,
+        without_dropout(problem.policy, problem.reward_model),
+        unrolled(inner, rewarder, problem.batches, settings) as run,
     ):
         yield run
 
 
-def _weights(rewards: Tensor, name: str, *, beta: float, normalize: bool) -> Tensor:
+def _weights(rewards: Tensor, name: str, settings: InnerSettings) -> Tensor:
     try:
-        return reward_weights(rewards, beta=beta, normalize=normalize)
+        return reward_weights(rewards, beta=settings.beta, normalize=settings.normalize_weights)
     except ValueError as error:
         raise ValueError(f"{name}, {error}") from None
 
 
 def _refuse_zeros(rewards: Tensor, weights: Tensor, name: str, beta: float) -> None:
-    """Raises ValueError where every weight underflows: the step would be none and teach nothing."""
+    """Raises ValueError if every weight underflows: such a step would not move the policy."""
     if not bool(weights.any()):
         raise ValueError(
             f"{name}, example 0: its weight exp(r/beta) and those of the whole batch are 0 in "

@@ -16,6 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from shiftrm.core.hypergradient import (
     Hypergradient,
     InnerBatch,
+    InnerProblem,
+    InnerSettings,
     OuterBatch,
     adapted_policy,
     gradient_cosine,
@@ -26,6 +28,7 @@ from shiftrm.core.losses import effective_sample_size
 from shiftrm.data.domains import DomainSplit
 from shiftrm.errors import UserError
 from shiftrm.models.rendering import pin_template
+from shiftrm.models.rewards import sequence_rewards
 from shiftrm.oodpl.batches import EncodedDomain, Encoder, encode_domains, outer_batch
 from shiftrm.oodpl.meta_config import OODPLConfig
 from shiftrm.oodpl.setup import (
@@ -188,25 +191,24 @@ class OODPLTrainer(Trainer):
         ]
 
     def _hypergradient(self, reward_model: nn.Module, task: Task, **changed: Any) -> Hypergradient:
-        args = self.args
-        options = {
-            "inner_learning_rate": args.inner_learning_rate,
-            "beta": args.beta,
-            "normalize_weights": args.normalize_weights,
-            "reduction": args.reduction,
-            "curvature": args.curvature,
-            "last_steps": args.last_steps,
-            "micro_batch_size": args.micro_batch_size,
-            **changed,
-        }
+        problem = self._problem(reward_model, task.inner_batches)
         with self.compute_loss_context_manager():  # bf16, if it is asked for
-            return hypergradient(
-                self.policy,
-                reward_model,
-                task.inner_batches,
-                task.outer_batch,
-                **options,
-            )
+            return hypergradient(problem, task.outer_batch, self._inner_settings(**changed))
+
+    def _problem(self, reward_model: nn.Module, batches: Sequence[InnerBatch]) -> InnerProblem:
+        return InnerProblem(self.policy, reward_model, batches, sequence_rewards)
+
+    def _inner_settings(self, **changed: Any) -> InnerSettings:
+        names = (
+            "inner_learning_rate",
+            "beta",
+            "normalize_weights",
+            "reduction",
+            "curvature",
+            "last_steps",
+            "micro_batch_size",
+        )
+        return InnerSettings(**{**{name: getattr(self.args, name) for name in names}, **changed})
 
     def _cosine_wanted(self) -> bool:
         every = max(1, int(self.state.logging_steps or 1))
@@ -305,14 +307,7 @@ class OODPLTrainer(Trainer):
             if domain.name not in self._reference_margins:
                 self._reference_margins[domain.name] = self._margins(pairs, size)
             with adapted_policy(
-                self.policy,
-                reward_model,
-                batches,
-                inner_learning_rate=self.args.inner_learning_rate,
-                beta=self.args.beta,
-                normalize_weights=self.args.normalize_weights,
-                reduction=self.args.reduction,
-                micro_batch_size=size,
+                self._problem(reward_model, batches), self._inner_settings(micro_batch_size=size)
             ) as run:
                 margins = self._margins(pairs, size)
         shares = [effective_sample_size(w) / len(w) for w in run.weights]
