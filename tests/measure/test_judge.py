@@ -12,7 +12,7 @@ from shiftrm.measure.judges.comparing import (
     match_rows,
     of_both_orders,
 )
-from shiftrm.measure.judges.kinds import open_judge
+from shiftrm.measure.judges.kinds import JudgeOptions, open_judge
 from shiftrm.measure.judges.questions import CRITERIA, load_template, parse_verdict, plain_text
 from shiftrm.measure.judges.score_judges import GoldJudge, RewardModelJudge
 from shiftrm.models.scoring import Scorer
@@ -294,10 +294,10 @@ def test_judges_by_kind(tmp_path, reward_model, tokenizer):
     reward_model.save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
     assert open_judge("gold").name == "gold"
-    assert open_judge("reward-model", model=str(tmp_path / "rm")).name == "rm"
+    assert open_judge("reward-model", JudgeOptions(model=str(tmp_path / "rm"))).name == "rm"
     with pytest.raises(UserError, match="unknown judge 'golden'; did you mean 'gold'"):
         open_judge("golden")
     with pytest.raises(UserError, match="needs a model"):
         open_judge("endpoint")
     with pytest.raises(UserError, match="tie_margin is -1"):
-        open_judge("gold", tie_margin=-1)
+        open_judge("gold", JudgeOptions(tie_margin=-1))

@@ -8,7 +8,7 @@ import pytest
 
 from shiftrm.errors import UserError
 from shiftrm.measure.judges.cache import AnswerCache, question_key
-from shiftrm.models.endpoint import Answer
+from shiftrm.models.endpoint import Completion
 
 
 def test_keys_of_questions_differ_in_everything_that_matters():
@@ -32,30 +32,30 @@ def test_keys_of_questions_differ_in_everything_that_matters():
 def test_half_a_line_is_dropped_and_written_again(tmp_path, cut):
     path = tmp_path / "cache.jsonl"
     cache = AnswerCache(path)
-    cache.add("one", Answer("[[A]]\ud800", "stop", 3, 4), model="m")
-    cache.add("two", Answer("[[B]]"), model="m")
+    cache.add("one", Completion("[[A]]\ud800", "stop", 3, 4), model="m")
+    cache.add("two", Completion("[[B]]"), model="m")
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     after = AnswerCache(path)
-    assert after.get("one") == Answer("[[A]]\ud800", "stop", 3, 4)
+    assert after.get("one") == Completion("[[A]]\ud800", "stop", 3, 4)
     assert after.get("two") is None
-    after.add("two", Answer("[[B]]"), model="m")
+    after.add("two", Completion("[[B]]"), model="m")
     assert path.read_bytes() == whole
 
 
 def test_a_long_half_line_is_dropped(tmp_path):
     path = tmp_path / "cache.jsonl"
-    AnswerCache(path).add("one", Answer("x"), model="m")
+    AnswerCache(path).add("one", Completion("x"), model="m")
     whole = path.read_bytes()
     for half in (b'{"key": "' + b"y" * 9999, b"\0" * 5000):
         path.write_bytes(whole + half)
-        AnswerCache(path).add("two", Answer("y"), model="m")
+        AnswerCache(path).add("two", Completion("y"), model="m")
         assert [json.loads(line)["key"] for line in path.read_bytes().splitlines()] == [
             "one",
             "two",
         ]
     path.write_bytes(b'{"key": "' + b"y" * 9999)  # nothing but half a line
-    AnswerCache(path).add("one", Answer("x"), model="m")
+    AnswerCache(path).add("one", Completion("x"), model="m")
     assert path.read_bytes() == whole
 
 
@@ -63,14 +63,14 @@ def test_a_broken_line_in_the_middle_is_asked_again(tmp_path):
     path = tmp_path / "cache.jsonl"
     cache = AnswerCache(path)
     for key in ("one", "two", "three"):
-        cache.add(key, Answer(key), model="m")
+        cache.add(key, Completion(key), model="m")
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(
         lines[0] + b'{"key": "tw\n' + b"[]\n" + b'{"key": 3, "answer": "x"}\n' + lines[2]
     )
     after = AnswerCache(path)
-    assert (after.get("one"), after.get("two")) == (Answer("one"), None)
-    assert after.get("three") == Answer("three")
+    assert (after.get("one"), after.get("two")) == (Completion("one"), None)
+    assert after.get("three") == Completion("three")
 
 
 @pytest.mark.parametrize("text", ['{"prompt": "x"}\n', "important words", "[1]\n"])
@@ -86,16 +86,16 @@ def test_another_file_is_not_taken_for_a_cache(tmp_path, text):
 
 def test_two_objects_on_one_file_see_each_others_answers(tmp_path):
     mine, yours = AnswerCache(tmp_path / "c"), AnswerCache(tmp_path / "c")
-    mine.add("a", Answer("x"), model="m")
-    assert yours.get("a") == Answer("x")
-    yours.add("b", Answer("y"), model="m")
-    assert mine.get("b") == Answer("y")
+    mine.add("a", Completion("x"), model="m")
+    assert yours.get("a") == Completion("x")
+    yours.add("b", Completion("y"), model="m")
+    assert mine.get("b") == Completion("y")
 
 
 def _write_many(path, name, count):
     cache = AnswerCache(path)
     for i in range(count):
-        cache.add(f"{name}-{i}", Answer("x" * 3000), model="m")
+        cache.add(f"{name}-{i}", Completion("x" * 3000), model="m")
 
 
 def test_processes_and_threads_append_whole_lines(tmp_path):
@@ -107,7 +107,9 @@ def test_processes_and_threads_append_whole_lines(tmp_path):
     shared = AnswerCache(path)
     threads = [
         threading.Thread(
-            target=lambda t=t: [shared.add(f"{t}-{i}", Answer("y"), model="m") for i in range(10)]
+            target=lambda t=t: [
+                shared.add(f"{t}-{i}", Completion("y"), model="m") for i in range(10)
+            ]
         )
         for t in ("c", "d")
     ]

@@ -97,9 +97,9 @@ def _outputs(
 
 
 def _diagnose(models: dict[str, str], data: list[Any], *, batch_size: int, seed: int) -> Any:
-    from shiftrm.cli.checks import to_accelerator
     from shiftrm.cli.progress import bar
     from shiftrm.measure.diagnosis.findings import find
+    from shiftrm.models.loading import to_accelerator
     from shiftrm.models.scoring import Scorer
 
     def load(path: str) -> Scorer:

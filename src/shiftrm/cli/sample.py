@@ -117,9 +117,9 @@ def run(args: argparse.Namespace) -> None:
 def _sample_here(
     args: argparse.Namespace, names: list[str], prompts: list[Any], output: Path, options: Any
 ) -> None:
-    from shiftrm.cli.checks import to_accelerator
     from shiftrm.cli.progress import bar
     from shiftrm.data.prompts import warn_of_joined_ends
+    from shiftrm.models.loading import to_accelerator
     from shiftrm.models.sampling import encode_prompts, load_policy, sample_groups
     from shiftrm.progress import task
 

@@ -30,11 +30,12 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_rows, to_accelerator
+    from shiftrm.cli.checks import at_least_one, output_rows
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
     from shiftrm.files import json_line, write_jsonl
+    from shiftrm.models.loading import to_accelerator
     from shiftrm.models.scoring import Scorer, row_responses
 
     at_least_one(args.batch_size, "--batch-size")

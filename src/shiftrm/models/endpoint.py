@@ -22,7 +22,7 @@ from shiftrm.concurrency import map_bounded
 from shiftrm.errors import UserError, printable, suggest
 from shiftrm.models.endpoint_dialect import Dialect
 
-__all__ = ["Answer", "Endpoint", "EndpointConfig", "RefusedRequest", "map_bounded"]
+__all__ = ["Completion", "Endpoint", "EndpointConfig", "RefusedRequest", "map_bounded"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class EndpointConfig:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """One text from the server; what it did not say is None.
 
     Attributes:
@@ -133,7 +133,9 @@ class Endpoint:
 
     # -- questions ---------------------------------------------------------------------------
 
-    def chat(self, model: str, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Answer:
+    def chat(
+        self, model: str, messages: Sequence[Mapping[str, str]], **parameters: Any
+    ) -> Completion:
         """The server's reply to a conversation (`/chat/completions`).
 
         Args:
@@ -169,7 +171,9 @@ class Endpoint:
             )
         return after
 
-    def complete(self, model: str, prompt: str | Sequence[int], **parameters: Any) -> list[Answer]:
+    def complete(
+        self, model: str, prompt: str | Sequence[int], **parameters: Any
+    ) -> list[Completion]:
         """Continuations of a prompt (`/completions`), in the order of the server's indices.
 
         Args:
@@ -222,7 +226,7 @@ class Endpoint:
 
     # -- one request -------------------------------------------------------------------------
 
-    def _asked(self, model: str, send: Callable[[], Any]) -> list[Answer]:
+    def _asked(self, model: str, send: Callable[[], Any]) -> list[Completion]:
         """Send until the body is an answer; broken bodies with status 200 come from proxies."""
         for attempt in range(_NONSENSE_ATTEMPTS):
             if attempt:
@@ -332,7 +336,7 @@ class Endpoint:
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
-    def _redacted(self, answer: Answer) -> Answer:
+    def _redacted(self, answer: Completion) -> Completion:
         if len(self._key) < _SECRET_LENGTH:
             return answer
         return replace(answer, text=self._without_key(answer.text))
@@ -342,14 +346,14 @@ class _Fatal(UserError):
     """No other request would fare better: nobody is there, or the key is wrong."""
 
 
-def _read_answers(body: Any) -> list[Answer] | None:
+def _read_answers(body: Any) -> list[Completion] | None:
     """The texts of a completion or chat completion; None if it is neither."""
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices:
         return None
     usage = body.get("usage")
     counts = usage if isinstance(usage, dict) else {}
-    answers: list[tuple[int, Answer]] = []
+    answers: list[tuple[int, Completion]] = []
     for position, choice in enumerate(choices):
         if not isinstance(choice, dict):
             return None
@@ -366,7 +370,7 @@ def _read_answers(body: Any) -> list[Answer] | None:
         answers.append(
             (
                 index if isinstance(index, int) else position,
-                Answer(
+                Completion(
                     text,
                     reason if isinstance(reason, str) else None,
                     _whole(counts.get("prompt_tokens")),

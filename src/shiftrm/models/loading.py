@@ -8,7 +8,7 @@ from typing import Any
 from shiftrm.errors import UserError
 from shiftrm.models.checkpoints import embeddings, require_words
 
-__all__ = ["check_vocabulary", "explain_loading", "refuse_gguf"]
+__all__ = ["check_vocabulary", "explain_loading", "refuse_gguf", "to_accelerator"]
 
 
 @contextmanager
@@ -81,3 +81,11 @@ def refuse_gguf(path: str | Path) -> None:
             f"transformers' from_pretrained({str(path)!r}, gguf_file={found[0].name!r}), write it "
             "with save_pretrained into another folder, tokenizer and all, and give that folder"
         )
+
+
+def to_accelerator(model: Any) -> Any:
+    """Move the model to this machine's accelerator, if there is one."""
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    return model if device is None else model.to(device)

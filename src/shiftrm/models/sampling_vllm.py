@@ -13,7 +13,7 @@ from typing import Any
 
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, encodable
-from shiftrm.models.endpoint import Answer, Endpoint, EndpointConfig, map_bounded
+from shiftrm.models.endpoint import Completion, Endpoint, EndpointConfig, map_bounded
 from shiftrm.models.group_files import holds_groups, write_groups
 from shiftrm.models.rendering import Text, pin_template, stop_token_ids
 from shiftrm.models.responses import IDS, PROMPT_IDS, TOKENIZER
@@ -296,7 +296,7 @@ def _rows(
             following += 1
 
 
-def _check_answers(server: VllmServer, answers: Sequence[Answer], expected: int) -> None:
+def _check_answers(server: VllmServer, answers: Sequence[Completion], expected: int) -> None:
     """Refuse fewer answers than were asked for, and those that ended in another way."""
     if len(answers) != expected:
         raise UserError(
@@ -315,7 +315,7 @@ def _row(
     tokenizer: Any,
     prompt: Text,
     prompt_ids: list[int],
-    answers: Sequence[Answer],
+    answers: Sequence[Completion],
     stop: Sequence[int],
 ) -> Row:
     """The row of one prompt.

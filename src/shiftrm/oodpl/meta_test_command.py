@@ -127,7 +127,7 @@ def meta_test(
 
 def meta_test_domain(context: StageContext) -> None:
     """One domain: the reference measured, the policy made, measured and saved."""
-    from shiftrm.cli.checks import to_accelerator
+    from shiftrm.models.loading import to_accelerator
 
     settings = context.stage.settings
     config = from_mapping(MetaTestConfig, settings["config"])
@@ -211,7 +211,7 @@ def _note_rloo(recorder: Recorder, log: RLOOLog) -> None:
 
 
 def _scorer(path: str | None) -> Scorer | None:
-    from shiftrm.cli.checks import to_accelerator
+    from shiftrm.models.loading import to_accelerator
 
     if path is None:
         return None

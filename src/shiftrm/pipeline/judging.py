@@ -7,9 +7,10 @@ from typing import Any
 from shiftrm.files import Row
 from shiftrm.measure.judges.comparing import Judge, judge_pairs, match_rows
 from shiftrm.measure.judges.endpoint_judge import EndpointJudge
-from shiftrm.measure.judges.kinds import open_judge
+from shiftrm.measure.judges.kinds import JudgeOptions, open_judge
 from shiftrm.measure.judges.win_rates import WinRate, summarise
 from shiftrm.measure.judges.winrate_words import verdict_rows
+from shiftrm.models.endpoint import EndpointConfig
 
 __all__ = ["judge_rows", "numbers_of", "open_recipes_judge"]
 
@@ -52,18 +53,14 @@ def open_recipes_judge(settings: Mapping[str, Any], *, cache: Path | None) -> Ju
     Raises:
         UserError: no key, template or model.
     """
-    return open_judge(
-        settings["kind"],
-        model=settings["model"],
-        base_url=settings["base_url"],
-        key_variable=settings["key_variable"],
-        template=settings["template"],
-        parameters=settings["parameters"],
-        concurrency=settings["concurrency"],
+    server = ("base_url", "key_variable", "concurrency")
+    own = ("model", "template", "parameters", "max_requests", "tie_margin")
+    options = JudgeOptions(
+        endpoint=EndpointConfig(**{name: settings[name] for name in server}),
         cache=cache,
-        max_requests=settings["max_requests"],
-        tie_margin=settings["tie_margin"],
+        **{name: settings[name] for name in own},
     )
+    return open_judge(settings["kind"], options)
 
 
 def numbers_of(found: WinRate) -> dict[str, tuple[float, int]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from shiftrm.core.intervals import Measured
-from shiftrm.measure.diagnosis.comparison import Comparison
+from shiftrm.measure.diagnosis.comparison import ModelChange
 from shiftrm.measure.diagnosis.diagnosis import Diagnosis, Shift
 from shiftrm.measure.diagnosis.labels import Labels
-from shiftrm.measure.diagnosis.verdict import Verdict
+from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict
 from shiftrm.report.tables import Table, fixed_point
 
 NONE = "—"  # does not apply, or cannot be measured on this file
@@ -47,7 +47,9 @@ def _percent(share: float | None) -> str:
     return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
 
 
-def numbers_tables(diagnoses: Sequence[Diagnosis], verdicts: Sequence[Verdict]) -> list[Table]:
+def numbers_tables(
+    diagnoses: Sequence[Diagnosis], verdicts: Sequence[DiagnosisVerdict]
+) -> list[Table]:
     """All numbers, one row a number.
 
     One column a file; of several models, one table a file with one column a model.
@@ -61,7 +63,7 @@ def numbers_tables(diagnoses: Sequence[Diagnosis], verdicts: Sequence[Verdict]) 
     ]
 
 
-def _numbers(title: str, columns: Sequence[tuple[str, Diagnosis, Verdict]]) -> Table:
+def _numbers(title: str, columns: Sequence[tuple[str, Diagnosis, DiagnosisVerdict]]) -> Table:
     rows = [("Verdict", *(v.word for _, _, v in columns))]
     for label, cell in _ROWS:
         cells = tuple(cell(d) for _, d, _ in columns)
@@ -149,7 +151,7 @@ _ROWS: tuple[tuple[str, Cell], ...] = (
 )
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+def comparison_table(comparisons: Sequence[ModelChange]) -> Table:
     """What changed between models on one and the same file."""
     rows = tuple(
         (

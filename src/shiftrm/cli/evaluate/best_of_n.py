@@ -109,8 +109,8 @@ def _numbers(option: str | None) -> list[int] | None:
 
 
 def _scores(option: str, batch_size: int) -> Any:
-    from shiftrm.cli.checks import to_accelerator
     from shiftrm.measure.best_of_n_files import column_scores, gold_world_scores, model_scores
+    from shiftrm.models.loading import to_accelerator
     from shiftrm.models.scoring import Scorer
 
     if option.startswith("column:"):

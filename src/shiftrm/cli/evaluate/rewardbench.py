@@ -44,11 +44,12 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_file, output_rows, to_accelerator
+    from shiftrm.cli.checks import at_least_one, output_file, output_rows
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.files import write_jsonl
     from shiftrm.measure.rewardbench import rewardbench_1, rewardbench_2
     from shiftrm.measure.rewardbench_files import read_rewardbench, score_rewardbench
+    from shiftrm.models.loading import to_accelerator
     from shiftrm.models.scoring import Scorer
 
     at_least_one(args.batch_size, "--batch-size")

@@ -213,7 +213,8 @@ def _flag(option: str) -> str:
 
 def _open(args: argparse.Namespace, folder: Any) -> Any:
     from shiftrm.cli.checks import output_rows
-    from shiftrm.measure.judges.kinds import open_judge
+    from shiftrm.measure.judges.kinds import JudgeOptions, open_judge
+    from shiftrm.models.endpoint import EndpointConfig
 
     def given(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in options.items() if value is not None}
@@ -223,22 +224,22 @@ def _open(args: argparse.Namespace, folder: Any) -> Any:
         others = [folder / name for name in FILES]
         own = args.cache or str(folder / "answers.jsonl")
         cache = output_rows(own, apart_from=others, may_exist=True)  # the cache itself judges it
-    return open_judge(
-        args.judge,
-        model=args.model,
+    server = given(
         base_url=args.base_url,
         key_variable=args.key_variable,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        max_retries=args.retries,
+    )
+    options = JudgeOptions(
+        model=args.model,
+        endpoint=EndpointConfig(**server),
         parameters=_parameters(args.parameter or []),
         cache=cache,
         batch_size=args.batch_size,
-        **given(
-            template=args.template,
-            concurrency=args.concurrency,
-            timeout=args.timeout,
-            max_retries=args.retries,
-            tie_margin=args.tie_margin,
-        ),
+        **given(template=args.template, tie_margin=args.tie_margin),
     )
+    return open_judge(args.judge, options)
 
 
 def _parameters(words: list[str]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ rewards that lie further apart may lie further apart in the wrong order.
 
 from collections.abc import Mapping, Sequence
 
-from shiftrm.measure.diagnosis.comparison import Comparison, spread_word
+from shiftrm.measure.diagnosis.comparison import ModelChange, spread_word
 from shiftrm.measure.diagnosis.diagnosis import Diagnosis
 from shiftrm.measure.diagnosis.thresholds import ENOUGH_LABELS, FEW_PROMPTS
-from shiftrm.measure.diagnosis.verdict import Verdict
+from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict
 
 SHARPER, DULLER, MIXED = "sharper", "duller", "sharper here, duller there"
 LOUDER, LOUDER_UNPROVEN = "louder, not sharper", "louder, and nothing says sharper"
@@ -24,8 +24,8 @@ KEEP_THE_OLD = "Keep the model from before, or adapt with a smaller step (meta_l
 
 
 def adaptation_verdict(
-    comparisons: Sequence[Comparison], diagnoses: Sequence[Diagnosis]
-) -> Verdict:
+    comparisons: Sequence[ModelChange], diagnoses: Sequence[Diagnosis]
+) -> DiagnosisVerdict:
     """One word over all files, and the numbers that say it, a line each.
 
     Args:
@@ -54,16 +54,16 @@ def adaptation_verdict(
             f"Nothing says whether it orders the responses of {' and '.join(unlabelled)} better: "
             "spread is not sight."
         )
-    return Verdict(word, "\n".join(parts), tuple(warnings), _advice(word, bool(labelled)))
+    return DiagnosisVerdict(word, "\n".join(parts), tuple(warnings), _advice(word, bool(labelled)))
 
 
-def _has_interval(c: Comparison) -> bool:
+def _has_interval(c: ModelChange) -> bool:
     change = c.accuracy_change
     return change is not None and change.low is not None and change.high is not None
 
 
 def _word(
-    large: Sequence[Comparison], labelled: Sequence[Comparison], spread: Mapping[str, str]
+    large: Sequence[ModelChange], labelled: Sequence[ModelChange], spread: Mapping[str, str]
 ) -> str:
     if not large:
         return UNCLEAR
@@ -78,7 +78,7 @@ def _word(
     return QUIETER if "quieter" in words else UNCHANGED
 
 
-def _accuracy(c: Comparison, before: Diagnosis, after: Diagnosis) -> str:
+def _accuracy(c: ModelChange, before: Diagnosis, after: Diagnosis) -> str:
     assert before.labels is not None
     assert after.labels is not None
     assert c.accuracy_change is not None
@@ -90,7 +90,7 @@ def _accuracy(c: Comparison, before: Diagnosis, after: Diagnosis) -> str:
     )
 
 
-def _spread(c: Comparison, word: str) -> str:
+def _spread(c: ModelChange, word: str) -> str:
     if c.variance_factor is None:
         now = "now they differ" if word == "louder" else "and are so now"
         return f"On {c.name} the rewards to one prompt were all equal before; {now}."

@@ -13,7 +13,7 @@ from shiftrm.measure.diagnosis.thresholds import SPREAD_FACTOR
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ModelChange:
     """What changed from one model to the next on one file.
 
     Attributes:
@@ -39,7 +39,7 @@ class Comparison:
 
 def compare(
     files: Sequence[ScoredFile], diagnoses: Sequence[Diagnosis], *, seed: int = 0
-) -> list[Comparison]:
+) -> list[ModelChange]:
     """Every further model against the first one, file by file.
 
     Args:
@@ -58,14 +58,14 @@ def compare(
 
 def _compare(
     before: tuple[ScoredFile, Diagnosis], after: tuple[ScoredFile, Diagnosis], *, seed: int
-) -> Comparison:
+) -> ModelChange:
     (old_file, old), (new_file, new) = before, after
     change = _accuracy_change(old_file.pairs, new_file.pairs, seed=seed)
     factor = _ratio(new.spread.difference_variance, old.spread.difference_variance)
     relative = None
     if old.shift is not None and new.shift is not None:
         relative = _ratio(new.shift.variance_ratio, old.shift.variance_ratio)
-    return Comparison(
+    return ModelChange(
         name=old.name,
         before=old.model,
         after=new.model,
@@ -100,7 +100,7 @@ def _ratio(above: Measured | None, below: Measured | None) -> float | None:
 def spread_word(
     before: Diagnosis, after: Diagnosis, factor: float | None, relative: float | None
 ) -> str:
-    """ "louder", "quieter" or "as loud"; of one file, with factors as in `Comparison`."""
+    """ "louder", "quieter" or "as loud"; of one file, with factors as in `ModelChange`."""
     grown = after.spread.difference_variance
     if factor is None and before.spread.difference_variance is not None:  # it was 0
         return "louder" if grown is not None and grown.value > 0 else "as loud"

@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from shiftrm.files import Row
-from shiftrm.measure.diagnosis.comparison import Comparison, compare
+from shiftrm.measure.diagnosis.comparison import ModelChange, compare
 from shiftrm.measure.diagnosis.diagnosis import Diagnosis, ScoredFile, diagnose
 from shiftrm.measure.diagnosis.scored_files import DataFile, score_data
-from shiftrm.measure.diagnosis.verdict import Overall, Verdict, overall, verdicts
+from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict, Overall, overall, verdicts
 from shiftrm.models.scoring import Scorer
 
 Bar = Callable[[str, int | None], AbstractContextManager[Callable[[int, int], None]]]
@@ -28,10 +28,10 @@ class Findings:
     files: list[ScoredFile]
     rows: list[list[Row]]
     diagnoses: list[Diagnosis]
-    verdicts: list[Verdict]
+    verdicts: list[DiagnosisVerdict]
     overall: list[Overall]
-    comparisons: list[Comparison]
-    change: Verdict | None = None
+    comparisons: list[ModelChange]
+    change: DiagnosisVerdict | None = None
     """Of an adaptation: what it did, over all files."""
 
 

@@ -49,7 +49,7 @@ _RELABEL = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DiagnosisVerdict:
     """A word, the sentence with the number that decided, what else to know, what to do next."""
 
     word: str
@@ -67,7 +67,7 @@ class Overall:
     sentence: str
 
 
-def verdicts(diagnoses: Sequence[Diagnosis]) -> list[Verdict]:
+def verdicts(diagnoses: Sequence[Diagnosis]) -> list[DiagnosisVerdict]:
     """One verdict a file, in the same order.
 
     Files with labels come first: where they show that a model sees although its differences are
@@ -85,14 +85,14 @@ def verdicts(diagnoses: Sequence[Diagnosis]) -> list[Verdict]:
     ]
 
 
-def _verdict(diagnosis: Diagnosis, *, small_but_sees: bool = False) -> Verdict:
+def _verdict(diagnosis: Diagnosis, *, small_but_sees: bool = False) -> DiagnosisVerdict:
     word, sentence, advice = _decide(diagnosis, small_but_sees=small_but_sees)
     signs = warning_signs(diagnosis, follows_length=word == FOLLOWS_LENGTH, blind=word == BLIND)
     warnings = tuple(text for text, _ in signs)
     more = tuple(advice_ for _, advice_ in signs if advice_)
     if diagnosis.labels is None:
         sentence += _limits_of_spread(word, diagnosis.spread)
-    return Verdict(word, sentence, warnings, tuple(dict.fromkeys(advice + more)))
+    return DiagnosisVerdict(word, sentence, warnings, tuple(dict.fromkeys(advice + more)))
 
 
 def _limits_of_spread(word: str, s: Spread) -> str:
@@ -102,13 +102,13 @@ def _limits_of_spread(word: str, s: Spread) -> str:
     return f" {SMALL_MAY_BE_RIGHT if word == BLIND else NOT_SIGHT}"
 
 
-def overall(found: Sequence[tuple[Diagnosis, Verdict]]) -> list[Overall]:
+def overall(found: Sequence[tuple[Diagnosis, DiagnosisVerdict]]) -> list[Overall]:
     """One verdict a model: its worst file decides, since that is where training would go wrong."""
     models = dict.fromkeys(diagnosis.model for diagnosis, _ in found)
     return [_overall(model, [(d, v) for d, v in found if d.model == model]) for model in models]
 
 
-def _overall(model: str, found: Sequence[tuple[Diagnosis, Verdict]]) -> Overall:
+def _overall(model: str, found: Sequence[tuple[Diagnosis, DiagnosisVerdict]]) -> Overall:
     by_word = {
         word: [d.name for d, v in found if v.word == word]
         for word in WORST_FIRST

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError
-from shiftrm.models.endpoint import Answer
+from shiftrm.models.endpoint import Completion
 
 __all__ = ["AnswerCache", "question_key"]
 
@@ -50,7 +50,7 @@ class AnswerCache:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, Completion] = {}
         self._read_to = 0
         self._lock = threading.Lock()
         if self.path is not None and self.path.is_file():
@@ -60,14 +60,14 @@ class AnswerCache:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def get(self, key: str) -> Answer | None:
+    def get(self, key: str) -> Completion | None:
         """The answer, if it was ever given."""
         with self._lock:
             if key not in self._answers:
                 self._refresh()
             return self._answers.get(key)
 
-    def add(self, key: str, answer: Answer, *, model: str) -> None:
+    def add(self, key: str, answer: Completion, *, model: str) -> None:
         """Keep an answer; on disk when this returns."""
         line = {
             "key": key,
@@ -133,7 +133,7 @@ def _drop_half_line(handle: Any) -> None:
         handle.truncate(end)
 
 
-def _parsed(line: bytes) -> tuple[str, Answer] | None:
+def _parsed(line: bytes) -> tuple[str, Completion] | None:
     """Key and answer; None for a line that is broken, whose question is then asked again."""
     try:
         row = json.loads(line)
@@ -142,4 +142,6 @@ def _parsed(line: bytes) -> tuple[str, Answer] | None:
         return None
     if not isinstance(key, str) or not isinstance(text, str):
         return None
-    return key, Answer(text, row.get("finish_reason"), row.get("tokens_in"), row.get("tokens_out"))
+    return key, Completion(
+        text, row.get("finish_reason"), row.get("tokens_in"), row.get("tokens_out")
+    )

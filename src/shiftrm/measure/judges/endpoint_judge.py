@@ -17,7 +17,7 @@ from shiftrm.measure.judges.comparing import (
     of_both_orders,
 )
 from shiftrm.measure.judges.questions import Template, parse_verdict
-from shiftrm.models.endpoint import Answer, Endpoint, RefusedRequest
+from shiftrm.models.endpoint import Completion, Endpoint, RefusedRequest
 
 __all__ = ["CostEstimate", "EndpointJudge"]
 
@@ -248,7 +248,7 @@ class EndpointJudge:
 
     def _answer_length(self, asked: Mapping[Any, _Question]) -> tuple[float, str]:
         """Tokens of an answer, and where that comes from."""
-        found: list[Answer] = []
+        found: list[Completion] = []
         for question in asked.values():
             if (answer := self.cache.get(question.key)) is not None:
                 found.append(answer)

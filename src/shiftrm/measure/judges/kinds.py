@@ -1,80 +1,83 @@
-"""A judge by its kind: one call for the command line and for recipes."""
+"""Make a judge of a given kind, for the command line and for recipes."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError, suggest
 from shiftrm.measure.judges.comparing import Judge
+from shiftrm.models.endpoint import EndpointConfig
 
-__all__ = ["KINDS", "open_judge"]
+__all__ = ["KINDS", "JudgeOptions", "open_judge"]
 
 KINDS = ("endpoint", "reward-model", "gold")
 
 
-def open_judge(
-    kind: str,
-    *,
-    model: str | None = None,
-    base_url: str | None = None,
-    key_variable: str = "OPENAI_API_KEY",
-    template: str = "general",
-    parameters: Mapping[str, Any] | None = None,
-    concurrency: int = 8,
-    timeout: float = 120.0,
-    max_retries: int = 6,
-    cache: str | Path | None = None,
-    max_requests: int | None = None,
-    tie_margin: float = 0.0,
-    batch_size: int = 64,
-) -> Judge:
-    """Make a judge; options of other kinds than the one asked for are not looked at.
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The options of all kinds of judges; each kind reads its own and ignores the rest.
+
+    Attributes:
+        model: name at the endpoint; folder or hub name of the reward model.
+        endpoint: the server.
+        template: see `questions.load_template`.
+        parameters, max_requests: see `EndpointJudge`.
+        cache: file that keeps the endpoint's answers.
+        tie_margin, batch_size: for judges that give scores.
+    """
+
+    model: str | None = None
+    endpoint: EndpointConfig = EndpointConfig()  # noqa: RUF009 - frozen
+    template: str = "general"
+    parameters: Mapping[str, Any] | None = None
+    max_requests: int | None = None
+    cache: str | Path | None = None
+    tie_margin: float = 0.0
+    batch_size: int = 64
+
+
+def open_judge(kind: str, options: JudgeOptions | None = None) -> Judge:
+    """Make a judge.
 
     Args:
         kind: one of `KINDS`.
-        model: name at the endpoint; folder or hub name of the reward model.
-        base_url, key_variable, concurrency, timeout, max_retries: see `EndpointConfig`.
-        template: see `judge_prompts.load_template`.
-        parameters, cache, max_requests: see `EndpointJudge`; `cache` is a file.
-        tie_margin, batch_size: of judges that give numbers.
 
     Raises:
-        UserError: an unknown kind, no model where one is needed, and what the parts refuse.
+        UserError: an unknown kind, a missing model, or an invalid option.
     """
+    options = options or JudgeOptions()
     if kind not in KINDS:
         raise UserError(f"unknown judge {kind!r}{suggest(kind, list(KINDS))}")
     if kind == "gold":
         from shiftrm.measure.judges.score_judges import GoldJudge
 
-        return GoldJudge(tie_margin=tie_margin)
-    if model is None:
+        return GoldJudge(tie_margin=options.tie_margin)
+    if options.model is None:
         raise UserError(f"the judge {kind} needs a model: its name at the server, or its folder")
     if kind == "reward-model":
-        from shiftrm.cli.checks import to_accelerator
         from shiftrm.measure.judges.score_judges import RewardModelJudge
+        from shiftrm.models.loading import to_accelerator
         from shiftrm.models.scoring import Scorer
 
-        scorer = Scorer.from_pretrained(model)
+        scorer = Scorer.from_pretrained(options.model)
         to_accelerator(scorer.model)
-        name = Path(model).name or model
-        return RewardModelJudge(scorer, name=name, tie_margin=tie_margin, batch_size=batch_size)
+        return RewardModelJudge(
+            scorer,
+            name=Path(options.model).name or options.model,
+            tie_margin=options.tie_margin,
+            batch_size=options.batch_size,
+        )
     from shiftrm.measure.judges.cache import AnswerCache
     from shiftrm.measure.judges.endpoint_judge import EndpointJudge
     from shiftrm.measure.judges.questions import load_template
-    from shiftrm.models.endpoint import Endpoint, EndpointConfig
+    from shiftrm.models.endpoint import Endpoint
 
-    config = EndpointConfig(
-        base_url=base_url,
-        key_variable=key_variable,
-        timeout=timeout,
-        max_retries=max_retries,
-        concurrency=concurrency,
-    )
     return EndpointJudge(
-        Endpoint(config),
-        model,
-        load_template(template),
-        parameters=parameters,
-        cache=AnswerCache(cache),
-        max_requests=max_requests,
+        Endpoint(options.endpoint),
+        options.model,
+        load_template(options.template),
+        parameters=options.parameters,
+        cache=AnswerCache(options.cache),
+        max_requests=options.max_requests,
     )
