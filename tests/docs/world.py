@@ -48,6 +48,7 @@ SMALL: dict[str, list[str]] = {
 SMALL_PYTHON = {
     "DomainWorldConfig())": "DomainWorldConfig(support=16, pairs=16, eval_pairs=8, "
     "sft_examples=32, hidden_size=16, layers=1, heads=2, intermediate_size=16))",
+    "num_train_epochs=1)": "num_train_epochs=1, max_steps=2)",
     "max_steps=500": "max_steps=1, support_batch_size=4, query_batch_size=2",
     "read_shp()": 'read_shp(["shp.jsonl"])',
     " WorldConfig()": " WorldConfig(sft_examples=64, train_prompts=40, eval_prompts=24, "
