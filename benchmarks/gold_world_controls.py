@@ -47,7 +47,6 @@ def run(seeds: list[int], output: Path, workers: int, docs: Path | None) -> int:
         feature_table,
         replace_block,
     )
-
     from shiftrm.report.plots import render
 
     records: list[Record] = []
