@@ -24,6 +24,7 @@ from shiftrm.models.rope import require_fixed_frequencies
 from shiftrm.models.sampling import Sample, as_response, check_prompt_lengths, generate
 from shiftrm.models.scoring import rewards_of
 from shiftrm.policies import ppo_runtime
+from shiftrm.policies.advantages import estimate, gae
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.ppo_math import (
     LOGITS_AT_ONCE,
@@ -32,7 +33,6 @@ from shiftrm.policies.ppo_math import (
     clipped_policy_loss,
     clipped_value_loss,
     exact_token_kl,
-    gae,
     kl_and_entropy,
     masked_mean,
     masked_variance,
@@ -439,7 +439,15 @@ class PPOTrainer:
             mask,
             kl_coefficient=coefficient,
         )
-        advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda)
+        advantages, returns = estimate(
+            config.advantage,
+            rewards,
+            values,
+            mask,
+            gamma=config.gamma,
+            lam=config.gae_lambda,
+            group_size=config.rollouts_per_prompt,
+        )
         spread = float(masked_variance(returns, mask))
         unexplained = float(masked_variance(returns - values, mask))
         if config.whiten_advantages:

@@ -7,6 +7,7 @@ from typing import Any
 
 from shiftrm.errors import UserError, suggest
 from shiftrm.models.sampling import PAPER_SAMPLING, SamplingConfig
+from shiftrm.policies.advantages import ADVANTAGES
 
 
 def _option(default: Any, help: str) -> Any:
@@ -36,6 +37,9 @@ class PPOConfig:
     reward_whitening: str = _option("none", "'batch': then to mean 0, variance 1 over the batch")
     reward_clip: float | None = _option(None, "then clipped to +- this")
     truncation_penalty: float = _option(0.0, "then taken from responses cut off by the limit")
+    advantage: str = _option(
+        "gae", "or reward_to_go, leave_one_out, package.module:function (see policies.advantages)"
+    )
     gamma: float = _option(1.0, "discount a token")
     gae_lambda: float = _option(0.95, "advantage estimation: 1 Monte Carlo, 0 one-step")
     clip_ratio: float = _option(0.2, "probability ratios are clipped to 1 +- this")
@@ -78,6 +82,7 @@ class PPOConfig:
             raise UserError(
                 f"reward_whitening is {self.reward_whitening!r}; it must be 'none' or 'batch'"
             )
+        ADVANTAGES.get(self.advantage)
         if self.kl_target is not None and self.kl_coefficient == 0:
             raise UserError("kl_coefficient is 0; to reach kl_target it must start above 0")
 

@@ -26,40 +26,6 @@ _SLICE = 2**23
 """Logits copied to fp32 at once."""
 
 
-def gae(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation along each response.
-
-    `delta_t = r_t + gamma V_{t+1} - V_t`, `A_t = delta_t + gamma lam A_{t+1}`, `R_t = A_t + V_t`,
-    with `V = A = 0` after the last real token.
-
-    Args:
-        rewards_BT: reward on each token, shape [B, T].
-        values_BT: value of the state before each token, shape [B, T].
-        mask_BT: True at real tokens, one unbroken run a row, shape [B, T].
-        gamma: discount. lam: 1 is Monte Carlo, 0 is one-step.
-
-    Returns:
-        Advantages and returns (the critic's targets), shape [B, T], 0 where the mask is False.
-
-    Source: Schulman et al., arXiv 1506.02438, Eq. 16. Ours: a response cut off by the length
-    limit ends there like any other, since the reward model scored it as it stands.
-    """
-    mask_BT = mask_BT.to(rewards_BT.dtype)
-    # Not multiplied by the mask: 0 * NaN is NaN, and what stands on padding is nobody's business.
-    rewards_BT = rewards_BT.masked_fill(mask_BT == 0, 0.0)
-    values_BT = values_BT.masked_fill(mask_BT == 0, 0.0)
-    advantages_BT = torch.zeros_like(rewards_BT)
-    advantage_B = next_value_B = torch.zeros_like(rewards_BT[:, 0])
-    for t in range(rewards_BT.shape[1] - 1, -1, -1):
-        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
-        advantage_B = mask_BT[:, t] * (delta_B + gamma * lam * advantage_B)  # Eq. 16
-        advantages_BT[:, t] = advantage_B
-        next_value_B = values_BT[:, t]
-    return advantages_BT, advantages_BT + values_BT
-
-
 def token_rewards(
     scores_B: Tensor,
     logprobs_BT: Tensor,

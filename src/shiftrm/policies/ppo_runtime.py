@@ -179,6 +179,8 @@ def describe(
         frozen: names and values of parameters that are not trained, the reference's say.
     """
     settings = {k: v for k, v in to_mapping(config).items() if k not in MAY_CHANGE}
+    if settings["advantage"] == PPOConfig.advantage:  # older checkpoints do not have it
+        del settings["advantage"]
     digest = hashlib.sha256()
     for name, parameter in frozen:
         head = parameter.detach().flatten()[:VALUES_COMPARED].double().cpu()
