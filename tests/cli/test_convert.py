@@ -85,7 +85,7 @@ def test_splits_and_evaluation(shiftrm, tmp_path):
 
 
 def read_prompts_of(rows, count):
-    from shiftrm.data.hh_rlhf import hh_pair
+    from shiftrm.data.formats.hh_rlhf import hh_pair
 
     return [{"prompt": hh_pair(row, "")["prompt"]} for row in rows[:count]]
 
@@ -110,11 +110,11 @@ GOOD = ("convert", "hh_rlhf", "hh.jsonl", "--kind", "pairs", "--output", "pairs.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("convert", "hh", *GOOD[2:]), "no format 'hh'"),
+        (("convert", "hh", *GOOD[2:]), "unknown format 'hh'"),
         ((*GOOD, "subst=helpful"), "hh_rlhf: no option 'subst'; did you mean 'subset'?"),
         ((*GOOD, "subset=helpful"), "hh.jsonl: is one file, so subset=helpful says nothing"),
         ((*GOOD, "limit=0"), "limit is 0"),
-        ((*GOOD, "--split", "test"), "hh.jsonl: is one file, so --split says nothing"),
+        ((*GOOD, "--split", "test"), "hh.jsonl: is one file, so --split has no effect"),
         (
             ("convert", "tldr", *GOOD[2:]),
             "tldr: gives no 'pairs'; it gives demonstrations, prompts",
@@ -136,6 +136,50 @@ def test_mistakes_are_one_line_and_write_nothing(shiftrm, tmp_path, arguments, m
     refused(shiftrm, arguments, message)
 
 
+OWN_FORMAT = """
+from dataclasses import dataclass
+
+from shiftrm.data.loaded import Options, each, option, pair_of, prompts_of
+from shiftrm.data.named import Format
+from shiftrm.data.sources import iterate_rows
+
+@dataclass(frozen=True)
+class VoteOptions(Options):
+    least: int = option(1, "votes by which the better answer must lead")
+    side: str = option("both", "who voted", choices=("both", "experts"))
+
+def read(source, kind, split, options):
+    def pair(row, where):
+        better, worse = sorted(row["answers"], key=lambda answer: -answer["votes"])
+        if better["votes"] - worse["votes"] < options.least:
+            return "close_vote"
+        return pair_of(row["question"], better["text"], worse["text"])
+
+    pairs = each(pair, iterate_rows(source, required=("question", "answers"), split=split))
+    return pairs if kind == "pairs" else prompts_of(pairs)
+
+VOTES = Format("questions with two answers", ("pairs", "prompts"), read, VoteOptions)
+"""
+
+
+def test_a_format_defined_outside_the_package(shiftrm, tmp_path):
+    (tmp_path / "my_votes.py").write_text(OWN_FORMAT)
+    answers = [{"text": "no", "votes": 1}, {"text": "yes", "votes": 4}]
+    rows = [
+        {"question": "a?", "answers": answers},
+        {"question": "b?", "answers": answers[:1] * 2},
+    ]
+    write_jsonl("votes.jsonl", rows)
+    given = ("convert", "my_votes:VOTES", "votes.jsonl", "--output", "out.jsonl", "--kind")
+    refused(shiftrm, (*given, "demonstrations"), "my_votes:VOTES: gives no 'demonstrations'")
+    refused(shiftrm, (*given, "pairs", "lest=3"), "no option 'lest'; did you mean 'least'?")
+    refused(shiftrm, (*given, "pairs", "side=all"), "side is 'all'; give 'both' or 'experts'")
+    status, output = shiftrm(*given, "pairs", "least=3")
+    assert (status, output.err) == (0, "")
+    assert "1 dropped (50.0%): close vote 1" in output.out
+    assert read_jsonl("out.jsonl") == [{"prompt": "a?", "chosen": "yes", "rejected": "no"}]
+
+
 def test_everything_evaluated_is_refused(shiftrm, tmp_path):
     write_hh(tmp_path / "hh.jsonl", 6)
     assert shiftrm(*GOOD)[0] == 0
@@ -147,7 +191,8 @@ def test_help_lists_the_formats_with_their_options(capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     text = capsys.readouterr().out
-    for name, form in FORMATS.items():
+    for name in FORMATS.names():
+        form = FORMATS.get(name)
         assert f"\n  {name} " in text
         for option in form.option_help():
             assert f"\n    {option} " in text

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiftrm.data.hh_rlhf import (
+from shiftrm.data.formats.hh_rlhf import (
     MARKER,
     hh_pair,
     join_turns,

@@ -27,9 +27,9 @@ WRITERS = {
 NEEDED = {"pku": {"preference": "harmless"}}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS.names())
 def test_made_up_files_are_read_whole_as_every_kind(tmp_path, name):
-    form = FORMATS[name]
+    form = FORMATS.get(name)
     for seed in (0, 1):
         path = WRITERS[name](tmp_path / f"{seed}.json", 12, seed)
         for kind in form.kinds:
@@ -61,9 +61,9 @@ def check_kind(row, kind, where):
         assert row[column], "no empty text"
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS.names())
 def test_formats_say_what_they_offer(name):
-    form = FORMATS[name]
+    form = FORMATS.get(name)
     assert form.about
     assert set(form.kinds) <= set(KINDS)
     assert all(HUB_NAME.fullmatch(hub.partition(":")[0]) for hub in form.hub)
@@ -75,7 +75,7 @@ def test_formats_say_what_they_offer(name):
 def test_unknown_names_are_refused_with_a_suggestion(tmp_path):
     path = made.write_hh(tmp_path / "x.jsonl", 3)
     for options, message in (
-        ({"format": "hh-rlhf"}, "no format 'hh-rlhf'; did you mean 'hh_rlhf'?"),
+        ({"format": "hh-rlhf"}, "unknown format 'hh-rlhf'; did you mean 'hh_rlhf'?"),
         ({"kind": "pair"}, "hh_rlhf: gives no 'pair'; it gives pairs, prompts, demonstrations"),
         ({"respones": "x"}, "hh_rlhf: unknown setting 'respones'; did you mean 'responses'?"),
         ({"responses": 3}, "hh_rlhf: responses is 3; expected str"),
@@ -130,30 +130,19 @@ def test_words_become_options_of_their_type():
     for word, message in (
         ("limit=many", "oasst1: limit is 'many'; expected a whole number"),
         ("langs=en", "oasst1: no option 'langs'; did you mean 'lang'?"),
-        ("en", "'en' is no option; write name=value"),
+        ("en", "'en' is not an option; write name=value"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             parse_options("oasst1", [word])
 
 
+MADE_UP = dataclasses.replace(
+    FORMATS.get("hh_rlhf"),
+    read=lambda *_: ((str(i), {"prompt": str(i)}) for i in range(600)),
+)
+
+
 def test_progress_is_told():
     told = []
-
-    class Source:
-        def __str__(self):
-            return "x"
-
-    from shiftrm.data import named
-
-    form = dataclasses.replace(
-        FORMATS["hh_rlhf"],
-        read=lambda *_: ((str(i), {"prompt": str(i)}) for i in range(600)),
-    )
-    original = dict(named.FORMATS)
-    named.FORMATS["made_up"] = form
-    try:
-        load("made_up", "x", kind="prompts", progress=told.append)
-    finally:
-        named.FORMATS.clear()
-        named.FORMATS.update(original)
+    load("tests.data.test_named:MADE_UP", "x", kind="prompts", progress=told.append)
     assert told == [256, 512]

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
+from shiftrm.data.formats.oasst1 import oasst_demonstrations, oasst_pairs, oasst_prompts, read_posts
 from shiftrm.data.loaded import BROKEN, collect
 from shiftrm.data.named import load
-from shiftrm.data.oasst1 import oasst_demonstrations, oasst_pairs, oasst_prompts, read_posts
 from shiftrm.data.splits import split_by_prompt
 from shiftrm.errors import UserError
 from tests.data.public_schemas import oasst_row, write_oasst1, write_rows

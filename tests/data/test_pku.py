@@ -2,8 +2,8 @@
 
 import pytest
 
+from shiftrm.data.formats.pku import pku_pair
 from shiftrm.data.named import load
-from shiftrm.data.pku import pku_pair
 from shiftrm.errors import UserError
 from tests.data.public_schemas import pku_row, write_pku, write_rows
 

@@ -3,9 +3,10 @@
 import datasets
 import pytest
 
+from shiftrm.data.formats.preference import demonstration, preference
+from shiftrm.data.formats.ultrafeedback import rated_completions
 from shiftrm.data.loaded import collect
 from shiftrm.data.named import load
-from shiftrm.data.preference_sets import demonstration, preference, rated_completions
 from shiftrm.errors import UserError
 from tests.data.public_schemas import (
     binarized_row,
@@ -278,7 +279,7 @@ def test_kinds_of_completions(tmp_path):
     seeds = [load("ultrafeedback", path, kind="pairs", seed=seed).rows for seed in (0, 0, 1, 2, 3)]
     assert seeds[0] == seeds[1]
     assert len({str(rows) for rows in seeds}) > 1
-    with pytest.raises(UserError, match="pairs is 'worst'; give best_random, best_worst or all"):
+    with pytest.raises(UserError, match="'worst'; give 'best_random' or 'best_worst' or 'all'"):
         load("ultrafeedback", path, kind="pairs", pairs="worst")
 
 

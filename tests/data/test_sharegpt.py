@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 
+from shiftrm.data.formats.sharegpt import conversation
 from shiftrm.data.named import load
-from shiftrm.data.sharegpt import conversation
 from shiftrm.errors import UserError
 from tests.data.public_schemas import sharegpt_row, write_sharegpt
 

@@ -3,8 +3,8 @@
 import datasets
 import pytest
 
+from shiftrm.data.formats.summarize import comparison, post
 from shiftrm.data.named import load
-from shiftrm.data.summarize import comparison, post
 from shiftrm.errors import UserError
 from tests.data.public_schemas import (
     comparison_row,

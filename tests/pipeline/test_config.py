@@ -38,7 +38,7 @@ def refused(world, tmp_path, monkeypatch, capsys):
         ("roundz=3", "unknown setting 'roundz'; did you mean 'rounds'?"),
         ("evaluation.judge=3", "unknown setting 'evaluation.judge'; did you mean 'judged'?"),
         ("data.pairs.formatt=x", "unknown setting 'data.pairs.formatt'; did you mean 'format'?"),
-        ("data.pairs.format=preferences", "data.pairs: no format 'preferences'; did you mean"),
+        ("data.pairs.format=preferences", "data.pairs: unknown format 'preferences'; did you mean"),
         ("data.pairs.options.lang=en", "data.pairs: preference has no option 'lang'"),
         ("data.pairs.source=no/such.jsonl", "data.pairs: no/such.jsonl: no such file"),
         ("data.pairs.source=./gone.jsonl", "data.pairs: ./gone.jsonl: no such file"),

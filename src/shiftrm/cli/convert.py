@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from shiftrm.data.named import FORMATS, KINDS, Loaded
+from shiftrm.data.named import COMMON, FORMATS, KINDS, Loaded
 from shiftrm.data.sources import SOURCE_HELP
 
 EPILOG = """examples:
@@ -31,7 +31,11 @@ def register(subparsers: Any) -> None:
         epilog=EPILOG + formats_help() + SOURCE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("format", metavar="FORMAT", help="a name of the list below")
+    parser.add_argument(
+        "format",
+        metavar="FORMAT",
+        help="a name from the list below, or package.module:FORMAT for your own",
+    )
     parser.add_argument("source", metavar="SOURCE", help="file, folder or hub name, see below")
     parser.add_argument("--kind", required=True, choices=KINDS, help="what the rows are for")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL to write")
@@ -79,15 +83,15 @@ def formats_help() -> str:
         )
 
     lines: list[str] = []
-    for name, form in FORMATS.items():
+    for name in FORMATS.names():
+        form = FORMATS.get(name)
         lines.append(wrapped(f"  {name:15}", f"{form.about}; {', '.join(form.kinds)}"))
         if form.hub:
             lines.append(wrapped(" " * 19, f"on the hub: {', '.join(form.hub)}"))
-        own = {o: text for o, text in form.option_help().items() if o not in ("limit", "seed")}
+        own = {o: text for o, text in form.option_help().items() if o not in COMMON}
         lines += [wrapped(f"    {option:15}", text) for option, text in own.items()]
-    common = FORMATS["preference"].option_help()
     lines.append("  every format")
-    lines += [wrapped(f"    {option:15}", common[option]) for option in ("limit", "seed")]
+    lines += [wrapped(f"    {option:15}", text) for option, text in COMMON.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -100,8 +104,8 @@ def run(args: argparse.Namespace) -> None:
 
     options = parse_options(args.format, args.options)
     one_file = os.path.isfile(args.source)
-    if args.split is not None and one_file and not FORMATS[args.format].rows_say_split:
-        raise UserError(f"{args.source}: is one file, so --split says nothing; leave it out")
+    if args.split is not None and one_file and not FORMATS.get(args.format).rows_say_split:
+        raise UserError(f"{args.source}: is one file, so --split has no effect; leave it out")
     files = _outputs(args)
     evaluated = [read_rows_with_prompts(source) for source in args.evaluation or ()]
     only_on_terminals()

@@ -8,7 +8,7 @@ be) is dropped and counted as well; only where none is left, its error is raised
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from shiftrm.errors import UserError
@@ -21,6 +21,7 @@ __all__ = [
     "KINDS",
     "Broken",
     "Loaded",
+    "Options",
     "Outcome",
     "Outcomes",
     "collect",
@@ -133,9 +134,30 @@ def demonstrations_of(outcomes: Iterable[tuple[str, Outcome]]) -> Iterator[tuple
         yield where, outcome
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a format's options, with what `shiftrm convert --help` says of it."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, choices: tuple[Any, ...] = ()) -> Any:
+    """A field of a format's options.
+
+    Args:
+        help: what `shiftrm convert --help` says about it.
+        choices: the allowed values besides the default; empty allows any.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of every format's options. Each field is declared with `option`.
+
+    Raises:
+        UserError: on construction, a value that is not among the choices.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata.get("choices")
+            if choices and value not in (item.default, *choices):
+                known = " or ".join(map(repr, choices))
+                raise UserError(f"{item.name} is {value!r}; give {known}")
 
 
 # -- parts of mappers ------------------------------------------------------------------------

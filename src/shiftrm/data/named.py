@@ -1,4 +1,4 @@
-"""The public data sets by name: which rows each gives, its options, and one way to read them.
+"""Data formats by name or import path: the rows each gives, its options, and `load` to read them.
 
 loaded = load("hh_rlhf", "Anthropic/hh-rlhf", kind="pairs", subset="helpful")
 loaded.rows, loaded.counts()
@@ -12,114 +12,55 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.config import from_mapping
-from shiftrm.data import hh_rlhf, oasst1, pku, preference_sets, sharegpt, summarize
-from shiftrm.data.loaded import KINDS, Loaded, Outcomes, collect
+from shiftrm.data.loaded import KINDS, Loaded, Options, Outcomes, collect
 from shiftrm.data.splits import deduplicated, limited
 from shiftrm.errors import UserError, suggest
+from shiftrm.registry import Registry
 
 __all__ = ["FORMATS", "KINDS", "Format", "Loaded", "load", "parse_options"]
 
 COMMON = {
-    "limit": "at most N rows, drawn by the seed (default: all)",
-    "seed": "of what is drawn (default: 0)",
+    "limit": "at most N rows, drawn with the seed (default: all)",
+    "seed": "random seed of what is drawn (default: 0)",
 }
 """Options that every format has."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One public schema."""
+    """A data set's schema: how its rows become pairs, prompts or demonstrations.
+
+    Attributes:
+        about: one line for `shiftrm convert --help`.
+        kinds: the kinds of rows it gives, of `KINDS`.
+        read: takes source, kind, split and options; yields `(where, row)`, or `(where, reason)` for
+            a row that is dropped.
+        options: a dataclass derived from `loaded.Options`.
+        hub: its names on the hub; a recipe that gives no source reads the first one.
+        splits: hub name -> kind -> default split, where that is not `train`.
+        rows_say_split: whether rows name their split, so that one file can hold several.
+    """
 
     about: str
     kinds: tuple[str, ...]
-    hub: tuple[str, ...]  # names it has on the hub, as `load` takes them
-    options: type  # a dataclass; `loaded.option` declares each field
-    read: Callable[[str, str, str, Any], Outcomes]  # source, kind, split, options
+    read: Callable[[str, str, str, Any], Outcomes]
+    options: type = Options
+    hub: tuple[str, ...] = ()
     splits: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Hub name -> kind -> split to read, where that is not `train`."""
-    rows_say_split: bool = False  # so that a single file can hold several
+    rows_say_split: bool = False
 
     def default_split(self, source: str, kind: str) -> str:
-        """The split to read when none is said."""
+        """Return the split to read when none is given."""
         return self.splits.get(source.partition(":")[0], {}).get(kind, "train")
 
     def option_help(self) -> dict[str, str]:
-        """Option -> what it means, those of every format last."""
+        """Return option -> help text; the options that every format has come last."""
         fields = dataclasses.fields(self.options)
-        return {field.name: field.metadata["help"] for field in fields} | COMMON
+        return {field.name: field.metadata.get("help", "") for field in fields} | COMMON
 
 
-FORMATS: dict[str, Format] = {
-    "hh_rlhf": Format(
-        about="Anthropic HH-RLHF: dialogues, helpful and harmless",
-        kinds=KINDS,
-        hub=(hh_rlhf.HUB_NAME,),
-        options=hh_rlhf.HHOptions,
-        read=hh_rlhf.read_hh,
-    ),
-    "summarize": Format(
-        about="OpenAI's comparisons of summaries of Reddit posts, and their mirrors",
-        kinds=KINDS,
-        hub=summarize.HUB_NAMES,
-        options=summarize.SummaryOptions,
-        read=summarize.read_comparisons,
-        rows_say_split=True,
-    ),
-    "tldr": Format(
-        about="Reddit posts with a TL;DR, to fine-tune on",
-        kinds=("demonstrations", "prompts"),
-        hub=summarize.POSTS_HUB_NAMES,
-        options=summarize.SummaryOptions,
-        read=summarize.read_posts,
-    ),
-    "sharegpt": Format(
-        about="ShareGPT: conversations with ChatGPT, to fine-tune on",
-        kinds=("demonstrations", "prompts"),
-        hub=(sharegpt.HUB_NAME,),
-        options=sharegpt.ShareGPTOptions,
-        read=sharegpt.read_sharegpt,
-    ),
-    "oasst1": Format(
-        about="OpenAssistant: trees of messages in many languages, answers ranked",
-        kinds=KINDS,
-        hub=(oasst1.HUB_NAME,),
-        options=oasst1.OASSTOptions,
-        read=oasst1.read_oasst,
-    ),
-    "pku": Format(
-        about="PKU-SafeRLHF: two responses, judged for help and for harm apart",
-        kinds=KINDS,
-        hub=(pku.HUB_NAME,),
-        options=pku.PKUOptions,
-        read=pku.read_pku,
-    ),
-    "ultrafeedback": Format(
-        about="UltraFeedback: openbmb's rated completions, or binarized",
-        kinds=KINDS,
-        hub=(
-            preference_sets.BINARIZED,
-            preference_sets.ULTRAFEEDBACK,
-            "trl-lib/ultrafeedback_binarized",
-        ),
-        options=preference_sets.UltraFeedbackOptions,
-        read=preference_sets.read_ultrafeedback,
-        splits={
-            preference_sets.BINARIZED: {
-                "pairs": "train_prefs",
-                "prompts": "train_prefs",
-                "demonstrations": "train_sft",
-            }
-        },
-    ),
-    "preference": Format(
-        about="any data in TRL's columns: prompt, chosen, rejected; prompt, completion; messages",
-        kinds=KINDS,
-        hub=(),
-        options=preference_sets.PreferenceOptions,
-        read=preference_sets.read_preferences,
-    ),
-}
-"""The public schemas, by name."""
+FORMATS = Registry[Format]("format", Format, home="shiftrm.data.formats")
+"""The data formats, by name or as `package.module:FORMAT`."""
 
 
 def load(
@@ -131,24 +72,24 @@ def load(
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Loaded:
-    """Read a public data set.
+    """Read a data set of a known format.
 
     Args:
-        format: a name in `FORMATS`.
+        format: a name in `FORMATS`, or the import path `package.module:FORMAT` of a `Format`.
         source: a file, a folder or a hub name, as `sources.iterate_rows` reads them.
         kind: one of `KINDS`; not every format offers each.
-        split: of a folder or hub name; None takes the format's own for this kind.
-        progress: called with the number of outcomes so far.
-        options: the format's own (`FORMATS[format].option_help()`), and `limit` and `seed`.
+        split: split of a folder or hub name; None takes the format's default for this kind.
+        progress: called with the number of rows read so far.
+        options: the format's own (`Format.option_help`), and `limit` and `seed`.
 
     Returns:
-        The rows, each once, and those dropped, with where and why.
+        The rows without duplicates, and the dropped rows with where and why.
 
     Raises:
-        UserError: an unknown format, kind or option, a source that cannot be read, a row of
-            another schema throughout, or no row left.
+        UserError: an unknown format, kind or option, a source that cannot be read or has another
+            schema in every row, or no row is left.
     """
-    form = _format(format)
+    form = FORMATS.get(format)
     if kind not in form.kinds:
         hint = suggest(kind, list(form.kinds))
         raise UserError(f"{format}: gives no {kind!r}; it gives {', '.join(form.kinds)}{hint}")
@@ -176,28 +117,22 @@ def load(
 
 
 def parse_options(format: str, words: list[str]) -> dict[str, Any]:
-    """Options as the command line gives them, `name=value`, with the types that they have.
+    """Parse `name=value` words from the command line into typed options.
 
     Raises:
-        UserError: a word that is no option, or a value of another type.
+        UserError: a word that is not an option, or a value of the wrong type.
     """
-    form = _format(format)
+    form = FORMATS.get(format)
     hints = typing.get_type_hints(form.options) | {"limit": int, "seed": int}
     options: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise UserError(f"{word!r} is no option; write name=value, as limit=1000")
+            raise UserError(f"{word!r} is not an option; write name=value, as limit=1000")
         if name not in hints:
             raise UserError(f"{format}: no option {name!r}{suggest(name, list(hints))}")
         options[name] = _typed(hints[name], text, f"{format}: {name}")
     return options
-
-
-def _format(name: str) -> Format:
-    if name not in FORMATS:
-        raise UserError(f"no format {name!r}{suggest(name, list(FORMATS))}")
-    return FORMATS[name]
 
 
 def _common(given: dict[str, Any], format: str) -> tuple[int | None, int]:
@@ -215,10 +150,10 @@ def _counted(outcomes: Outcomes, progress: Callable[[int], None] | None) -> Iter
 
 
 def _typed(hint: Any, text: str, what: str) -> Any:
-    """Text stays text (`lang=no` is Norwegian, not false); the rest is what its type reads."""
+    """Convert text to the type of an option. Unlike YAML, `lang=no` stays text (Norwegian)."""
     if hint is bool:
         if text.lower() not in ("true", "false"):
-            raise UserError(f"{what} is {text!r}; say true or false")
+            raise UserError(f"{what} is {text!r}; give true or false")
         return text.lower() == "true"
     if hint in (int, float):
         try:

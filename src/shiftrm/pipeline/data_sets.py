@@ -7,7 +7,7 @@ from shiftrm.data.domains import prompt_key
 from shiftrm.data.loaded import Loaded
 from shiftrm.data.named import FORMATS, load
 from shiftrm.data.splits import limited, split_by_prompt, without_evaluated
-from shiftrm.errors import UserError, suggest
+from shiftrm.errors import UserError
 
 __all__ = ["assembled", "place_of", "read_source"]
 
@@ -21,11 +21,9 @@ def place_of(spec: Mapping[str, Any]) -> str:
     Raises:
         UserError: an unknown format, or one without a place of its own.
     """
-    if spec["format"] not in FORMATS:
-        raise UserError(f"no format {spec['format']!r}{suggest(spec['format'], list(FORMATS))}")
+    hub = FORMATS.get(spec["format"]).hub
     if spec["source"] is not None:
         return str(spec["source"])
-    hub = FORMATS[spec["format"]].hub
     if not hub:
         raise UserError(f"format {spec['format']} needs a source: a file, a folder or a hub name")
     return hub[0]

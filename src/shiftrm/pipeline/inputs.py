@@ -39,7 +39,7 @@ def check_data(recipe: Recipe) -> None:
 
 def _check_source(source: Source, kind: str) -> None:
     place = place_of(asdict(source))  # refuses an unknown format
-    form = FORMATS[source.format]
+    form = FORMATS.get(source.format)
     if kind not in form.kinds:
         raise UserError(f"{source.format} gives no {kind}; it gives {', '.join(form.kinds)}")
     known = list(form.option_help())

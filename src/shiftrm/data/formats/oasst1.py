@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from shiftrm.data.loaded import (
+    KINDS,
     Broken,
+    Options,
     Outcome,
     Outcomes,
     message,
@@ -27,6 +29,7 @@ from shiftrm.data.loaded import (
     text_of,
     trimmed,
 )
+from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
@@ -49,26 +52,20 @@ ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True)
-class OASSTOptions:
-    """Options of `read_oasst`.
-
-    Raises:
-        UserError: a value that there is not, on construction.
-    """
+class OASSTOptions(Options):
+    """Options of `read_oasst`."""
 
     lang: str = option("all", "language, as en, de, he or pt-BR, or all (default)")
     pairs: str = option(
-        "all", "of the answers to one message: all pairs (default), or extremes: best against worst"
+        "all",
+        "of the answers to one message: all pairs (default), or extremes: best against worst",
+        choices=("all", "extremes"),
     )
     turns: str = option(
-        "first", "for prompts: first (default): trees' first messages, or all: whole dialogues, too"
+        "first",
+        "for prompts: first (default): trees' first messages, or all: also whole dialogues",
+        choices=("first", "all"),
     )
-
-    def __post_init__(self) -> None:
-        for name, known in {"pairs": ("all", "extremes"), "turns": ("first", "all")}.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"{name} is {value!r}; give {' or '.join(map(repr, known))}")
 
 
 @dataclass(frozen=True)
@@ -270,3 +267,14 @@ def _post(row: Row, where: str) -> Post:
         deleted=bool(row.get("deleted")),
         rank=None if rank is None else int(rank),
     )
+
+
+FORMATS.register("oasst1")(
+    Format(
+        about="OpenAssistant: trees of messages in many languages, answers ranked",
+        kinds=KINDS,
+        hub=(HUB_NAME,),
+        options=OASSTOptions,
+        read=read_oasst,
+    )
+)

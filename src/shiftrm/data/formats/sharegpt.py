@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.data.dialogues import alternating
-from shiftrm.data.loaded import Outcome, Outcomes, each, message, option, trimmed
+from shiftrm.data.loaded import Options, Outcome, Outcomes, each, message, option, trimmed
+from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
@@ -48,21 +49,15 @@ KEYS = (("from", "value"), ("role", "content"))
 
 
 @dataclass(frozen=True)
-class ShareGPTOptions:
-    """Options of `read_sharegpt`.
-
-    Raises:
-        UserError: a value that there is not, on construction.
-    """
+class ShareGPTOptions(Options):
+    """Options of `read_sharegpt`."""
 
     beginning: str = option(
-        "drop", "of conversations that begin with an answer: drop (default) them, or cut it off"
+        "drop",
+        "of conversations that begin with an answer: drop (default) them, or cut it off",
+        choices=("drop", "cut"),
     )
     file: str = option("", f"of a hub name: which file to read (default: {HUB_FILE})")
-
-    def __post_init__(self) -> None:
-        if self.beginning not in ("drop", "cut"):
-            raise UserError(f"beginning is {self.beginning!r}; give 'drop' or 'cut'")
 
 
 def conversation(row: Row, where: str, *, beginning: str = "drop") -> Outcome:
@@ -154,3 +149,14 @@ def _turns(row: Row, where: str) -> list[tuple[str, str]]:
 
 def _speaker_and_text(turn: Row) -> tuple[Any, Any]:
     return next(((turn[who], turn.get(what)) for who, what in KEYS if who in turn), (None, None))
+
+
+FORMATS.register("sharegpt")(
+    Format(
+        about="ShareGPT: conversations with ChatGPT, to fine-tune on",
+        kinds=("demonstrations", "prompts"),
+        hub=(HUB_NAME,),
+        options=ShareGPTOptions,
+        read=read_sharegpt,
+    )
+)

@@ -8,6 +8,8 @@ often disagree, so which one is learned from has to be said: `preference=helpful
 from dataclasses import dataclass
 
 from shiftrm.data.loaded import (
+    KINDS,
+    Options,
     Outcome,
     Outcomes,
     demonstrations_of,
@@ -18,6 +20,7 @@ from shiftrm.data.loaded import (
     text_of,
     trimmed,
 )
+from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
@@ -32,20 +35,14 @@ SAFE = ("is_response_0_safe", "is_response_1_safe")
 
 
 @dataclass(frozen=True)
-class PKUOptions:
-    """Options of `read_pku`.
-
-    Raises:
-        UserError: a value that there is not, on construction.
-    """
+class PKUOptions(Options):
+    """Options of `read_pku`."""
 
     preference: str = option(
-        "", "helpful or harmless; must be said for pairs and demonstrations: they often disagree"
+        "",
+        "helpful or harmless; required for pairs and demonstrations, as the two often disagree",
+        choices=tuple(PREFERENCES),
     )
-
-    def __post_init__(self) -> None:
-        if self.preference not in ("", *PREFERENCES):
-            raise UserError(f"preference is {self.preference!r}; give 'helpful' or 'harmless'")
 
 
 def pku_pair(row: Row, where: str, *, preference: str) -> Outcome:
@@ -99,3 +96,14 @@ def read_pku(source: str, kind: str, split: str, options: PKUOptions) -> Outcome
         )
     pairs = each(lambda row, where: pku_pair(row, where, preference=options.preference), rows)
     return pairs if kind == "pairs" else demonstrations_of(pairs)
+
+
+FORMATS.register("pku")(
+    Format(
+        about="PKU-SafeRLHF: two responses, judged for help and for harm apart",
+        kinds=KINDS,
+        hub=(HUB_NAME,),
+        options=PKUOptions,
+        read=read_pku,
+    )
+)

@@ -23,7 +23,18 @@ from typing import NamedTuple
 
 from shiftrm.data.dialogues import alternating, last_answer, parted
 from shiftrm.data.folders import SUFFIXES
-from shiftrm.data.loaded import Outcome, Outcomes, each, message, option, prompts_of, text_of
+from shiftrm.data.loaded import (
+    KINDS,
+    Options,
+    Outcome,
+    Outcomes,
+    each,
+    message,
+    option,
+    prompts_of,
+    text_of,
+)
+from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
@@ -121,12 +132,8 @@ def hh_demonstration(row: Row, where: str) -> Outcome:
 
 
 @dataclass(frozen=True)
-class HHOptions:
-    """Options of `read_hh`.
-
-    Raises:
-        UserError: a value that there is not, on construction.
-    """
+class HHOptions(Options):
+    """Options of `read_hh`."""
 
     subset: str = option(
         "",
@@ -134,10 +141,13 @@ class HHOptions:
         "harmless-base, helpful (the first three), harmless, or all (default)",
     )
     responses: str = option(
-        "any", "any (default), or single: drop pairs whose sides part before the last turn"
+        "any",
+        "any (default), or single: drop pairs whose sides part before the last turn",
+        choices=("any", "single"),
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.subset == RED_TEAM:
             raise UserError(
                 f"subset {RED_TEAM} holds single transcripts without a preference; choose "
@@ -146,8 +156,6 @@ class HHOptions:
         known = [*SUBSETS["all"], *SUBSETS]
         if self.subset and self.subset not in known:
             raise UserError(f"no subset {self.subset!r}{suggest(self.subset, known)}")
-        if self.responses not in ("any", "single"):
-            raise UserError(f"responses is {self.responses!r}; give 'any' or 'single'")
 
 
 def read_hh(source: str, kind: str, split: str, options: HHOptions) -> Outcomes:
@@ -210,3 +218,14 @@ def _checked(rows: Iterable[tuple[str, Row]]) -> Iterable[tuple[str, Row]]:
                 "helpful-online, helpful-rejection-sampled or harmless-base"
             )
         yield where, row
+
+
+FORMATS.register("hh_rlhf")(
+    Format(
+        about="Anthropic HH-RLHF: dialogues, helpful and harmless",
+        kinds=KINDS,
+        hub=(HUB_NAME,),
+        options=HHOptions,
+        read=read_hh,
+    )
+)

@@ -15,10 +15,11 @@ have no post and are dropped: `news_article`. Several workers judged some pairs:
 one row, opposite ones are two.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from shiftrm.data.loaded import (
+    KINDS,
+    Options,
     Outcome,
     Outcomes,
     demonstration_of,
@@ -29,11 +30,12 @@ from shiftrm.data.loaded import (
     text_of,
     trimmed,
 )
+from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 
-__all__ = ["HUB_NAMES", "SummaryOptions", "comparison", "post", "read_comparisons", "read_posts"]
+__all__ = ["HUB_NAMES", "comparison", "post", "read_comparisons", "read_posts"]
 
 HUB_NAMES = (
     "openai/summarize_from_feedback:comparisons",
@@ -49,11 +51,6 @@ POSTS_HUB_NAMES = (
 
 PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 CUE = "TL;DR:"
-
-
-@dataclass(frozen=True)
-class SummaryOptions:
-    """There are none."""
 
 
 def comparison(row: Row, where: str) -> Outcome:
@@ -100,7 +97,7 @@ def post(row: Row, where: str) -> Outcome:
     return demonstration_of(made, _response(summary))
 
 
-def read_comparisons(source: str, kind: str, split: str, options: SummaryOptions) -> Outcomes:
+def read_comparisons(source: str, kind: str, split: str, options: Options) -> Outcomes:
     """Outcomes of comparisons; as a demonstration, the better summary.
 
     A row that says another split than `split` ("valid1" is one of "validation") is dropped as
@@ -115,7 +112,7 @@ def read_comparisons(source: str, kind: str, split: str, options: SummaryOptions
     return outcomes if kind == "pairs" else prompts_of(outcomes)
 
 
-def read_posts(source: str, kind: str, split: str, options: SummaryOptions) -> Outcomes:
+def read_posts(source: str, kind: str, split: str, options: Options) -> Outcomes:
     """Outcomes of TL;DR posts."""
     outcomes = each(post, iterate_rows(source, split=split))
     return outcomes if kind == "demonstrations" else prompts_of(outcomes)
@@ -168,3 +165,22 @@ def _object(value: Any, column: str, where: str) -> Row:
     if not isinstance(value, dict):
         raise UserError(f"{where}: column {column!r} holds {value!r:.40}; expected an object")
     return value
+
+
+FORMATS.register("summarize")(
+    Format(
+        about="OpenAI's comparisons of summaries of Reddit posts, and their mirrors",
+        kinds=KINDS,
+        hub=HUB_NAMES,
+        read=read_comparisons,
+        rows_say_split=True,
+    )
+)
+FORMATS.register("tldr")(
+    Format(
+        about="Reddit posts with a TL;DR, to fine-tune on",
+        kinds=("demonstrations", "prompts"),
+        hub=POSTS_HUB_NAMES,
+        read=read_posts,
+    )
+)

@@ -1,0 +1,189 @@
+"""Preference data in TRL's columns: `prompt`, `chosen`, `rejected`, as text or chat messages.
+
+The prompt may be part of the messages of both sides (TRL's implicit prompt), or also be given as
+text, as in HuggingFaceH4/ultrafeedback_binarized: then the prompt is what both sides begin with.
+Where `score_chosen` and `score_rejected` are given, rows with equal ratings and rows whose rejected
+side is rated higher are dropped. Prompts and demonstrations may also be given as
+`{"prompt", "completion"}` and `{"messages"}`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from shiftrm.data.dialogues import alternating, last_answer, parted
+from shiftrm.data.loaded import (
+    KINDS,
+    Options,
+    Outcome,
+    Outcomes,
+    demonstration_of,
+    demonstrations_of,
+    each,
+    message,
+    pair_of,
+    spoken,
+    text_of,
+    trimmed,
+)
+from shiftrm.data.named import FORMATS, Format
+from shiftrm.data.pairs import COLUMNS as PAIR_COLUMNS
+from shiftrm.data.sources import iterate_rows
+from shiftrm.errors import UserError
+from shiftrm.files import Row, require_columns
+from shiftrm.models.rendering import Text, check_text, is_conversational
+
+__all__ = ["MAPPERS", "demonstration", "preference", "read_preferences"]
+
+SCORES = ("score_chosen", "score_rejected")
+
+CARRIED = tuple(c for c in PAIR_COLUMNS if c not in ("prompt", "chosen", "rejected"))
+"""Further columns that training reads; they are kept."""
+
+
+def preference(row: Row, where: str, *, rated: bool = True) -> Outcome:
+    """Map one row to a preference row whose prompt stands apart, or say why not.
+
+    Reasons: `equal_ratings`, `rating_against_choice`, those of `dialogues` and of `pair_of`.
+
+    Args:
+        rated: whether ratings, where there are any, must agree with the choice.
+
+    Raises:
+        UserError: a missing column, a value of the wrong type, or text without a prompt.
+    """
+    require_columns(row, ("chosen", "rejected"), where)
+    for column in ("chosen", "rejected"):
+        check_text(row[column] or "", f"{where}: column {column!r}")
+    reason = _ratings(row, where) if rated else None
+    if reason is not None:
+        return reason
+    chosen, rejected = (spoken(row[column]) for column in ("chosen", "rejected"))
+    prompt = row.get("prompt")
+    if is_conversational(chosen) != is_conversational(rejected):
+        raise UserError(f"{where}: one side is text and the other is messages; write both alike")
+    if prompt:
+        check_text(prompt, f"{where}: column 'prompt'")
+        prompt = spoken(prompt)
+    if is_conversational(chosen):
+        pair = _chat_pair(prompt or [], chosen, rejected)
+    elif isinstance(prompt, list):
+        texts: list[Any] = [chosen, rejected]
+        sides = [[message("assistant", side)] if side else [] for side in texts]
+        pair = pair_of(prompt, *sides)
+    else:
+        pair = pair_of(text_of(row, "prompt", where), chosen, rejected)
+    if isinstance(pair, str):
+        return pair
+    return pair | {column: row[column] for column in CARRIED if row.get(column) is not None}
+
+
+def demonstration(row: Row, where: str) -> Outcome:
+    """Map one row to a demonstration: `{"messages"}`, prompt and completion, or a pair's chosen.
+
+    Reasons: `empty_prompt`, `empty_response`, `ends_with_human`, those of `dialogues`.
+
+    Raises:
+        UserError: no such columns, or a value of the wrong type.
+    """
+    if "completion" in row:
+        require_columns(row, ("prompt",), where)
+        for column in ("prompt", "completion"):
+            check_text(row[column] or "", f"{where}: column {column!r}")
+        return demonstration_of(*(spoken(row[c]) for c in ("prompt", "completion")))
+    if "messages" in row:
+        check_text(row["messages"], f"{where}: column 'messages'")
+        messages = _plain(spoken(row["messages"]))
+        outcome = messages if isinstance(messages, str) else last_answer(messages)
+        return outcome if isinstance(outcome, str) else {"messages": messages}
+    if "chosen" not in row:
+        has = ", ".join(map(repr, row))
+        raise UserError(
+            f"{where}: no demonstration; expected 'messages', 'prompt' and 'completion', or "
+            f"preference pairs, found {has}"
+        )
+    return next(demonstrations_of([(where, preference(row, where))]))[1]
+
+
+def read_preferences(source: str, kind: str, split: str, options: Options) -> Outcomes:
+    """Outcomes of rows in TRL's columns."""
+    return each(MAPPERS[kind], iterate_rows(source, split=split))
+
+
+def _prompt(row: Row, where: str) -> Outcome:
+    if "chosen" in row:
+        outcome = preference(row, where, rated=False)
+        return outcome if isinstance(outcome, str) else {"prompt": outcome["prompt"]}
+    if "prompt" in row:
+        prompt = row["prompt"] or ""
+        check_text(prompt, f"{where}: column 'prompt'")
+        return {"prompt": spoken(prompt)} if _says(prompt) else "empty_prompt"
+    outcome = demonstration(row, where)
+    return outcome if isinstance(outcome, str) else {"prompt": outcome["messages"][:-1]}
+
+
+MAPPERS: dict[str, Callable[[Row, str], Outcome]] = {
+    "pairs": preference,
+    "demonstrations": demonstration,
+    "prompts": _prompt,
+}
+
+
+def _chat_pair(prompt: Text, chosen: Any, rejected: Any) -> Outcome:
+    if is_conversational(prompt) and prompt:
+        n = len(prompt)
+        if chosen[:n] == rejected[:n] == prompt and min(len(chosen), len(rejected)) > n:
+            chosen, rejected = chosen[n:], rejected[n:]
+        return pair_of(prompt, chosen, rejected)
+    if chosen and rejected and chosen[0].get("role") == rejected[0].get("role") == "assistant":
+        if not isinstance(prompt, str):
+            return "no_shared_prompt"
+        text = trimmed(prompt)
+        return pair_of([message("user", text)] if text else [], chosen, rejected)
+    sides = [_plain(side) for side in (chosen, rejected)]
+    for side in sides:
+        if isinstance(side, str):
+            return side
+        if side[-1]["role"] != "assistant":
+            return "ends_with_human"
+    return parted(*sides)
+
+
+def _plain(messages: Any) -> Any:
+    """Alternating messages of text; a dialogue with tool calls or parts stays as it is."""
+    simple = all(
+        item["role"] in ("system", "user", "assistant") and isinstance(item.get("content"), str)
+        for item in messages
+    )
+    if not simple:
+        return messages
+    return alternating([message(item["role"], item["content"]) for item in messages])
+
+
+def _ratings(row: Row, where: str) -> str | None:
+    """Why two ratings teach nothing; None if there are none or they agree with the choice."""
+    if row.get(SCORES[0]) is None or row.get(SCORES[1]) is None:
+        return None
+    chosen, rejected = (_number(row[column], column, where) for column in SCORES)
+    if chosen == rejected:
+        return "equal_ratings"
+    return "rating_against_choice" if chosen < rejected else None
+
+
+def _number(value: Any, column: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}: column {column!r} is {value!r:.40}; expected a number")
+    return float(value)
+
+
+def _says(text: Any) -> bool:
+    return bool(text.strip() if isinstance(text, str) else text)
+
+
+FORMATS.register("preference")(
+    Format(
+        about="any data in TRL's columns: prompt, chosen, rejected; prompt, completion; messages",
+        kinds=KINDS,
+        read=read_preferences,
+    )
+)
