@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from shiftrm.measure.diagnosis.adaptation import adaptation_verdict
-from shiftrm.measure.diagnosis.comparison import compare
+from shiftrm.measure.diagnosis.comparison import adaptation_verdict, compare
 from shiftrm.measure.diagnosis.diagnosis import ScoredFile, diagnose
 from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResponse
 

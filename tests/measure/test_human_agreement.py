@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shiftrm.measure.people.agreement import cohen_kappa, krippendorff_alpha, pairwise_agreement
+from shiftrm.measure.people.result import cohen_kappa, krippendorff_alpha, pairwise_agreement
 
 # Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), section C: four observers,
 # twelve units, missing answers; nominal alpha 0.743.

@@ -10,8 +10,7 @@ from shiftrm.measure.judges.comparing import Comparison
 from shiftrm.measure.people.answers import HumanAnswer, read_answers
 from shiftrm.measure.people.blinding import pair_id
 from shiftrm.measure.people.key_files import Key, read_verdicts
-from shiftrm.measure.people.result import agreement, human_result, majority
-from shiftrm.measure.people.words import human_sentences
+from shiftrm.measure.people.result import agreement, human_result, human_sentences, majority
 
 KEY = Key(
     pairs={name: Comparison(f"the {name}", "left", "right") for name in "pqr"},

@@ -8,8 +8,7 @@ import pytest
 
 from shiftrm.measure.judges.comparing import Comparison, JudgeAnswer, Verdict, of_both_orders
 from shiftrm.measure.judges.length_control import fit_logistic, length_controlled_rate
-from shiftrm.measure.judges.win_rates import summarise
-from shiftrm.measure.judges.winrate_words import headline, warnings
+from shiftrm.measure.judges.win_rates import headline, summarise, warnings
 
 
 def read(prompt, first, second, ours="four", theirs="two"):

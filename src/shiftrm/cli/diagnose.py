@@ -121,18 +121,15 @@ def _write(found: Any, page: Path | None, json_files: list[Path]) -> None:
 
 def show_tables(found: Any) -> Any:
     """Print the tables; returns the console that they are on."""
-    from rich.console import Console
-
+    from shiftrm.cli.evaluate.output import console
     from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables
 
-    console = Console(highlight=False, emoji=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, markup=False, width=120)
+    out = console()
     for table in numbers_tables(found.diagnoses, found.verdicts):
-        _print_table(console, table)
+        _print_table(out, table)
     if found.comparisons:
-        _print_table(console, comparison_table(found.comparisons))
-    return console
+        _print_table(out, comparison_table(found.comparisons))
+    return out
 
 
 def show(found: Any) -> None:

@@ -15,7 +15,7 @@ from shiftrm.data.holdout import held_out, overlap
 from shiftrm.data.prompts import read_prompts, warn_of_joined_ends
 from shiftrm.errors import UserError
 from shiftrm.files import Row, write_jsonl
-from shiftrm.measure.diagnosis.adaptation import adaptation_verdict
+from shiftrm.measure.diagnosis.comparison import adaptation_verdict
 from shiftrm.measure.diagnosis.findings import Bar, Findings, find, no_bar
 from shiftrm.measure.diagnosis.scored_files import DataFile, encode_data, prompt_key, read_data
 from shiftrm.methods.adapt_words import card_tables, verdict_words

@@ -8,8 +8,7 @@ from shiftrm.files import Row
 from shiftrm.measure.judges.comparing import Judge, judge_pairs, match_rows
 from shiftrm.measure.judges.endpoint_judge import EndpointJudge
 from shiftrm.measure.judges.kinds import JudgeOptions, open_judge
-from shiftrm.measure.judges.win_rates import WinRate, summarise
-from shiftrm.measure.judges.winrate_words import verdict_rows
+from shiftrm.measure.judges.win_rates import WinRate, summarise, verdict_rows
 from shiftrm.models.endpoint import EndpointConfig
 
 __all__ = ["judge_rows", "numbers_of", "open_recipes_judge"]

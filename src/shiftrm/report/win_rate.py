@@ -9,8 +9,7 @@ from shiftrm.core.intervals import Measured
 from shiftrm.files import atomic_write_text
 from shiftrm.measure.judges.comparing import Verdict
 from shiftrm.measure.judges.questions import plain_text
-from shiftrm.measure.judges.win_rates import WinRate
-from shiftrm.measure.judges.winrate_words import headline, sentences, warnings
+from shiftrm.measure.judges.win_rates import WinRate, headline, sentences, warnings
 from shiftrm.records import library_versions, source_commit
 from shiftrm.report.page import page_template
 from shiftrm.report.tables import NOT_MEASURED, Table

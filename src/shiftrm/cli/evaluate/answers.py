@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.files import write_jsonl
     from shiftrm.measure.people.answers import read_answers
     from shiftrm.measure.people.key_files import read_key, read_verdicts
-    from shiftrm.measure.people.result import human_result
-    from shiftrm.measure.people.words import human_sentences
+    from shiftrm.measure.people.result import human_result, human_sentences
 
     output = output_rows(args.output, apart_from=[args.key, *args.answers, args.verdicts])
     key = read_key(args.key)

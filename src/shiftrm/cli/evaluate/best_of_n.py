@@ -125,12 +125,11 @@ def _scores(option: str, batch_size: int) -> Any:
 def _write(
     output: Path, picture: Path, curve: Any, args: argparse.Namespace, *, left_out: int
 ) -> None:
-    import json
     from dataclasses import asdict
 
-    from shiftrm.files import atomic_write_bytes, atomic_write_text
+    from shiftrm.cli.evaluate.output import write_numbers
+    from shiftrm.files import atomic_write_bytes
     from shiftrm.measure.best_of_n import describe
-    from shiftrm.records import library_versions, source_commit
     from shiftrm.report.best_of_n_plots import best_of_n_figure
     from shiftrm.report.plots import render
 
@@ -142,11 +141,9 @@ def _write(
         "gold_fit": _fit(curve),
         "left_out": left_out,
         "summary": describe(curve),
-        "commit": source_commit(),
-        "versions": library_versions(),
     }
     image = render(best_of_n_figure(curve), format="png")  # before anything is written
-    atomic_write_text(output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_numbers(output, content)
     atomic_write_bytes(picture, image)
 
 
@@ -168,7 +165,7 @@ def _show(curve: Any, left_out: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from shiftrm.cli.evaluate.tables import console
+    from shiftrm.cli.evaluate.output import console
     from shiftrm.measure.best_of_n import describe
 
     out = console()

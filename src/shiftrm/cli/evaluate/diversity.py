@@ -108,11 +108,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _write(path: Path, args: argparse.Namespace, named: dict[str, str], report: Any) -> None:
-    import json
     from dataclasses import asdict
 
-    from shiftrm.files import atomic_write_text
-    from shiftrm.records import library_versions, source_commit
+    from shiftrm.cli.evaluate.output import write_numbers
 
     content = {
         **asdict(report),
@@ -120,10 +118,8 @@ def _write(path: Path, args: argparse.Namespace, named: dict[str, str], report: 
         "embedder": args.embedder,
         "tokenize": args.tokenize,
         "seed": args.seed,
-        "commit": source_commit(),
-        "versions": library_versions(),
     }
-    atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_numbers(path, content)
 
 
 ROWS = {
@@ -141,7 +137,7 @@ def _show(report: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from shiftrm.cli.evaluate.tables import console
+    from shiftrm.cli.evaluate.output import console
 
     out = console()
     for scope in dict.fromkeys(d.scope for d in report.diversities):

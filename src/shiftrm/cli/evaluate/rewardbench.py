@@ -80,11 +80,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write(path: Any, args: argparse.Namespace, version: int, found: Any, scores: Any) -> None:
-    import json
     from dataclasses import asdict
 
-    from shiftrm.files import atomic_write_text
-    from shiftrm.records import library_versions, source_commit
+    from shiftrm.cli.evaluate.output import write_numbers
 
     content = {
         "benchmark": f"RewardBench {version}",
@@ -94,17 +92,15 @@ def _write(path: Any, args: argparse.Namespace, version: int, found: Any, scores
         "responses": scores.responses,
         "truncated": scores.truncated,
         "max_length": scores.limit,
-        "commit": source_commit(),
-        "versions": library_versions(),
     }
-    atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_numbers(path, content)
 
 
 def _show(version: int, found: Any, scores: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from shiftrm.cli.evaluate.tables import console
+    from shiftrm.cli.evaluate.output import console
     from shiftrm.measure.rewardbench import describe
 
     out = console()

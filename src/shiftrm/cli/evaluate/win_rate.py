@@ -109,8 +109,9 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
+    from shiftrm.files import write_jsonl
     from shiftrm.measure.judges.comparing import draw, match_rows
-    from shiftrm.measure.judges.win_rates import problems, summarise
+    from shiftrm.measure.judges.win_rates import problems, summarise, verdict_rows
 
     _check(args)
     folder = _folder(args)
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
         return
     with bar("judging", len(chosen)) as advance:
         verdicts = _judge(judge, chosen, advance)
-    _write_verdicts(folder, verdicts)
+    write_jsonl(folder / VERDICTS, verdict_rows(verdicts))
     rate = summarise(verdicts, judge=judge.name, seed=args.seed)
     if rate is None:
         reasons = ", ".join(f"{word} ({n})" for word, n in problems(verdicts).items())
@@ -335,19 +336,12 @@ def _settings(args: argparse.Namespace, judge: Any, matched: int) -> dict[str, A
     return found
 
 
-def _write_verdicts(folder: Any, verdicts: list[Any]) -> None:
-    from shiftrm.files import write_jsonl
-    from shiftrm.measure.judges.winrate_words import verdict_rows
-
-    write_jsonl(folder / VERDICTS, verdict_rows(verdicts))
-
-
 def _write_numbers(folder: Any, rate: Any, verdicts: list[Any], settings: dict[str, Any]) -> None:
     import json
     from dataclasses import asdict
 
     from shiftrm.files import atomic_write_text
-    from shiftrm.measure.judges.winrate_words import headline, sentences, warnings
+    from shiftrm.measure.judges.win_rates import headline, sentences, warnings
     from shiftrm.records import library_versions, source_commit
     from shiftrm.report.win_rate import write_page
 
@@ -366,7 +360,7 @@ def _write_numbers(folder: Any, rate: Any, verdicts: list[Any], settings: dict[s
 
 
 def _show(rate: Any, *, several: int) -> None:
-    from shiftrm.measure.judges.winrate_words import headline, sentences, warnings
+    from shiftrm.measure.judges.win_rates import headline, sentences, warnings
 
     print(headline(rate))
     for sentence in sentences(rate):

@@ -8,7 +8,6 @@ import numpy as np
 from shiftrm.core.discrimination import Floats
 from shiftrm.core.intervals import Measured, measured, weighted_mean
 from shiftrm.measure.judges.comparing import Outcome
-from shiftrm.measure.people.agreement import cohen_kappa, krippendorff_alpha, pairwise_agreement
 from shiftrm.measure.people.answers import HumanAnswer
 from shiftrm.measure.people.blinding import OUTCOMES
 
@@ -175,3 +174,147 @@ def _first_share(given: Sequence[HumanAnswer], seed: int) -> Measured | None:
     values = np.array([float(answer.choice == "A") for answer in decided])
     prompts = [answer.prompt for answer in decided]
     return measured(lambda w: weighted_mean(values, w), prompts, seed=seed)
+
+
+# -- agreement beyond chance -----------------------------------------------------------------
+# Categories have no order here: win against tie counts as much as win against lose.
+
+
+def pairwise_agreement(counts: Floats, weights: Floats) -> float:
+    """The chance that two different raters of a unit gave the same answer, averaged over units.
+
+    Args:
+        counts: answers of each category, [units, categories]; units with fewer than two answers
+            are left out.
+        weights: how often each unit counts, [units].
+
+    Returns:
+        NaN if no unit has two answers.
+    """
+    answers = counts.sum(axis=1)
+    several = answers >= 2
+    n, w = answers[several], weights[several]
+    if w.sum() == 0:
+        return float("nan")
+    same = (counts[several] * (counts[several] - 1)).sum(axis=1) / (n * (n - 1))
+    return float((same * w).sum() / w.sum())
+
+
+def krippendorff_alpha(counts: Floats, weights: Floats) -> float:
+    """Krippendorff's alpha for nominal data: any number of raters, answers may be missing.
+
+    Source: Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), section C.
+
+    Args:
+        counts, weights: as in `pairwise_agreement`.
+
+    Returns:
+        1 for perfect agreement, 0 for chance, below 0 for less than that; NaN where it is not
+        defined: no unit with two answers, or all answers are the same.
+    """
+    answers = counts.sum(axis=1)
+    several = (answers >= 2) & (weights > 0)
+    if not several.any():
+        return float("nan")
+    c, n_u, w = counts[several], answers[several], weights[several]
+    # o_cc' = sum_u n_uc (n_uc' - [c = c']) / (n_u - 1), here its diagonal and its row sums n_c.
+    matched = (c * (c - 1) * (w / (n_u - 1))[:, None]).sum(axis=0)
+    n_c = (c * w[:, None]).sum(axis=0)
+    n = n_c.sum()
+    expected = n * (n - 1) - (n_c * (n_c - 1)).sum()
+    if expected <= 0:
+        return float("nan")
+    # alpha = 1 - D_o / D_e = 1 - (n - 1) sum_{c != c'} o_cc' / sum_{c != c'} n_c n_c'
+    return float(1 - (n - 1) * (n - matched.sum()) / expected)
+
+
+def cohen_kappa(first: Floats, second: Floats, weights: Floats) -> float:
+    """Cohen's kappa of two raters who answered the same units.
+
+    Source: Cohen, "A coefficient of agreement for nominal scales" (1960).
+
+    Args:
+        first, second: one-hot answers, [units, categories].
+        weights: how often each unit counts, [units].
+
+    Returns:
+        (p_o - p_e) / (1 - p_e); NaN without units, or if both gave one and the same answer always.
+    """
+    total = weights.sum()
+    if total == 0:
+        return float("nan")
+    p = (weights / total) @ np.concatenate([first, second], axis=1)
+    first_shares, second_shares = p[: first.shape[1]], p[first.shape[1] :]
+    observed = float((first * second).sum(axis=1) @ weights / total)
+    expected = float(first_shares @ second_shares)
+    if expected >= 1:
+        return float("nan")
+    return (observed - expected) / (1 - expected)
+
+
+# -- in words --------------------------------------------------------------------------------
+
+FEW = 30  # items; below this, an interval of the bootstrap is too narrow to be believed
+
+
+def human_sentences(result: HumanResult) -> list[str]:
+    """What came of it, a sentence a line."""
+    raters = len(result.answers)
+    given, missing = sum(result.answers.values()), sum(result.missing.values())
+    lines = [
+        f"{given} answers of {_count(raters, 'rater')} to {_count(result.items, 'item')}"
+        + (f"; {missing} are missing." if missing else "."),
+        f"Ours wins {_percent(result.win)}, ties {_percent(result.tie)}, loses "
+        f"{_percent(result.lose)}.",
+        f"Win rate, a tie counting half: {_percent(result.win_rate)}: {_verdict(result.win_rate)}.",
+    ]
+    if result.items < FEW:
+        lines.append(
+            f"{_count(result.items, 'item')}: too few to trust the intervals; {FEW} are the least."
+        )
+    if result.first is not None and _off_half(result.first):
+        side = "first" if result.first.value > 0.5 else "second"
+        lines.append(
+            f"Raters lean to the {side} response: A was chosen in {_percent(result.first)} of the "
+            "decided answers."
+        )
+    if result.raters is not None:
+        lines.append("Raters: " + _agreement_words(result.raters))
+    if result.judge is not None:
+        left_out = f"; {result.judge_missing} without a verdict" if result.judge_missing else ""
+        lines.append("Raters' majority and the judge: " + _agreement_words(result.judge, left_out))
+    return lines
+
+
+def _verdict(rate: Measured) -> str:
+    if not _off_half(rate):
+        return "no clear difference"
+    return "ours is preferred" if rate.value > 0.5 else "theirs is preferred"
+
+
+def _off_half(rate: Measured) -> bool:
+    return rate.low is not None and rate.high is not None and not rate.low <= 0.5 <= rate.high
+
+
+def _agreement_words(found: Agreement, left_out: str = "") -> str:
+    if found.share is None:
+        return f"no item with two answers{left_out}."
+    parts = [f"agree on {_percent(found.share)} of {_count(found.items, 'item')}{left_out}"]
+    if found.kappa is not None:
+        parts.append(f"Cohen's kappa {found.kappa}")
+    if found.alpha is not None:
+        parts.append(f"Krippendorff's alpha {found.alpha}")
+    else:
+        parts.append("alpha is not defined: all answers are the same")
+    return "; ".join(parts) + "."
+
+
+def _percent(rate: Measured) -> str:
+    value = f"{100 * rate.value:.0f} %"
+    if rate.low is None or rate.high is None:
+        return value
+    return f"{value} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,25 @@
+"""How the evaluations print tables and write their numbers."""
+
+from pathlib import Path
+from typing import Any
+
+
+def console() -> Any:
+    """A console that prints text unchanged, 120 columns wide where there is no terminal."""
+    from rich.console import Console
+
+    found = Console(highlight=False, emoji=False, markup=False)
+    if found.is_terminal:
+        return found
+    return Console(highlight=False, emoji=False, markup=False, width=120)
+
+
+def write_numbers(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON, with the commit and the library versions."""
+    import json
+
+    from shiftrm.files import atomic_write_text
+    from shiftrm.records import library_versions, source_commit
+
+    content = {**content, "commit": source_commit(), "versions": library_versions()}
+    atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
