@@ -17,7 +17,7 @@ from shiftrm.core.curvature import (
     kinks,
     relative_size,
 )
-from shiftrm.core.losses import difference_loss, held_signs, recorded_signs
+from shiftrm.core.objectives import difference_loss, held_signs, recorded_signs
 from shiftrm.errors import UserError
 from shiftrm.models.scoring import sequence_rewards
 from tests.conftest import llama_config
@@ -188,9 +188,9 @@ def test_held_signs_are_those_of_the_same_calls():
     with held_signs(signs):  # differences -0.2, 0.1 and 0.3, the first two times -1
         hand = 2 / 9 * torch.sigmoid(torch.tensor([0.2, -0.1, 0.3]).double()).sum()
         torch.testing.assert_close(difference_loss(turned)[0], hand)
-        with pytest.raises(RuntimeError, match="otherwise than when signs"):
+        with pytest.raises(RuntimeError, match="differently than when its signs"):
             difference_loss(turned)
-    with held_signs(signs), pytest.raises(RuntimeError, match="otherwise than when signs"):
+    with held_signs(signs), pytest.raises(RuntimeError, match="differently than when its signs"):
         difference_loss(turned[:, :2])
 
 

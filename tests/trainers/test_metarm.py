@@ -60,9 +60,9 @@ def direction(grads, rule):
     return grads
 
 
-def algorithm_1(model, rows, groups, *, eta, alpha, rule):
+def algorithm_1(model, rows, groups, *, eta, alpha, rule, objective=difference_objective):
     theta = {k: v.detach() for k, v in model.named_parameters()}
-    G = direction(gradient(difference_objective, model, theta, groups), rule)
+    G = direction(gradient(objective, model, theta, groups), rule)
     shifted = {k: theta[k] + eta * G[k] for k in theta}
     L = gradient(preference_loss, model, shifted, rows)
     return {k: theta[k] - alpha * L[k] for k in theta}
@@ -101,6 +101,62 @@ def test_one_step_is_algorithm_1(
     vanilla = algorithm_1(original, rows, encoded, eta=0.0, alpha=0.1, rule=rule)
     difference = max(float((vanilla[k] - expected[k]).abs().max()) for k in vanilla)
     assert difference > 100 * tolerance, "the meta step must matter in this test"
+
+
+OWN_OBJECTIVE = """
+def variance(rewards_BK, *, mask):
+    size_B = mask.sum(dim=1)
+    mean_B = (rewards_BK * mask).sum(dim=1) / size_B
+    return (((rewards_BK - mean_B[:, None]) * mask) ** 2).sum(dim=1) / size_B
+"""
+
+
+def variance_objective(model, parameters, groups):
+    values = []
+    for group in groups:
+        rewards = torch.stack([plain_reward(model, parameters, sequence) for sequence in group])
+        values.append(rewards.var(unbiased=False))
+    return torch.stack(values).mean()
+
+
+def test_an_objective_from_outside_the_package(
+    make_trainer, reward_model, groups, tokenizer, tmp_path, monkeypatch
+):
+    (tmp_path / "own_objectives.py").write_text(OWN_OBJECTIVE)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = reward_model.double()
+    original = copy.deepcopy(model)
+    trainer = make_trainer(
+        model,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        meta_objective="own_objectives:variance",
+        meta_step="normalized",
+        meta_learning_rate=0.3,
+        meta_batch_size=len(groups),
+        shared_prefixes=False,
+    )
+    rows = list(trainer.train_dataset)
+    trainer.train()
+    encoded = [[encode(tokenizer, g["prompt"], r) for r in g["responses"]] for g in groups]
+    options = {"eta": 0.3, "alpha": 0.1, "rule": "normalized"}
+    expected = algorithm_1(original, rows, encoded, objective=variance_objective, **options)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-10, msg=name)
+    of_difference = algorithm_1(original, rows, encoded, **options)
+    assert max(float((of_difference[k] - expected[k]).abs().max()) for k in expected) > 1e-5
+
+
+def test_an_unknown_objective_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"meta objective 'diference'; did you mean 'difference'"):
+        MetaRMConfig(output_dir=str(tmp_path), meta_objective="diference")
+
+
+def test_an_objective_must_give_one_value_a_group(make_trainer, reward_model, monkeypatch):
+    trainer = make_trainer(reward_model)
+    monkeypatch.setattr(trainer, "_meta_objective", lambda rewards, mask: rewards.mean())
+    with pytest.raises(UserError, match="expected one value a group"):
+        trainer.train()
 
 
 def test_deploy_adapted_is_one_further_ascent(make_trainer, reward_model, groups, tokenizer):
@@ -275,8 +331,7 @@ def test_non_finite_meta_gradient_is_skipped_and_counted(make_trainer, reward_mo
     make_trainer(plain, RewardTrainer, max_steps=2).train()
     trainer = make_trainer(meta, max_steps=2, meta_learning_rate=0.5)
     monkeypatch.setattr(
-        "shiftrm.trainers.meta_passes.difference_loss",
-        lambda rewards, mask: rewards.sum(1) * float("nan"),
+        trainer, "_meta_objective", lambda rewards, mask: rewards.sum(1) * float("nan")
     )
     trainer.train()
     assert [log["meta_skipped"] for log in trainer.state.log_history if "loss" in log] == [1, 1]

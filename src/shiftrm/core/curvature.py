@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shiftrm.core.losses import held_signs, recorded_signs
 from shiftrm.core.meta_direction import global_norm, inner_product
+from shiftrm.core.objectives import held_signs, recorded_signs
 from shiftrm.errors import UserError
 
 Curvature = Literal["exact", "finite_difference"]
@@ -152,7 +152,7 @@ def finite_difference_product(
     truncation and rounding are then alike. The radius is adapted until that is so. Relative error,
     measured on small models: 1e-4 in fp32, 0.1 in bf16 (docs/bf16-meta-step.md).
 
-    `difference_loss` has kinks, and its signs are those of theta in all gradients: they are
+    `absolute` has a kink, and its signs are those of theta in all gradients: they are
     recorded by one gradient more, at theta, unless `gradient` holds them itself (`held_signs`).
     Of a model with kinks of its own (`kinks`) the product is wrong.
 

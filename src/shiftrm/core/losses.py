@@ -4,14 +4,24 @@ Notation: `B` pairs or groups in a batch, `K` responses in a group, `T` tokens, 
 vocabulary. Every loss returns per-example values of shape [B]; the caller takes the mean.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from shiftrm.core.objectives import difference_loss
+
+__all__ = [
+    "TokenReduction",
+    "bradley_terry_loss",
+    "difference_loss",
+    "effective_sample_size",
+    "preference_policy_loss",
+    "response_log_likelihood",
+    "reward_weighted_loss",
+    "reward_weights",
+]
 
 TokenReduction = Literal["sum", "mean"]
 """How token log-probabilities become one number a response; see `response_log_likelihood`."""
@@ -42,101 +52,6 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | Non
     if margin is not None:
         difference = difference - margin
     return -F.logsigmoid(difference)  # Eq. 1
-
-
-def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """How well rewards tell the responses to one prompt apart (J, Eq. 2). High is discriminating.
-
-    `J = 2/K^2 * sum_{i<j} sigmoid(|r_i - r_j|)`. It is maximised, by gradient ascent. It runs from
-    `(K-1)/(2K)` (all equal) to `(K-1)/K` (all far apart). Where two rewards are equal the
-    derivative of |.| is taken as 0, so there is no NaN, and no gradient to part them either.
-
-    Args:
-        rewards_BK: rewards of K responses to each of B prompts, shape [B, K].
-        mask: True where a response exists, shape [B, K], for groups of unequal size; K in the
-            formula is then each group's own number of responses. Default: all exist.
-
-    Returns:
-        J per group, shape [B], dimensionless.
-
-    Raises:
-        ValueError: not two-dimensional, mask of another shape, or a group with fewer than two
-            responses (it has no pair to tell apart).
-
-    Source: Dou et al., arXiv 2405.00438, Eq. 2. Ragged groups are ours; with a full mask the value
-    is the paper's. So is that inside `held_signs` the signs of the differences stay what they were.
-    """
-    if rewards_BK.dim() != 2:
-        raise ValueError(f"rewards must have shape [B, K], got {tuple(rewards_BK.shape)}")
-    if mask is None:
-        mask = torch.ones_like(rewards_BK, dtype=torch.bool)
-    elif mask.shape != rewards_BK.shape:
-        raise ValueError(f"mask {tuple(mask.shape)} and rewards {tuple(rewards_BK.shape)} differ")
-    mask = mask.bool()
-    size_B = mask.sum(dim=1)
-    if bool((size_B < 2).any()):
-        raise ValueError("a group needs at least two responses: nothing to tell apart in one")
-
-    K = rewards_BK.shape[1]
-    i, j = torch.triu_indices(K, K, offset=1, device=rewards_BK.device)
-    # Filled before the difference, so that padding (inf or NaN, even) cannot reach the gradient.
-    rewards_BK = rewards_BK.masked_fill(~mask, 0.0)
-    difference = rewards_BK[:, i] - rewards_BK[:, j]
-    # |d| is sign(d) d, with the same derivatives; the sign may be held.
-    discrimination = torch.sigmoid(_signs(difference.detach()) * difference)
-    discrimination = discrimination * (mask[:, i] & mask[:, j])
-    return 2.0 / size_B.to(rewards_BK.dtype) ** 2 * discrimination.sum(dim=1)  # Eq. 2
-
-
-# Where `difference_loss` puts its signs, and where it takes them from; both call by call.
-_signs_found: ContextVar[list[Tensor] | None] = ContextVar("signs_found", default=None)
-_signs_held: ContextVar[Iterator[Tensor] | None] = ContextVar("signs_held", default=None)
-
-
-@contextmanager
-def recorded_signs() -> Iterator[list[Tensor]]:
-    """Collect the signs of r_i - r_j that calls of `difference_loss` inside find, call by call."""
-    found: list[Tensor] = []
-    token = _signs_found.set(found)
-    try:
-        yield found
-    finally:
-        _signs_found.reset(token)
-
-
-@contextmanager
-def held_signs(signs: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the n-th call of `difference_loss` has the n-th of these signs.
-
-    J has a kink wherever two rewards are equal. With the signs of theta it is, near theta, the
-    smooth function whose derivatives at theta are those of J: what differences of gradients must be
-    taken of, for a step across a kink would divide its jump by the length of the step.
-
-    Args:
-        signs: from `recorded_signs`, of the same calls.
-
-    Raises:
-        RuntimeError: other calls than those that were recorded.
-    """
-    token = _signs_held.set(iter(signs))
-    try:
-        yield
-    finally:
-        _signs_held.reset(token)
-
-
-def _signs(difference: Tensor) -> Tensor:
-    held = _signs_held.get()
-    if held is not None:
-        signs = next(held, None)
-        if signs is None or signs.shape != difference.shape:
-            raise RuntimeError("difference_loss is called otherwise than when signs were recorded")
-        return signs
-    signs = difference.sign()
-    found = _signs_found.get()
-    if found is not None:
-        found.append(signs)
-    return signs
 
 
 def response_log_likelihood(

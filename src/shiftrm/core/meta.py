@@ -33,7 +33,6 @@ from shiftrm.core.curvature import (
     hessian_vector_product,
     relative_size,
 )
-from shiftrm.core.losses import held_signs, recorded_signs
 from shiftrm.core.meta_direction import (
     AdaptiveState,
     MetaStep,
@@ -51,6 +50,7 @@ from shiftrm.core.meta_shift import (
     midpoint_change,
     midpoint_change_by_differences,
 )
+from shiftrm.core.objectives import held_signs, recorded_signs
 
 __all__ = [
     "AdaptiveState",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from shiftrm.core.curvature import finite_difference_product, hessian_vector_product
-from shiftrm.core.losses import difference_loss, held_signs
 from shiftrm.core.meta import add_unbiased_, midpoint_change, midpoint_change_by_differences
+from shiftrm.core.objectives import Objective, held_signs
+from shiftrm.errors import UserError
 from shiftrm.models.prefix import SharedRows, pack
 from shiftrm.trainers.meta_groups import MetaGroups, TokenGroup
 from shiftrm.trainers.sharding import gradients_in_shards, is_sharded, reshard
@@ -29,6 +30,7 @@ class MetaPasses(_Base):
     """
 
     _groups: MetaGroups
+    _meta_objective: Objective
     meta_batch_size: int
     meta_curvature: str
     _compute_type: torch.dtype
@@ -65,12 +67,18 @@ class MetaPasses(_Base):
             return weight * self._objective(model, groups).sum() / self.meta_batch_size
 
     def _objective(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:
-        """J of each group (Eq. 2), shape [B]."""
+        """J of each group (Eq. 2 by default), shape [B]."""
         rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
         rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
         with self._draws_given_back():
             rewards = self._group_rewards(model, rows)
-        return difference_loss(rewards, mask=rows.exists)  # Eq. 2
+        value = self._meta_objective(rewards, mask=rows.exists)
+        if value.shape != rewards.shape[:1]:
+            raise UserError(
+                f"meta_objective={self.args.meta_objective}: returned shape {tuple(value.shape)} "
+                f"for {len(rewards)} groups; expected one value a group"
+            )
+        return value
 
     def _micro_batches(self) -> list[tuple[float, list[TokenGroup]]]:
         """This process's share of the step's groups, in micro-batches with their weight.

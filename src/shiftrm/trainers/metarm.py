@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shiftrm.core.curvature import coarsest_type, kinks, relative_size
-from shiftrm.core.losses import recorded_signs
 from shiftrm.core.meta import (
     AdaptiveState,
     ascend_,
@@ -23,6 +22,7 @@ from shiftrm.core.meta import (
     meta_directions,
     second_order_term,
 )
+from shiftrm.core.objectives import OBJECTIVES, recorded_signs
 from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
 from shiftrm.measure.diagnosis.thresholds import INFLUENCE_CEILING
@@ -91,6 +91,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
     ) -> None:
         args = args if args is not None else MetaRMConfig("metarm-output")
         _check_arguments(args)
+        self._meta_objective = OBJECTIVES.get(args.meta_objective)
         super().__init__(model, args, *trl_arguments, **trl_keywords)
         refuse_model_parallelism(self.accelerator, self.model)
         if isinstance(meta_dataset, str | Path):

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 from shiftrm.core.curvature import Curvature
 from shiftrm.core.meta import MetaOrder, MetaShift, MetaStep
+from shiftrm.core.objectives import OBJECTIVES
 from shiftrm.errors import UserError, suggest
 from shiftrm.trainers.reward_config import RewardConfig
 
@@ -48,6 +49,13 @@ class MetaRMConfig(RewardConfig):
         },
     )
 
+    meta_objective: str = field(
+        default="difference",
+        metadata={
+            "help": "J, which the meta step raises on unlabelled groups: difference (Eq. 2), "
+            "another name in shiftrm.core.objectives, or package.module:function."
+        },
+    )
     meta_order: str = field(
         default="first",
         metadata={
@@ -82,6 +90,7 @@ class MetaRMConfig(RewardConfig):
         if self.meta_learning_rate is None:
             self.meta_learning_rate = self.learning_rate
         _require_choice("meta_step", self.meta_step, list(get_args(MetaStep)))
+        OBJECTIVES.get(self.meta_objective)
         _require_choice("meta_order", self.meta_order, list(get_args(MetaOrder)))
         _require_choice("meta_shift", self.meta_shift, ["auto", *get_args(MetaShift)])
         if self.meta_curvature is not None:

@@ -1,0 +1,137 @@
+"""Meta objectives: what a MetaRM step raises on unlabelled responses, by name.
+
+An objective is a function `(rewards_BK, *, mask) -> J_B` on the rewards of K responses to each of B
+prompts. `mask` [B, K] is True where a response exists. J [B] is differentiable in the rewards, and
+the step is along the gradient of its mean. To add one, register it here, or set `meta_objective` to
+`package.module:function`.
+
+Where |x| occurs, use `absolute`, so that finite differences of gradients do not cross its kink.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shiftrm.registry import Registry
+
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "absolute",
+    "difference_loss",
+    "held_signs",
+    "recorded_signs",
+]
+
+
+class Objective(Protocol):
+    """The signature of a meta objective; see this module."""
+
+    def __call__(self, rewards_BK: Tensor, *, mask: Tensor) -> Tensor: ...
+
+
+OBJECTIVES = Registry[Objective]("meta objective")
+
+
+@OBJECTIVES.register("difference")
+def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """How well rewards tell the responses to one prompt apart (J, Eq. 2); higher is better.
+
+    `J = 2/K^2 * sum_{i<j} sigmoid(|r_i - r_j|)`, maximised by gradient ascent. It lies between
+    `(K-1)/(2K)` (all equal) and `(K-1)/K` (all far apart). Where two rewards are equal, the
+    derivative of |.| is taken as 0: there is no NaN, and no gradient that separates them.
+
+    Args:
+        rewards_BK: rewards of K responses to each of B prompts, shape [B, K].
+        mask: True where a response exists, shape [B, K], for groups of unequal size; K in the
+            formula is then each group's number of responses. Default: all exist.
+
+    Returns:
+        J per group, shape [B], dimensionless.
+
+    Raises:
+        ValueError: not two-dimensional, a mask of another shape, or a group with fewer than two
+            responses.
+
+    Source: Dou et al., arXiv 2405.00438, Eq. 2. Groups of unequal size and `held_signs` are ours;
+    with a full mask the value is the paper's.
+    """
+    if rewards_BK.dim() != 2:
+        raise ValueError(f"rewards must have shape [B, K], got {tuple(rewards_BK.shape)}")
+    if mask is None:
+        mask = torch.ones_like(rewards_BK, dtype=torch.bool)
+    elif mask.shape != rewards_BK.shape:
+        raise ValueError(f"mask {tuple(mask.shape)} and rewards {tuple(rewards_BK.shape)} differ")
+    mask = mask.bool()
+    size_B = mask.sum(dim=1)
+    if bool((size_B < 2).any()):
+        raise ValueError("a group needs at least two responses; one has no pair")
+
+    K = rewards_BK.shape[1]
+    i, j = torch.triu_indices(K, K, offset=1, device=rewards_BK.device)
+    # Filled before the difference, so that padding (inf or NaN, even) cannot reach the gradient.
+    rewards_BK = rewards_BK.masked_fill(~mask, 0.0)
+    difference = rewards_BK[:, i] - rewards_BK[:, j]
+    discrimination = torch.sigmoid(absolute(difference))
+    discrimination = discrimination * (mask[:, i] & mask[:, j])
+    return 2.0 / size_B.to(rewards_BK.dtype) ** 2 * discrimination.sum(dim=1)  # Eq. 2
+
+
+def absolute(x: Tensor) -> Tensor:
+    """`|x|`, with derivative 0 at 0. Inside `held_signs`, the signs are those recorded earlier."""
+    return _signs(x.detach()) * x
+
+
+# Where `absolute` puts its signs, and where it takes them from; both call by call.
+_signs_found: ContextVar[list[Tensor] | None] = ContextVar("signs_found", default=None)
+_signs_held: ContextVar[Iterator[Tensor] | None] = ContextVar("signs_held", default=None)
+
+
+@contextmanager
+def recorded_signs() -> Iterator[list[Tensor]]:
+    """Collect the signs that calls of `absolute` find inside, one tensor a call."""
+    found: list[Tensor] = []
+    token = _signs_found.set(found)
+    try:
+        yield found
+    finally:
+        _signs_found.reset(token)
+
+
+@contextmanager
+def held_signs(signs: Sequence[Tensor]) -> Iterator[None]:
+    """Context in which the n-th call of `absolute` uses the n-th of these signs.
+
+    J has a kink wherever two rewards are equal. With the signs at theta held, J is smooth near
+    theta and has the same derivatives at theta. Finite differences of gradients need this: a step
+    across a kink would divide the jump of the gradient by the length of the step.
+
+    Args:
+        signs: from `recorded_signs`, of the same calls.
+
+    Raises:
+        RuntimeError: the calls differ from those that were recorded.
+    """
+    token = _signs_held.set(iter(signs))
+    try:
+        yield
+    finally:
+        _signs_held.reset(token)
+
+
+def _signs(difference: Tensor) -> Tensor:
+    held = _signs_held.get()
+    if held is not None:
+        signs = next(held, None)
+        if signs is None or signs.shape != difference.shape:
+            raise RuntimeError("absolute is called differently than when its signs were recorded")
+        return signs
+    signs = difference.sign()
+    found = _signs_found.get()
+    if found is not None:
+        found.append(signs)
+    return signs
