@@ -112,14 +112,14 @@ GOOD = ("convert", "hh_rlhf", "hh.jsonl", "--kind", "pairs", "--output", "pairs.
     [
         (("convert", "hh", *GOOD[2:]), "unknown format 'hh'"),
         ((*GOOD, "subst=helpful"), "hh_rlhf: no option 'subst'; did you mean 'subset'?"),
-        ((*GOOD, "subset=helpful"), "hh.jsonl: is one file, so subset=helpful says nothing"),
+        ((*GOOD, "subset=helpful"), "hh.jsonl: is one file, so subset=helpful has no effect"),
         ((*GOOD, "limit=0"), "limit is 0"),
         ((*GOOD, "--split", "test"), "hh.jsonl: is one file, so --split has no effect"),
         (
             ("convert", "tldr", *GOOD[2:]),
             "tldr: gives no 'pairs'; it gives demonstrations, prompts",
         ),
-        (("convert", "pku", *GOOD[2:]), "preference is not said; give preference=helpful"),
+        (("convert", "pku", *GOOD[2:]), "preference is not given; give preference=helpful"),
         (("convert", "pku", *GOOD[2:], "preference=helpful"), "hh.jsonl:1: column 'better_resp"),
         ((*GOOD[:-1], "hh.jsonl"), "hh.jsonl: this call reads or writes it already"),
         ((*GOOD, "--dropped", "./pairs.jsonl"), "./pairs.jsonl: this call reads or writes it"),

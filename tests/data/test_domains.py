@@ -121,7 +121,7 @@ def test_splits_that_cannot_be_trained_on(folder, options, message):
         (
             "a/finetune.jsonl",
             '{"prompt": "x", "response": "y", "finished": 1}',
-            "'finished' is 1; say true or false",
+            "'finished' is 1; give true or false",
         ),
         ("a/pairs.jsonl", '{"chosen": "x", "rejected": "y"}', "pair 1 has no prompt"),
         ("a/prompts.jsonl", '{"prompt": ""}', "prompts.jsonl:1: the prompt is empty"),

@@ -249,7 +249,7 @@ def test_subsets_are_folders(tmp_path):
         count(split="valid")
     with pytest.raises(UserError, match=r"helpful-base: no valid.jsonl.gz or valid.jsonl"):
         count(subset="helpful-base", split="valid")
-    with pytest.raises(UserError, match="is one file, so subset=helpful says nothing"):
+    with pytest.raises(UserError, match="is one file, so subset=helpful has no effect"):
         count(source=write_hh(tmp_path / "x.jsonl", 2), subset="helpful")
 
 

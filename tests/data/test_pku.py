@@ -45,7 +45,7 @@ def test_ids_that_are_none(value):
 def test_the_preference_must_be_said(tmp_path):
     path = write_pku(tmp_path / "x.jsonl", 9)
     for kind in ("pairs", "demonstrations"):
-        with pytest.raises(UserError, match="preference is not said; give preference=helpful"):
+        with pytest.raises(UserError, match="preference is not given; give preference=helpful"):
             load("pku", path, kind=kind)
     with pytest.raises(UserError, match="preference is 'safe'; give 'helpful' or 'harmless'"):
         load("pku", path, kind="pairs", preference="safe")

@@ -285,7 +285,7 @@ def test_kinds_of_completions(tmp_path):
 
 def test_wrong_completions_are_named():
     for completions, message in (
-        ("x", "f:1: column 'completions' is no list"),
+        ("x", "f:1: column 'completions' is not a list"),
         (["x"], "f:1, completion 1: is 'x'; expected an object"),
         ([{"overall_score": 1}], "f:1, completion 1: column 'response' is missing"),
     ):

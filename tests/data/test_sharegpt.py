@@ -143,7 +143,7 @@ def test_the_file_as_it_is_published(tmp_path):
     assert (len(demonstrations), len(prompts)) == (6, 6)
     for row, prompt in zip(demonstrations, prompts, strict=True):
         assert prompt["prompt"] == row["messages"][:1]
-    with pytest.raises(UserError, match=r"x\.json: is here, so file=y says nothing"):
+    with pytest.raises(UserError, match=r"x\.json: is local, so file=y has no effect"):
         load("sharegpt", path, kind="prompts", file="y")
     path.write_text(path.read_text()[:-30], encoding="utf-8")
     with pytest.raises(UserError, match=r"x\.json:1: not valid JSON at column"):

@@ -56,7 +56,7 @@ def register(subparsers: Any) -> None:
 
 
 def words_last(words: Sequence[str]) -> list[str]:
-    """Flags first, then all other words: argparse takes those from one place only."""
+    """Move flags first: argparse takes positional words from one place only."""
     flags: list[str] = []
     others: list[str] = []
     rest = list(words)
@@ -69,7 +69,7 @@ def words_last(words: Sequence[str]) -> list[str]:
 
 
 def formats_help() -> str:
-    """The formats, what each gives, its names on the hub and its options."""
+    """List the formats with their kinds, hub names and options."""
     import textwrap
 
     def wrapped(first: str, text: str) -> str:
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def summary(loaded: Loaded, kind: str, output: str) -> str:
-    """What was kept and what was dropped, in words."""
+    """Describe what was kept and what was dropped."""
     dropped = len(loaded.dropped)
     total = len(loaded.rows) + dropped
     kept = f"{len(loaded.rows)} {kind} kept: {output}"
@@ -149,12 +149,12 @@ def summary(loaded: Loaded, kind: str, output: str) -> str:
 
 
 def _outputs(args: argparse.Namespace) -> dict[str, Any]:
-    """The files to write, once it is sure that they can be and that none overwrites another."""
+    """Return the files to write, checked to be writable and distinct."""
     from shiftrm.cli.checks import output_rows
     from shiftrm.errors import UserError
 
     if args.eval_share is not None and args.eval_output is None:
-        raise UserError("--eval-share needs --eval-output; say where those rows go")
+        raise UserError("--eval-share needs --eval-output; give the file for those rows")
     names = ("output", "dropped", "eval_output")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     taken = [args.source, *(args.evaluation or ())]

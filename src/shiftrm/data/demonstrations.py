@@ -11,18 +11,18 @@ from shiftrm.models.rendering import check_template_options, check_text, is_conv
 __all__ = ["COLUMNS", "check_demonstration", "read_demonstrations"]
 
 COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs")
-"""What training reads of a row."""
+"""The columns that training reads."""
 
 
 def read_demonstrations(path: str | Path) -> list[Row]:
     """Read rows `{"prompt", "completion"}`, text or messages each, or `{"messages"}`.
 
     Args:
-        path: what `sources.iterate_rows` reads.
+        path: any source that `sources.iterate_rows` reads.
 
     Raises:
         UserError: missing or malformed file, no rows, a row without text to learn, or one of
-            another kind than the first; the message names file and line or row.
+            a different kind than the first; the message names file and line or row.
     """
     rows: list[Row] = []
     kinds: dict[str, tuple[str, str]] = {}
@@ -43,12 +43,12 @@ def read_demonstrations(path: str | Path) -> list[Row]:
 
 
 def check_demonstration(row: Row, where: str) -> None:
-    """Refuse a row that cannot be learnt from."""
+    """Raise `UserError` for a row without anything to learn."""
     check_template_options(row, where)
     if row.get("messages") is not None:
         messages = row["messages"]
         if not is_conversational(messages):
-            raise UserError(f"{where}: column 'messages' is no list of messages")
+            raise UserError(f"{where}: column 'messages' is not a list of messages")
         check_text(messages, f"{where}: column 'messages'")
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(f"{where}: column 'messages' has no assistant message to learn")

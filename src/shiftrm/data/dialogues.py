@@ -1,4 +1,4 @@
-"""Dialogues as chat templates take them, and where two dialogues part."""
+"""Normalises dialogues for chat templates, and splits two dialogues where they diverge."""
 
 from shiftrm.data.loaded import Outcome, demonstration_of, pair_of, trimmed
 from shiftrm.models.rendering import Messages
@@ -7,10 +7,10 @@ __all__ = ["alternating", "last_answer", "parted"]
 
 
 def alternating(messages: Messages) -> Messages | str:
-    """Messages that alternate, the user's first, after one of the system's at most; or why not.
+    """Return alternating messages, the user's first, after at most one system message; or a reason.
 
-    Messages of one role in a row become one, with a blank line between them; white space at the
-    ends of each is cut off. The last message may be of either role, and empty.
+    Consecutive messages of one role are joined with a blank line; white space at the ends of each
+    is stripped. The last message may have either role and may be empty.
 
     Reasons: `no_messages`, `begins_with_assistant`, `system_inside`, `empty_turn`.
     """
@@ -35,14 +35,14 @@ def alternating(messages: Messages) -> Messages | str:
 
 
 def parted(chosen: Messages, rejected: Messages, *, responses: str = "any") -> Outcome:
-    """A preference row of two whole dialogues that end with the assistant; or why not.
+    """Return a preference row made of two dialogues that end with the assistant; or a reason.
 
-    The prompt ends where the last assistant's message begins that both dialogues start alike up to:
-    the message where they part, if it is the assistant's, else the assistant's one before.
+    The prompt ends before the last assistant message up to which both dialogues are the same: the
+    message where they diverge if that is the assistant's, otherwise the assistant message before.
 
     Args:
         chosen, rejected: alternating messages.
-        responses: "single" drops a pair whose sides are more than one message.
+        responses: "single" drops pairs with a side of more than one message.
 
     Reasons: `equal_sides`, `no_shared_prompt`, `empty_response`, `several_turns`.
     """
@@ -63,7 +63,7 @@ def parted(chosen: Messages, rejected: Messages, *, responses: str = "any") -> O
 
 
 def last_answer(messages: Messages) -> Outcome:
-    """The last message as a demonstration, or why there is none."""
+    """Return the last message as a demonstration, or a reason."""
     if messages[-1]["role"] != "assistant":
         return "ends_with_human"
     return demonstration_of(messages[:-1], messages[-1:])

@@ -131,7 +131,7 @@ def load_domain(folder: str | Path, *, labelled: bool) -> Domain:
         labelled: whether `pairs.jsonl` must be there.
 
     Raises:
-        UserError: a missing or empty file, a row that is no support row, pair or prompt.
+        UserError: a missing or empty file, or an invalid support row, pair or prompt.
     """
     folder = Path(folder)
     if labelled and not (folder / PAIRS).exists():
@@ -244,8 +244,8 @@ def write_domains(
 
     Raises:
         UserError: a split that `split_domains` or `check_leaks` refuses, a domain without support
-            rows, a source without pairs, a name that is no folder name, or a folder that is already
-            there. Nothing is written then.
+            rows, a source without pairs, a name that cannot be a folder name, or a folder that
+            already exists. Nothing is written then.
     """
     folder = Path(folder)
     if source is None:
@@ -325,7 +325,9 @@ def _support_rows(path: Path) -> list[Row]:
             if not row[column]:
                 raise UserError(f"{where}: the {column} is empty; remove the row")
         if not isinstance(row.get("finished", True), bool):
-            raise UserError(f"{where}: column 'finished' is {row['finished']!r}; say true or false")
+            raise UserError(
+                f"{where}: column 'finished' is {row['finished']!r}; give true or false"
+            )
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: the file has no fine-tuning rows; fill it or remove the domain")

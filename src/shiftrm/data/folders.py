@@ -1,4 +1,4 @@
-"""Which files of a folder are data, and of which split."""
+"""Finds the data files of a folder and the split that each belongs to."""
 
 import re
 from pathlib import Path
@@ -8,17 +8,17 @@ from shiftrm.errors import UserError
 __all__ = ["SUFFIXES", "files_of", "is_saved"]
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz")
-"""Ends of names of files that `sources` reads."""
+"""Suffixes of files that `sources` reads."""
 
 PACKED = (".json.gz", ".csv.gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tsv", ".arrow", ".ndjson")
-"""Ends of names of data that is not read here; in a folder it would be lost in silence."""
+"""Suffixes of data that `sources` cannot read and would skip silently in a folder."""
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """The files of a split that are read here; none where the folder is for `datasets` alone.
+"""Suffixes of data files that `sources` cannot read and would skip silently in a folder."""
 
     Raises:
-        UserError: no such split, or files beside them that neither can read along.
+        UserError: no such split, or further data files that `sources` cannot read.
     """
     import datasets.data_files
 
@@ -30,7 +30,7 @@ def files_of(folder: Path, split: str) -> list[Path]:
         patterns = datasets.data_files.get_data_patterns(str(folder))
     except datasets.data_files.EmptyDatasetError:
         return []
-    # By name, as the shell lists them; what else lies there (a licence, notes) is no data.
+    # Sorted by name; other files in the folder (a licence, notes) are not data.
     found = {
         str(name): [Path(file) for file in sorted(files)]
         for name, files in datasets.data_files.DataFilesDict.from_patterns(
@@ -44,7 +44,7 @@ def files_of(folder: Path, split: str) -> list[Path]:
         if file.name.lower().endswith(PACKED):
             raise UserError(
                 f"{file}: cannot be read beside the other files of its folder; give files that end "
-                f"in {', '.join(SUFFIXES)}, or take it away"
+                f"in {', '.join(SUFFIXES)}, or remove it"
             )
     if split not in found:
         if re.search(r"[\[+]", split):  # "train[:100]" is for `datasets`
@@ -58,5 +58,5 @@ def _is_data(path: Path) -> bool:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote it."""
+    """Whether `save_to_disk` wrote the folder."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))

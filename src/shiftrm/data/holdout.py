@@ -1,4 +1,4 @@
-"""Which groups stay out of training, so that before and after can be measured on them."""
+"""Chooses the groups that are held out of training, to measure a model before and after."""
 
 import hashlib
 import math
@@ -7,18 +7,18 @@ from collections.abc import Iterable, Sequence
 from shiftrm.errors import UserError
 
 LEAST = 2
-"""Prompts held out: of one, nothing can be said about prompts."""
+"""Minimum number of held-out prompts: one prompt shows no variation between prompts."""
 
 
 def held_out(keys: Iterable[str], *, share: float, seed: int, source: str) -> set[str]:
-    """The prompts to hold out, all groups of one prompt together.
+    """Return the prompts to hold out, all groups of one prompt together.
 
-    The choice depends on seed and prompts alone, not on their order.
+    The choice depends only on seed and prompts, not on their order.
 
     Args:
         keys: the prompt of every group, equal for equal prompts.
-        share: of the distinct prompts; rounded to a whole number of them.
-        source: of the groups, for errors.
+        share: fraction of the distinct prompts, rounded to a whole number of prompts.
+        source: name of the groups in errors.
 
     Raises:
         UserError: a share outside (0, 1), fewer than two prompts held out, or none left.
@@ -37,5 +37,5 @@ def held_out(keys: Iterable[str], *, share: float, seed: int, source: str) -> se
 
 
 def overlap(keys: Sequence[str], others: Iterable[str]) -> int:
-    """How many of the distinct prompts are among the others."""
+    """Count the distinct prompts that are also among the others."""
     return len(set(keys) & set(others))

@@ -1,9 +1,9 @@
-"""What came of a data set's rows: the kept ones, and for each of the others where and why.
+"""The result of reading a data set: rows that are kept, and where and why others are dropped.
 
-A mapper turns a row of a public schema into one of ours, or says in a word why it cannot: `Row` or
-`str`. Readers yield `(where, outcome)`, and `collect` gathers them. Nothing gets lost: what a
-reader yields is either kept or listed. A row that is not of the schema (a null where text should
-be) is dropped and counted as well; only where none is left, its error is raised.
+A mapper converts a row of a public schema to a `Row` of ours, or returns the reason for dropping it
+as a `str`. Readers yield `(where, outcome)`; `collect` gathers them, so every row that is read is
+either kept or listed as dropped. A row that does not fit the schema (a null where text should be)
+is dropped and counted as well; its error is raised only if no row is left.
 """
 
 from collections import Counter
@@ -40,17 +40,17 @@ __all__ = [
 ]
 
 KINDS = ("pairs", "prompts", "demonstrations")
-"""What rows are for: TRL's preference rows; `{"prompt"}`; TRL's prompt-completion or messages."""
+"""Kinds of rows: TRL's preference rows; `{"prompt"}`; TRL's prompt-completion or messages."""
 
 Outcome = Row | str
-"""A row, or the reason why there is none."""
+"""A row, or the reason why it was dropped."""
 
 BROKEN = "broken_row"
-"""The reason of rows that are not of the schema."""
+"""The reason for dropping rows that do not fit the schema."""
 
 
 class Broken(str):
-    """`BROKEN`, with the line that says what is wrong."""
+    """`BROKEN` with its error message."""
 
     message: str
 
@@ -61,7 +61,7 @@ class Broken(str):
 
 
 Outcomes = Iterator[tuple[str, Outcome]]
-"""`(where, outcome)`, as `sources.iterate_rows` says where."""
+"""`(where, outcome)`, with `where` from `sources.iterate_rows`."""
 
 ASCII_SPACE = " \t\r\n"
 
@@ -75,20 +75,20 @@ class Loaded:
     places: list[str] = field(default_factory=list)  # where each of `rows` stands in its source
 
     def counts(self) -> dict[str, int]:
-        """How many rows were dropped for which reason, the most frequent first."""
+        """Return the number of dropped rows by reason, most frequent first."""
         return dict(Counter(row["reason"] for row in self.dropped).most_common())
 
     def drop(self, where: str, reason: str) -> None:
-        """List a row that is not kept."""
+        """Add a row to the dropped ones."""
         row = {"where": where, "reason": str(reason)}
         self.dropped.append(row | {"error": reason.message} if isinstance(reason, Broken) else row)
 
 
 def collect(outcomes: Iterable[tuple[str, Outcome]]) -> Loaded:
-    """Gather outcomes in their order.
+    """Gather outcomes in order.
 
-    Text that holds half of a surrogate pair (an emoji cut in two, as JSON can spell it) is no
-    Unicode and could not be written: dropped as `broken_unicode`.
+    A row with half of a surrogate pair (an emoji cut in two, which JSON can contain) is not valid
+    Unicode and could not be written; it is dropped as `broken_unicode`.
     """
     loaded = Loaded()
     for where, outcome in outcomes:
@@ -105,12 +105,12 @@ def collect(outcomes: Iterable[tuple[str, Outcome]]) -> Loaded:
 def each(
     mapper: Callable[[Row, str], Outcome], rows: Iterable[tuple[str, Row]]
 ) -> Iterator[tuple[str, Outcome]]:
-    """The outcomes of a mapper that looks at one row at a time."""
+    """Apply a mapper to each row."""
     return ((where, mapped(mapper, row, where)) for where, row in rows)
 
 
 def mapped(mapper: Callable[[Row, str], Outcome], row: Row, where: str) -> Outcome:
-    """A mapper's outcome; a row that it refuses is broken, which says nothing of the others."""
+    """Apply a mapper to one row; its `UserError` becomes a `Broken` outcome."""
     try:
         return mapper(row, where)
     except UserError as error:
@@ -118,7 +118,7 @@ def mapped(mapper: Callable[[Row, str], Outcome], row: Row, where: str) -> Outco
 
 
 def prompts_of(outcomes: Iterable[tuple[str, Outcome]]) -> Iterator[tuple[str, Outcome]]:
-    """The same outcomes with the prompt (and the tree, if any) of each row alone."""
+    """Keep only the prompt (and the tree, if any) of each row."""
     for where, outcome in outcomes:
         if isinstance(outcome, dict):
             outcome = {c: outcome[c] for c in ("prompt", "tree") if c in outcome}
@@ -126,7 +126,7 @@ def prompts_of(outcomes: Iterable[tuple[str, Outcome]]) -> Iterator[tuple[str, O
 
 
 def demonstrations_of(outcomes: Iterable[tuple[str, Outcome]]) -> Iterator[tuple[str, Outcome]]:
-    """Pairs as demonstrations of their preferred side."""
+    """Convert pairs to demonstrations of their preferred side."""
     for where, outcome in outcomes:
         if isinstance(outcome, dict):
             tree = {c: outcome[c] for c in ("tree",) if c in outcome}
@@ -164,10 +164,10 @@ class Options:
 
 
 def text_of(row: Row, column: str, where: str) -> str:
-    """A column that must be there and hold text.
+    """Return the text of a required column.
 
     Raises:
-        UserError: it is missing or holds something else.
+        UserError: the column is missing or does not hold text.
     """
     if column not in row:
         has = ", ".join(map(repr, row)) or "no columns"
@@ -179,15 +179,15 @@ def text_of(row: Row, column: str, where: str) -> str:
 
 
 def trimmed(text: str) -> str:
-    """Text without ASCII white space at its ends; all else stays, byte for byte."""
+    """Strip ASCII white space from both ends and nothing else."""
     return text.strip(ASCII_SPACE)
 
 
 def spoken(text: Text) -> Text:
-    """A text as it is; of messages, the content as text where it is given in parts.
+    """Return text unchanged; in messages, join content that is given in parts to text.
 
     Raises:
-        UserError: a part that is no text.
+        UserError: a part is not text.
     """
     if not isinstance(text, list):
         return text
@@ -205,7 +205,7 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def pair_of(prompt: Text, chosen: Text, rejected: Text) -> Outcome:
-    """A preference row, unless its sides cannot be told apart or one says nothing."""
+    """Return a preference row, or a reason if the sides are equal or a text is empty."""
     if no_text(prompt):
         return "empty_prompt"
     if no_text(chosen) or no_text(rejected):
@@ -216,7 +216,7 @@ def pair_of(prompt: Text, chosen: Text, rejected: Text) -> Outcome:
 
 
 def demonstration_of(prompt: Text, completion: Text) -> Outcome:
-    """A prompt-completion row, unless one of the two says nothing."""
+    """Return a prompt-completion row, or a reason if either text is empty."""
     if no_text(prompt):
         return "empty_prompt"
     if no_text(completion):
@@ -225,7 +225,7 @@ def demonstration_of(prompt: Text, completion: Text) -> Outcome:
 
 
 def no_text(text: Text) -> bool:
-    """Nothing but white space; in a chat, the last message decides. A call of a tool is not."""
+    """Whether a text, or a chat's last message, is blank. A tool call is not blank."""
     if isinstance(text, str):
         return not text.strip()
     if not text:

@@ -1,4 +1,4 @@
-"""Preference pairs: TRL's preference rows, standard or conversational, checked on reading."""
+"""Preference pairs: TRL's preference rows, standard or conversational, checked when read."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ FINISHED = ("chosen_finished", "rejected_finished")
 """Optional columns: False where a length limit cut the response off."""
 
 LARGEST_MARGIN = 1e9
-"""In units of reward. Beyond it, sums of losses come near what fp32 can hold."""
+"""In units of reward. Beyond it, sums of losses approach the largest fp32 number."""
 
 COLUMNS = ("prompt", "chosen", "rejected", "margin", *FINISHED, "tools", "chat_template_kwargs")
-"""What training reads of a row."""
+"""The columns that training reads."""
 
 
 def read_pairs(path: str | Path) -> list[Row]:
@@ -28,11 +28,11 @@ def read_pairs(path: str | Path) -> list[Row]:
     A row may also hold `chosen_finished` and `rejected_finished`, and any columns of its own.
 
     Args:
-        path: what `sources.iterate_rows` reads.
+        path: any source that `sources.iterate_rows` reads.
 
     Raises:
         UserError: missing or malformed file, a missing column, a pair whose sides are equal or
-            empty, or a row of another kind than the first one (text and chats mixed, a margin or
+            empty, or a row of a different kind than the first (text and chats mixed, a margin or
             `chosen_finished` on some rows only); the message names file and line or row.
     """
     rows: list[Row] = []
@@ -47,7 +47,7 @@ def read_pairs(path: str | Path) -> list[Row]:
 
 
 def check_pair(row: Row, where: str) -> Row:
-    """Refuse a pair that cannot teach anything; returns the row as it is."""
+    """Return the row unchanged, or raise `UserError` if it holds no usable preference."""
     require_columns(row, ("chosen", "rejected"), where)
     check_template_options(row, where)
     check_prompt(row, where)
@@ -78,7 +78,7 @@ def check_pair(row: Row, where: str) -> Row:
 
 
 def check_margin(margin: Any, where: str) -> float:
-    """Refuse a margin that is no number, or one that fp32 cannot compute a loss of."""
+    """Return the margin; raise `UserError` if it is not a number or too large for fp32."""
     number = isinstance(margin, int | float) and not isinstance(margin, bool)
     if not number or not -LARGEST_MARGIN <= margin <= LARGEST_MARGIN:
         shown = repr(margin)
@@ -91,10 +91,10 @@ def check_margin(margin: Any, where: str) -> float:
 
 
 def _check_kinds(row: Row, kinds: dict[str, tuple[str, str]], where: str) -> None:
-    """All rows of a data set are of one kind: the trainer's table has one type a column.
+    """Require all rows to be of one kind: the trainer's table has one type per column.
 
     Args:
-        kinds: by column, what it holds and where that was first seen; filled in here.
+        kinds: column -> what it holds and where that was first seen; updated here.
     """
     found = {c: _kind(row[c]) for c in ("prompt", "chosen") if row.get(c) is not None}
     found |= {c: "given" if c in row else "missing" for c in ("margin", *FINISHED)}

@@ -1,4 +1,4 @@
-"""Prompts for a policy to answer, checked on reading."""
+"""Prompts for a policy to answer, checked when read."""
 
 import logging
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ __all__ = ["count_joined_ends", "read_prompts", "warn_of_joined_ends"]
 logger = logging.getLogger(__name__)
 
 FIRST_WORDS = ("The", "I", "a")
-"""As responses begin."""
+"""Typical first words of responses."""
 
 
 def read_prompts(path: str | Path) -> tuple[list[str], list[Text]]:
     """Read rows with a column `prompt`, text or chat messages.
 
     Args:
-        path: what `sources.iterate_rows` reads.
+        path: any source that `sources.iterate_rows` reads.
 
     Returns:
-        How errors may call each prompt (file and row), and the prompts.
+        A name for each prompt in error messages (file and row), and the prompts.
 
     Raises:
-        UserError: missing or malformed file, no rows, or a prompt that is no text.
+        UserError: missing or malformed file, no rows, or a prompt that is not text.
     """
     names, prompts = [], []
     for where, row in iterate_rows(path, required=("prompt",)):
@@ -40,11 +40,11 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[Text]]:
 
 
 def count_joined_ends(tokenizer: Any, prompts: Sequence[Text]) -> int:
-    """How many prompts end in white space that the tokenizer joins with a response's first word.
+    """Count prompts that end in white space which the tokenizer joins with the next word.
 
-    Most tokenizers write a space into the word after it. "Answer: " then ends in a lone space that
-    a policy has seldom seen, and prompt and response read as one text have other tokens at their
-    border than the policy sampled.
+    Most tokenizers merge a space into the following word. "Answer: " then ends in a lone space
+    token, which the policy has rarely seen, and tokenising prompt and response as one text gives
+    different tokens at the boundary than the policy sampled.
     """
     return sum(_joins(tokenizer, prompt) for prompt in prompts)
 
@@ -60,10 +60,10 @@ def _joins(tokenizer: Any, prompt: Text) -> bool:
 
 
 def warn_of_joined_ends(tokenizer: Any, prompts: Sequence[Text], *, source: str) -> None:
-    """One warning with the count of `count_joined_ends`, if there are any.
+    """Log one warning if `count_joined_ends` finds any prompts.
 
     Args:
-        source: what the warning calls the prompts, as their file.
+        source: name of the prompts in the warning, such as their file.
     """
     count = count_joined_ends(tokenizer, prompts)
     if count:

@@ -240,7 +240,7 @@ def _check_header(header: list[str], path: Path) -> None:
 
 
 def _cell(column: str, text: str, where: str) -> Any:
-    """The value of a cell; None where it is empty and emptiness says nothing."""
+    """The value of a cell; None for an empty cell of a column that cannot be empty."""
     if column in JSON_COLUMNS:
         if not text.strip():
             return None

@@ -1,10 +1,10 @@
-"""Training and evaluation rows that share no prompt, and each row once.
+"""Splits rows into training and evaluation without shared prompts, and removes duplicates.
 
-Everything here moves rows from `Loaded.rows` to `Loaded.dropped` or to another `Loaded`; none is
-lost. A row's unit is what may not stand on both sides: its column `tree` where it has one (OASST1),
-otherwise its prompt, as `domains.prompt_key` reads it; of a dialogue, the messages up to the first
-of the user's. HH-RLHF's dialogues go on from one another: a prompt that is evaluated on, with its
-answer, may be the beginning of a longer prompt.
+Functions here move rows from `Loaded.rows` to `Loaded.dropped` or to another `Loaded`; no row is
+lost. A row's unit is what must not appear on both sides: its column `tree` if it has one (OASST1),
+otherwise its prompt as normalised by `domains.prompt_key`; of a dialogue, the messages up to the
+user's first. HH-RLHF's dialogues continue one another: an evaluation prompt with its answer may be
+the beginning of a longer prompt.
 """
 
 import json
@@ -33,7 +33,7 @@ TREE = "tree"
 
 
 def opening_of(prompt: Text) -> Text:
-    """A text as it is; of a dialogue, the messages up to the first of the user's."""
+    """Return text unchanged; of a dialogue, the messages up to the user's first."""
     if isinstance(prompt, str):
         return prompt
     users = [n for n, item in enumerate(prompt, start=1) if item.get("role") == "user"]
@@ -41,27 +41,27 @@ def opening_of(prompt: Text) -> Text:
 
 
 def prompt_of(row: Row) -> Text:
-    """The prompt of a pair, prompt or demonstration; of messages, all before the last one."""
+    """Return the prompt of a row; of `messages`, all but the last one."""
     if "prompt" in row:
         return row["prompt"]
     return row["messages"][:-1]
 
 
 def unit_of(row: Row) -> str:
-    """What may not stand both in training and in evaluation."""
+    """Return the key that must not appear in both training and evaluation."""
     if TREE in row:
         return f"{TREE} {row[TREE]}"
     return prompt_key(opening_of(prompt_of(row)))
 
 
 def split_by_prompt(loaded: Loaded, *, share: float, seed: int = 0) -> tuple[Loaded, Loaded]:
-    """Training and evaluation rows; each unit goes to one side, by a hash of seed and unit.
+    """Split rows into training and evaluation; a hash of seed and unit decides the side.
 
-    So a unit's side depends neither on the order of the rows nor on what else is there, and rows
-    that are added later move none of the others. What was dropped is listed with the training rows.
+    A unit's side depends neither on the order of the rows nor on the other rows, so rows that are
+    added later do not move any. Dropped rows are listed with the training rows.
 
     Args:
-        share: of the units, about, to evaluate on.
+        share: approximate fraction of units to evaluate on.
 
     Raises:
         UserError: a share outside (0, 1), or a side without rows.
@@ -83,16 +83,16 @@ def split_by_prompt(loaded: Loaded, *, share: float, seed: int = 0) -> tuple[Loa
 
 
 def without_evaluated(train: Loaded, *evaluation: Iterable[Row]) -> Loaded:
-    """The training rows without those of a unit that is evaluated on: `in_evaluation`.
+    """Drop training rows that share a unit with the evaluation rows: `in_evaluation`.
 
-    An opening counts as evaluated whatever the tree it stands in.
+    A dialogue's opening counts as evaluated in whichever tree it appears.
     """
     units = {unit for rows in evaluation for row in rows for unit in _units(row)}
     return _keep(train, lambda row: not units.intersection(_units(row)), "in_evaluation")
 
 
 def deduplicated(loaded: Loaded) -> Loaded:
-    """Each row once; later ones that are the same in every column are dropped as `duplicate`."""
+    """Drop rows that equal an earlier one in every column: `duplicate`."""
     seen: set[str] = set()
 
     def is_new(row: Row) -> bool:
@@ -105,7 +105,7 @@ def deduplicated(loaded: Loaded) -> Loaded:
 
 
 def limited(loaded: Loaded, *, limit: int, seed: int = 0) -> Loaded:
-    """At most so many rows, drawn by a hash of seed and row, in their order: `over_limit`.
+    """Keep at most `limit` rows, drawn by a hash of seed and row, in order: `over_limit`.
 
     Raises:
         UserError: a limit below one.
@@ -119,10 +119,10 @@ def limited(loaded: Loaded, *, limit: int, seed: int = 0) -> Loaded:
 
 
 def read_rows_with_prompts(source: str) -> list[Row]:
-    """Rows of which only the prompt matters, checked for one.
+    """Read rows of which only the prompt is used.
 
     Raises:
-        UserError: what `iterate_rows` refuses, no rows, or a row without prompt and messages.
+        UserError: an unreadable source, no rows, or a row without prompt and messages.
     """
     rows = []
     for where, row in iterate_rows(source):

@@ -215,7 +215,7 @@ def label_pairs(
 
     Raises:
         ValueError: sequences of different lengths.
-        UserError: a text that is no prompt of the language.
+        UserError: a text that is not a prompt of the language.
     """
     rng = random.Random(seed)
     first_ended = [True] * len(prompts) if first_finished is None else first_finished

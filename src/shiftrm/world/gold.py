@@ -191,7 +191,7 @@ class GoldReward:
 
         Raises:
             ValueError: sequences of different lengths.
-            UserError: a text that is no prompt of this language.
+            UserError: a text that is not a prompt of this language.
         """
         ended = [True] * len(responses) if finished is None else finished
         return [

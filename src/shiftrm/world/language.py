@@ -96,7 +96,7 @@ def parse_prompt(prompt: str) -> PromptKey:
     """Task and topic of a prompt; spaces around and between its words do not matter.
 
     Raises:
-        UserError: the text is no prompt of this language.
+        UserError: the text is not a prompt of this language.
     """
     key = PROMPTS.get(prompt)
     if key is None:

@@ -10,7 +10,7 @@ What the data set does not say, and we do:
   are then different dialogues), each side keeps the rest of its dialogue as several messages, which
   `responses=single` drops instead (`several_turns`);
 - a marker is a blank line, the speaker, a colon, and a space, a line break or the end of the
-  transcript: `"\n\nHuman:"` inside quotation marks is no turn;
+  transcript: `"\n\nHuman:"` inside quotation marks is not a turn;
 - turns of one speaker in a row become one message, with a blank line between them;
 - white space at a message's ends is cut off, and only there.
 """
@@ -58,7 +58,7 @@ SUBSETS: dict[str, tuple[str, ...]] = {
     "harmless": ("harmless-base",),
     "all": ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base"),
 }
-"""Names for several folders; each folder is a subset by its own name, too."""
+"""Names for several folders; each folder name is also a subset."""
 
 RED_TEAM = "red-team-attempts"
 
@@ -114,7 +114,7 @@ def hh_pair(row: Row, where: str, *, responses: str = "any") -> Outcome:
     Reasons: those of `transcript_messages` and `dialogues.parted`.
 
     Raises:
-        UserError: a missing column or one that is no text.
+        UserError: a missing column or one that is not text.
     """
     sides = []
     for column in ("chosen", "rejected"):
@@ -181,7 +181,9 @@ def hh_sources(source: str, subset: str, split: str) -> list[tuple[str, str | No
     path = Path(source)
     if path.is_file():
         if subset:
-            raise UserError(f"{source}: is one file, so subset={subset} says nothing; leave it out")
+            raise UserError(
+                f"{source}: is one file, so subset={subset} has no effect; leave it out"
+            )
         return [(source, None)]
     folders = SUBSETS.get(subset or "all", (subset,))
     if not path.is_dir():

@@ -3,7 +3,7 @@
 Columns read, one message a row: `message_id`, `parent_id` (none at a root), `message_tree_id`,
 `text`, `role` ("prompter" or "assistant"), `lang`, `deleted`, `rank` (0 is the best of its
 siblings; absent where there was nothing to rank). The published file of whole trees (`prompt` with
-nested `replies`) is read, too. A message may come before its parent.
+nested `replies`) can also be read. A message may come before its parent.
 
 Ours: a message counts only with every message above it, so those must be there, not deleted, not
 empty and in the language. Pairs are two ranked answers to one message; the prompt is the dialogue

@@ -2,7 +2,7 @@
 
 Columns read: `prompt`, `response_0`, `response_1`, `better_response_id` (the more helpful one),
 `safer_response_id` (the more harmless one), `is_response_0_safe`, `is_response_1_safe`. The two ids
-often disagree, so which one is learned from has to be said: `preference=helpful` or `harmless`.
+often disagree, so the option must be given: `preference=helpful` or `harmless`.
 """
 
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ def read_pku(source: str, kind: str, split: str, options: PKUOptions) -> Outcome
         return each(pku_prompt, rows)
     if not options.preference:
         raise UserError(
-            "preference is not said; give preference=helpful (better_response_id) or "
+            "preference is not given; give preference=helpful (better_response_id) or "
             "preference=harmless (safer_response_id): the two often disagree"
         )
     pairs = each(lambda row, where: pku_pair(row, where, preference=options.preference), rows)

@@ -97,7 +97,7 @@ def conversation(row: Row, where: str, *, beginning: str = "drop") -> Outcome:
 def read_sharegpt(source: str, kind: str, split: str, options: ShareGPTOptions) -> Outcomes:
     """Outcomes of conversations; as prompts, what comes before the first answer."""
     if options.file and Path(source).exists():
-        raise UserError(f"{source}: is here, so file={options.file} says nothing; leave it out")
+        raise UserError(f"{source}: is local, so file={options.file} has no effect; leave it out")
     file = options.file or (HUB_FILE if source == HUB_NAME else None)
     rows = iterate_rows(source, split=split, data_file=file)
     outcomes = each(lambda row, where: conversation(row, where, beginning=options.beginning), rows)

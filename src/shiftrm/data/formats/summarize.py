@@ -82,7 +82,7 @@ def post(row: Row, where: str) -> Outcome:
     Reasons: `news_article`, `empty_prompt`, `empty_response`.
 
     Raises:
-        UserError: a missing column or one that is no text.
+        UserError: a missing column or one that is not text.
     """
     if "prompt" in row:
         column = "label" if "label" in row else "completion"

@@ -91,7 +91,7 @@ def rated_completions(
     """
     asked = mapped(_instruction, row, where)
     if isinstance(asked, str) or not isinstance(row["completions"], list):
-        problem = f"{where}: column 'completions' is no list; expected rated completions"
+        problem = f"{where}: column 'completions' is not a list; expected rated completions"
         yield where, asked if isinstance(asked, str) else Broken(problem)
         return
     ask = asked["prompt"]
