@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from shiftrm.models.prefix import SharedRows, cheap_split, pack
+from shiftrm.models.probes import sharing_obstacle
 from shiftrm.models.rewards import group_rewards
-from shiftrm.models.sharing import sharing_obstacle
 from shiftrm.trainers.metarm import MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
 from tests.gpu.conftest import DEVICE, policy, reward_model, word_rows

@@ -14,9 +14,8 @@ from transformers import (
 )
 
 from shiftrm.errors import UserError
-from shiftrm.models.checkpoints import unread_heads
-from shiftrm.models.own_reward import require_own_reward
-from shiftrm.models.reward_loading import load_reward_model
+from shiftrm.models.loading import load_reward_model, unread_heads
+from shiftrm.models.probes import require_own_reward
 from shiftrm.models.scoring import Scorer
 from tests.conftest import llama_config
 

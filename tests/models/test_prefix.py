@@ -18,8 +18,8 @@ from shiftrm.models.prefix import (
     separate,
     visible,
 )
+from shiftrm.models.probes import sharing_obstacle
 from shiftrm.models.rewards import group_rewards, sequence_rewards
-from shiftrm.models.sharing import sharing_obstacle
 
 SMALL = {
     "vocab_size": 200,

@@ -7,10 +7,10 @@ from transformers.models.phi3.modeling_phi3 import Phi3ForSequenceClassification
 
 from shiftrm.errors import UserError
 from shiftrm.models.prefix import pack
+from shiftrm.models.probes import sharing_obstacle
 from shiftrm.models.rewards import group_rewards, pad_right, sequence_rewards, token_values
 from shiftrm.models.rope import frequency_class, frequency_limit, require_fixed_frequencies
 from shiftrm.models.scoring import Scorer
-from shiftrm.models.sharing import sharing_obstacle
 
 SHAPE = {
     "vocab_size": 200,

@@ -6,7 +6,7 @@ from transformers import AutoConfig, LlamaForSequenceClassification
 
 from shiftrm.errors import UserError
 from shiftrm.models.prefix import pack
-from shiftrm.models.sharing import sharing_obstacle
+from shiftrm.models.probes import sharing_obstacle
 from shiftrm.trainers.first_batch import first_obstacle, longest_rows
 from shiftrm.trainers.reward import RewardTrainer
 from tests.conftest import llama_config

@@ -13,7 +13,7 @@ from transformers import BloomConfig, BloomForSequenceClassification
 from trl import RewardTrainer as TRLRewardTrainer
 
 from shiftrm.errors import UserError
-from shiftrm.models.reward_loading import load_reward_model
+from shiftrm.models.loading import load_reward_model
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 
 CHAT = [
@@ -403,7 +403,7 @@ def test_a_short_first_batch_does_not_hide_a_window(make_trainer, caplog, monkey
         num_labels=1,
     )
     monkeypatch.setattr(
-        "shiftrm.models.sharing.obstacle", lambda config: None
+        "shiftrm.models.probes.obstacle", lambda config: None
     )  # only the comparison tells
     model = GPTNeoForSequenceClassification(config)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.responses import Response, encode_response
+from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer, row_responses
 
 Scores = Callable[[Sequence[tuple[str, Row]]], list[Floats | None]]
@@ -76,7 +77,7 @@ def model_scores(scorer: Scorer, name: str, *, batch_size: int = 64) -> Scores:
     Args:
         name: how errors call the model.
     """
-    limit = getattr(scorer.model.config, "max_position_embeddings", None)
+    limit = context_limit(scorer.model.config)
 
     def scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
         index: dict[tuple[int, ...], int] = {}

@@ -12,6 +12,7 @@ from shiftrm.core.discrimination import Floats
 from shiftrm.errors import UserError
 from shiftrm.files import encodable
 from shiftrm.models.loading import check_vocabulary
+from shiftrm.models.rope import context_limit
 
 Embedder = Callable[[Sequence[str]], Floats]
 """From texts to vectors of length 1: (texts, d)."""
@@ -87,7 +88,7 @@ def _mean_pooling(path: str, batch_size: int) -> Embedder:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from shiftrm.models.rewards import quiet_loading
+    from shiftrm.models.loading import quiet_loading
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -134,7 +135,7 @@ def _limit(path: str, tokenizer: Any, model: Any) -> int | None:
     if file.is_file():
         limits.append(json.loads(file.read_text(encoding="utf-8")).get("max_seq_length"))
     # Where positions begin after the padding token's, as RoBERTa's do, the last ones are none.
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_limit(model.config)
     if context is not None:
         roberta = getattr(model.config, "model_type", "") in ("roberta", "xlm-roberta", "mpnet")
         limits.append(context - 2 if roberta else context)

@@ -10,6 +10,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.measure.rewardbench import TIES, ScoredRow
 from shiftrm.models.rendering import Messages, Text, check_text, encode
+from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer
 
 MAX_LENGTH = 2048
@@ -150,7 +151,7 @@ def score_rewardbench(
     Raises:
         UserError: text that cannot be rendered, or a score that is not a number.
     """
-    context = getattr(scorer.model.config, "max_position_embeddings", None)
+    context = context_limit(scorer.model.config)
     limit = min(max_length, context or max_length)
     side = "left" if data.version == 1 else getattr(scorer.tokenizer, "truncation_side", "right")
     index: dict[tuple[int, ...], int] = {}  # what is the same to the model gets the same score

@@ -1,4 +1,4 @@
-"""Stopping a training before numbers that are not finite become weights."""
+"""Checks that weights and gradients are finite."""
 
 import math
 from collections.abc import Callable
@@ -10,21 +10,29 @@ from torch import nn
 
 from shiftrm.errors import UserError
 
-__all__ = ["require_finite_gradient", "require_finite_weights"]
+__all__ = ["broken_weight", "require_finite_gradient", "require_finite_weights"]
+
+
+def broken_weight(model: nn.Module) -> str | None:
+    """The name of the first parameter that holds NaN or an infinity; None if all are finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            return name
+    return None
 
 
 def require_finite_weights(model: nn.Module, name: str) -> None:
-    """Refuse a model that can only give NaN: the first pass would, in words about something else.
+    """Refuse a model whose weights are not finite before its first pass fails less clearly.
 
     Raises:
-        UserError: a parameter holds NaN or an infinity; gives `name` and the parameter.
+        UserError: names the model (`name`) and the parameter.
     """
-    for key, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise UserError(
-                f"{name}: its weight {key} holds NaN or infinite numbers; the training that made "
-                "it failed: take an earlier checkpoint"
-            )
+    weight = broken_weight(model)
+    if weight is not None:
+        raise UserError(
+            f"{name}: its weight {weight} holds NaN or infinite numbers; the training that made "
+            "it failed: take an earlier checkpoint"
+        )
 
 
 def require_finite_gradient(
@@ -38,9 +46,9 @@ def require_finite_gradient(
 
     Args:
         trainer: a transformers `Trainer`.
-        norm: None where there is none.
-        found: says in brackets what was found out about it; asked only if it is needed.
-        advice: what to do.
+        norm: the gradient norm; None if there is none.
+        found: returns what is known about the cause, in brackets; called only on failure.
+        advice: what the user can do.
 
     Raises:
         UserError: names the step and the last checkpoint of an earlier step.
@@ -55,7 +63,7 @@ def require_finite_gradient(
 
 
 def _last_good_checkpoint(trainer: Any) -> str:
-    """The last one from before this step: one of this very step has the weights that failed."""
+    """The last checkpoint before this step: one of this step would hold the weights that failed."""
     folders = Path(trainer.args.output_dir).glob("checkpoint-*")
     steps = [int(f.name[11:]) for f in folders if f.name[11:].isdigit()]
     good = [step for step in steps if step < trainer.state.global_step]

@@ -1,27 +1,55 @@
-"""What libraries raise over a model's files, as one line for people."""
+"""Loading models: library errors in one line, checks of the files, and new reward heads."""
 
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shiftrm.errors import UserError
-from shiftrm.models.checkpoints import embeddings, require_words
+import torch
+from torch import nn
 
-__all__ = ["check_vocabulary", "explain_loading", "refuse_gguf", "to_accelerator"]
+from shiftrm.errors import UserError
+from shiftrm.models.rewards import find_head, score_head
+
+__all__ = [
+    "check_vocabulary",
+    "explain_loading",
+    "known_tokens",
+    "load_reward_model",
+    "new_head_",
+    "quiet_loading",
+    "refuse_gguf",
+    "require_known_ids",
+    "require_words",
+    "to_accelerator",
+    "unread_heads",
+]
+
+FEW_WORDS = 3
+"""From a folder without tokenizer files transformers makes a tokenizer of special tokens only (and
+a mark or two); every text is then the same."""
+
+A_HEAD = re.compile(r"head|score|scalar|value|reward|regress|classif|rank|critic")
+A_LANGUAGE_HEAD = re.compile(
+    r"^(lm_head|embed_out|output_projection|cls\.|generator_|discriminator_|mtp|lm_predictions)"
+    r"|\.lm_head\b|^(qa_outputs)"
+)
 
 
 @contextmanager
 def explain_loading(path: str | Path, what: str) -> Iterator[None]:
-    """Around code of libraries that reads a model's folder and does nothing else.
+    """Turn what libraries raise while they read a model's folder into one line.
 
-    Whatever it raises is about the files: each library has exceptions of its own for broken ones.
+    Wrap nothing but the reading: every exception is taken to be about the files, because each
+    library has its own exceptions for broken ones.
 
     Args:
-        what: as what it is loaded, in words.
+        what: what the folder is loaded as, for the message.
 
     Raises:
-        UserError: for every exception but memory that ran out.
+        UserError: for every exception except running out of memory.
     """
     refuse_gguf(path)
     try:
@@ -38,36 +66,11 @@ def explain_loading(path: str | Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be loaded as {what} ({said})") from None
 
 
-def check_vocabulary(model: Any, tokenizer: Any, path: str | Path) -> None:
-    """Refuse a tokenizer that writes words by tokens which the model does not have.
-
-    Added tokens may lie beyond the embedding: many checkpoints have such a pad token, which stands
-    behind the mask alone.
-
-    Raises:
-        UserError: names one of them; or the tokenizer knows no words at all.
-    """
-    require_words(tokenizer, str(path))
-    size = embeddings(model)
-    if size is None or len(tokenizer) <= size:
-        return
-    added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
-    vocabulary = tokenizer.get_vocab().items()
-    beyond = sorted((i, token) for token, i in vocabulary if i >= size and i not in added)
-    if beyond:
-        number, token = beyond[0]
-        raise UserError(
-            f"{path}: the tokenizer is not this model's: token {token!r} has the number {number}, "
-            f"and the model has embeddings for {size}; give the folder the tokenizer that the "
-            "model was trained with"
-        )
-
-
 def refuse_gguf(path: str | Path) -> None:
-    """Refuse a folder of GGUF files, which transformers only reads by the file's name.
+    """Refuse a folder of GGUF files, which transformers reads only when given the file's name.
 
     Raises:
-        UserError: says how to make a checkpoint of it.
+        UserError: says how to convert it to a checkpoint.
     """
     folder = Path(path)
     try:
@@ -83,9 +86,170 @@ def refuse_gguf(path: str | Path) -> None:
         )
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' report of missing and unused heads."""
+    noisy = logging.getLogger("transformers.modeling_utils")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
+
+
+def check_vocabulary(model: Any, tokenizer: Any, path: str | Path) -> None:
+    """Refuse a tokenizer whose vocabulary has tokens that the model lacks.
+
+    Added tokens may lie beyond the embedding: many checkpoints have such a pad token, which is
+    always masked.
+
+    Raises:
+        UserError: names one such token; or the tokenizer knows no words at all.
+    """
+    require_words(tokenizer, str(path))
+    size = known_tokens(model)
+    if size is None or len(tokenizer) <= size:
+        return
+    added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    vocabulary = tokenizer.get_vocab().items()
+    beyond = sorted((i, token) for token, i in vocabulary if i >= size and i not in added)
+    if beyond:
+        number, token = beyond[0]
+        raise UserError(
+            f"{path}: the tokenizer is not this model's: token {token!r} has the number {number}, "
+            f"and the model has embeddings for {size}; give the folder the tokenizer that the "
+            "model was trained with"
+        )
+
+
+def require_words(tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer that knows no words.
+
+    Raises:
+        UserError: it has only special tokens.
+    """
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if len(words) <= FEW_WORDS:
+        raise UserError(
+            f"{name}: its tokenizer knows no words, so every text would be the same; put the "
+            "tokenizer's files (tokenizer.json, tokenizer_config.json) into the folder"
+        )
+
+
+def known_tokens(model: nn.Module) -> int | None:
+    """The number of token ids that a model has embeddings for; None if it does not say."""
+    try:
+        table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(table, "num_embeddings", None)
+
+
+def require_known_ids(ids: Collection[int], size: int | None, *, name: str) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Args:
+        size: as `known_tokens` returns it.
+        name: how errors call these ids.
+
+    Raises:
+        UserError: an id is negative, or `size` or more.
+    """
+    if size is None or not len(ids):
+        return
+    least, most = int(min(ids)), int(max(ids))
+    if least < 0 or most >= size:
+        raise UserError(
+            f"{name} has token id {most if most >= size else least}, and the model has embeddings "
+            f"for {size} tokens; the tokenizer is not the model's"
+        )
+
+
+def unread_heads(unexpected_keys: Iterable[str]) -> list[str]:
+    """Weights of a trained head that a sequence classifier does not read.
+
+    Args:
+        unexpected_keys: as returned by `from_pretrained(..., output_loading_info=True)`.
+    """
+    return sorted(
+        key
+        for key in unexpected_keys
+        if A_HEAD.search(key) and not A_LANGUAGE_HEAD.search(key) and ".layers." not in key
+    )
+
+
+def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> Any:
+    """Load the model that reward training starts from: a reward model, or a policy with a new head.
+
+    Args:
+        path: checkpoint folder or hub name. If it has no score head, `new_head_` initialises one.
+        seed: seed of a new head.
+        model_options: for `from_pretrained`; `dtype` is float32 unless given.
+
+    Raises:
+        UserError: the checkpoint has a trained head under another name, which would be lost.
+        OSError, ValueError, RuntimeError: as `from_pretrained` (nothing there, no classifier of
+            this architecture, a head whose number of labels is not one).
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    dtype = model_options.get("dtype", "float32")
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; give auto, float32, bfloat16 or float16")
+        dtype = getattr(torch, dtype)
+    options = {
+        # As TRL does: on one accelerator the model goes straight to it; several processes place it.
+        "device_map": "auto" if _one_accelerator() else None,
+        **model_options,
+        "dtype": dtype,
+        "num_labels": 1,
+    }
+    with quiet_loading():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            str(path), output_loading_info=True, **options
+        )
+    if any("score" in key or "classifier" in key for key in info["missing_keys"]):
+        lost = unread_heads(info["unexpected_keys"])
+        if lost:
+            raise UserError(
+                f"{path}: has a head of its own ({lost[0]}) that {type(model).__name__} does not "
+                "read, so training would start from a new one; rename it to "
+                f"{_head_name(model)}.weight if it is one linear layer, or remove it to start anew"
+            )
+        new_head_(score_head(model), seed=seed)
+    return model
+
+
+def _head_name(model: nn.Module) -> str:
+    head = find_head(model)
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _one_accelerator() -> bool:
+    from accelerate import PartialState
+
+    state = PartialState()
+    return state.num_processes == 1 and state.device.type not in ("cpu", "mps")
+
+
+@torch.no_grad()
+def new_head_(head: nn.Linear, *, seed: int) -> None:
+    """Draw the weights from N(0, 1/H^2), H the width, in place, and set the bias to zero.
+
+    With normalised hidden states the first rewards are then about 1/sqrt(H), so the loss of every
+    pair starts near ln 2, whatever the model's own initialisation. The draws depend on the seed
+    alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(head.weight.shape, generator=generator) / head.in_features
+    head.weight.copy_(draws.to(head.weight.dtype))
+    if head.bias is not None:
+        head.bias.zero_()
+
+
 def to_accelerator(model: Any) -> Any:
     """Move the model to this machine's accelerator, if there is one."""
-    import torch
-
     device = torch.accelerator.current_accelerator()
     return model if device is None else model.to(device)

@@ -3,7 +3,6 @@
 The models' own pooling looks for pad tokens instead, and reads the wrong one where pad equals EOS.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,18 +68,6 @@ def find_head(model: nn.Module) -> nn.Module:
         f"{type(model).__name__} has no score head: a reward model is a sequence-classification "
         "checkpoint with num_labels=1 (AutoModelForSequenceClassification)"
     )
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' report of the head it lacks and the language head it leaves out."""
-    noisy = logging.getLogger("transformers.modeling_utils")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        noisy.setLevel(level)
 
 
 def model_config(model: nn.Module) -> Any:

@@ -1,7 +1,7 @@
-"""Rotary positions whose frequencies depend on the longest sequence of a batch.
+"""A model's positions: how many it has, and rotary frequencies that depend on the batch.
 
-Under longrope and dynamic NTK scaling a short sequence beside a long one is rotated as the long one
-is, so its reward would depend on its company.
+Under longrope and dynamic NTK scaling a short sequence is rotated like the longest one of its
+batch, so its reward would depend on the other rows.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,17 +12,23 @@ from torch import nn
 
 from shiftrm.errors import UserError
 
-__all__ = ["forget_longest", "frequency_class", "frequency_limit"]
+__all__ = ["context_limit", "forget_longest", "frequency_class", "frequency_limit"]
+
+
+def context_limit(config: Any) -> int | None:
+    """The longest sequence that a model's configuration allows, in tokens; None: no limit given."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
 
 
 def frequency_limit(config: Any) -> int | None:
-    """The length, in tokens, up to which frequencies are the same; None: they always are."""
+    """The length, in tokens, up to which frequencies do not change; None: they never change."""
     limits = [limit for limit, _ in _changing(config)]
     return min(limits) if limits else None
 
 
 def frequency_class(config: Any, length: int) -> tuple[int, ...]:
-    """Sequences of the same class may stand in one batch: alone they are rotated alike."""
+    """Sequences of the same class may share a batch: each would be rotated the same way alone."""
     return tuple(
         0 if length <= limit else length if by_length else 1
         for limit, by_length in _changing(config)
@@ -30,10 +36,10 @@ def frequency_class(config: Any, length: int) -> tuple[int, ...]:
 
 
 def require_fixed_frequencies(config: Any, length: int) -> None:
-    """Refuse texts in which a token's probability would depend on how long the whole becomes.
+    """Refuse texts whose token probabilities would depend on the final length of the text.
 
     Raises:
-        UserError: texts of so many tokens are beyond `frequency_limit`.
+        UserError: `length` is beyond `frequency_limit`.
     """
     limit = frequency_limit(config)
     if limit is not None and length > limit:
@@ -45,7 +51,8 @@ def require_fixed_frequencies(config: Any, length: int) -> None:
 
 
 def _changing(config: Any) -> Iterator[tuple[int, bool]]:
-    """Beyond which length each set of frequencies changes, and whether with every token more."""
+    """For each set of frequencies, the length beyond which it changes, and whether it then changes
+    with every further token."""
     text = config.get_text_config()
     for options in _parameters(getattr(text, "rope_parameters", None)):
         kind = str(options.get("rope_type", ""))
@@ -57,7 +64,7 @@ def _changing(config: Any) -> Iterator[tuple[int, bool]]:
 
 
 def _parameters(options: Any) -> Iterator[Mapping[str, Any]]:
-    """One set of rotary parameters, or one for each kind of layer."""
+    """The one set of rotary parameters, or one set for each kind of layer."""
     if not isinstance(options, Mapping):
         return
     if "rope_type" in options:
@@ -68,7 +75,7 @@ def _parameters(options: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def forget_longest(model: nn.Module) -> None:
-    """Frequencies as at first: dynamic NTK scaling keeps those of the longest sequence so far."""
+    """Reset the frequencies: dynamic NTK scaling keeps those of the longest sequence so far."""
     for module in model.modules():
         for name in [n for n in vars(module) if n.endswith("max_seq_len_cached")]:
             prefix = name.removesuffix("max_seq_len_cached")

@@ -12,6 +12,7 @@ import torch
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row
+from shiftrm.models.finite import broken_weight
 from shiftrm.models.group_files import holds_groups, write_groups
 from shiftrm.models.loading import check_vocabulary, explain_loading
 from shiftrm.models.rendering import (
@@ -32,6 +33,7 @@ from shiftrm.models.responses import (
     sampled_ids,
     tokenizer_name,
 )
+from shiftrm.models.rope import context_limit
 
 
 def _option(default: Any, help: str) -> Any:
@@ -117,9 +119,10 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
 
 def _generated(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: Any) -> torch.Tensor:
     """`model.generate`, in which weights that are not finite are one line."""
-    broken = not settings.do_sample and not all(p.isfinite().all() for p in model.parameters())
     try:
-        if not broken:  # the likeliest token of NaN would be some token, silently
+        if (
+            settings.do_sample or broken_weight(model) is None
+        ):  # the likeliest token of NaN would be some token, silently
             return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
@@ -271,7 +274,7 @@ def check_prompt_lengths(
 
     The message calls a prompt by its number, or by its name where there are any.
     """
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_limit(config)
     if limit is None:
         return
     for index, prompt in enumerate(prompts):

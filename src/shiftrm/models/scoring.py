@@ -11,9 +11,16 @@ from torch import nn
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.checkpoints import embeddings, require_known_ids, unread_heads
-from shiftrm.models.loading import check_vocabulary, explain_loading
-from shiftrm.models.own_reward import require_own_reward
+from shiftrm.models.finite import broken_weight
+from shiftrm.models.loading import (
+    check_vocabulary,
+    explain_loading,
+    known_tokens,
+    quiet_loading,
+    require_known_ids,
+    unread_heads,
+)
+from shiftrm.models.probes import require_own_reward
 from shiftrm.models.rendering import Text, check_text
 from shiftrm.models.responses import (
     Response,
@@ -22,7 +29,8 @@ from shiftrm.models.responses import (
     encode_response,
     group_responses,
 )
-from shiftrm.models.rewards import find_head, pad_right, quiet_loading, sequence_rewards
+from shiftrm.models.rewards import find_head, pad_right, sequence_rewards
+from shiftrm.models.rope import context_limit
 
 
 def row_responses(row: Row, where: str) -> list[Response]:
@@ -88,7 +96,7 @@ class Scorer:
         text_config = config.get_text_config()
         if text_config.pad_token_id is None:  # without one, transformers refuses batches
             text_config.pad_token_id = self._pad_token_id
-        self.vocabulary: int | None = getattr(text_config, "vocab_size", None)
+        self.vocabulary = known_tokens(model)
         self.model = model.eval()
         require_own_reward(model)
         self.tokenizer = tokenizer
@@ -190,7 +198,7 @@ class Scorer:
             raise UserError(f"{name}: {error}") from None
         if not sequence:
             raise UserError(f"{name}: prompt and response are empty, so there is nothing to score")
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = context_limit(self.model.config)
         if limit is not None and len(sequence) > limit:
             raise UserError(
                 f"{name}: prompt and response have {len(sequence)} tokens but the model's context "
@@ -217,9 +225,8 @@ class Scorer:
         batch_size = self.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-        known = embeddings(self.model)
         for index, ids in enumerate(sequences):
-            require_known_ids(ids, known, name=f"sequence {index}")
+            require_known_ids(ids, self.vocabulary, name=f"sequence {index}")
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         device = next(self.model.parameters()).device
         rewards = [0.0] * len(sequences)
@@ -246,8 +253,7 @@ class Scorer:
         """
         for reward, name in zip(rewards, names, strict=True):
             if not math.isfinite(reward):
-                broken = (n for n, p in self.model.named_parameters() if not p.isfinite().all())
-                weight = next(broken, None)
+                weight = broken_weight(self.model)
                 why = f"{weight} is not finite" if weight else "its activations overflow"
                 raise UserError(
                     f"{name}: the reward is {reward}; the checkpoint is broken, or its dtype cannot"

@@ -9,8 +9,9 @@ from transformers.trainer_utils import set_seed
 
 from shiftrm.data.domains import DomainSplit
 from shiftrm.errors import UserError
-from shiftrm.models.reward_loading import load_reward_model
+from shiftrm.models.loading import load_reward_model
 from shiftrm.models.rewards import find_head, model_config
+from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import load_policy
 from shiftrm.oodpl.batches import EncodedDomain, Encoder, encode_domains
 from shiftrm.oodpl.meta_config import OODPLConfig
@@ -58,7 +59,7 @@ def policy_of(policy: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 def length_limit(args: OODPLConfig, *models: Any) -> int | None:
     """The shortest of max_length and the models' contexts."""
-    contexts = [getattr(model_config(m), "max_position_embeddings", None) for m in models]
+    contexts = [context_limit(model_config(m)) for m in models]
     return min((n for n in (args.max_length, *contexts) if n is not None), default=None)
 
 

@@ -21,8 +21,8 @@ from shiftrm.core.discrimination import difference_variance
 from shiftrm.data.groups import read_groups
 from shiftrm.data.pairs import read_pairs
 from shiftrm.files import Row, read_jsonl, write_jsonl
+from shiftrm.models.loading import load_reward_model
 from shiftrm.models.rendering import encode, encode_prompt
-from shiftrm.models.reward_loading import load_reward_model
 from shiftrm.models.sampling import SamplingConfig, load_policy, sample_groups, sample_rows
 from shiftrm.models.scoring import Scorer, mean_and_spread, score_rows
 from shiftrm.pipeline.demo_plan import GOLD

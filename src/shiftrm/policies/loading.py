@@ -12,6 +12,7 @@ from shiftrm.data.prompts import warn_of_joined_ends
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_weights
 from shiftrm.models.rendering import Text, encode_prompt
+from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import load_policy
 from shiftrm.models.scoring import Scorer
 from shiftrm.trainers.settings import Settings
@@ -165,7 +166,7 @@ def fitting_prompts(
     Raises:
         UserError: none is left, or one that the tokenizer or its chat template cannot take.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_limit(model.config)
     most = None if context is None else context - room
     options = dict(template_options or {})
     lengths = []

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from shiftrm.models.rendering import Text, encode_prompt
+from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import SamplingConfig, generate
 from shiftrm.policies.ppo_math import exact_token_kl
 from shiftrm.progress import task
@@ -55,7 +56,7 @@ def measure_kl(
     Returns:
         None where no prompt leaves room in the context.
     """
-    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(policy.config)
     longest = math.inf if limit is None else limit - max_new_tokens
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     fitting = [ids for ids in encoded if 0 < len(ids) <= longest]

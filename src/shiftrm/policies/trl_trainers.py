@@ -20,6 +20,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_gradient
 from shiftrm.models.rendering import encode_prompt, pin_template
+from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import Sample, remember_stop_tokens
 from shiftrm.policies.ppo_math import LOGITS_AT_ONCE, Rows, kl_and_entropy, vocabulary_of
 from shiftrm.policies.text_rewards import GOLD_WORLD, TextReward
@@ -59,7 +60,7 @@ class SFTTrainer(_Guarded, trl.SFTTrainer):
     """
 
     def __init__(self, model: Any, args: Any, **rest: Any) -> None:
-        self.dropped, self._context = {}, _context(model)
+        self.dropped, self._context = {}, context_limit(model.config)
         if args.completion_only_loss is None:
             args.completion_only_loss = True  # TRL would not, for rows of messages
         super().__init__(model, args, **rest)
@@ -89,7 +90,7 @@ class DPOTrainer(_Guarded, trl.DPOTrainer):
     """
 
     def __init__(self, model: Any, reference: Any, args: Any, **rest: Any) -> None:
-        self.dropped, self._context = {}, _context(model)
+        self.dropped, self._context = {}, context_limit(model.config)
         super().__init__(model, reference, args, **rest)
         remember_stop_tokens(self.model, self.processing_class)
         if args.disable_dropout:
@@ -117,10 +118,6 @@ class DPOTrainer(_Guarded, trl.DPOTrainer):
             },
         )
         return dataset
-
-
-def _context(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _encoded(

@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shiftrm.models.own_reward import require_own_reward
 from shiftrm.models.prefix import SharedRows, pack, separate
+from shiftrm.models.probes import require_own_reward, sharing_obstacle
 from shiftrm.models.rewards import model_config
-from shiftrm.models.rope import frequency_limit
-from shiftrm.models.sharing import sharing_obstacle
+from shiftrm.models.rope import context_limit, frequency_limit
 from shiftrm.trainers.collator import shared_rows
 from shiftrm.trainers.noise import require_no_noise
 
@@ -58,8 +57,7 @@ def longest_rows(config: Any, rows: SharedRows, max_length: int | None) -> Share
     text = config.get_text_config()
     named = [n for n in _lengths(text.to_dict()) if n >= USUAL_LENGTH]
     usual = USUAL_LENGTH if not named else max(USUAL_LENGTH, 2 * max(named))
-    context = getattr(text, "max_position_embeddings", None)
-    limits = (max_length, context, frequency_limit(config), usual)
+    limits = (max_length, context_limit(config), frequency_limit(config), usual)
     L = max(4, min(limit for limit in limits if limit))
     tokens = rows.input_ids[rows.segment_ids >= 0].tolist()
     tokens = (tokens * (L // len(tokens) + 1))[:L]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shiftrm.errors import UserError
+from shiftrm.models.probes import apart
 from shiftrm.models.rewards import hidden_states
-from shiftrm.models.sharing import apart
 
 __all__ = ["require_no_noise", "switch_off_dropout"]
 

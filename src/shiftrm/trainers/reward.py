@@ -18,11 +18,15 @@ from shiftrm.core.losses import bradley_terry_loss
 from shiftrm.data.pairs import COLUMNS, check_pair, read_pairs
 from shiftrm.errors import UserError
 from shiftrm.measure.diagnosis.scored_files import prompt_key
-from shiftrm.models.checkpoints import embeddings, require_known_ids, require_words
 from shiftrm.models.finite import require_finite_gradient
+from shiftrm.models.loading import (
+    known_tokens,
+    load_reward_model,
+    require_known_ids,
+    require_words,
+)
 from shiftrm.models.prefix import SharedRows
 from shiftrm.models.rendering import encode, end_at_closing, pin_template, template_options
-from shiftrm.models.reward_loading import load_reward_model
 from shiftrm.models.rewards import group_rewards, model_config, sequence_rewards
 from shiftrm.trainers.collator import COUNTED, PROMPT, ROW, PairCollator, shared_rows
 from shiftrm.trainers.counting import CountsPairs
@@ -98,7 +102,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         rest = tuple(map(_read, rest))
         for name in ("train_dataset", "eval_dataset"):
             keywords |= {name: _read(keywords[name])} if name in keywords else {}
-        self._embeddings = embeddings(model)
+        self._embeddings = known_tokens(model)
         super().__init__(model, args, data_collator, *rest, **keywords)
         self.args.model_init_kwargs = model_init_kwargs
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):

@@ -15,6 +15,7 @@ from shiftrm.measure.diagnosis.diagnosis import ScoredFile
 from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResponse
 from shiftrm.models.rendering import Text, encode_prompt, is_conversational
 from shiftrm.models.responses import Response, encode_response
+from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer, row_responses
 
 
@@ -124,7 +125,7 @@ def encode_data(
     if not fitting:
         raise UserError(
             f"{data.source}: every row is longer than the model's context "
-            f"({_context(scorer)} tokens); shorten the responses"
+            f"({context_limit(scorer.model.config)} tokens); shorten the responses"
         )
     return fitting
 
@@ -141,16 +142,11 @@ def _encode(scorer: Scorer, row: Row, where: str) -> list[tuple[tuple[int, ...],
         if not ids:
             raise UserError(f"{where}: prompt and response are empty, so there is nothing to score")
         sequences.append(tuple(ids))
-    limit = _context(scorer)
+    limit = context_limit(scorer.model.config)
     if limit is not None and max(map(len, sequences)) > limit:
         return None
     prefix = _prompt_length(scorer.tokenizer, texts, sequences)
     return [(sequence, len(sequence) - prefix) for sequence in sequences]
-
-
-def _context(scorer: Scorer) -> int | None:
-    config: Any = scorer.model.config
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _prompt_length(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from shiftrm.errors import UserError
 from shiftrm.measure.judges.comparing import Comparison, Outcome, Progress, Verdict
 from shiftrm.models.responses import encode_response
+from shiftrm.models.rope import context_limit
 from shiftrm.world.gold import GoldReward
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class RewardModelJudge:
         return verdicts
 
     def _encode(self, comparison: Comparison) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        limit = getattr(self.scorer.model.config, "max_position_embeddings", None)
+        limit = context_limit(self.scorer.model.config)
         tokenizer = self.scorer.tokenizer
         ours, theirs = (
             tuple(encode_response(tokenizer, side, vocabulary=self.scorer.vocabulary))

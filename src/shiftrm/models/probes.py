@@ -1,7 +1,8 @@
-"""Whether a model can share prefixes: shown by its hidden states, in the run's own precision."""
+"""Short passes that check how a model reads: its own rewards, and shared prefixes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,32 +16,36 @@ from shiftrm.models.rewards import (
     model_config,
     plain_states,
     rotated_alike,
+    sequence_rewards,
     shared_states,
 )
-from shiftrm.models.rope import frequency_limit
+from shiftrm.models.rope import context_limit, frequency_limit
 
-__all__ = ["FLOOR", "apart", "evaluating", "precision_of", "sharing_obstacle"]
+__all__ = ["apart", "require_own_reward", "sharing_obstacle"]
 
 FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 """What rounding alone may make of hidden states, relative to their length: in half precision two
 units in the last place."""
 
 NOISE = 3.0
-"""How many times further apart the two paths may be than the plain path is from itself."""
+"""How many times the plain path's distance from itself the two paths may be apart."""
 
 FEW = 4
-"""Rows that are compared; more would say the same."""
+"""Number of rows that are compared; more would not change the result."""
+
+ROWS, TOKENS = 4, 8
+"""Size of the batch of `require_own_reward`."""
 
 
 @torch.no_grad()
 def sharing_obstacle(model: nn.Module, rows: SharedRows) -> str | None:
-    """Why this model must not share prefixes; None if both paths agree on these rows.
+    """Say why this model must not share prefixes; None if both paths agree on these rows.
 
-    The hidden states under the head are compared, sequence by sequence: rewards of a new head are
-    too small and too alike to tell right from wrong. How far apart they may be is measured: as far
-    as the plain path is from itself when rows stand in another order and are padded otherwise. So
-    it does not matter which precision the run has, or where autocast is entered. Costs a few
-    forward passes of `FEW` rows, in evaluation mode.
+    Compares the hidden states under the head, sequence by sequence: rewards of a new head are too
+    small and too alike to show an error. The allowed distance is measured: it is the plain path's
+    distance from itself when rows are reordered and padded differently. So the run's precision and
+    the place where autocast is entered do not matter. Costs a few forward passes of `FEW` rows, in
+    evaluation mode.
     """
     known = obstacle(model_config(model))
     if known is not None:
@@ -88,10 +93,10 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _noise(model: nn.Module, rows: SharedRows, states: Tensor) -> float:
-    """How far the plain path's states [N, H] are from those in other company.
+    """How far the plain path's states [N, H] move when the batch around a sequence changes.
 
-    In the reverse order with other padding, and the longest sequence alone without any, for which
-    attention has kernels of its own.
+    Compared are the reverse order with other padding, and the longest sequence alone without
+    padding, for which attention has separate kernels.
     """
     ids, mask = separate(rows, pad_token_id=0)
     longest = int(mask.sum(1).argmax())
@@ -104,17 +109,17 @@ def _noise(model: nn.Module, rows: SharedRows, states: Tensor) -> float:
 
 
 def _context(model: nn.Module) -> int | None:
-    """The length up to which a row may be padded without another meaning."""
+    """The length up to which a row may be padded without changing its result."""
     config = model_config(model)
-    own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min((n for n in (own, frequency_limit(config)) if n is not None), default=None)
+    limits = (context_limit(config), frequency_limit(config))
+    return min((n for n in limits if n is not None), default=None)
 
 
 def _positions_are_ignored(model: nn.Module, rows: SharedRows) -> bool:
-    """Whether the states stay as they are when the sequences' positions are pulled apart.
+    """Whether the states stay the same when the sequences' positions are pulled apart.
 
-    A model that uses them moves by more than two equal passes differ, and these differ by nothing
-    where kernels are deterministic.
+    If the model uses positions, its states change by more than two equal passes differ (which is
+    nothing where kernels are deterministic).
     """
     row = rows.take([0])
     stretched = row._replace(position_ids=_stretched(model, row.position_ids))
@@ -123,7 +128,7 @@ def _positions_are_ignored(model: nn.Module, rows: SharedRows) -> bool:
 
 
 def _stretched(model: nn.Module, position_ids: Tensor) -> Tensor:
-    """Other positions within the context: the second half moved on, or back where it is full."""
+    """Other positions within the context: the second half moved up, or down if there is no room."""
     half = (position_ids.max() + 1) // 2
     context = _context(model)
     later = position_ids >= half
@@ -132,9 +137,65 @@ def _stretched(model: nn.Module, position_ids: Tensor) -> Tensor:
     return torch.where(later, position_ids + 3, position_ids)
 
 
+@torch.no_grad()
+def require_own_reward(model: nn.Module) -> None:
+    """Check that our rewards of a few rows without padding equal the model's own logits.
+
+    The rows contain no pad token, which the model's own pooling would look for, and EOS only at
+    their end, where encoder-decoders pool. Costs two short passes in evaluation mode.
+
+    Raises:
+        UserError: they differ, for example because the model averages over tokens and we read the
+            last one.
+    """
+    ids = _rows(model_config(model).get_text_config())
+    if ids is None:
+        return
+    ids = ids.to(next(model.parameters()).device)
+    mask = torch.ones_like(ids)
+    with evaluating(model), precision_of(model) as precision:
+        logits = getattr(model(input_ids=ids, attention_mask=mask, use_cache=False), "logits", None)
+        if logits is None or logits.shape != (ROWS, 1):  # no classifier of transformers
+            return
+        ours = sequence_rewards(model, ids, mask)
+    theirs = logits[:, 0].to(ours.dtype)
+    scale = float(theirs.abs().max().clamp(min=1e-6))
+    worst = int((ours - theirs).abs().argmax())
+    if not float((ours - theirs).abs().max()) > FLOOR[precision[0]] * scale:
+        return
+    raise UserError(
+        f"{type(model).__name__} pools in a way of its own: its reward of a text is "
+        f"{float(theirs[worst]):.4g} where its last token's score is {float(ours[worst]):.4g}; use "
+        "a model that scores the last token, as decoders do, or the first, as BERT does"
+    )
+
+
+def _rows(config: Any) -> Tensor | None:
+    """Token ids [ROWS, TOKENS]; None where the vocabulary has no ordinary token."""
+    ends = _listed(config.eos_token_id)
+    special = {config.pad_token_id, config.bos_token_id, *ends}
+    size = config.vocab_size
+    words = [i for i in range(min(size, 8 * ROWS * TOKENS)) if i not in special]
+    if not words:
+        return None
+    words = (words * ROWS * TOKENS)[: ROWS * TOKENS]
+    ids = torch.tensor(words).view(ROWS, TOKENS)
+    end = next((i for i in ends if i != config.pad_token_id and 0 <= i < size), None)
+    if end is not None:
+        ids[:, -1] = end
+    return ids
+
+
+def _listed(ids: Any) -> list[int]:
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
 @contextmanager
 def precision_of(model: nn.Module) -> Iterator[list[torch.dtype]]:
-    """What the passes inside compute in; asked at the head, because forward may enter autocast."""
+    """Record the dtype that the passes inside compute in.
+
+    It is read at the head, because forward may enter autocast.
+    """
     seen: list[torch.dtype] = []
 
     def hook(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -151,7 +212,7 @@ def precision_of(model: nn.Module) -> Iterator[list[torch.dtype]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards as it was."""
+    """Put the model in evaluation mode, and restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
