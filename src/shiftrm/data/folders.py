@@ -15,7 +15,7 @@ PACKED = (".json.gz", ".csv.gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tsv", 
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-"""Suffixes of data files that `sources` cannot read and would skip silently in a folder."""
+    """Return the files of a split; none if only `datasets` can load the folder.
 
     Raises:
         UserError: no such split, or further data files that `sources` cannot read.
