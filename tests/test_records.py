@@ -2,7 +2,7 @@ import pytest
 
 from shiftrm.errors import UserError
 from shiftrm.files import write_jsonl
-from shiftrm.metrics import METRICS, Better, UndeclaredMetric, metric
+from shiftrm.metrics import METRICS, Better, Metric, UndeclaredMetric, declare, metric
 from shiftrm.records import Record, Recorder, read_records, write_records
 from shiftrm.report.measurements import Measurements
 
@@ -59,3 +59,20 @@ def test_names_of_the_runs_own_are_declared_with_a_star():
     assert metric("pairs_dropped_equal_sides").unit == "rows"
     assert metric("accuracy_heldout").id == "accuracy_heldout", "an exact name goes first"
     assert len({one.id for one in METRICS}) == len(METRICS)
+
+
+def test_a_metric_is_declared_from_outside(monkeypatch):
+    monkeypatch.setattr("shiftrm.metrics._EXACT", {})
+    monkeypatch.setattr("shiftrm.metrics._PATTERNS", [])
+    try:
+        declare(Metric("politeness_*", "Politeness", "share", 3, Better.HIGHER))
+        recorder = Recorder(stage="evaluate", method="fixed", round=1, seed=0)
+        recorder.add("politeness_mean", 0.5)
+        found = Measurements(recorder.records).final("evaluate", "fixed", 1, "politeness_mean")
+        assert found == {0: 0.5}
+        assert metric("politeness_mean").heading == "Politeness"
+        declare(Metric("politeness_*", "Politeness", "share", 3, Better.HIGHER))  # again: no harm
+        with pytest.raises(ValueError, match="already declared as 'Politeness'"):
+            declare(Metric("politeness_*", "Manners"))
+    finally:
+        metric.cache_clear()

@@ -1,7 +1,7 @@
-"""What can be measured: every metric's name, declared once.
+"""Every metric that can be recorded or shown, declared once: id, label, unit, digits, direction.
 
-A name that is not declared here can neither be recorded (`records`) nor read (`report`), so that
-what one side writes and the other looks for cannot drift apart.
+`records` refuses a name that is not declared, and so does `report.measurements`: the writer and the
+reader of a number cannot drift apart. `declare` adds a metric from outside the package.
 """
 
 import enum
@@ -11,11 +11,11 @@ from functools import cache
 
 from shiftrm.errors import suggest
 
-__all__ = ["METRICS", "Better", "Metric", "UndeclaredMetric", "metric"]
+__all__ = ["METRICS", "Better", "Metric", "UndeclaredMetric", "declare", "metric"]
 
 
 class Better(enum.Enum):
-    """Which direction is the better one."""
+    """Which direction is better."""
 
     HIGHER = "higher"
     LOWER = "lower"
@@ -24,15 +24,15 @@ class Better(enum.Enum):
 
 @dataclass(frozen=True)
 class Metric:
-    """One declared name.
+    """A declared metric.
 
     Attributes:
-        id: the name in records; a `*` stands for a name of the run's own (an arm, a domain, a
-            reason, a number).
-        label: what people read.
-        unit: "share", "nats", ...; "" for numbers without one (rewards).
+        id: the name in records; `*` stands for a part that a run chooses (an arm, a domain, a
+            number).
+        label: the name in tables and figures.
+        unit: such as "share" or "nats"; "" for numbers without a unit (rewards).
         digits: decimals to show.
-        better: the direction that is better, everything else equal.
+        better: the better direction, everything else equal.
     """
 
     id: str
@@ -41,9 +41,14 @@ class Metric:
     digits: int = 2
     better: Better = Better.NEITHER
 
+    @property
+    def heading(self) -> str:
+        """The label for a table's column, with the unit where the label alone is ambiguous."""
+        return f"{self.label} ({self.unit})" if self.unit in ("words", "characters") else self.label
+
 
 class UndeclaredMetric(ValueError):
-    """A name that no metric has."""
+    """A metric name that is not declared."""
 
 
 _HIGH, _LOW = Better.HIGHER, Better.LOWER
@@ -70,7 +75,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward_mean", "Mean reward"),
     Metric("reward_std", "Standard deviation of rewards"),
     # Policies.
-    Metric("kl", "KL to the reference", "nats", 2),
+    Metric("kl", "KL to SFT", "nats", 2),
     Metric("kl_coefficient", "KL coefficient", "", 4),
     Metric("entropy", "Entropy", "nats", 2),
     Metric("score_mean", "Mean score in training"),
@@ -81,7 +86,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("gold_std", "Standard deviation of gold"),
     Metric("judged", "Mean reward of the judge", "", 2, _HIGH),
     Metric("length_mean", "Length", "words", 1),
-    Metric("truncated_share", "Cut off by the limit", "share", 3, _LOW),
+    Metric("truncated_share", "Share cut off by the limit", "share", 3, _LOW),
     Metric("distinct_share", "Different responses", "share", 3, _HIGH),
     Metric("empty_responses", "Empty responses", "responses", 0, _LOW),
     Metric("ppo_kl", "KL to the reference", "nats", 2),
@@ -90,14 +95,25 @@ METRICS: tuple[Metric, ...] = (
     Metric("rloo_score", "Mean score in RLOO"),
     # What a reward model sees.
     Metric("accuracy_heldout", "Accuracy, held-out pairs", "share", 3, _HIGH),
-    Metric("accuracy_policy_before", "Accuracy on the policy's pairs, before", "share", 3, _HIGH),
-    Metric("accuracy_policy_after", "Accuracy on the policy's pairs, after", "share", 3, _HIGH),
+    Metric("accuracy_policy_before", "Accuracy, policy's pairs, before", "share", 3, _HIGH),
+    Metric("accuracy_policy_after", "Accuracy, policy's pairs, after", "share", 3, _HIGH),
     Metric("difference_variance", "Variance of reward differences"),
     Metric("difference_variance_*", "Variance of reward differences"),
     Metric("difference_values_*", "Reward differences"),
     Metric("relative_difference_variance", "Relative variance"),
-    Metric("relative_difference_variance_*", "Relative variance", "of SFT's", 2),
+    Metric("relative_difference_variance_before", "Relative variance, before", "of SFT's"),
+    Metric("relative_difference_variance_after", "Relative variance, after", "of SFT's"),
+    Metric("relative_difference_variance_*", "Relative variance", "of SFT's"),
+    Metric("overopt_peak_gold", "Peak gold", "", 2, _HIGH),
+    Metric("overopt_peak_kl", "KL at the peak", "nats"),
+    Metric("overopt_final_gold", "Final gold", "", 2, _HIGH),
+    Metric("overopt_final_kl", "KL at the end", "nats"),
+    Metric("overopt_drop", "Drop", "", 2, _LOW),
+    Metric("overopt_gold_at_kl_*", "Gold at KL"),
     Metric("overopt_*", "Over-optimisation along the training"),
+    Metric("bon_kl", "KL", "nats"),
+    Metric("bon_proxy", "Proxy"),
+    Metric("bon_gold", "Gold", "", 2, _HIGH),
     Metric("bon_*", "Best of n"),
     # Diversity.
     Metric("self_bleu", "Self-BLEU, n = 2..5", "", 3, _LOW),
@@ -144,27 +160,46 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("sft_gold_mean", "Gold of the demonstrations"),
 )
-"""All of them; an exact name goes before one with a `*`, and among those the first that fits."""
+"""The package's own metrics. An exact name wins over a pattern, an earlier pattern over a later."""
 
-_EXACT = {one.id: one for one in METRICS if "*" not in one.id}
-_PATTERNS = [
-    (re.compile(re.escape(one.id).replace(r"\*", ".+"), re.DOTALL), one)
-    for one in METRICS
-    if "*" in one.id
-]
+_EXACT: dict[str, Metric] = {}
+_PATTERNS: list[tuple[re.Pattern[str], Metric]] = []
+
+
+def declare(new: Metric) -> Metric:
+    """Make a metric known, for example one that a plug-in records.
+
+    Raises:
+        ValueError: another metric already has this id.
+    """
+    known = [*_EXACT.values(), *(one for _, one in _PATTERNS)]
+    same = next((one for one in known if one.id == new.id), new)
+    if same != new:
+        raise ValueError(f"metric {new.id!r} is already declared as {same.label!r}")
+    if "*" in new.id:
+        pattern = re.escape(new.id).replace(r"\*", ".+")
+        _PATTERNS.append((re.compile(pattern, re.DOTALL), new))
+    else:
+        _EXACT[new.id] = new
+    metric.cache_clear()
+    return new
 
 
 @cache
 def metric(name: str) -> Metric:
-    """What a name in a record means.
+    """The declared metric of a name in a record.
 
     Raises:
-        UndeclaredMetric: nothing declared has this name.
+        UndeclaredMetric: no declared metric has this name.
     """
     if name in _EXACT:
         return _EXACT[name]
     for pattern, one in _PATTERNS:
         if pattern.fullmatch(name):
             return one
-    near = suggest(name, [one.id for one in METRICS])
+    near = suggest(name, [*_EXACT, *(one.id for _, one in _PATTERNS)])
     raise UndeclaredMetric(f"metric {name!r} is not declared in shiftrm.metrics{near}")
+
+
+for _one in METRICS:
+    declare(_one)

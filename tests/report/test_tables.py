@@ -83,12 +83,12 @@ def test_metrics_table_by_hand(one_seed):
         "KL to SFT": "6.00",
         "Proxy (standardised)": "1.20",
         "Accuracy, held-out pairs": "0.740",
-        "Accuracy, policy's pairs, before PPO": "0.640",  # 0.72 - 2 * 0.06 + 0.04
-        "Accuracy, policy's pairs, after PPO": "0.540",  # 0.66 - 2 * 0.06
-        "Relative variance, before PPO": "1.80",
-        "Relative variance, after PPO": "0.90",
+        "Accuracy, policy's pairs, before": "0.640",  # 0.72 - 2 * 0.06 + 0.04
+        "Accuracy, policy's pairs, after": "0.540",  # 0.66 - 2 * 0.06
+        "Relative variance, before": "1.80",
+        "Relative variance, after": "0.90",
         "Influence of the meta step": "0.3100",
-        "Length": "11.9",
+        "Length (words)": "11.9",
         "Share cut off by the limit": "0.010",
     }
     assert row(table, "MetaRM, as in the paper", "1")[10] == "2.0e-05"

@@ -114,6 +114,15 @@ class Measurements:
         """The one value of each seed (step null), by seed."""
         return dict(self._finals.get(_key(stage, method, round_, metric), {}))
 
+    def by_seed(
+        self, stage: str, method: str, rounds: Iterable[int], metric: str
+    ) -> dict[int, float]:
+        """`final` over several rounds, for seeds whose rounds differ; later rounds win."""
+        values: dict[int, float] = {}
+        for round_ in rounds:
+            values |= self.final(stage, method, round_, metric)
+        return values
+
     def estimate(self, stage: str, method: str, round_: int, metric: str) -> Estimate | None:
         """Mean over seeds of `final`."""
         return estimate(self.final(stage, method, round_, metric))

@@ -15,10 +15,10 @@ from shiftrm.report.analysis import (
     gold_gaps,
     kl_spreads,
 )
-from shiftrm.report.arms import FIXED, RETRAINED, arm_name, arm_short, is_metarm
+from shiftrm.report.arms import FIXED, RETRAINED, SFT, arm_name, arm_short, is_metarm
 from shiftrm.report.flags import flags
 from shiftrm.report.measurements import Measurements
-from shiftrm.report.tables import fixed_point, percent_triple
+from shiftrm.report.tables import NOT_MEASURED, fixed_point, measured, text_table, triple
 from shiftrm.report.wording import listing, rounds_text
 
 NOTHING_TO_COMPARE = (
@@ -288,27 +288,19 @@ def terminal_summary(records: Iterable[Record]) -> str:
 def _terminal_table(m: Measurements) -> list[str]:
     header = ("arm", "round", "gold", "KL", "win/tie/lose", "acc. before", "after", "rel. var.")
     rows: list[tuple[str, ...]] = [header]
+    metrics = (
+        "gold_mean",
+        "kl",
+        "accuracy_policy_before",
+        "accuracy_policy_after",
+        "relative_difference_variance_after",
+    )
     for arm in m.methods():
         rounds = m.rounds(arm)
         if not rounds:
             continue
-        metrics = (
-            ("gold_mean", 2),
-            ("kl", 2),
-            ("accuracy_policy_before", 3),
-            ("accuracy_policy_after", 3),
-            ("relative_difference_variance_after", 2),
-        )
-        found = [(m.estimate("evaluate", arm, rounds[-1], name), d) for name, d in metrics]
-        cells = [fixed_point(value.mean, d) if value else "-" for value, d in found]
-        wins = percent_triple(m, "evaluate", arm, rounds[-1], "sft").replace(" ", "")
-        cells.insert(2, "-" if "measured" in wins else wins)
-        rows.append((arm_short(arm)[:24], str(rounds[-1]), *cells))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+        cells = [measured(m, arm, rounds[-1], name) for name in metrics]
+        cells.insert(2, triple(m, "evaluate", arm, rounds[-1:], SFT).replace(" / ", "/"))
+        shown = ("-" if cell == NOT_MEASURED else cell.partition(" ")[0] for cell in cells)
+        rows.append((arm_short(arm)[:24], str(rounds[-1]), *shown))
+    return text_table(rows)

@@ -48,6 +48,10 @@ class Arms:
         """The arms with a meta step."""
         return [name for name, kind in self.kinds.items() if kind == "metarm"]
 
+    def is_adapted(self, method: str) -> bool:
+        """Whether the arm's reward model takes meta steps."""
+        return self.kinds.get(method) == "metarm"
+
     @property
     def with_reward_model(self) -> list[str]:
         """All arms whose policy is trained on a reward model."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from shiftrm.metrics import metric as declared
 from shiftrm.report.measurements import Measurements, estimate
 from shiftrm.report.recipe_arms import Arms
-from shiftrm.report.tables import Table, fixed_point, number
+from shiftrm.report.tables import Table, fixed_point, measured, number
 
 __all__ = ["best_of_n_table", "over_optimisation_table"]
 
-_ALONG = (  # column, metric
-    ("Peak gold", "overopt_peak_gold"),
-    ("at KL", "overopt_peak_kl"),
-    ("Final gold", "overopt_final_gold"),
-    ("at KL", "overopt_final_kl"),
-    ("Drop", "overopt_drop"),
-)
+_ALONG = (
+    "overopt_peak_gold", "overopt_peak_kl", "overopt_final_gold", "overopt_final_kl",
+    "overopt_drop",
+)  # fmt: skip
 _AT = "overopt_gold_at_kl_"
 
 
@@ -23,14 +21,15 @@ def over_optimisation_table(m: Measurements, arms: Arms) -> Table:
     keys = [(arm, r) for arm in arms.kinds for r in m.rounds(arm, "evaluate", "overopt_peak_gold")]
     named = {name for key in keys for name in m.metrics("evaluate", *key) if _AT in name}
     at = sorted(named, key=lambda name: float(name.removeprefix(_AT)))
-    columns = [*_ALONG, *((f"Gold at KL {name.removeprefix(_AT)}", name) for name in at)]
+    headings = [declared(metric).heading for metric in _ALONG]
+    headings += [f"{declared(name).heading} {name.removeprefix(_AT)}" for name in at]
     rows = tuple(
-        (arms.name(arm), str(r), *(number(m.estimate("evaluate", arm, r, x)) for _, x in columns))
+        (arms.name(arm), str(r), *(measured(m, arm, r, metric) for metric in (*_ALONG, *at)))
         for arm, r in keys
     )
     return Table(
         "Gold along policy training",
-        ("Arm", "Round", *(title for title, _ in columns)),
+        ("Arm", "Round", *headings),
         rows,
         "Gold is the mean of a second reward model, which trains nothing (evaluation.gold), on the "
         "responses of each step, smoothed over a twentieth of the steps. A drop after the peak, "
@@ -52,7 +51,7 @@ def best_of_n_table(m: Measurements) -> Table:
 
     return Table(
         "Best of n responses of SFT",
-        ("n", "KL", "Proxy", "Gold"),
+        ("n", *(declared(f"bon_{name}").heading for name in curves)),
         tuple((str(n), *(cell(name, n) for name in curves)) for n in steps),
         "The unbiased estimator over all subsets of the responses; KL = log n - (n - 1) / n"
         + _drop(m),

@@ -21,8 +21,8 @@ HOW = (
     "Normalised differences are divided by the largest one of the same reward model on SFT and "
     "policy responses together.",
     "Held-out accuracy is on labelled pairs of the original data, not of the policy: it cannot "
-    "show whether a reward model still sees on today's policy. Agreement with gold can, as far as "
-    "the second reward model is right.",
+    "show whether a reward model still sees on today's policy. Accuracy on the policy's pairs, "
+    "which is agreement with gold, can, as far as the second reward model is right.",
     "KL is measured along sampled responses, exactly over the vocabulary at each token, in nats a "
     "response. With a temperature or top-p other than 1 it is the KL along such responses.",
     "The influence of the meta step is the mean over the training steps of a round.",

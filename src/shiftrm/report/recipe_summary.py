@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
 from shiftrm.report.arms import SFT
 from shiftrm.report.measurements import Measurements
 from shiftrm.report.recipe_arms import Arms, arms_of
 from shiftrm.report.recipe_tables import DATA_SETS
 from shiftrm.report.recipe_words import blindness, contest, headline, kl_sentence
-from shiftrm.report.tables import fixed_point
+from shiftrm.report.tables import fixed_point, text_table
 
 __all__ = ["summary"]
 
@@ -54,39 +55,39 @@ HALVES = (
     "the second half of the prompts: the first half chooses each arm's best round."
 )
 
-_COLUMNS = (  # header, metric, decimals
-    ("KL", "kl", 2),
-    ("rel. var. before", "relative_difference_variance_before", 2),
-    ("after", "relative_difference_variance_after", 2),
-    ("held-out", "accuracy_heldout", 3),
-    ("words", "length_mean", 1),
-    ("self-BLEU", "self_bleu", 3),
-    ("gold", "gold_mean", 2),
-)
+_COLUMNS = {
+    "kl": "KL",
+    "relative_difference_variance_before": "rel. var. before",
+    "relative_difference_variance_after": "after",
+    "accuracy_heldout": "held-out",
+    "length_mean": "words",
+    "self_bleu": "self-BLEU",
+    "gold_mean": "gold",
+}
+"""Abbreviations for a terminal, by metric."""
 
 
 def _terminal_table(m: Measurements, arms: Arms) -> list[str]:
     keys = [(arm, round_) for arm in arms.kinds for round_ in m.rounds(arm)]
-    columns = [
-        column for column in _COLUMNS if any(m.final("evaluate", *key, column[1]) for key in keys)
-    ]
+    metrics = [x for x in _COLUMNS if any(m.final("evaluate", *key, x) for key in keys)]
     judged = any(m.final("evaluate", *key, "win_vs_sft") for key in keys)
-    rows = [["arm", "round", *(["win/tie/lose"] if judged else []), *(c[0] for c in columns)]]
+    rows = [
+        [
+            "arm",
+            "round",
+            *(["win/tie/lose"] if judged else []),
+            *(_COLUMNS[metric] for metric in metrics),
+        ]
+    ]
     for arm, round_ in keys:
         found = contest(m, "evaluate", arm, [round_])
         cells = [(found.numbers.replace(" ", "")[:-1] if found else "-")] if judged else []
-        for _, metric, digits in columns:
+        for metric in metrics:
             value = m.estimate("evaluate", arm, round_, metric)
+            digits = declared(metric).digits
             cells.append("-" if value is None else fixed_point(value.mean, digits))
         rows.append([arms.short(arm)[:24], str(round_), *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = text_table(rows)
     if any(m.rounds(arm, "compare") for arm in arms.trained):
         lines += ["", HALVES]
     return lines

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shiftrm.report.analysis import influence
+from shiftrm.metrics import metric as declared
 from shiftrm.report.arms import SFT
 from shiftrm.report.measurements import Estimate, Measurements, estimate
 from shiftrm.report.recipe_arms import Arms
-from shiftrm.report.tables import NOT_MEASURED, Table, fixed_point, number
+from shiftrm.report.tables import (
+    METRICS,
+    NOT_MEASURED,
+    Table,
+    best_round_by_seed,
+    fixed_point,
+    number,
+    number_table,
+    triple,
+)
 
 # Lower = more diverse (arXiv 2405.00438, Table 3). How the paper normalises is not said.
 PAPER_DIVERSITY = {
@@ -28,50 +37,29 @@ DATA_SETS = {
 # -- who wins --------------------------------------------------------------------------------------
 
 
-def shares(
-    m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str
-) -> dict[str, Estimate] | None:
-    """Win, tie and lose, mean over the seeds, whose rounds may differ; None if one is missing."""
-    found = {}
-    for outcome in ("win", "tie", "lose"):
-        share = estimate(_by_seed(m, stage, method, rounds, f"{outcome}_vs_{opponent}"))
-        if share is None:
-            return None
-        found[outcome] = share
-    return found
-
-
-def _by_seed(
-    m: Measurements, stage: str, method: str, rounds: Sequence[int], metric: str
-) -> dict[int, float]:
-    values: dict[int, float] = {}
-    for round_ in rounds:
-        values |= m.final(stage, method, round_, metric)
-    return values
-
-
 def win_bounds(
     m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str
 ) -> tuple[float, float] | None:
     """95 % bounds of the share of wins: over the seeds, or with one seed over the prompts."""
-    win = estimate(_by_seed(m, stage, method, rounds, f"win_vs_{opponent}"))
+    win = estimate(m.by_seed(stage, method, rounds, f"win_vs_{opponent}"))
     if win is not None and win.half_width is not None:
         return max(0.0, win.low), min(1.0, win.high)
     low, high = (
-        estimate(_by_seed(m, stage, method, rounds, f"win_{end}_vs_{opponent}"))
+        estimate(m.by_seed(stage, method, rounds, f"win_{end}_vs_{opponent}"))
         for end in ("low", "high")
     )
     return (low.mean, high.mean) if win and low and high else None
 
 
-def triple(m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str) -> str:
-    """`64 / 31 / 5 [54, 73]` in per cent: win, tie, lose, and the interval of the wins if known."""
-    found = shares(m, stage, method, rounds, opponent)
-    if found is None:
-        return NOT_MEASURED
-    text = " / ".join(f"{100 * share.mean:.0f}" for share in found.values())
+def with_bounds(
+    m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str
+) -> str:
+    """`64 / 31 / 5 [54, 73]`: `triple`, and the interval of the wins where it is known."""
+    text = triple(m, stage, method, rounds, opponent)
     bounds = win_bounds(m, stage, method, rounds, opponent)
-    return text if bounds is None else f"{text} [{100 * bounds[0]:.0f}, {100 * bounds[1]:.0f}]"
+    if text == NOT_MEASURED or bounds is None:
+        return text
+    return f"{text} [{100 * bounds[0]:.0f}, {100 * bounds[1]:.0f}]"
 
 
 def _interval_note(m: Measurements) -> str:
@@ -95,7 +83,7 @@ def win_table(m: Measurements, arms: Arms) -> Table:
     if any(m.rounds(arm, "evaluate", "win_vs_sft") for arm in arms.trained):
         for arm in arms.trained:
             own = m.rounds(arm)
-            cells = (triple(m, "evaluate", arm, [r], SFT) if r in own else "—" for r in rounds)
+            cells = (with_bounds(m, "evaluate", arm, [r], SFT) if r in own else "—" for r in rounds)
             rows.append((arms.name(arm), *cells))
     return Table(
         "Win / tie / lose against SFT by round, in % (the paper's Table 1)",
@@ -113,14 +101,10 @@ def best_round_table(m: Measurements, arms: Arms) -> Table:
         rounds = m.rounds(arm, "compare")
         if not rounds:
             continue
-        best: dict[int, int] = {}
-        for round_ in rounds:
-            for opponent in opponents:
-                seeds = m.final("compare", arm, round_, f"win_vs_{opponent}")
-                best |= dict.fromkeys(seeds, round_)
+        best = best_round_by_seed(m, arm, rounds, opponents)
         chosen = ", ".join(str(best[seed]) for seed in sorted(best)) or NOT_MEASURED
         cells = [
-            "—" if opponent == arm else triple(m, "compare", arm, rounds, opponent)
+            "—" if opponent == arm else with_bounds(m, "compare", arm, rounds, opponent)
             for opponent in opponents
         ]
         rows.append((arms.name(arm), chosen, *cells))
@@ -135,15 +119,10 @@ def best_round_table(m: Measurements, arms: Arms) -> Table:
     )
 
 
-_JUDGING = (  # column, metric, decimals
-    ("Wins and half the ties", "rate", 2),
-    ("The same at equal lengths", "length_controlled", 2),
-    ("Length, ours (characters)", "length_ours", 0),
-    ("Length, SFT's", "length_theirs", 0),
-    ("Both orders agree", "judge_consistency", 2),
-    ("First place named", "judge_first_share", 2),
-    ("Without a verdict", "unjudged", 0),
-)
+_JUDGING = (
+    "rate", "length_controlled", "length_ours", "length_theirs", "judge_consistency",
+    "judge_first_share", "unjudged",
+)  # fmt: skip
 
 
 def judging_table(m: Measurements, arms: Arms) -> Table:
@@ -156,17 +135,21 @@ def judging_table(m: Measurements, arms: Arms) -> Table:
         if any(m.final("evaluate", arm, r, metric) for metric in asked)
     ]
     columns = [
-        column for column in _JUDGING if any(_judged(m, key, column[1]) is not None for key in keys)
+        declared(f"{name}_vs_sft")
+        for name in _JUDGING
+        if any(_judged(m, key, name) is not None for key in keys)
     ]
     rows = []
     for arm, round_ in keys:
         size = m.sample_size("evaluate", arm, round_, "win_vs_sft")
-        cells = (number(_judged(m, (arm, round_), name), digits) for _, name, digits in columns)
+        cells = (
+            number(_judged(m, (arm, round_), c.id.removesuffix("_vs_*")), c.digits) for c in columns
+        )
         counted = NOT_MEASURED if size is None else str(size)
         rows.append((arms.name(arm), str(round_), counted, *cells))
     return Table(
         "Behind the win rates",
-        ("Arm", "Round", "Judged prompts", *(title for title, _, _ in columns)),
+        ("Arm", "Round", "Judged prompts", *(column.heading for column in columns)),
         tuple(rows),
         "Judges tend to like long answers: read the rate at equal lengths beside the raw one. A "
         "prompt counts as a tie where the judge contradicts itself when the order changes. A judge "
@@ -216,48 +199,32 @@ def blindness_table(m: Measurements, arms: Arms) -> Table:
 
 # -- diversity -------------------------------------------------------------------------------------
 
-_DIVERSITY = (  # column, metric
-    ("Sum, as in the paper", "similarity"),
-    ("Self-BLEU, n = 2..5", "self_bleu"),
-    ("Embedding similarity", "embedding_similarity"),
-    ("Distinct 1-grams", "distinct_1"),
-    ("Distinct 2-grams", "distinct_2"),
-    ("Distinct 3-grams", "distinct_3"),
-    ("Compression ratio", "compression_ratio"),
-    ("Different responses", "distinct_share"),
-)
+_DIVERSITY = (
+    "similarity", "self_bleu", "embedding_similarity", "distinct_1", "distinct_2", "distinct_3",
+    "compression_ratio", "distinct_share",
+)  # fmt: skip
 
 
 def diversity_table(m: Measurements, arms: Arms) -> Table:
     """How alike the responses are, by arm and round (Table 3)."""
     keys = [(arm, r) for arm in arms.kinds for r in m.rounds(arm)]
     keys = [k for k in keys if m.final("evaluate", *k, "self_bleu")]
-    columns = [
-        (title, name)
-        for title, name in _DIVERSITY
-        if any(m.final("evaluate", *key, name) for key in keys)
-    ]
-    rows = tuple(
-        (
-            arms.name(arm),
-            str(round_),
-            *(number(m.estimate("evaluate", arm, round_, name), 3) for _, name in columns),
-        )
-        for arm, round_ in keys
-    )
+    metrics = [x for x in _DIVERSITY if any(m.final("evaluate", *key, x) for key in keys)]
     missing = (
         " No embedder was given (evaluation.embedder), so the paper's sum was not measured."
-        if rows and not any(name == "similarity" for _, name in columns)
+        if keys and "similarity" not in metrics
         else ""
     )
-    return Table(
+    return number_table(
+        m,
         "Diversity of the responses (Table 3)",
-        ("Arm", "Round", *(title for title, _ in columns)),
-        rows,
-        "Self-BLEU, embedding similarity, their sum and the compression ratio: lower = more "
+        keys,
+        metrics,
+        name=arms.name,
+        adapted=arms.is_adapted,
+        note="Self-BLEU, embedding similarity, their sum and the compression ratio: lower = more "
         "diverse. Distinct n-grams and different responses: higher = more diverse. All depend on "
         f"how many responses there are and how long they are.{missing}{_seed_note(m)}",
-        text_columns=2,
     )
 
 
@@ -274,20 +241,6 @@ def paper_diversity_table() -> Table:
 
 # -- all numbers -----------------------------------------------------------------------------------
 
-_METRICS = (  # column, metric, decimals
-    ("KL to SFT (nats)", "kl", 2),
-    ("Proxy (standardised)", "proxy_mean_standardised", 2),
-    ("Accuracy, held-out pairs", "accuracy_heldout", 3),
-    ("Relative variance, before", "relative_difference_variance_before", 2),
-    ("Relative variance, after", "relative_difference_variance_after", 2),
-    ("Influence of the meta step", "", 4),
-    ("Length (words)", "length_mean", 1),
-    ("Share cut off by the limit", "truncated_share", 3),
-    ("Gold", "gold_mean", 2),
-    ("Agreement with gold, before", "accuracy_policy_before", 3),
-    ("Agreement with gold, after", "accuracy_policy_after", 3),
-)
-
 _BY_GOLD = ("gold_mean", "accuracy_policy_before", "accuracy_policy_after")
 
 
@@ -295,34 +248,18 @@ def metrics_table(m: Measurements, arms: Arms) -> Table:
     """All final numbers of every arm and round."""
     keys = [(arm, r) for arm in arms.kinds for r in m.rounds(arm)]
     gold = any(m.final("evaluate", *key, "gold_mean") for key in keys)
-    metrics = [entry for entry in _METRICS if gold or entry[1] not in _BY_GOLD]
-    rows = tuple(
-        (
-            arms.name(arm),
-            str(round_),
-            *(_cell(m, arms, (arm, round_), name, digits) for _, name, digits in metrics),
-        )
-        for arm, round_ in keys
-    )
-    return Table(
+    return number_table(
+        m,
         "All final numbers",
-        ("Arm", "Round", *(title for title, _, _ in metrics)),
-        rows,
-        "“Before” is the round's reward model on responses of the policy the round began with, "
-        "“after” on those of the policy trained on it; the variance is relative to the same "
+        keys,
+        [x for x in METRICS if gold or x not in _BY_GOLD],
+        name=arms.name,
+        adapted=arms.is_adapted,
+        note="“Before” is the round's reward model on responses of the policy the round began "
+        "with, “after” on those of the policy trained on it; the variance is relative to the same "
         "reward model's on SFT responses. SFT and DPO have no reward model of their own: theirs is "
         f"the first one. “—”: does not apply.{_seed_note(m)}",
-        text_columns=2,
     )
-
-
-def _cell(m: Measurements, arms: Arms, key: tuple[str, int], metric: str, digits: int) -> str:
-    if metric:
-        return number(m.estimate("evaluate", *key, metric), digits)
-    found = influence(m, *key)
-    if found is None:
-        return NOT_MEASURED if arms.kinds.get(key[0]) == "metarm" else "—"
-    return f"{found.mean:.1e}" if abs(found.mean) < 1e-3 else number(found, 4)
 
 
 def arms_table(m: Measurements, arms: Arms) -> Table:

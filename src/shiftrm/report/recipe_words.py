@@ -11,10 +11,10 @@ from shiftrm.report import narrative
 from shiftrm.report.analysis import KL_TOLERANCE, gold_gap, relative_gap
 from shiftrm.report.arms import SFT
 from shiftrm.report.measurements import Measurements, estimate
+from shiftrm.report.narrative import Headline
 from shiftrm.report.recipe_arms import Arms
-from shiftrm.report.recipe_tables import shares
 from shiftrm.report.recipe_warnings import warnings
-from shiftrm.report.tables import fixed_point
+from shiftrm.report.tables import fixed_point, shares
 from shiftrm.report.wording import listing
 
 NO_JUDGE = (
@@ -90,15 +90,6 @@ def contest(
         seeds=len(nets),
         n=size or None,
     )
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The answer in one line, a sentence an arm, and what weakens them."""
-
-    title: str
-    sentences: tuple[str, ...]
-    warnings: tuple[str, ...]
 
 
 def headline(m: Measurements, arms: Arms, config: Mapping[str, Any] | None = None) -> Headline:

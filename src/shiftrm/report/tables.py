@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shiftrm.metrics import metric as declared
 from shiftrm.report.analysis import adaptations, influence
-from shiftrm.report.arms import DPO, FIXED, SFT, arm_name, in_order
-from shiftrm.report.measurements import Estimate, Measurements
+from shiftrm.report.arms import DPO, FIXED, SFT, arm_name, in_order, is_metarm
+from shiftrm.report.measurements import Estimate, Measurements, estimate
 
 NOT_MEASURED = "not measured"
 OPPONENTS = (SFT, FIXED, DPO)
@@ -56,26 +57,92 @@ def fixed_point(value: float, digits: int = 2, *, sign: bool = False) -> str:
     return f"{rounded:+.{digits}f}" if sign else f"{rounded:.{digits}f}"
 
 
-def percent_triple(m: Measurements, stage: str, method: str, round_: int, opponent: str) -> str:
-    """`64 / 31 / 5`: win, tie, lose in per cent, mean over seeds; "not measured" if one lacks."""
-    shares = [
-        m.estimate(stage, method, round_, f"{outcome}_vs_{opponent}")
-        for outcome in ("win", "tie", "lose")
-    ]
-    if any(share is None for share in shares):
+def shares(
+    m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str
+) -> dict[str, Estimate] | None:
+    """Win, tie and lose, mean over the seeds, whose rounds may differ; None if one is missing."""
+    found = {}
+    for outcome in ("win", "tie", "lose"):
+        share = estimate(m.by_seed(stage, method, rounds, f"{outcome}_vs_{opponent}"))
+        if share is None:
+            return None
+        found[outcome] = share
+    return found
+
+
+def triple(m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str) -> str:
+    """`64 / 31 / 5`: win, tie, lose in per cent; "not measured" if one is missing."""
+    found = shares(m, stage, method, rounds, opponent)
+    if found is None:
         return NOT_MEASURED
-    return " / ".join(f"{100 * share.mean:.0f}" for share in shares if share is not None)
+    return " / ".join(f"{100 * share.mean:.0f}" for share in found.values())
+
+
+def measured(m: Measurements, method: str, round_: int, metric: str) -> str:
+    """A number of stage "evaluate" with the digits that its metric declares."""
+    return number(m.estimate("evaluate", method, round_, metric), declared(metric).digits)
+
+
+def number_table(
+    m: Measurements,
+    title: str,
+    keys: Sequence[tuple[str, int]],
+    metrics: Sequence[str],
+    *,
+    name: Callable[[str], str],
+    adapted: Callable[[str], bool],
+    note: str,
+) -> Table:
+    """One row per (arm, round), one column per metric.
+
+    Args:
+        name: the arm's name for people.
+        adapted: whether an arm has a meta step; the others have no influence of it.
+    """
+
+    def cell(arm: str, round_: int, metric: str) -> str:
+        if metric == "meta_influence":
+            return _influence_cell(m, arm, round_, adapted(arm))
+        text = measured(m, arm, round_, metric)
+        if text == NOT_MEASURED and arm == SFT and metric.endswith("_before"):
+            return "—"  # SFT has no policy training: its numbers stand under "after"
+        return text
+
+    return Table(
+        title,
+        ("Arm", "Round", *(declared(metric).heading for metric in metrics)),
+        tuple((name(a), str(r), *(cell(a, r, metric) for metric in metrics)) for a, r in keys),
+        note,
+        text_columns=2,
+    )
+
+
+def _influence_cell(m: Measurements, method: str, round_: int, adapted: bool) -> str:
+    found = influence(m, method, round_)
+    if found is None:
+        return NOT_MEASURED if adapted else "—"
+    digits = declared("meta_influence").digits
+    return f"{found.mean:.1e}" if abs(found.mean) < 1e-3 else number(found, digits)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned lines for a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
 
 
 def win_table(m: Measurements) -> Table:
     """Win/tie/lose against SFT by round, one row per arm (the paper's Table 1)."""
     rounds = m.all_rounds()
     rows = [
-        (arm_name(arm), *(percent_triple(m, "evaluate", arm, r, SFT) for r in rounds))
+        (arm_name(arm), *(triple(m, "evaluate", arm, [r], SFT) for r in rounds))
         for arm in m.policy_arms()
     ]
     if DPO in m.methods():
-        dpo = percent_triple(m, "evaluate", DPO, 1, SFT)
+        dpo = triple(m, "evaluate", DPO, [1], SFT)
         rows.append((f"{arm_name(DPO)} (has no rounds)", dpo, *("" for _ in rounds[1:])))
     return Table(
         "Win / tie / lose against SFT by round, in %",
@@ -117,9 +184,9 @@ def best_round_table(m: Measurements) -> Table:
         rounds = m.rounds(method, "compare")
         if method == DPO and not rounds:
             continue
-        by_seed = _best_round_by_seed(m, method, rounds)
+        by_seed = best_round_by_seed(m, method, rounds, (*OPPONENTS, *m.methods()))
         best = ", ".join(str(r) for r in by_seed.values()) if by_seed else NOT_MEASURED
-        cells = ["—" if o == method else _pooled_triple(m, method, rounds, o) for o in OPPONENTS]
+        cells = ["—" if o == method else triple(m, "compare", method, rounds, o) for o in OPPONENTS]
         rows.append((arm_name(method), "—" if method == DPO else best, *cells))
     return Table(
         "Best round against SFT, vanilla PPO and DPO: win / tie / lose in %",
@@ -136,78 +203,43 @@ def _opponent_name(opponent: str) -> str:
     return "vanilla PPO" if opponent == FIXED else arm_name(opponent)
 
 
-def _best_round_by_seed(m: Measurements, method: str, rounds: list[int]) -> dict[int, int]:
-    """seed -> the round under which its "compare" records stand."""
+def best_round_by_seed(
+    m: Measurements, method: str, rounds: Sequence[int], opponents: Sequence[str]
+) -> dict[int, int]:
+    """The round of each seed that has "compare" records."""
     found: dict[int, int] = {}
     for round_ in rounds:
-        for opponent in (*OPPONENTS, *m.methods()):
+        for opponent in opponents:
             for seed in m.final("compare", method, round_, f"win_vs_{opponent}"):
                 found[seed] = round_
     return dict(sorted(found.items()))
 
 
-def _pooled_triple(m: Measurements, method: str, rounds: list[int], opponent: str) -> str:
-    """The triple over all seeds, whose best rounds may differ."""
-    shares = []
-    for outcome in ("win", "tie", "lose"):
-        values: dict[int, float] = {}
-        for round_ in rounds:
-            values |= m.final("compare", method, round_, f"{outcome}_vs_{opponent}")
-        if not values:
-            return NOT_MEASURED
-        shares.append(sum(values.values()) / len(values))
-    return " / ".join(f"{100 * share:.0f}" for share in shares)
+METRICS = (
+    "gold_mean", "kl", "proxy_mean_standardised", "accuracy_heldout", "accuracy_policy_before",
+    "accuracy_policy_after", "relative_difference_variance_before",
+    "relative_difference_variance_after", "meta_influence", "length_mean", "truncated_share",
+)  # fmt: skip
+"""The columns of "All final numbers"."""
 
 
-_METRICS = (  # column, metric, decimals
-    ("Gold", "gold_mean", 2),
-    ("KL to SFT", "kl", 2),
-    ("Proxy (standardised)", "proxy_mean_standardised", 2),
-    ("Accuracy, held-out pairs", "accuracy_heldout", 3),
-    ("Accuracy, policy's pairs, before PPO", "accuracy_policy_before", 3),
-    ("Accuracy, policy's pairs, after PPO", "accuracy_policy_after", 3),
-    ("Relative variance, before PPO", "relative_difference_variance_before", 2),
-    ("Relative variance, after PPO", "relative_difference_variance_after", 2),
-    ("Influence of the meta step", "", 4),
-    ("Length", "length_mean", 1),
-    ("Share cut off by the limit", "truncated_share", 3),
-)
+SIGHT = ("accuracy_policy", "relative_difference_variance")
+"""What a reward model sees of a policy's responses, each `_before` and `_after` a round."""
 
 
 def metrics_table(m: Measurements) -> Table:
     """All final numbers of every arm and round."""
-    rows = []
-    for method in in_order(m.methods()):
-        for round_ in m.rounds(method):
-            cells = [
-                _metric_cell(m, (method, round_), metric, digits) for _, metric, digits in _METRICS
-            ]
-            rows.append((arm_name(method), str(round_), *cells))
-    return Table(
+    return number_table(
+        m,
         "All final numbers",
-        ("Arm", "Round", *(column for column, _, _ in _METRICS)),
-        tuple(rows),
-        "SFT (round 0) and DPO have no reward model of their own: theirs is the vanilla one. "
-        "“—”: does not apply (no PPO, no meta step)."
+        [(arm, round_) for arm in m.methods() for round_ in m.rounds(arm)],
+        METRICS,
+        name=arm_name,
+        adapted=is_metarm,
+        note="Before and after: the round's PPO. SFT (round 0) and DPO have no reward model of "
+        "their own: theirs is the vanilla one. “—”: does not apply (no PPO, no meta step)."
         + _seed_note(m, "± is the 95 % t-interval over the seeds."),
-        text_columns=2,
     )
-
-
-def _metric_cell(m: Measurements, key: tuple[str, int], metric: str, digits: int) -> str:
-    if not metric:
-        return _influence_cell(m, *key)
-    found = m.estimate("evaluate", *key, metric)
-    if found is None and key[0] == SFT and metric.endswith("_before"):
-        return "—"  # SFT has no PPO: its pairs stand under "after"
-    return number(found, digits)
-
-
-def _influence_cell(m: Measurements, method: str, round_: int) -> str:
-    found = influence(m, method, round_)
-    if found is None:
-        return NOT_MEASURED if method.startswith("metarm") else "—"
-    return f"{found.mean:.1e}" if abs(found.mean) < 1e-3 else number(found, 4)
 
 
 def kl_table(m: Measurements) -> Table:
@@ -236,27 +268,13 @@ def kl_table(m: Measurements) -> Table:
 
 def blindness_table(m: Measurements) -> Table:
     """The reward model kept fixed: what it sees before and after every round."""
-    metrics = (
-        ("accuracy_policy_before", 3),
-        ("accuracy_policy_after", 3),
-        ("relative_difference_variance_before", 2),
-        ("relative_difference_variance_after", 2),
-    )
-    rows = tuple(
-        (str(r), *(number(m.estimate("evaluate", FIXED, r, name), d) for name, d in metrics))
-        for r in m.rounds(FIXED)
-    )
+    metrics = [f"{what}_{when}" for what in SIGHT for when in ("before", "after")]
     return Table(
         f"{arm_name(FIXED)}: what the reward model still sees",
-        (
-            "Round",
-            "Accuracy on the policy's pairs, before PPO",
-            "Accuracy, after PPO",
-            "Relative variance of reward differences, before PPO",
-            "Relative variance, after PPO",
-        ),
-        rows,
-        "Accuracy 0.5 is a coin. Relative variance 1 is the spread on SFT samples.",
+        ("Round", *(f"{declared(metric).heading} PPO" for metric in metrics)),
+        tuple((str(r), *(measured(m, FIXED, r, x) for x in metrics)) for r in m.rounds(FIXED)),
+        "Relative variance: of reward differences. Accuracy 0.5 is a coin. Relative variance 1 is "
+        "the spread on SFT samples.",
     )
 
 
