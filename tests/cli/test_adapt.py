@@ -35,7 +35,9 @@ def text(rng):
 @pytest.fixture
 def shiftrm(shiftrm, files, reward_model, tokenizer, monkeypatch):
     """shiftrm(...) beside a reward model, 50 groups of 40 prompts, and held-out pairs."""
-    monkeypatch.setattr("shiftrm.methods.adapt.write_page", lambda found, path: None)  # 2 s each
+    monkeypatch.setattr(
+        "shiftrm.report.adaptation.write_page", lambda found, path: None
+    )  # 2 s each
     reward_model.save_pretrained(files / "rm")
     tokenizer.save_pretrained(files / "rm")
     rng = random.Random(0)
@@ -69,7 +71,7 @@ def accuracy_by_hand(model, rows):
 
 
 def test_before_and_after_are_those_of_the_two_models(shiftrm, monkeypatch):
-    monkeypatch.setattr("shiftrm.methods.adapt.write_page", write_page)
+    monkeypatch.setattr("shiftrm.report.adaptation.write_page", write_page)
     status, output = shiftrm(*GROUPS, "--eval-pairs", "heldout.jsonl")
     assert status == 0
     found = json.loads(Path("out/before_after.json").read_text())
@@ -171,19 +173,19 @@ def test_the_policy_is_sampled(shiftrm):
 
 def test_options_from_a_file(shiftrm, monkeypatch):
     calls = []
-    monkeypatch.setattr("shiftrm.methods.adapt.adapt", lambda *a, **given: calls.append((a, given)))
+    monkeypatch.setattr("shiftrm.methods.adapt.adapt", lambda request, **_: calls.append(request))
     lines = ["model: rm", "pairs: pairs.jsonl", "policy: policy", "prompts: prompts.jsonl"]
     lines += ["responses: 2", "max_new_tokens: 4", "holdout: 0.5", "output: out", "max_steps: 2"]
     Path("c.yaml").write_text("\n".join(lines))
     assert shiftrm("adapt", "--config", "c.yaml", *QUICK)[0] == 0
     assert shiftrm(*POLICY)[0] == 0
     assert calls[0] == calls[1]
-    assert calls[0][1]["samples"].config.max_new_tokens == 4
+    assert calls[0].samples.config.max_new_tokens == 4
     Path("c.yaml").write_text("groups: many.jsonl\neval_groups: {a: x, b: y}\nholdout: 1e-1\n")
     assert shiftrm(*BASE, "--config", "c.yaml", "--eval-pairs", "c=z")[0] == 0
-    given = calls[2][1]
-    assert (given["eval_groups"], given["eval_pairs"]) == ({"a": "x", "b": "y"}, {"c": "z"})
-    assert (given["holdout"], given["samples"], given["settings"]) == (0.1, None, {})
+    given = calls[2]
+    assert (given.eval_groups, given.eval_pairs) == ({"a": "x", "b": "y"}, {"c": "z"})
+    assert (given.holdout, given.samples, given.settings) == (0.1, None, {})
 
 
 def test_advice_when_the_meta_step_is_too_small(shiftrm):

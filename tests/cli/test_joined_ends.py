@@ -28,7 +28,7 @@ def test_one_warning_with_the_count(
     reward_model.save_pretrained("reward")
     tokenizer.save_pretrained("reward")
     write_jsonl("prompts.jsonl", PROMPTS)
-    monkeypatch.setattr("shiftrm.methods.adapt.write_page", lambda found, path: None)
+    monkeypatch.setattr("shiftrm.report.adaptation.write_page", lambda found, path: None)
     # The tests' tokenizer drops spaces; that others join them is shown in tests/data.
     monkeypatch.setattr(
         "shiftrm.data.prompts.count_joined_ends",

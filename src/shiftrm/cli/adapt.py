@@ -98,10 +98,11 @@ def run(args: argparse.Namespace) -> None:
     numbers = {key: _number(key, options[key]) for key in (*SAMPLING, "holdout") if key in options}
     _check_policy(options, numbers)
     settings.quieten_libraries()
-    from shiftrm.methods.adapt import PAGE, adapt
+    from shiftrm.methods.adapt import Request, adapt
+    from shiftrm.report.adaptation import PAGE, write_before_after
 
     only_on_terminals()
-    found = adapt(
+    request = Request(
         options["model"],
         pairs=options["pairs"],
         output=Path(output),
@@ -112,8 +113,8 @@ def run(args: argparse.Namespace) -> None:
         eval_groups=settings.named(options.get("eval_groups"), "eval_groups"),
         holdout=numbers.get("holdout"),
         command=shlex.join(["shiftrm", *sys.argv[1:]]),
-        bar=bar,
     )
+    found = adapt(request, present=write_before_after, bar=bar)
     if found is not None:
         show_tables(found.findings)
         print(f"{found.summary}\nPage: {output / PAGE}")

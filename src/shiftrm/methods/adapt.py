@@ -3,7 +3,7 @@
 import gc
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,24 @@ from shiftrm.files import Row, write_jsonl
 from shiftrm.measure.diagnosis.comparison import adaptation_verdict
 from shiftrm.measure.diagnosis.findings import Bar, Findings, find, no_bar
 from shiftrm.measure.diagnosis.scored_files import DataFile, encode_data, prompt_key, read_data
-from shiftrm.methods.adapt_words import card_tables, verdict_words
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import SamplingConfig, encode_prompts, load_policy, sample_groups
 from shiftrm.models.scoring import Scorer
 from shiftrm.progress import task
-from shiftrm.report.diagnosis import write_numbers, write_page
-from shiftrm.trainers.model_card import Adapted, Outcome, model_card, summary
+from shiftrm.trainers.model_card import Adapted, model_card, summary
 from shiftrm.trainers.training import Job, open_work, prepare, publish, train_in_work
 from shiftrm.trainers.work_folder import SAMPLES
 
-__all__ = ["HOLDOUT", "PAGE", "Adaptation", "PolicySamples", "adapt"]
+__all__ = ["HOLDOUT", "Adaptation", "PolicySamples", "Request", "adapt", "verdict_words"]
 
 HOLDOUT = 0.2
 """Share of the prompts of the groups that the meta step never sees."""
 
-PAGE, NUMBERS, HELD_OUT = "before_after.html", "before_after.json", "heldout-groups.jsonl"
+HELD_OUT = "heldout-groups.jsonl"
 """In the output folder, beside the weights."""
+
+Present = Callable[[Findings, Path, Mapping[str, Any]], str]
+"""`present(found, folder, more)` writes the findings into the folder; returns them as Markdown."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +92,35 @@ class _Groups:
         return kept, DataFile("held-out groups", file.source, "groups", out) if out else None
 
 
-def adapt(
-    model: str,
-    *,
-    pairs: str,
-    output: Path,
-    settings: Mapping[str, Any],
-    groups: str | None = None,
-    samples: PolicySamples | None = None,
-    eval_pairs: Mapping[str, str] | None = None,
-    eval_groups: Mapping[str, str] | None = None,
-    holdout: float | None = None,
-    command: str | None = None,
-    bar: Bar = no_bar,
-) -> Adaptation | None:
+@dataclass(frozen=True)
+class Request:
+    """What to adapt, to what, and what to measure it on.
+
+    Attributes:
+        model: a trained reward model: checkpoint folder or hub name.
+        pairs: source (`data.sources`) of preference pairs.
+        output: folder to write: checkpoint, card, page, numbers and the groups measured on.
+        settings: values by setting, see `trainers.settings`, with those of the method.
+        groups, samples: responses of today's policy, or how to sample them; one of the two.
+        eval_pairs, eval_groups: sources to measure on, by name; that of a single one may be empty.
+        holdout: share of the prompts of the groups that is held out to measure on; 0.2 by default.
+            Not with eval_groups.
+        command: how the model card says this run can be repeated.
+    """
+
+    model: str
+    pairs: str
+    output: Path
+    settings: Mapping[str, Any]
+    groups: str | None = None
+    samples: PolicySamples | None = None
+    eval_pairs: Mapping[str, str] | None = None
+    eval_groups: Mapping[str, str] | None = None
+    holdout: float | None = None
+    command: str | None = None
+
+
+def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptation | None:
     """Adapt a reward model to responses of today's policy, and measure it before and after.
 
     Training is that of `command.train` with groups. The folder appears when everything has ended
@@ -112,15 +128,7 @@ def adapt(
     continues from them.
 
     Args:
-        model: a trained reward model: checkpoint folder or hub name.
-        pairs: source (`data.sources`) of preference pairs.
-        output: folder to write: checkpoint, card, page, numbers and the groups measured on.
-        settings: values by setting, see `trainers.settings`; MetaRM's are among them.
-        groups, samples: responses of today's policy, or how to sample them. One of the two.
-        eval_pairs, eval_groups: sources to measure on, by name; that of a single one may be empty.
-        holdout: share of the prompts of the groups that is held out to measure on; 0.2 by default.
-            Not with eval_groups.
-        command: how the model card says this run can be repeated.
+        present: writes the findings, see `Present`.
         bar: shows progress.
 
     Returns:
@@ -130,20 +138,22 @@ def adapt(
         UserError: as `command.train`; and a model without a trained score head, neither or both of
             groups and samples, too few prompts to hold some out, or rows that cannot be scored.
     """
-    _check_choices(groups, samples, eval_groups, holdout)
+    _check_choices(request)
     job = prepare(
-        model,
-        pairs=pairs,
-        output=output,
-        eval_pairs=eval_pairs,
-        settings=settings,
+        request.model,
+        pairs=request.pairs,
+        output=request.output,
+        eval_pairs=request.eval_pairs,
+        settings=request.settings,
         meta=True,
-        command=command,
+        command=request.command,
         command_name="adapt",
     )
-    share = HOLDOUT if holdout is None else holdout
-    source = _read(job, groups, samples, share=None if eval_groups else share)
-    files = _files(job, eval_pairs or {}, eval_groups or {})
+    samples, model = request.samples, request.model
+    eval_pairs, eval_groups = request.eval_pairs or {}, request.eval_groups or {}
+    share = HOLDOUT if request.holdout is None else request.holdout
+    source = _read(job, request.groups, samples, share=None if eval_groups else share)
+    files = _files(job, eval_pairs, eval_groups)
     heldout = None if source.file is None else source.split(source.file)[1]
     _check_model(model, [*files, *([] if heldout is None else [heldout])])
     main = PartialState().is_main_process
@@ -161,22 +171,23 @@ def adapt(
             return None  # without a barrier: measuring may take longer than a barrier waits
         found = _measure(job, files, bar=bar)
         how = _how(source, samples, len(kept), 0 if out is None else len(out.rows), files)
-        outcome = replace(outcome, adapted=Adapted(how, verdict_words(found), card_tables(found)))
-        _write_beside(job, found, outcome, out)
+        more = {"model": job.model, "meta": outcome.meta, "groups": how}
+        tables = present(found, job.finished, more)
+        outcome = replace(outcome, adapted=Adapted(how, verdict_words(found), tables))
+        _write_groups(job, out)
         publish(job, model_card(outcome))
     return Adaptation(found, summary(outcome))
 
 
-def _check_choices(
-    groups: str | None, samples: Any, eval_groups: Any, holdout: float | None
-) -> None:
+def _check_choices(request: Request) -> None:
+    groups, samples = request.groups, request.samples
     if (groups is None) == (samples is None):
         word = "neither is" if groups is None else "both are"
         raise UserError(
             f"adapt needs responses of today's policy: give either --groups or --policy with "
             f"--prompts; {word} there"
         )
-    if eval_groups and holdout is not None:
+    if request.eval_groups and request.holdout is not None:
         raise UserError("--holdout and --eval-groups: give one; with the latter none is held out")
     if samples is not None and samples.config.temperature == 0:
         raise UserError(
@@ -338,13 +349,18 @@ def _how(
     return text
 
 
-def _write_beside(job: Job, found: Findings, outcome: Outcome, out: DataFile | None) -> None:
-    """Page, numbers and groups, into the folder that is still being made."""
-    assert outcome.adapted is not None
-    write_page(found, job.finished / PAGE)
-    more = {"model": job.model, "meta": outcome.meta, "groups": outcome.adapted.how}
-    write_numbers(found, job.finished / NUMBERS, more=more)
+def _write_groups(job: Job, out: DataFile | None) -> None:
+    """Write the groups held out and those sampled into the folder that is still being made."""
     if out is not None:
         write_jsonl(job.finished / HELD_OUT, (row for _, row in out.rows))
     if (job.work / SAMPLES).exists():
         shutil.copyfile(job.work / SAMPLES, job.finished / SAMPLES)
+
+
+def verdict_words(found: Findings) -> str:
+    """`Before and after: louder, not sharper.`, then the numbers behind it, a line each."""
+    assert found.change is not None
+    change = found.change
+    return "\n".join(
+        [f"Before and after: {change.word}.", change.sentence, *change.warnings, *change.advice]
+    )
