@@ -1,4 +1,4 @@
-"""Whether the gold world is an instrument: runs its controls, prints what holds, draws the picture.
+"""Runs the gold world's controls, prints which checks hold, and draws the picture.
 
     python benchmarks/gold_world_controls.py --seeds 0 1 2 --output runs/controls --workers 2
 
@@ -27,7 +27,7 @@ def main() -> int:
         "--docs",
         type=Path,
         metavar="DIR",
-        help="also renew the picture and the tables of gold-world.md in this folder",
+        help="also update the picture and the tables of gold-world.md in this folder",
     )
     args = parser.parse_args()
     try:

@@ -1,8 +1,8 @@
-"""What the gold world's controls must show, judged from records alone.
+"""Checks of the gold world's controls, computed from records alone.
 
-"Noise" is three standard errors throughout. Of a curve over PPO steps it is taken from the curve
-itself: neighbouring steps differ by sampling, hardly by training, so half the mean square of their
-differences is the variance of one step. Of an evaluation it comes from the spread of its responses.
+"Noise" is three standard errors throughout. For a curve over PPO steps it is estimated from the
+curve: neighbouring steps differ by sampling, hardly by training, so half the mean square of their
+differences is the variance of one step. For an evaluation it comes from the spread of responses.
 """
 
 import math
@@ -19,7 +19,7 @@ WINDOW = 10
 """PPO steps averaged into one point of a curve before it is judged."""
 
 LAST_STEPS = 20
-"""Steps at the end of a run whose mean is its gold and KL: the controller swings around its aim."""
+"""Final steps whose mean is a run's gold and KL: the controller oscillates around its target."""
 
 NOISE = 3.0
 """Standard errors that count as noise."""
@@ -33,7 +33,7 @@ _ACCURACY = "eval_accuracy_final"
 
 @dataclass(frozen=True)
 class Check:
-    """One claim about the world, whether it holds, and the numbers it was judged by.
+    """One claim about the world, whether it holds, and the numbers behind the verdict.
 
     Attributes:
         control: "a" to "e", as in `docs/gold-world.md`.
@@ -48,11 +48,11 @@ class Check:
 
 
 class Table:
-    """The records of one or several seeds, looked up by what they are.
+    """Look-up of the records of one or more seeds.
 
     Raises:
-        ValueError: a step of a run is there twice, as when a run's records were given twice.
-        KeyError: on look-up, something was not measured; the message names it.
+        ValueError: a run has two records for one step, as when its records are given twice.
+        KeyError: on look-up, a value was not measured; the message names it.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -74,7 +74,7 @@ class Table:
         self.seeds = sorted({r.seed for r in records})
 
     def curve(self, seed: int, method: str, metric: str) -> list[float]:
-        """A metric of PPO by step."""
+        """Return a PPO metric by step."""
         return self._curves[seed, method, metric]
 
     def at_end(self, seed: int, method: str, metric: str) -> float:
@@ -83,7 +83,7 @@ class Table:
         return sum(last) / len(last)
 
     def evaluated(self, seed: int, method: str, metric: str = "gold_mean") -> float:
-        """A number of the evaluation after PPO; of the SFT policy for method "sft"."""
+        """Return an evaluation result after PPO; for method "sft", of the SFT policy."""
         return self._finals["evaluate", seed, method, metric][0]
 
     def accuracy(self, seed: int, method: str) -> float:
@@ -91,7 +91,7 @@ class Table:
         return self._finals["reward_model", seed, method, _ACCURACY][0]
 
     def shuffled_accuracies(self, seed: int) -> list[float]:
-        """Held-out accuracies of the reward models on shuffled labels, one a shuffle."""
+        """Held-out accuracies of the reward models on shuffled labels, one per shuffle."""
         accuracies = [self.accuracy(seed, "shuffled_1")]
         while ("reward_model", seed, f"shuffled_{len(accuracies) + 1}", _ACCURACY) in self._finals:
             accuracies.append(self.accuracy(seed, f"shuffled_{len(accuracies) + 1}"))
@@ -100,7 +100,7 @@ class Table:
     def gold_noise(self, seed: int, method: str) -> float:
         """Noise of the difference between a method's evaluated gold and the SFT policy's.
 
-        The two answer the same prompts; counting them as independent overstates it a little.
+        Both answer the same prompts; treating them as independent overstates the noise a little.
         """
         variances = []
         for name in (method, "sft"):
@@ -168,7 +168,7 @@ def proxy_without_penalty(table: Table, seed: int) -> list[Check]:
     sft, end = table.evaluated(seed, "sft"), table.evaluated(seed, name)
     golds = windows(gold)
     peak = max(golds)
-    # Until the peak: what the policy says after it differs ever more from prompt to prompt.
+    # Up to the peak: later responses differ more and more between prompts.
     until = gold[: (golds.index(peak) + 1) * WINDOW]
     gold_noise = math.hypot(curve_noise(until), table.gold_noise(seed, "sft"))
     return [
@@ -214,7 +214,7 @@ def gold_as_reward(table: Table, seed: int) -> list[Check]:
 
 
 def shuffled_labels(table: Table, seed: int, runs: Sequence[str]) -> list[Check]:
-    """(c) Nothing is learned from coin tosses, and nothing is gained by optimising it."""
+    """(c) Nothing is learned from shuffled labels, and optimising that model gains no gold."""
     accuracies = table.shuffled_accuracies(seed)
     accuracy = sum(accuracies) / len(accuracies)
     low, high = SHUFFLED_ACCURACY
@@ -252,7 +252,7 @@ def matched_kl(table: Table, target: float, counts: Sequence[int]) -> list[Check
         kls[name] = [table.at_end(seed, run, "kl") for seed, run in pairs]
         golds[name] = [table.at_end(seed, run, "gold_mean") for seed, run in pairs]
     means = {name: sum(values) / len(values) for name, values in golds.items()}
-    # Gold as reward may stop short: once it has what there is to gain, no more KL is worth having.
+    # Gold as reward may stay below the target: once nothing is left to gain, more KL only costs.
     short = max(0.0, *(1 - kl / target for name in names[:-1] for kl in kls[name]))
     beyond = max(0.0, *(kl / target - 1 for values in kls.values() for kl in values))
     by_size = [means[name] for name in names[:-1]]

@@ -1,4 +1,4 @@
-"""The gold world's controls: runs whose outcome is known beforehand if the world is any good.
+"""The gold world's controls: runs whose outcome is known beforehand if the world is sound.
 
 Reward models on 500, 3,000 and 20,000 pairs, one on shuffled labels, and the gold reward itself
 are each optimised against; `checks` says what the results must be. All runs of a seed share the
@@ -64,12 +64,12 @@ class ControlsConfig:
 
 
 def plan_controls(config: ControlsConfig) -> list[Stage]:
-    """The stages of one seed, each after those it needs."""
+    """Return the stages of one seed, each after the stages it needs."""
     stages = _beginning(config)
     proxy = _proxy_name(config, config.proxy_pairs)
     free = {"steps": config.free_steps, "kl_target": None}
     no_penalty = {**free, "kl_coefficient": 0.0}
-    # What is quick to contradict the world comes first.
+    # Runs that can contradict the world quickly come first.
     runs: list[tuple[str, str, dict[str, Any]]] = [
         ("proxy_no_kl", proxy, no_penalty),
         ("gold_no_kl", GOLD, no_penalty),
@@ -88,7 +88,7 @@ def plan_controls(config: ControlsConfig) -> list[Stage]:
 
 
 def at_kl(name: str, target: float) -> str:
-    """The method name of a run that steers to a KL, such as "pairs_500@kl6"."""
+    """Return the method name of a run with a KL target, such as "pairs_500@kl6"."""
     return f"{name}@kl{target:g}"
 
 
@@ -157,7 +157,7 @@ def _beginning(config: ControlsConfig) -> list[Stage]:
 
 
 def _run(config: ControlsConfig, name: str, reward: str, changes: dict[str, Any]) -> list[Stage]:
-    """PPO from the SFT policy against one reward, and the evaluation of what comes out."""
+    """PPO from the SFT policy against one reward, and the evaluation of the result."""
     here = f"runs/{name}"
     model = () if reward == GOLD else (reward,)
     ppo = to_mapping(replace(config.ppo, **changes))
@@ -187,7 +187,7 @@ def _run(config: ControlsConfig, name: str, reward: str, changes: dict[str, Any]
 
 
 def train_control_reward(context: StageContext) -> None:
-    """A vanilla reward model on the first so many pairs, with their labels or with coin tosses."""
+    """Train a reward model on the first `pairs` pairs, with their labels or with coin tosses."""
     from shiftrm.data.pairs import read_pairs
     from shiftrm.pipeline.demo_stages import fit_reward
 

@@ -1,10 +1,10 @@
-"""The gold reward: what a response is really worth, as a sum of declared features of its words.
+"""The gold reward: the true value of a response, as a sum of declared features of its words.
 
-It is not monotone in any of the things it likes. Topical words help up to four; praise helps only
+It is not monotone in any feature that it rewards. Topical words help up to four; praise helps only
 right before a topical word and saturates at three; praise words as such earn a little up to four;
-then repetition and length cost more than praise brings. Within the data of the first policy praise
-and topical words simply look good, so a reward model that extrapolates is wrong where the policy
-goes, as reward models are.
+beyond that, repetition and length cost more than praise earns. In the first policy's data, praise
+and topical words always look good, so a reward model that extrapolates is wrong where the policy
+moves.
 
 Each weight is `base * domain factor * task factor`. The domain factors are drawn once, uniformly
 from [0.7, 1.3] and rounded to two decimals, from the fixed seed `TABLE_SEED` (they do not depend on
@@ -41,7 +41,7 @@ FACTOR_RANGE = (0.7, 1.3)
 
 
 class Tally(NamedTuple):
-    """What is counted in one response; every feature reads it."""
+    """The counts of one response, which every feature reads."""
 
     words: int
     distinct_topical: int  # different content words of the prompt's topic
