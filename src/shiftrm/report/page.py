@@ -102,7 +102,7 @@ def render_page(
 ) -> str:
     """The page as text; same records, same text."""
     m = Measurements(records)
-    return page_template("template.html.j2").render(
+    return page_template("demo.html.j2").render(
         head=narrative.headline(m),
         compared=captions.arms_compared(m),
         same_coefficient=(config or {}).get("matched_kl") is False,
