@@ -19,7 +19,7 @@ from shiftrm.report.arms import FIXED, RETRAINED, SFT, arm_name, arm_short, is_m
 from shiftrm.report.flags import flags
 from shiftrm.report.measurements import Measurements
 from shiftrm.report.tables import NOT_MEASURED, fixed_point, measured, text_table, triple
-from shiftrm.report.wording import listing, rounds_text
+from shiftrm.report.wording import ONE_SEED, listing, rounds_text
 
 NOTHING_TO_COMPARE = (
     "Not measured: the records hold no gold result of the reward model kept fixed and of another "
@@ -45,11 +45,7 @@ def headline(m: Measurements) -> Headline:
     several = max(gap.difference.count for gap in gaps) > 1
     title = _title_several(gaps) if several else _title_one(gaps)
     if not several:
-        warnings.insert(
-            0,
-            "This is one seed, and one seed proves little: another seed can turn the order of the "
-            "arms around. Run several seeds before believing a difference.",
-        )
+        warnings.insert(0, ONE_SEED)
     elif len(gaps) > 1:
         warnings.append(
             f"{len(gaps)} arms are compared with the same baseline and the intervals are not "

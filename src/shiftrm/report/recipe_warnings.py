@@ -9,14 +9,10 @@ from shiftrm.report.flags import flags
 from shiftrm.report.measurements import Measurements
 from shiftrm.report.recipe_arms import Arms
 from shiftrm.report.tables import fixed_point
-from shiftrm.report.wording import listing, rounds_text
+from shiftrm.report.wording import ONE_SEED, listing, rounds_text
 
 __all__ = ["warnings"]
 
-ONE_SEED = (
-    "This is one seed, and one seed proves little: another seed can turn the order of the arms "
-    "around. Run several seeds before believing a difference."
-)
 TRUNCATED = 0.1  # share of responses cut off by the limit from which it is said
 LONGER = 1.3  # mean length over SFT's from which it is said
 UNJUDGED = 0.02

@@ -1,6 +1,11 @@
-"""Small helpers for sentences."""
+"""Shared sentences, and helpers that build sentences."""
 
 from __future__ import annotations
+
+ONE_SEED = (
+    "This is one seed, and one seed proves little: another seed can turn the order of the arms "
+    "around. Run several seeds before believing a difference."
+)
 
 
 def listing(words: list[str]) -> str:
