@@ -59,7 +59,8 @@ class Session:
 
     def work_through(self, page):
         """Run all blocks of a page in order."""
-        with contextlib.chdir(self.folder):
+        with contextlib.chdir(self.folder), pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(self.folder)  # as `python` does
             for block in blocks(page):
                 if block.file is not None:
                     Path(block.file).parent.mkdir(parents=True, exist_ok=True)

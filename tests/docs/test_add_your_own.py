@@ -1,0 +1,58 @@
+"""Every example of "Add your own" works from outside the package, by its import path."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from tests.docs.blocks import blocks
+from tests.docs.test_build import DOCS
+
+PAGE = DOCS / "add-your-own.md"
+FILES = {block.file: block for block in blocks(PAGE) if block.file}
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """The files of the page in a folder of their own, which is on Python's path."""
+    for name, block in FILES.items():
+        (tmp_path / name).write_text(block.text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_examples_are_short(name):
+    assert len(FILES[name].text.splitlines()) <= 30
+
+
+def test_every_section_has_an_example_and_a_test():
+    sections = re.findall(r"^## ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    modules = [name for name in FILES if name.endswith(".py")]
+    assert len(modules) == len(sections)
+    for name in modules:
+        assert f"test_{name.removesuffix('.py')}" in globals(), name
+
+
+def test_my_advantage(outside):
+    from shiftrm.policies.advantages import ADVANTAGES
+    from tests.policies.test_ppo import make_trainer
+
+    rewards = torch.tensor([[1.0, 2.0], [5.0, math.nan]])
+    advantages, returns = ADVANTAGES.get("my_advantage:above_mean")(
+        rewards, rewards, ~rewards.isnan(), gamma=1.0, lam=1.0, group_size=2
+    )
+    assert advantages.tolist() == [[-1.0, -1.0], [1.0, 0.0]]
+    assert returns.tolist() == [[3.0, 2.0], [5.0, 0.0]]
+    logs = make_trainer(advantage="my_advantage:above_mean").train()
+    assert all(math.isfinite(log.policy_loss) for log in logs)
+
+
+def test_my_format(outside):
+    from shiftrm.data.named import load
+
+    loaded = load("my_format:ANSWERS", "answers.jsonl", kind="pairs")
+    assert [row["chosen"] for row in loaded.rows] == [" Blue.", " A pear."]
+    assert loaded.counts() == {"not_two_answers": 1}
