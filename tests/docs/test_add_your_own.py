@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from shiftrm.files import write_jsonl
 from tests.docs.blocks import blocks
 from tests.docs.test_build import DOCS
 
@@ -36,6 +37,36 @@ def test_every_section_has_an_example_and_a_test():
         assert f"test_{name.removesuffix('.py')}" in globals(), name
 
 
+def test_my_objective(outside, policy, tokenizer, pairs, groups):
+    from datasets import Dataset
+
+    from shiftrm import MetaRMConfig, MetaRMTrainer
+    from shiftrm.core.objectives import OBJECTIVES
+
+    rewards = torch.tensor([[1.0, 3.0, math.nan]])
+    value = OBJECTIVES.get("my_objective:spread")(rewards, mask=~rewards.isnan())
+    assert value.tolist() == pytest.approx([math.tanh(1.0)])
+
+    policy.save_pretrained("sft")
+    tokenizer.save_pretrained("sft")
+    args = MetaRMConfig(
+        "out",
+        preset="scale_free",
+        meta_objective="my_objective:spread",
+        max_steps=2,
+        logging_steps=1,
+        report_to="none",
+    )
+    write_jsonl("groups.jsonl", groups)
+    trainer = MetaRMTrainer(
+        "sft", args, train_dataset=Dataset.from_list(pairs), meta_dataset="groups.jsonl"
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "meta_objective" in log]
+    assert len(logs) == 2
+    assert all(log["meta_objective_after"] > log["meta_objective"] for log in logs)
+
+
 def test_my_advantage(outside):
     from shiftrm.policies.advantages import ADVANTAGES
     from tests.policies.test_ppo import make_trainer
@@ -56,3 +87,15 @@ def test_my_format(outside):
     loaded = load("my_format:ANSWERS", "answers.jsonl", kind="pairs")
     assert [row["chosen"] for row in loaded.rows] == [" Blue.", " A pear."]
     assert loaded.counts() == {"not_two_answers": 1}
+
+
+def test_my_metric(outside, capsys):
+    from shiftrm.metrics import Better, metric
+    from shiftrm.records import read_records
+
+    [use] = [block for block in blocks(PAGE) if block.text.startswith("from my_metric")]
+    exec(compile(use.text, use.where, "exec"), {})
+    assert capsys.readouterr().out == "Polite responses 0.5\n"
+    assert metric("polite_share").better is Better.HIGHER
+    [record] = read_records("polite.jsonl")
+    assert (record.value, record.n) == (0.5, 2)
