@@ -1,4 +1,4 @@
-"""Many slow calls at once, and never more than so many."""
+"""Run many slow calls concurrently, up to a limit."""
 
 import queue
 import threading
@@ -17,14 +17,14 @@ def map_bounded(
     concurrency: int,
     grace: float = 10.0,
 ) -> Generator[tuple[int, Result], None, None]:
-    """Yield `(index, function(item))` as they come, at most `concurrency` at one time.
+    """Yield `(index, function(item))` as results arrive, with at most `concurrency` calls at once.
 
     A result that the consumer has not yet taken counts as one of the `concurrency`, so no more than
     that many calls are ever started ahead of what the consumer has seen.
 
-    When a call raises, or the consumer stops (Ctrl-C above all), no further call is started, those
-    under way get `grace` seconds to end (and to save what they have got), and the error goes on.
-    The threads are daemons: a stalled server does not keep the program from ending.
+    When a call raises or the consumer stops (such as by Ctrl-C), no further call is started,
+    running calls get `grace` seconds to finish and save their results, and the error propagates.
+    The threads are daemons, so a stalled server does not keep the program from exiting.
     """
     waiting: queue.SimpleQueue[tuple[int, Item]] = queue.SimpleQueue()
     for entry in enumerate(items):
@@ -63,7 +63,7 @@ def map_bounded(
             free.release()
     finally:
         stop.set()
-        free.release(max(1, len(threads)))  # those that wait see the stop
+        free.release(max(1, len(threads)))  # wakes waiting threads, which then see `stop`
         deadline = time.monotonic() + grace
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))

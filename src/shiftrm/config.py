@@ -15,7 +15,7 @@ from shiftrm.errors import UserError, shortened, suggest
 T = TypeVar("T")
 
 HOME = re.compile(r"\A((?:[\w.-]+=)*)(~[\w.-]*)(?=/)")
-"""`~/...` and `NAME=~/...`; a shell sees to the first only."""
+"""`~/...` and `NAME=~/...`; a shell expands only the first."""
 
 DEEPEST, MOST, LONGEST = 50, 1_000_000, 18
 """Levels, values and digits of numbers in YAML; 18 digits fit 64 bits."""
@@ -39,7 +39,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], *, where: str = "") -> T
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """The configuration as plain data, every field said; `from_mapping` reads it back."""
+    """The configuration as plain data with every field; `from_mapping` reads it back."""
     return _plain(dataclasses.asdict(config))
 
 
@@ -72,7 +72,7 @@ def apply_overrides(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping; in its texts, `~/` is the home folder."""
+    """Read a YAML file that holds one mapping; `~/` in its strings is the home folder."""
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
@@ -86,7 +86,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def at_home(value: Any) -> Any:
-    """Plain data with `~/` at the beginning of texts (or after `name=`) as the home folder."""
+    """Expand `~/` at the beginning of strings (or after `name=`) in plain data."""
     if isinstance(value, str):
         return HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), value)
     if isinstance(value, dict):
@@ -97,7 +97,7 @@ def at_home(value: Any) -> Any:
 
 
 def parse_yaml(text: str, where: str, *, word: bool = False) -> Any:
-    """The plain data that YAML text stands for.
+    """Parse YAML text into plain data.
 
     Args:
         word: it is one value of a command line, where lines and columns say nothing.
@@ -130,7 +130,7 @@ def parse_yaml(text: str, where: str, *, word: bool = False) -> Any:
 
 
 def check_seed(value: int, name: str) -> None:
-    """Refuse what is no seed to one of the libraries.
+    """Refuse a seed that one of the libraries would not accept.
 
     Raises:
         UserError: below 0 or not below 2^32.

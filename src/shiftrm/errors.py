@@ -1,11 +1,11 @@
-"""The one exception that means: the input is at fault, and here is what to do."""
+"""The exception for invalid user input, and functions that word its message."""
 
 
 class UserError(ValueError):
-    """Bad input, said to a person: one line that names what, where and what to do.
+    """Raised for invalid user input.
 
-    The command line prints it without a traceback and exits with status 2; in Python it is an
-    ordinary exception.
+    The message is one line: what is wrong, where, and how to fix it. The command line prints it
+    without a traceback and exits with status 2; in Python it is an ordinary exception.
     """
 
     def __init__(self, message: str) -> None:
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Foreign text for a terminal: control characters, which could rule it, as `\\x1b` and such."""
+    """Escape control characters, which could control the terminal, as `\\x1b` and the like."""
     if text.isprintable():
         return text
     return "".join(
@@ -22,12 +22,12 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, length: int = 80) -> str:
-    """Foreign text for an error, which is one line to be read: its beginning, if it is longer."""
+    """Cut text to `length` characters, for a one-line error."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of the known words, or a list of them, or nothing."""
+    """`; did you mean 'x'?` if a known word is close, else a list of them, or an empty string."""
     import difflib
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Reading and writing files so that nothing is ever half-written, and errors name the line."""
+"""Read and write files: writes are atomic, and errors name the line."""
 
 import codecs
 import gzip
@@ -18,13 +18,13 @@ Row = dict[str, Any]
 """One JSONL object."""
 
 TEMPORARY = ".{name}.{unique:8}.tmp"
-"""A file until it is whole; `unique` has eight characters."""
+"""Name of a file while it is being written; `unique` has eight characters."""
 
 BEYOND_JSON = "valid JSON, but nested too deep or with a number too long to read; correct it"
 
 
 def atomic_write_text(path: str | Path, text: str) -> Path:
-    """Write a text file whole or not at all: a temporary sibling, flushed to disk, then renamed.
+    """Write a text file atomically: a temporary sibling, flushed to disk, then renamed.
 
     A lone surrogate (possible in model output and in JSON) has no UTF-8 form and becomes "?".
     """
@@ -32,7 +32,7 @@ def atomic_write_text(path: str | Path, text: str) -> Path:
 
 
 def atomic_write_bytes(path: str | Path, content: bytes) -> Path:
-    """Write a file whole or not at all, as `atomic_write_text`."""
+    """Write a file atomically, as `atomic_write_text`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY.format(name=path.name, unique=uuid.uuid4().hex[:8]))
@@ -56,7 +56,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> Path:
 
 
 def write_lines(path: str | Path, lines: bytes) -> Path:
-    """Write lines as they are, or packed where the file is called .gz, atomically."""
+    """Write lines atomically, compressed if the file name ends in .gz."""
     packed = Path(path).suffix.lower() == ".gz"
     return atomic_write_bytes(path, gzip.compress(lines, mtime=0) if packed else lines)
 
@@ -114,7 +114,7 @@ def iterate_jsonl(path: str | Path, *, required: tuple[str, ...] = ()) -> Iterat
 
 @contextmanager
 def _lines(path: Path) -> Iterator[Iterator[bytes]]:
-    """A file's lines, unpacked if it is called .gz."""
+    """A file's lines, decompressed if its name ends in .gz."""
     if path.suffix.lower() != ".gz":
         with open(path, "rb") as handle:
             yield handle
@@ -136,7 +136,7 @@ def _unpacked(path: Path, packed: gzip.GzipFile) -> Iterator[bytes]:
 
 
 def encodable(value: Any) -> Any:
-    """Text, or what holds texts, with "?" for every lone surrogate: UTF-8 has no form for one."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by "?" in text or nested data."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, list):
@@ -147,7 +147,7 @@ def encodable(value: Any) -> Any:
 
 
 def require_columns(row: Row, columns: tuple[str, ...], where: str) -> None:
-    """Refuse a row that lacks a column; the message names what it has."""
+    """Refuse a row that lacks a column; the message lists the columns it has."""
     for column in columns:
         if column not in row:
             raise UserError(

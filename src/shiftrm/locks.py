@@ -1,4 +1,4 @@
-"""One writer at a time: a lock beside what is written, gone with the process that holds it."""
+"""One writer at a time: a lock file beside the output, released when its process ends."""
 
 import errno
 import fcntl
@@ -16,16 +16,16 @@ from shiftrm.errors import UserError
 __all__ = ["exclusive", "hold", "holding"]
 
 _MARK = "shiftrm: "
-"""How the file of a lock begins; a file that begins otherwise is somebody's own."""
+"""The first bytes of a lock file; a file that begins differently belongs to the user."""
 
 _TRIES = 20
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What file systems without locks answer; there, as before, nobody is kept out."""
+"""Errors of file systems without locks; there, no other writer is kept out."""
 
 
 class _Holding:
-    """What one command holds until it ends."""
+    """The locks that one command holds until it ends."""
 
     def __init__(self, stack: ExitStack, command: str) -> None:
         self.stack, self.command = stack, command
@@ -36,7 +36,7 @@ _current: ContextVar[_Holding | None] = ContextVar("holding", default=None)
 
 @contextmanager
 def holding(words: Sequence[str]) -> Iterator[None]:
-    """Let go at the end of what `hold` took inside.
+    """Release the locks that `hold` took inside the block when it ends.
 
     Args:
         words: of the command, for those who find the place taken.
@@ -67,7 +67,7 @@ def hold(path: Path) -> None:
 
 @contextmanager
 def exclusive(lock: Path, path: Path, *, command: str = "") -> Iterator[None]:
-    """Hold a lock while `path` is written; folders that are missing above it are made.
+    """Hold a lock while `path` is written; missing parent folders are created.
 
     The lock is the operating system's: a process that died holds nothing, whatever file it left.
     The file and the folders made for it go at the end, unless something was written there.
@@ -100,7 +100,7 @@ def exclusive(lock: Path, path: Path, *, command: str = "") -> Iterator[None]:
 
 
 def _locked(lock: Path, path: Path) -> int:
-    """A descriptor that holds the lock on the file that has this name."""
+    """A file descriptor that holds the lock on the file of this name."""
     for _ in range(_TRIES):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def _take(descriptor: int, lock: Path, path: Path) -> None:
 
 
 def _is_file(descriptor: int, lock: Path) -> bool:
-    """Whether the file that is locked still has this name."""
+    """Whether the locked file still has this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(lock, follow_symlinks=False))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where long work is: a line at least every half minute where no terminal shows a bar.
+"""Progress of long work: a line at least every half minute where no terminal shows a bar.
 
 A command opens a `Progress`; whatever works long names its task there (`task`) and says how much is
 done. A thread of its own speaks, so that a line also comes where one batch takes minutes, or where
@@ -23,7 +23,7 @@ LOG_FILE = "progress.log"
 
 
 class Task:
-    """Something that is being done, and how much of it.
+    """Work in progress, and how much of it is done.
 
     Attributes:
         label: what, as "sampling".
@@ -38,14 +38,14 @@ class Task:
         self._first = self._last = (self._start, done)
 
     def advance(self, done: int, total: int | None = None) -> None:
-        """Say how much is done now, and of how much if that was not known before."""
+        """Set how much is done, and the total if it was not known before."""
         if done != self.done:
             self._last = (self._clock(), done)
             self._first = self._last if self._first[1] == 0 else self._first
         self.done, self.total = done, self.total if total is None else total
 
     def words(self) -> str:
-        """Done and total, elapsed, estimated rest."""
+        """Done and total, elapsed time, estimated remaining time."""
         parts = [self.label]
         if self.done or self.total:
             parts[0] += f": {self.done:,}" + (f" of {self.total:,}" if self.total else "")
@@ -73,7 +73,7 @@ class Task:
 
 
 class Progress:
-    """The tasks of one command, and the lines that tell of them.
+    """The tasks of one command, and the lines that report them.
 
     Args:
         label: what is said where no task is named, as the command's name.
@@ -98,7 +98,7 @@ class Progress:
 
     @contextlib.contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:
-        """A task while it is under way; the latest one is what lines tell of."""
+        """A running task; lines report the latest one."""
         begun = self.begin(label, total)
         try:
             yield begun
@@ -106,7 +106,7 @@ class Progress:
             self.end(begun)
 
     def begin(self, label: str, total: int | None, *, done: int = 0) -> Task:
-        """As `task`, for callers whose work is no block.
+        """As `task`, for callers whose work is not a `with` block.
 
         Args:
             done: how much of it is done before its clock starts.
@@ -116,18 +116,18 @@ class Progress:
             return self._tasks[-1]
 
     def end(self, task: Task) -> None:
-        """A task that `begin` gave is over."""
+        """End a task that `begin` returned."""
         with self._lock:
             if task in self._tasks:
                 self._tasks.remove(task)
 
     def log_to(self, folder: Path | None) -> None:
-        """Write all lines to `LOG_FILE` in this folder, too, as long as it is there."""
+        """Also write all lines to `LOG_FILE` in this folder, as long as the folder exists."""
         with self._lock:
             self._log = None if folder is None else folder / LOG_FILE
 
     def note(self, line: str) -> None:
-        """A line that was said elsewhere: it goes to the log, and breaks the silence."""
+        """Log a line that was printed elsewhere; it counts as output."""
         with self._lock:
             self._spoke = self._clock()
             if self._log is not None:
@@ -135,7 +135,7 @@ class Progress:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def speak_if_due(self) -> float:
-        """Say where the latest task is if it was silent for long; returns seconds to the next."""
+        """Report the latest task if it was silent for long; return seconds to the next."""
         with self._lock:
             if self._clock() - self._spoke >= self._every:
                 line = self._tasks[-1].words()
@@ -145,7 +145,7 @@ class Progress:
             return self._spoke + self._every - self._clock()
 
     def watch(self, wait: Callable[[float], bool]) -> None:
-        """Speak whenever a line is due, until `wait(seconds)` says that it is over."""
+        """Print a line whenever one is due, until `wait(seconds)` returns true."""
         while not wait(max(0.1, self.speak_if_due())):
             pass
 
@@ -154,7 +154,7 @@ _stack: list[Progress] = []
 
 
 def current() -> Progress | None:
-    """The progress of the command that runs, if one does."""
+    """The progress of the running command, if there is one."""
     return _stack[-1] if _stack else None
 
 

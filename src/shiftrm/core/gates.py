@@ -67,7 +67,7 @@ class Gates:
     open: bool = True
 
     def unseen(self) -> bool:
-        """Whether some parameter was not reached, so that the products lack its share."""
+        """Whether some parameter was not reached, so that the products are incomplete."""
         return any(id(p) not in self.seen for p in self.directions)
 
 

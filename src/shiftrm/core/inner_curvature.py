@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 @cache
 def say_once(message: str) -> None:
-    """Log a line the first time it is said in this process."""
+    """Log a message once per process."""
     logger.warning(message)
 
 
 @dataclass(frozen=True)
 class InnerLoss:
-    """f at the policy's present parameters.
+    """f at the policy's current parameters.
 
     Attributes:
         passes: the policy's forward passes.
@@ -59,7 +59,7 @@ class InnerLoss:
         curvature_micro_batch_size: int | None = None,
         relative_step: float | None = None,
     ) -> "InnerLoss":
-        """The inner loss of a policy by its trainable parameters.
+        """The inner loss of a policy as a function of its trainable parameters.
 
         Raises:
             ValueError: it has none, or a size or step is not positive.
@@ -176,7 +176,7 @@ class InnerLoss:
         v: Sequence[Tensor],
         gradient: list[Tensor] | None,
     ) -> Tensor:
-        """The products; grad f is added to `gradient` where it is given."""
+        """The products; grad f is added to `gradient` if it is given."""
 
         def by_gates(loss: Tensor, gate: Tensor, state: Gates) -> Tensor:
             wanted = self.parameters if gradient is not None else []
@@ -204,7 +204,7 @@ class InnerLoss:
         without: Callable[[Sequences, Tensor], Tensor],
         size_without: int | None,
     ) -> Tensor:
-        """Products of all micro-batches: by gates, or where they do not work, without."""
+        """Products of all micro-batches, by gates where they work and otherwise without."""
         products = torch.empty_like(weights_B)
         scaled = weights_B / len(weights_B)
         why = unsupported(self.passes.policy, self.parameters)

@@ -60,7 +60,7 @@ class Sequences(NamedTuple):
 
 
 def check_right_padding(attention_mask: Tensor, name: str) -> None:
-    """Positions count from column 0, so padding must stand on the right."""
+    """Raises ValueError for left padding: positions count from column 0."""
     mask = attention_mask.bool()
     wrong = ~mask[:, 0] | (mask[:, 1:] & ~mask[:, :-1]).any(dim=1)
     if bool(wrong.any()):
@@ -246,7 +246,7 @@ def require_symmetric_hessian(policy: nn.Module, batches: Iterable[Sequences]) -
 
 @contextmanager
 def without_dropout(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, in which gradient checkpointing still works.
+    """Switch to evaluation mode in the block; gradient checkpointing still works.
 
     transformers checkpoints a layer only if the layer itself says `training`; its dropout follows
     the flags of its submodules, which stay off.
