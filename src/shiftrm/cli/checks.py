@@ -11,10 +11,10 @@ from shiftrm.files import TEMPORARY
 from shiftrm.locks import hold
 
 LONGEST = 255
-"""Bytes of a name on the file systems there are."""
+"""Maximum length of a file name in bytes, on common file systems."""
 
 WORK = ".{name}.work"
-"""The folder of a training until its result is whole."""
+"""The folder in which a training run works until its result is complete."""
 
 
 def output_file(
@@ -24,18 +24,18 @@ def output_file(
     beside: Sequence[str] = (),
     may_exist: bool = False,
 ) -> Path:
-    """Where a file is to be written: a new one, and this command's alone until the command ends.
+    """Return the path of a new output file, locked for this command until it ends.
 
     Args:
-        apart_from: what else the command reads or writes, files and folders; what is no path there
-            is (None, a name on the hub) is passed over.
-        beside: names of further files that the command writes beside this one, as "{name}.partial".
-        may_exist: the command itself refuses a file that is not of the same run.
+        apart_from: files and folders that the command reads or writes; other values (None, a
+            name on the hub) are ignored.
+        beside: names of other files that the command writes beside this one, such as
+            "{name}.partial".
+        may_exist: allow an existing file; the command itself rejects one from another run.
 
     Raises:
-        UserError: something has this name already, or the name is too long; the command reads or
-            writes this very file, one of `beside`, or the folder that it would stand in; or another
-            command is writing it.
+        UserError: the path exists, or its name is too long; the command reads or writes this
+            file, one of `beside`, or a folder that contains it; or another command is writing it.
     """
     path = _place(option, apart_from, beside, folder=False)
     for name in beside:
@@ -55,10 +55,11 @@ def output_rows(
     beside: Sequence[str] = (),
     may_exist: bool = False,
 ) -> Path:
-    """Where rows are to be written, as JSON lines; by the name of `.jsonl.gz`, packed.
+    """Return the path of a new JSON lines file; `.jsonl.gz` is compressed.
 
     Raises:
-        UserError: as `output_file`, which has the same arguments, or the name says another format.
+        UserError: as `output_file`, which has the same arguments, or the suffix is of another
+            format.
     """
     path = Path(option)
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
@@ -70,17 +71,17 @@ def output_rows(
 def output_folder(
     option: str, *, apart_from: Iterable[Any] = (), beside: Sequence[str] = ()
 ) -> Path:
-    """Where a folder is to be written, which is this command's alone until the command ends.
+    """Return the path of an output folder, locked for this command until it ends.
 
-    What may stand in it already is the command's to judge.
+    The command itself decides what the folder may already contain.
 
     Args:
         apart_from: as `output_file`.
-        beside: names of further folders that the command works in, as `WORK`.
+        beside: names of other folders that the command works in, such as `WORK`.
 
     Raises:
-        UserError: something else than a folder has this name, or the name is too long; the command
-            reads it, or in one of `beside`, or the folder that it would stand in; or another
+        UserError: the path exists and is not a folder, or its name is too long; the command
+            reads it, something in one of `beside`, or a folder that contains it; or another
             command is writing it.
     """
     path = _place(option, apart_from, beside, folder=True)
@@ -90,12 +91,12 @@ def output_folder(
 
 
 def _place(option: str, apart_from: Iterable[Any], beside: Sequence[str], *, folder: bool) -> Path:
-    """The absolute path, once it is sure that it can be one and is no input."""
+    """Return the absolute path, after checking that it is valid and not an input."""
     if "\0" in option:
-        raise UserError(f"{option}: is no name of a file; choose another output")
+        raise UserError(f"{option}: is not a valid file name; choose another output")
     path = Path(os.path.abspath(option))
     if not path.name:
-        raise UserError(f"{option}: is the root of all folders; choose another output")
+        raise UserError(f"{option}: is the root folder; choose another output")
     names = [
         name.format(name=path.name, unique="") for name in (*beside, ".{name}.lock", TEMPORARY)
     ]
@@ -103,8 +104,8 @@ def _place(option: str, apart_from: Iterable[Any], beside: Sequence[str], *, fol
     if room < 0:
         size = len(os.fsencode(path.name))
         raise UserError(
-            f"{path.name[:40]}...: the name has {size} bytes, and at most {size + room} can be "
-            "written; choose a shorter one"
+            f"{path.name[:40]}...: the name has {size} bytes, and at most {size + room} are "
+            "allowed; choose a shorter one"
         )
     _require_kind(path, option, folder=folder)
     neighbours = [path.with_name(name) for name in names[:-1]]
@@ -118,7 +119,7 @@ def _place(option: str, apart_from: Iterable[Any], beside: Sequence[str], *, fol
 
 
 def _require_apart(path: Path, neighbours: list[Path], other: str, option: str) -> None:
-    """Refuse an output that is an input by any name, that changes one, or that would destroy it."""
+    """Reject an output that is an input (under any name), or that would change or destroy one."""
     taken = _identities(other)
     if _identities(path) & taken:
         if os.path.isdir(path):
@@ -140,9 +141,9 @@ def _require_apart(path: Path, neighbours: list[Path], other: str, option: str) 
 
 
 def _identities(path: str | Path) -> set[Any]:
-    """What tells a file from others: its real name, and the place on the disk if it has one.
+    """Identify a file by its real path and, if it exists, its device and inode.
 
-    Names that differ only in case are one, as they are on the file systems of other machines.
+    Names that differ only in case are equal, since some file systems ignore case.
     """
     found: set[Any] = {os.path.realpath(path).casefold()}
     try:
@@ -153,7 +154,7 @@ def _identities(path: str | Path) -> set[Any]:
 
 
 def _require_kind(path: Path, option: str, *, folder: bool) -> None:
-    """Refuse what has this name and is neither nothing nor of the kind that is to be written."""
+    """Reject an existing path that is not of the kind to be written."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -179,23 +180,23 @@ def _require_folder_above(path: Path, option: str) -> None:
 
 
 def at_least_one(value: int, option: str) -> None:
-    """Refuse a count below one."""
+    """Reject a count below one."""
     if value < 1:
         raise UserError(f"{option} is {value}; it must be at least 1")
 
 
 def not_negative(value: float | None, option: str) -> None:
-    """Refuse a number below zero; None is no number."""
+    """Reject a number below zero; None passes."""
     if value is not None and not value >= 0:
         raise UserError(f"{option} is {value}; it must be at least 0")
 
 
 def named_paths(options: Sequence[str], flag: str = "", *, suffix: bool = False) -> dict[str, str]:
-    """`NAME=PATH` or `PATH`, by name; a path without a name is called by its last part.
+    """Parse `NAME=PATH` or `PATH`; without a name, the last part of the path is the name.
 
     Args:
-        flag: the option that gives them, for errors; empty for words without one.
-        suffix: whether what follows a last dot belongs to that name: in folders it does.
+        flag: name of the option, for errors; empty for positional arguments.
+        suffix: keep the file suffix in the name (for folders, it is not a suffix).
 
     Raises:
         UserError: an empty name or path, a name that cannot be shown, or one given twice.

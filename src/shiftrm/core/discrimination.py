@@ -1,7 +1,7 @@
-"""How well rewards tell responses apart: accuracy where labels exist, spread where they do not.
+"""How well rewards separate responses: accuracy with labels, spread without.
 
 Every function takes plain sequences of floats (lists, tuples, arrays). A NaN among the rewards
-makes the result NaN rather than a number that looks right.
+makes the result NaN.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ def pair_accuracy(
 ) -> tuple[float | None, int]:
     """Share of pairs that the reward model orders as the gold reward does.
 
-    Pairs that gold holds equal are left out; a pair the reward model holds equal counts one half,
-    so that a blind model scores 0.5, not 0.
+    Pairs with equal gold are ignored. Pairs with equal reward count one half, so that a constant
+    model scores 0.5.
 
     Args:
-        differences: r(first) - r(second), one a pair.
+        differences: r(first) - r(second), one per pair.
         gold_differences: the same of the gold reward, or +1 / -1 labels.
 
     Returns:
-        The accuracy (None if no pair is left) and the number of pairs it rests on.
+        The accuracy (None if no pair is left) and the number of pairs used.
     """
     correct, n = 0.0, 0
     for difference, gold in zip(differences, gold_differences, strict=True):
@@ -44,7 +44,7 @@ def difference_variance(pairs: Sequence[Sequence[float]]) -> float:
     square is the unbiased variance.
 
     Args:
-        pairs: two rewards a prompt.
+        pairs: two rewards per prompt.
     """
     if not pairs:
         raise ValueError("no pairs")
@@ -52,7 +52,7 @@ def difference_variance(pairs: Sequence[Sequence[float]]) -> float:
 
 
 def absolute_differences(pairs: Sequence[Sequence[float]]) -> list[float]:
-    """|r(x, s_1) - r(x, s_2)|, one a prompt (the paper's Figures 1 and 5)."""
+    """|r(x, s_1) - r(x, s_2)|, one per prompt (the paper's Figures 1 and 5)."""
     return [abs(first - second) for first, second in pairs]
 
 
@@ -64,7 +64,7 @@ def auc(chosen: Numbers, rejected: Numbers) -> float:
     O(n log n). Unchanged by any increasing map of the rewards.
 
     Args:
-        chosen, rejected: rewards; they need not be as many.
+        chosen, rejected: rewards; their numbers may differ.
 
     Raises:
         ValueError: one of them is empty.
@@ -81,13 +81,13 @@ def auc(chosen: Numbers, rejected: Numbers) -> float:
 
 
 def calibration_error(differences: Numbers, *, bins: int = 10) -> float:
-    """How far the stated probabilities are from the shares that come true (ECE), in [0, 1].
+    """Expected calibration error (ECE) of the Bradley-Terry probabilities, in [0, 1].
 
-    A reward difference states, as a Bradley-Terry model, with probability sigmoid(|difference|)
-    that the response it prefers is the chosen one.
+    By a reward difference, the preferred response is the chosen one with probability
+    sigmoid(|difference|).
 
     Args:
-        differences: r(chosen) - r(rejected), one a pair; a tie counts as half right.
+        differences: r(chosen) - r(rejected), one per pair; a tie counts as half right.
         bins: as in `calibration_curve`.
 
     Raises:
@@ -101,14 +101,14 @@ def calibration_error(differences: Numbers, *, bins: int = 10) -> float:
 
 
 def calibration_curve(differences: Numbers, *, bins: int = 10) -> tuple[Floats, Floats, Floats]:
-    """Stated probability against the share that came true, bin by bin; empty bins left out.
+    """Stated probability and observed accuracy in each bin; empty bins are left out.
 
     Args:
-        differences: r(chosen) - r(rejected), one a pair, none NaN.
+        differences: r(chosen) - r(rejected), one per pair, none NaN.
         bins: of equal width over [0.5, 1]; a bin holds its lower edge, the last one also 1.
 
     Returns:
-        Mean of sigmoid(|difference|), share right and number of pairs, one entry a bin.
+        Mean of sigmoid(|difference|), accuracy and number of pairs, one entry per bin.
 
     Raises:
         ValueError: no pairs, or no bins.
@@ -132,7 +132,7 @@ def correlation(x: Numbers, y: Numbers) -> float | None:
     """Pearson's correlation, in [-1, 1]; None if either is constant or there are fewer than two.
 
     Raises:
-        ValueError: of different length.
+        ValueError: x and y differ in length.
     """
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.shape != b.shape:
@@ -145,12 +145,14 @@ def correlation(x: Numbers, y: Numbers) -> float | None:
         return None
     a, b = _centred(a), _centred(b)
     value = float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
-    return min(1.0, max(-1.0, value))  # rounding may go beyond by a hair
+    return min(1.0, max(-1.0, value))  # rounding may exceed the limits
 
 
 def _centred(values: Floats) -> Floats:
-    """Minus the mean, and scaled to about 1, so that squares neither overflow nor vanish."""
+    """Subtract the mean and scale to about 1, so that squares neither overflow nor underflow."""
     values = values / np.abs(values).max()
     values = values - values.mean()
     values = values / np.abs(values).max()
-    return values - values.mean()  # once more: the first mean was rounded to the values' own size
+    return (
+        values - values.mean()
+    )  # again, since the first mean was rounded at the values' magnitude

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over prompts: responses to one prompt are drawn together, never singly."""
+"""Bootstrap intervals over prompts: all responses to a prompt are drawn together."""
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -9,14 +9,14 @@ import numpy as np
 from shiftrm.core.discrimination import Floats
 
 LEVEL = 0.05
-"""Of `sign_test`: what is at or above it is not called clear."""
+"""Significance level of `sign_test`; a p-value at or above it is not clear."""
 
-RESAMPLES = 1000  # enough for the 2.5 % ends to stand still in the second digit
+RESAMPLES = 1000  # enough for stable second digits of the 2.5 % quantiles
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number with its 95 % interval; the ends are None where there are fewer than two prompts."""
+    """A number with its 95 % interval; the ends are None with fewer than two prompts."""
 
     value: float
     low: float | None = None
@@ -32,15 +32,15 @@ class Measured:
 def prompt_weights(
     prompts: Sequence[Hashable], *, seed: int, resamples: int = RESAMPLES
 ) -> Iterator[Floats]:
-    """How often each row is drawn when prompts are resampled with replacement.
+    """Yield how often each row is drawn when prompts are resampled with replacement.
 
     Args:
         prompts: the prompt of every row; rows with equal prompts are drawn together.
-        seed: of the draws; equal prompts and seed give equal weights, so that differences of two
-            models on one file are paired.
+        seed: equal prompts and seed give equal weights, so differences of two models on one file
+            are paired.
 
     Yields:
-        `resamples` arrays of weights, one entry a row, whole numbers.
+        `resamples` arrays of integer weights, one entry per row.
     """
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     of_row = np.fromiter((index[prompt] for prompt in prompts), dtype=np.int64, count=len(prompts))
@@ -51,7 +51,7 @@ def prompt_weights(
 
 
 def percentile_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """The 2.5 % and 97.5 % percentiles of resampled values, NaN left out."""
+    """Return the 2.5 % and 97.5 % percentiles of resampled values, ignoring NaN."""
     finite = [value for value in values if not np.isnan(value)]
     if not finite:
         return None, None
@@ -66,11 +66,11 @@ def measured(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Measured | None:
-    """A weighted statistic with its percentile interval over prompts.
+    """Compute a weighted statistic with its percentile interval over prompts.
 
     Args:
-        statistic: from weights (one a row) to a number; NaN where it cannot be had, as when no
-            row with weight is left.
+        statistic: maps weights (one per row) to a number; NaN if undefined, such as when all
+            weights are zero.
         prompts, seed, resamples: as in `prompt_weights`.
 
     Returns:
@@ -86,15 +86,15 @@ def measured(
 
 
 def weighted_mean(values: Floats, weights: Floats) -> float:
-    """NaN if all weights are 0."""
+    """Return the weighted mean; NaN if all weights are 0."""
     total = weights.sum()
     return float((values * weights).sum() / total) if total > 0 else float("nan")
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of so uneven a split, if either side were as likely to win (no ties).
+    """Two-sided exact p-value of the split, under equal chances to win or lose; without ties.
 
-    Exact, so that it holds for a handful of prompts, where a normal approximation does not.
+    Unlike a normal approximation, it is valid for a handful of prompts.
     """
     decided = wins + losses
     tail = sum(math.comb(decided, k) for k in range(max(wins, losses), decided + 1))

@@ -1,4 +1,4 @@
-"""One file of groups or pairs under one reward model: all its numbers, plain data for JSON."""
+"""All numbers of one file under one reward model, as plain data for JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from shiftrm.measure.diagnosis.lengths import Lengths, lengths
 from shiftrm.measure.diagnosis.scored import NOISE, ScoredGroup, ScoredPair
 from shiftrm.measure.diagnosis.spread import Spread, spread, variance_ratio
 
-_MANY = 20_000  # rows from which on fewer resamples do: the intervals are narrow then
+_MANY = 20_000  # from this many rows on, fewer resamples suffice
 
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """What one reward model gave to one file: groups, or labelled pairs."""
+    """One reward model's scores of one file: groups, or labelled pairs."""
 
     model: str
     name: str
@@ -29,13 +29,13 @@ class ScoredFile:
 
     @property
     def unlabelled(self) -> tuple[ScoredGroup, ...]:
-        """The groups, or the pairs as groups of two."""
+        """Return the groups, or the pairs as groups of two."""
         return self.groups or tuple(pair.as_group() for pair in self.pairs)
 
 
 @dataclass(frozen=True)
 class Shift:
-    """A file against the reference file, under the same reward model.
+    """A file compared with the reference file under the same reward model.
 
     Attributes:
         reference, reference_kind: the reference file's name, and whether it holds groups or pairs.
@@ -60,8 +60,8 @@ class Diagnosis:
     Attributes:
         model, name: of the reward model and of the file.
         kind: "groups" or "pairs".
-        rows, left_out: how many were scored, and how many were too long for the model.
-        labels: None for groups, or where the sides of every pair are the same.
+        rows, left_out: number of rows scored, and number too long for the model.
+        labels: None for groups, or if both sides of every pair are the same.
         shift: None for the reference file itself.
     """
 
@@ -77,7 +77,7 @@ class Diagnosis:
 
 
 def diagnose(files: Sequence[ScoredFile], *, seed: int = 0) -> list[Diagnosis]:
-    """The numbers of every file; the first file of each model is its reference.
+    """Compute the numbers of every file; each model's first file is its reference.
 
     Args:
         files: in the order given by the user.

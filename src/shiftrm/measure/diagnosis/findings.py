@@ -1,5 +1,4 @@
-"""Reward models and files of rows -> everything that a diagnosis says: what `diagnose` and the
-before and after of `adapt` share."""
+"""Score files under reward models and diagnose the rewards, for `diagnose` and `adapt`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,17 +12,17 @@ from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict, Overall, overall
 from shiftrm.models.scoring import Scorer
 
 Bar = Callable[[str, int | None], AbstractContextManager[Callable[[int, int], None]]]
-"""`bar(label, total)` yields a function to call with (done, total); None: not known before."""
+"""`bar(label, total)` yields a function to call with (done, total); total None is unknown."""
 
 
 def no_bar(label: str, total: int | None) -> AbstractContextManager[Callable[[int, int], None]]:
-    """Progress that nobody sees."""
+    """A progress bar that shows nothing."""
     return nullcontext(lambda done, total: None)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that is shown. The first four belong together, entry by entry."""
+    """Everything that is shown. The first four lists correspond entry by entry."""
 
     files: list[ScoredFile]
     rows: list[list[Row]]
@@ -32,7 +31,7 @@ class Findings:
     overall: list[Overall]
     comparisons: list[ModelChange]
     change: DiagnosisVerdict | None = None
-    """Of an adaptation: what it did, over all files."""
+    """The effect of an adaptation over all files."""
 
 
 def find(
@@ -47,10 +46,10 @@ def find(
     """Score every file under every model, one model in memory at a time, and judge the rewards.
 
     Args:
-        models: where each model is, by name; the further ones are compared with the first.
-        data: the reference file first.
-        load: makes the scorer of a model, where it shall run.
-        batch_size: rows a forward pass.
+        models: paths by name; the others are compared with the first.
+        data: files; the first is the reference.
+        load: loads the scorer of a path onto its device.
+        batch_size: rows per forward pass.
         seed: of the bootstrap.
         bar: shows progress, in token sequences of a file.
 

@@ -17,18 +17,18 @@ from shiftrm.measure.diagnosis.scored import ScoredPair
 
 @dataclass(frozen=True)
 class Labels:
-    """How the rewards agree with labels. Pairs whose sides are the same tokens are left out.
+    """Agreement of rewards with labels. Pairs with equal tokens on both sides are left out.
 
     Attributes:
-        pairs, prompts: how many are left.
+        pairs, prompts: numbers after that.
         same_share: share of pairs that were left out.
         accuracy: share ordered as labelled, equal rewards counting 1/2.
         auc: see `discrimination.auc`.
-        calibration_error: see there. Without an interval: resampling raises it.
+        calibration_error: see there; without an interval, since resampling increases it.
         margin_mean: mean r(chosen) - r(rejected).
-        accuracy_shorter, accuracy_longer: where the chosen response is the shorter or the longer
-            one, with the number of such pairs.
-        curve: (stated probability, share right, pairs) of every bin that is not empty.
+        accuracy_shorter, accuracy_longer: accuracy on pairs whose chosen response is shorter or
+            longer, with the number of such pairs.
+        curve: (stated probability, accuracy, pairs) of every non-empty bin.
     """
 
     pairs: int
@@ -61,7 +61,7 @@ def labels(
     of_auc = _WeightedAuc(chosen, rejected)
 
     def mean(values: Floats, where: NDArray[np.bool_] | None = None) -> Measured | None:
-        """Of the pairs at `where`, resampled with the prompts of all."""
+        """Mean over the pairs at `where`, resampling the prompts of all pairs."""
         kept_at = np.ones(len(kept)) if where is None else where.astype(np.float64)
         return measured(
             lambda w: weighted_mean(values, w * kept_at), prompts, seed=seed, resamples=resamples
@@ -90,7 +90,7 @@ def labels(
 
 
 class _WeightedAuc:
-    """The AUC under weights of the pairs; sorted once, since a bootstrap asks a thousand times."""
+    """AUC for weighted pairs. It sorts once, since a bootstrap calls it a thousand times."""
 
     def __init__(self, chosen: Floats, rejected: Floats) -> None:
         values, rank = np.unique(np.concatenate([chosen, rejected]), return_inverse=True)

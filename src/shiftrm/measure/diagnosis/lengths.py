@@ -1,4 +1,4 @@
-"""What the length of a response has to do with its reward. Every number is over one file."""
+"""How length and reward of a response are related, over one file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from shiftrm.measure.diagnosis.scored import NOISE, ScoredGroup, distinct
 
 @dataclass(frozen=True)
 class Lengths:
-    """What length has to do with the reward.
+    """Relation of length and reward.
 
     Attributes:
-        length_mean: tokens of a response.
-        correlation, correlation_within: Pearson's, of reward and length; over all distinct
-            responses, and after taking each prompt's means away. None where either is constant (or
+        length_mean: mean tokens of a response.
+        correlation, correlation_within: Pearson's, of reward and length, over all distinct
+            responses and after subtracting each prompt's means. None if either is constant (or
             rewards within prompts differ by less than noise).
         longest_best_share: prompts (with responses of different length) whose best response is the
-            longest; responses that share the best reward count in parts.
+            longest; responses that share the best reward count fractionally.
         longest_best_chance: the same for a random best response.
         truncated_share: responses cut off by a limit.
         truncated_gap: mean reward of cut-off minus finished responses, prompt by prompt, over the
@@ -71,13 +71,13 @@ def _columns(group: ScoredGroup) -> Floats:
 
 
 def _centred(table: Floats) -> Floats:
-    """Minus each row's mean. The first entry goes first, so that equal values give zeros."""
+    """Subtract each row's mean, after its first entry, so that equal values give exact zeros."""
     table = table - table[:, :1]
     return table - table.mean(axis=1, keepdims=True)
 
 
 def _longest_best(table: Floats) -> tuple[float, float]:
-    """Whether the best response is (one of) the longest, and how often chance would have it so."""
+    """Return the share of longest responses among the best ones, and among all."""
     rewards, length = table
     longest = length == length.max()
     return float(longest[rewards == rewards.max()].mean()), float(longest.mean())

@@ -1,8 +1,7 @@
-"""Responses with their rewards: what every number of a diagnosis is made of.
+"""Responses with their rewards, the input of every number of a diagnosis.
 
-Two responses to one prompt that are the same tokens must get the same reward, so nothing is
-learned from comparing them: they are counted as duplicates, and numbers about differences are over
-distinct responses.
+Two responses to a prompt with the same tokens get the same reward, so comparing them shows nothing:
+they count as duplicates, and differences are over distinct responses.
 """
 
 from collections.abc import Hashable, Sequence
@@ -12,14 +11,13 @@ import numpy as np
 
 from shiftrm.core.discrimination import Floats
 
-NOISE = 1e-6  # differences below this are what another batch does to an fp32 forward pass
+NOISE = 1e-6  # in fp32, another batch changes rewards by about this much
 
 
 class ScoredResponse(NamedTuple):
     """A response's reward and length in tokens; `finished` is False where a limit cut it off.
 
-    `key` marks responses that are the same to the model: equal keys, equal tokens. None equals no
-    other.
+    Responses with equal `key` have equal tokens. None differs from every other key.
     """
 
     reward: float
@@ -29,7 +27,7 @@ class ScoredResponse(NamedTuple):
 
 
 class ScoredGroup(NamedTuple):
-    """The responses to one prompt; `prompt` tells prompts apart and is not read."""
+    """The responses to one prompt; `prompt` only identifies the prompt."""
 
     prompt: Hashable
     responses: tuple[ScoredResponse, ...]
@@ -43,12 +41,12 @@ class ScoredPair(NamedTuple):
     rejected: ScoredResponse
 
     def as_group(self) -> ScoredGroup:
-        """The same without its label."""
+        """Return the pair as a group, without its label."""
         return ScoredGroup(self.prompt, (self.chosen, self.rejected))
 
 
 def distinct(group: ScoredGroup) -> ScoredGroup:
-    """The group without repetitions of a response."""
+    """Return the group without repeated responses."""
     seen: set[Hashable] = set()
     kept = []
     for response in group.responses:
@@ -61,7 +59,7 @@ def distinct(group: ScoredGroup) -> ScoredGroup:
 
 
 def differences(groups: Sequence[ScoredGroup]) -> list[Floats]:
-    """|r_i - r_j| of all i < j, one array a group, in the order of the groups."""
+    """|r_i - r_j| of all i < j, one array per group, in the order of the groups."""
     found: list[Floats] = [np.empty(0)] * len(groups)
     by_size: dict[int, list[int]] = {}
     for index, group in enumerate(groups):

@@ -21,7 +21,7 @@ from shiftrm.models.scoring import Scorer, row_responses
 
 @dataclass(frozen=True)
 class DataFile:
-    """The rows of one file, each with where it stands, and whether they are groups or pairs."""
+    """The rows of one file, each with its location, and their kind: groups or pairs."""
 
     name: str
     source: str
@@ -66,24 +66,24 @@ def score_data(
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ScoredFile, list[Row]]:
-    """Rewards of every response, with what a diagnosis needs beside them.
+    """Score every response of a file.
 
-    Rows in which a response is longer than the model's context are left out, and counted.
+    Rows with a response longer than the model's context are left out and counted.
 
     Args:
         scorer: the reward model.
-        model: how the diagnosis calls it.
-        batch_size: rows a forward pass.
+        model: name of the model in the diagnosis.
+        batch_size: rows per forward pass.
         progress: called with (done, total), in token sequences.
 
     Returns:
         The scored file, and the rows behind it in the same order.
 
     Raises:
-        UserError: text that cannot be rendered, no row that fits, or a reward that is no number.
+        UserError: text that cannot be rendered, no row that fits, or a reward that is not finite.
     """
     fitting = encode_data(scorer, data)
-    # A sequence that comes up again is scored once, so that equal responses have equal rewards.
+    # Score each distinct sequence once, so that equal responses have equal rewards.
     index: dict[tuple[int, ...], int] = {}
     for _, _, found in fitting:
         for sequence, _ in found:
@@ -113,7 +113,7 @@ def score_data(
 def encode_data(
     scorer: Scorer, data: DataFile
 ) -> list[tuple[str, Row, list[tuple[tuple[int, ...], int]]]]:
-    """Where each row stands, the row, and token ids and response length of its every response.
+    """Return the location of each row, the row, and token ids and length of its responses.
 
     Rows in which a response is longer than the model's context are left out.
 
@@ -131,7 +131,7 @@ def encode_data(
 
 
 def _encode(scorer: Scorer, row: Row, where: str) -> list[tuple[tuple[int, ...], int]] | None:
-    """Token ids and response length of every response; None if one is longer than the context."""
+    """Return token ids and length of each response; None if one exceeds the context."""
     texts = row_responses(row, where)
     sequences = []
     for text in texts:
@@ -152,18 +152,18 @@ def _encode(scorer: Scorer, row: Row, where: str) -> list[tuple[tuple[int, ...],
 def _prompt_length(
     tokenizer: Any, texts: Sequence[Response], sequences: Sequence[tuple[int, ...]]
 ) -> int:
-    """Tokens before the responses: the prompt, or what all sides share where none is given."""
+    """Count the tokens of the prompt, or without a prompt those that all sides share."""
     prompt, conversational = texts[0].prompt, is_conversational(texts[0].text)
     if prompt is None or prompt == []:
         return _shared(sequences)
     if isinstance(prompt, str) and conversational:
         prompt = [{"role": "user", "content": prompt}]
-    # Tokens may merge over the border, so only what all of them begin with is the prompt's.
+    # Tokens may merge across the boundary, so count only the common prefix.
     return _shared([encode_prompt(tokenizer, prompt), *sequences])
 
 
 def prompt_key(row: Row) -> str:
-    """Equal for rows with one prompt. Without a prompt: what both sides of a pair begin with."""
+    """Return a key that is equal for equal prompts; without a prompt, from what the sides share."""
     prompt: Text | None = row.get("prompt")
     if prompt is not None and prompt != []:
         return json.dumps(prompt)
@@ -176,7 +176,7 @@ def prompt_key(row: Row) -> str:
 
 
 def _shared(sequences: Sequence[Sequence[Any]]) -> int:
-    """How many entries (tokens, characters, messages) all of them begin with."""
+    """Return the length of the common prefix (in tokens, characters or messages)."""
     return next(
         (
             i

@@ -1,4 +1,4 @@
-"""Answers of judges on disk, so that no question is paid for twice."""
+"""A disk cache of judges' answers, so that no question is paid for twice."""
 
 import fcntl
 import hashlib
@@ -24,28 +24,27 @@ def question_key(
     messages: Sequence[Mapping[str, str]],
     parameters: Mapping[str, Any],
 ) -> str:
-    """SHA-256 of all that decides an answer.
+    """Return the SHA-256 of everything that determines an answer.
 
-    The address is part of it, since servers of one's own often call different models alike. The
-    template is, too: the messages are what became of it.
+    This includes the address, since local servers often use one name for different models, and the
+    template, through the messages.
     """
     asked = [base_url, model, list(messages), dict(parameters)]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 class AnswerCache:
-    """Answers by key, in a file of JSON lines that is only ever appended to.
+    """Answers by key, in an append-only file of JSON lines.
 
-    Each answer is written and flushed to disk as soon as it is there. What a killed process left of
-    a line is dropped when the next one is written. Threads share an object; processes share a file:
-    appending happens under a lock, and what others have appended is read before a key is said to be
-    missing.
+    Each answer is written and flushed to disk at once. An incomplete line left by a killed process
+    is dropped at the next write. Threads may share an object and processes may share a file:
+    writes hold a lock, and a lookup reads new lines from other processes before it reports a miss.
 
     Args:
-        path: None keeps the answers in memory only.
+        path: file of the cache; None keeps the answers in memory only.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file is not a cache.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -61,14 +60,14 @@ class AnswerCache:
         return len(self._answers)
 
     def get(self, key: str) -> Completion | None:
-        """The answer, if it was ever given."""
+        """Return the cached answer, or None."""
         with self._lock:
             if key not in self._answers:
                 self._refresh()
             return self._answers.get(key)
 
     def add(self, key: str, answer: Completion, *, model: str) -> None:
-        """Keep an answer; on disk when this returns."""
+        """Store an answer. It is on disk when this returns."""
         line = {
             "key": key,
             "model": model,
@@ -86,19 +85,19 @@ class AnswerCache:
     def _append(self, path: Path, raw: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # closing lets go
+            fcntl.flock(handle, fcntl.LOCK_EX)  # closing releases it
             _drop_half_line(handle)
             handle.write(raw)
             handle.flush()
             os.fsync(handle.fileno())
 
     def _refresh(self) -> None:
-        """Read the whole lines that are new."""
+        """Read complete lines that were added since the last read."""
         if self.path is None or not self.path.is_file():
             return
         with open(self.path, "rb") as handle:
             if os.fstat(handle.fileno()).st_size < self._read_to:
-                self._read_to = 0  # someone began the file anew
+                self._read_to = 0  # the file was replaced
             handle.seek(self._read_to)
             whole = handle.read()
         whole = whole[: whole.rfind(b"\n") + 1]
@@ -110,7 +109,7 @@ class AnswerCache:
 
 
 def _require_cache(path: Path) -> None:
-    """Refuse to append to another file: ours begins with a line of ours, whole or half."""
+    """Reject a file that does not start like a cache (its first line may be incomplete)."""
     with open(path, "rb") as handle:
         start = handle.read(len(_BEGINNING))
     if not _BEGINNING.startswith(start):
@@ -118,7 +117,7 @@ def _require_cache(path: Path) -> None:
 
 
 def _drop_half_line(handle: Any) -> None:
-    """Cut off what follows the last newline; only a killed process leaves such a thing."""
+    """Truncate the file after its last newline; the rest is from a killed process."""
     size = handle.seek(0, os.SEEK_END)
     end, step = size, 4096
     while end > 0:
@@ -134,7 +133,7 @@ def _drop_half_line(handle: Any) -> None:
 
 
 def _parsed(line: bytes) -> tuple[str, Completion] | None:
-    """Key and answer; None for a line that is broken, whose question is then asked again."""
+    """Parse key and answer; None for a broken line, whose question is then asked again."""
     try:
         row = json.loads(line)
         key, text = row["key"], row["answer"]

@@ -1,4 +1,4 @@
-"""Two responses to each prompt, and who is better: what all judges share."""
+"""Comparisons of two responses to a prompt, verdicts on them, and the `Judge` interface."""
 
 import json
 import random
@@ -28,7 +28,7 @@ class Comparison:
     """One prompt with our response and theirs; `finished` as in `rendering.encode`.
 
     Attributes:
-        sampled: both with their tokens, where they come from rows that may have some.
+        sampled: both responses with their tokens, if the rows they come from have tokens.
     """
 
     prompt: Text
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def sides(self) -> tuple[Response, Response]:
-        """Our response and theirs, with their tokens where they have some."""
+        """Our response and theirs, with tokens if there are any."""
         return self.sampled or (
             Response(self.prompt, self.ours, self.ours_finished),
             Response(self.prompt, self.theirs, self.theirs_finished),
@@ -53,12 +53,12 @@ class Comparison:
 
     @property
     def same_text(self) -> bool:
-        """Whether there is nothing for a reader to choose between."""
+        """Whether both texts are equal, so that a reader cannot prefer one."""
         return self.ours == self.theirs
 
     @property
     def identical(self) -> bool:
-        """The same text, both ended or both cut off."""
+        """Whether the texts are equal, and both are finished or both truncated."""
         return self.same_text and self.ours_finished == self.theirs_finished
 
 
@@ -67,10 +67,10 @@ class JudgeAnswer:
     """What a judge wrote, and the verdict read from it.
 
     Attributes:
-        raw: all of its text; the server's message where it refused to answer.
-        letter: "A", "B", "C" (tie), or None where no verdict could be read.
-        problem: why none could be read; else empty.
-        finish_reason: as the server says.
+        raw: the full text, or the server's message if it refused to answer.
+        letter: "A", "B", "C" (tie), or None if no verdict could be read.
+        problem: why no verdict could be read; else empty.
+        finish_reason: as reported by the server.
     """
 
     raw: str
@@ -81,13 +81,13 @@ class JudgeAnswer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one comparison.
+    """A judge's verdict on one comparison.
 
     Attributes:
-        outcome: ours wins, ties or loses; None where the judge gave no verdict that can be read.
-        answers: of judges that read: with ours as response A, then with theirs as response A.
-        scores: of judges that give numbers: ours and theirs.
-        note: what is special: "identical", or why there is no outcome.
+        outcome: ours wins, ties or loses; None if no verdict could be read.
+        answers: for judges that read text: with ours as response A, then with theirs as A.
+        scores: for judges that give scores: ours and theirs.
+        note: "identical", or why there is no outcome.
     """
 
     comparison: Comparison
@@ -106,21 +106,21 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Whoever compares. `name` is how reports call it."""
+    """Compares responses. Reports refer to it by `name`."""
 
     name: str
 
     def judge(
         self, comparisons: Sequence[Comparison], *, progress: Progress | None = None
     ) -> list[Verdict]:
-        """One verdict a comparison, in the same order."""
+        """Return one verdict per comparison, in the same order."""
 
 
 def of_both_orders(first: Letter, second: Letter) -> Outcome:
-    """The outcome for ours from the verdicts with ours as A and with theirs as A.
+    """Combine the verdicts of both orders (ours as A, then theirs as A) into the outcome for ours.
 
-    Orders that disagree are a tie (as in MT-bench, arXiv 2306.05685, Section 3.4): also a win in
-    one order and a tie in the other.
+    If the orders disagree, it is a tie (MT-bench, arXiv 2306.05685, Section 3.4), even for a win
+    in one order and a tie in the other.
     """
     if (first, second) == ("A", "B"):
         return "win"
@@ -146,7 +146,7 @@ def judge_pairs(
         limit, seed: see `draw`; None judges all.
 
     Raises:
-        UserError: as `match_rows`, and what the judge refuses.
+        UserError: as `match_rows`, and as the judge raises.
     """
     chosen = draw(match_rows(rows_ours, rows_theirs), limit, seed=seed)
     return judge.judge(chosen, progress=progress)
@@ -189,10 +189,10 @@ def match_rows(
 
 
 def draw(comparisons: Sequence[Comparison], limit: int | None, *, seed: int) -> list[Comparison]:
-    """`limit` comparisons at random, in their order; all of them if there are no more.
+    """Draw `limit` comparisons at random, in their original order; all if there are no more.
 
-    The draw depends on the set of prompts and the seed only, not on the order of the rows, so that
-    every pair of policies is judged on the same prompts.
+    The draw depends only on the set of prompts and the seed, not on the order of the rows, so every
+    pair of policies is judged on the same prompts.
     """
     if limit is None or limit >= len(comparisons):
         return list(comparisons)
@@ -202,7 +202,7 @@ def draw(comparisons: Sequence[Comparison], limit: int | None, *, seed: int) -> 
 
 
 def _first(row: Row, where: str) -> tuple[str, Text, Response]:
-    """Key of the prompt, prompt, and first response."""
+    """Return the key of the prompt, the prompt, and the first response."""
     check_prompt(row, where)
     prompt = row.get("prompt")
     if prompt is None or prompt == []:
@@ -242,5 +242,5 @@ def _require_equal_prompts(ours: list[str], theirs: list[str], names: tuple[str,
 
 
 def _shown(key: str) -> str:
-    """The beginning of a prompt, safe to print: JSON has no control characters."""
+    """Return the start of a prompt. It is safe to print, since JSON has no control characters."""
     return key if len(key) <= 80 else f"{key[:77]}..."

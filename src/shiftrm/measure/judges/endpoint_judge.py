@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible server: both orders of every comparison, nothing twice."""
+"""A judge on an OpenAI-compatible server. It sees both orders and never asks a question twice."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,11 @@ from shiftrm.models.endpoint import Completion, Endpoint, RefusedRequest
 __all__ = ["CostEstimate", "EndpointJudge"]
 
 PARAMETERS: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}
-"""Of every request; room for the comparison that precedes the verdict."""
+"""Default parameters of a request; `max_tokens` leaves room for the reasoning."""
 
 _CHARACTERS_A_TOKEN = 4  # OpenAI's rule of thumb for English
 _TOKENS_A_MESSAGE = 4  # role and borders of a message, OpenAI's chat format
-_GIVE_UP_AFTER = 10  # refused requests with no answer among them: it is not the prompts' fault
+_GIVE_UP_AFTER = 10  # refusals without any answer: the prompts are not the cause
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class _Question:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What is still to be asked and what it may cost, before anything is sent.
+    """The requests that are still to be sent, and their estimated cost.
 
     Attributes:
-        requests: left to send; cached: answers that are there already.
-        tokens_in: of the requests, counted as `counted` says.
-        tokens_out: of the answers, by what `basis` says.
-        cost: in the unit of the prices; None without prices.
+        requests: number still to be sent; cached: number of answers in the cache.
+        tokens_in: tokens of the requests; `counted` says how they were counted.
+        tokens_out: tokens of the answers; `basis` says how they were estimated.
+        cost: in the currency of the prices; None without prices.
     """
 
     requests: int
@@ -66,22 +66,22 @@ class CostEstimate:
 
 
 class EndpointJudge:
-    """Asks a chat model, once with each response first; the outcome needs both to agree.
+    """Asks a chat model twice, once with each response first; a win needs both answers to agree.
 
-    Identical responses are a tie and not asked. A request that the server refuses (too long for its
-    model, say) gives no outcome; when it refuses all, that is an error.
+    Identical responses are a tie, without a request. A request that the server refuses (for
+    example, because it is too long) gives no outcome; if all are refused, that is an error.
 
     Args:
-        model: its name at the server.
-        parameters: of the requests, over `PARAMETERS`; None takes one away.
+        model: its name on the server.
+        parameters: override `PARAMETERS`; None removes one.
         cache: where answers are kept; by default in memory.
-        max_requests: more are refused before the first is sent.
+        max_requests: if more are needed, nothing is sent.
 
     Raises:
-        UserError: parameters that JSON has no form for.
+        UserError: parameters that cannot be written as JSON.
 
     Attributes:
-        asked: answers that came from the server, not from the cache.
+        asked: number of answers from the server, not from the cache.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class EndpointJudge:
         price_out: float | None = None,
         tokenizer: Any = None,
     ) -> CostEstimate:
-        """What judging these would still send.
+        """Estimate the requests that judging these comparisons would send.
 
         Args:
-            price_in, price_out: of a million tokens.
-            tokenizer: a Hugging Face tokenizer to count with; by default four characters a token.
+            price_in, price_out: price per million tokens.
+            tokenizer: a Hugging Face tokenizer; by default, four characters count as a token.
         """
         asked = self._questions(comparisons)
         missing = [question for question in asked.values() if self.cache.get(question.key) is None]
@@ -151,8 +151,8 @@ class EndpointJudge:
         """See `Judge`; progress counts requests.
 
         Raises:
-            UserError: more requests than `max_requests`, or the server fails in spite of retries.
-                Answers that have come are in the cache, so that the same call continues.
+            UserError: more requests than `max_requests`, or the server fails despite retries.
+                Answers received so far are in the cache, so the same call can be repeated.
         """
         asked = self._questions(comparisons)
         unique = {question.key: question for question in asked.values()}
@@ -171,7 +171,7 @@ class EndpointJudge:
     # -- asking ------------------------------------------------------------------------------
 
     def _questions(self, comparisons: Sequence[Comparison]) -> dict[tuple[int, bool], _Question]:
-        """By index of the comparison and whether ours is response A."""
+        """Return the questions by (index of the comparison, whether ours is response A)."""
         found = {}
         for index, comparison in enumerate(comparisons):
             if comparison.same_text:
@@ -190,13 +190,15 @@ class EndpointJudge:
     def _ask_all(
         self, missing: list[_Question], total: int, progress: Progress | None
     ) -> dict[str, str]:
-        """Fill the cache; returns what the server said to those that it refused, by key."""
+        """Fill the cache; return the server's message for each refused request, by key."""
         refused: dict[str, str] = {}
         done = answered = total - len(missing)
         if missing:
             self.endpoint.check(self.model)
         results = map_bounded(self._ask, missing, concurrency=self.endpoint.config.concurrency)
-        with closing(results):  # Ctrl-C waits here for what is under way, so that it is kept
+        with closing(
+            results
+        ):  # Ctrl-C waits for requests in flight, so that their answers are kept
             for index, error in results:
                 done += 1
                 if error is None:
@@ -211,7 +213,7 @@ class EndpointJudge:
         return refused
 
     def _ask(self, question: _Question) -> RefusedRequest | None:
-        # In the worker, so that an answer is on disk whatever happens to the main thread.
+        # In the worker thread, so that the answer is saved whatever happens to the main thread.
         try:
             answer = self.endpoint.chat(self.model, question.messages, **self.parameters)
         except RefusedRequest as error:
@@ -247,7 +249,7 @@ class EndpointJudge:
         return JudgeAnswer(answer.text, letter, problem, answer.finish_reason)
 
     def _answer_length(self, asked: Mapping[Any, _Question]) -> tuple[float, str]:
-        """Tokens of an answer, and where that comes from."""
+        """Return the estimated tokens of an answer, and the basis of the estimate."""
         found: list[Completion] = []
         for question in asked.values():
             if (answer := self.cache.get(question.key)) is not None:
@@ -269,10 +271,10 @@ def approve(
     yes: bool,
     ask: Callable[[str], bool] | None,
 ) -> None:
-    """Go ahead or refuse: up to `limit` requests without a word, above it by `yes` or by asking.
+    """Approve up to `limit` requests; above it, only with `yes` or after asking the user.
 
     Args:
-        ask: puts a question to a person; None where nobody is there (no terminal).
+        ask: asks the user a yes-no question; None without a terminal.
 
     Raises:
         UserError: not approved.

@@ -30,14 +30,14 @@ _SCORE = {"win": 1.0, "tie": 0.5, "lose": 0.0}
 
 @dataclass(frozen=True)
 class Position:
-    """What the place of a response did to the judge's verdicts. Only judges that read have this.
+    """Effect of the response order on the verdicts, for judges that read text.
 
     Attributes:
-        first, second, tie: how many answers named A, B or neither, over both orders of the counted
-            prompts.
-        first_share: A among the answers that named A or B; a judge blind to places gives 1/2,
-            since each response stands first once. None if all were ties.
-        consistency: prompts in which both orders say the same of the responses.
+        first, second, tie: number of answers that chose A, B or neither, over both orders of the
+            counted prompts.
+        first_share: share of A among the answers that chose A or B; 1/2 for an unbiased judge,
+            since each response comes first once. None if all were ties.
+        consistency: share of prompts on which both orders agree.
     """
 
     first: int
@@ -52,18 +52,18 @@ class WinRate:
     """Rates over the prompts with an outcome, with 95 % bootstrap intervals by prompt.
 
     Attributes:
-        judge: who judged.
-        asked: comparisons that were judged; counted: those with an outcome, which all that follows
-            is over.
-        problems: why the others have none, and how many each.
-        identical: counted ties because both sides said the same.
-        win, tie, lose: shares of the counted; they add up to one.
-        rate: wins and half the ties.
-        length_ours, length_theirs: mean characters of a response.
-        controlled: the rate at equal lengths; see `length_control`. None where it cannot be had.
-        extrapolated: whether one side is the longer (or as long) everywhere, so that equal lengths
-            lie at the end of what was seen.
-        position: None for judges that give numbers.
+        judge: name of the judge.
+        asked: comparisons that were judged.
+        counted: comparisons with an outcome; everything below is over these.
+        problems: why the others have no outcome, with counts.
+        identical: ties between identical responses.
+        win, tie, lose: shares; they add up to one.
+        rate: wins plus half the ties.
+        length_ours, length_theirs: mean length of a response in characters.
+        controlled: the rate at equal lengths (see `length_control`), or None if undefined.
+        extrapolated: whether one side is at least as long on every prompt, so that equal lengths
+            are at the edge of the data.
+        position: None for judges that give scores.
     """
 
     judge: str
@@ -85,10 +85,10 @@ class WinRate:
 def summarise(
     verdicts: Sequence[Verdict], *, judge: str = "", seed: int = 0, resamples: int = RESAMPLES
 ) -> WinRate | None:
-    """The rates of some verdicts; None if not one of them has an outcome.
+    """Compute the rates of some verdicts; None if none of them has an outcome.
 
     Args:
-        judge: who judged.
+        judge: name of the judge.
         seed, resamples: of the bootstrap over prompts.
 
     Raises:
@@ -143,7 +143,7 @@ def win_rate(
 
 
 def problems(verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """Why verdicts have no outcome, and how many each, the most frequent first."""
+    """Count the reasons for missing outcomes, most frequent first."""
     notes = [verdict.note or "no verdict" for verdict in verdicts if verdict.outcome is None]
     counts = {note: notes.count(note) for note in dict.fromkeys(notes)}
     return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
@@ -207,9 +207,9 @@ _FEW = 30  # prompts; below, an interval is wider than a fifth to both sides
 
 
 def headline(rate: WinRate) -> str:
-    """Who wins, as far as the interval lets one say."""
+    """Say who wins, if the interval is clear."""
     low, high = rate.rate.low, rate.rate.high
-    # The bootstrap of a few prompts that agree has no width: the exact test does not mind.
+    # If a few prompts all agree, the bootstrap interval has no width; the exact test still works.
     wins, losses = (round(share.value * rate.counted) for share in (rate.win, rate.lose))
     chance = sign_test(wins, losses)
     if low is None or high is None or low <= 0.5 <= high or chance >= LEVEL:
@@ -218,7 +218,7 @@ def headline(rate: WinRate) -> str:
 
 
 def sentences(rate: WinRate) -> list[str]:
-    """The numbers, one thought a line."""
+    """Describe the numbers in sentences."""
     found = [
         f"Ours wins {_percent(rate.win)}, ties {_percent(rate.tie)} and loses "
         f"{_percent(rate.lose)} of {_count(rate.counted, 'prompt')}, says {rate.judge}.",
@@ -253,7 +253,7 @@ def sentences(rate: WinRate) -> list[str]:
 
 
 def warnings(rate: WinRate) -> list[str]:
-    """What should make one careful."""
+    """Return reasons for caution."""
     found = []
     if rate.counted < _FEW:
         found.append(f"Only {_count(rate.counted, 'prompt')}: too few to tell small differences.")
@@ -282,7 +282,7 @@ def warnings(rate: WinRate) -> list[str]:
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> list[Row]:
-    """One row a comparison, with everything that the judge said."""
+    """Return one row per comparison, with everything the judge said."""
     return [_row(verdict) for verdict in verdicts]
 
 

@@ -1,4 +1,4 @@
-"""What came of a human evaluation: rates with intervals, agreement of raters and with a judge."""
+"""Results of a human evaluation: rates, agreement of raters and with a judge, and sentences."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from shiftrm.measure.people.blinding import OUTCOMES
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two or more sources of outcomes agree on the items they share.
+    """Agreement of two or more sources of outcomes on their shared items.
 
     Attributes:
         items: pairs of responses with at least two answers.
@@ -38,10 +38,10 @@ class HumanResult:
         items: pairs of responses with at least one answer.
         answers: answers given, by rater.
         missing: items without an answer, by rater.
-        win, tie, lose: mean over items of the share of its raters who said so, for our response.
+        win, tie, lose: mean over items of the share of raters with this outcome for our response.
         win_rate: win + tie / 2.
-        first: share of the decided answers that chose A: far from one half, raters look at the
-            place. None if all are ties.
+        first: share of A among answers that are not ties; far from one half, the position
+            matters. None if all are ties.
         raters: agreement of the raters; None for a single one.
         judge: agreement of the raters' majority with the judge; None without a judge.
         judge_missing: items with human answers for which the judge has no verdict.
@@ -66,11 +66,11 @@ def human_result(
     judge: Mapping[str, Outcome | None] | None = None,
     seed: int = 0,
 ) -> HumanResult:
-    """Count the answers.
+    """Compute all numbers of the evaluation.
 
     Args:
-        answers: with at least one choice among them (`read_answers`).
-        judge: a judge's outcome by pair id; None where it has none.
+        answers: at least one must have a choice (`read_answers`).
+        judge: a judge's outcome by pair id, or None for a pair without one.
         seed: of the bootstrap.
     """
     given = [answer for answer in answers if answer.choice is not None]
@@ -115,7 +115,7 @@ def outcome_counts(answers: Sequence[HumanAnswer], pairs: Sequence[str]) -> Floa
 
 
 def majority(counts: Floats) -> Outcome:
-    """The outcome most raters gave; a tie where two come first."""
+    """Return the most frequent outcome; a tie if two are equally frequent."""
     best = np.flatnonzero(counts == counts.max())
     return OUTCOMES[int(best[0])] if len(best) == 1 else "tie"
 
@@ -134,10 +134,10 @@ def agreement(
     *,
     seed: int = 0,
 ) -> Agreement:
-    """Agreement of raters, or of raters and a judge, on the pairs that two of them answered.
+    """Compute agreement of raters (or of raters and a judge) on pairs that at least two answered.
 
     Args:
-        sources: the outcomes of each by pair; None where there is none.
+        sources: the outcomes of each source by pair, or None.
         prompt_of: the prompt of each pair, for the bootstrap; pairs without one are left out.
     """
     one_hot = np.eye(len(OUTCOMES))
@@ -181,11 +181,11 @@ def _first_share(given: Sequence[HumanAnswer], seed: int) -> Measured | None:
 
 
 def pairwise_agreement(counts: Floats, weights: Floats) -> float:
-    """The chance that two different raters of a unit gave the same answer, averaged over units.
+    """Probability that two raters of a unit gave the same answer, averaged over units.
 
     Args:
-        counts: answers of each category, [units, categories]; units with fewer than two answers
-            are left out.
+        counts: answers per category, [units, categories]; units with fewer than two answers are
+            ignored.
         weights: how often each unit counts, [units].
 
     Returns:
@@ -201,7 +201,7 @@ def pairwise_agreement(counts: Floats, weights: Floats) -> float:
 
 
 def krippendorff_alpha(counts: Floats, weights: Floats) -> float:
-    """Krippendorff's alpha for nominal data: any number of raters, answers may be missing.
+    """Krippendorff's alpha for nominal data, any number of raters, with missing answers.
 
     Source: Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), section C.
 
@@ -209,8 +209,8 @@ def krippendorff_alpha(counts: Floats, weights: Floats) -> float:
         counts, weights: as in `pairwise_agreement`.
 
     Returns:
-        1 for perfect agreement, 0 for chance, below 0 for less than that; NaN where it is not
-        defined: no unit with two answers, or all answers are the same.
+        1 for perfect agreement, 0 for chance, negative for less than chance; NaN if undefined
+        (no unit has two answers, or all answers are the same).
     """
     answers = counts.sum(axis=1)
     several = (answers >= 2) & (weights > 0)
@@ -254,11 +254,11 @@ def cohen_kappa(first: Floats, second: Floats, weights: Floats) -> float:
 
 # -- in words --------------------------------------------------------------------------------
 
-FEW = 30  # items; below this, an interval of the bootstrap is too narrow to be believed
+FEW = 30  # items; with fewer, bootstrap intervals are too narrow
 
 
 def human_sentences(result: HumanResult) -> list[str]:
-    """What came of it, a sentence a line."""
+    """Describe the result, one sentence per line."""
     raters = len(result.answers)
     given, missing = sum(result.answers.values()), sum(result.missing.values())
     lines = [
