@@ -146,3 +146,11 @@ def test_progress_is_told():
     told = []
     load("tests.data.test_named:MADE_UP", "x", kind="prompts", progress=told.append)
     assert told == [256, 512]
+
+
+def test_a_recipe_reads_a_format_by_import_path():
+    from shiftrm.pipeline.data_sets import place_of, read_source
+
+    spec = {"format": "tests.data.test_named:MADE_UP", "source": None, "split": None}
+    assert place_of(spec) == "Anthropic/hh-rlhf"
+    assert len(read_source(spec | {"source": "x", "options": {"limit": 3}}, "prompts").rows) == 3
