@@ -1,8 +1,8 @@
 """Demonstrations for supervised fine-tuning: prompt and completion, or whole conversations."""
 
 from pathlib import Path
-from typing import Any
 
+from shiftrm.data.pairs import check_kinds, kind_of
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
@@ -28,14 +28,8 @@ def read_demonstrations(path: str | Path) -> list[Row]:
     kinds: dict[str, tuple[str, str]] = {}
     for where, row in iterate_rows(path):
         check_demonstration(row, where)
-        for column in ("prompt", "completion", "messages"):
-            kind = _kind(row.get(column))
-            first, at = kinds.setdefault(column, (kind, where))
-            if kind != first:
-                raise UserError(
-                    f"{where}: column {column!r} is {kind}, but {first} at {at}; write all rows in "
-                    "the same way"
-                )
+        columns = ("prompt", "completion", "messages")
+        check_kinds({c: kind_of(row.get(c)) for c in columns}, kinds, where)
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: the file has no demonstrations")
@@ -62,9 +56,3 @@ def check_demonstration(row: Row, where: str) -> None:
         check_text(row[column], f"{where}: column {column!r}")
         if not row[column]:
             raise UserError(f"{where}: column {column!r} is empty; remove the row")
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "missing"
-    return "a list of messages" if is_conversational(value) else "text"

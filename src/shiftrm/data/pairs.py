@@ -10,7 +10,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.models.rendering import check_template_options, check_text, is_conversational
 
-__all__ = ["COLUMNS", "check_margin", "check_pair", "read_pairs"]
+__all__ = ["COLUMNS", "check_kinds", "check_margin", "check_pair", "kind_of", "read_pairs"]
 
 FINISHED = ("chosen_finished", "rejected_finished")
 """Optional columns: False where a length limit cut the response off."""
@@ -39,7 +39,9 @@ def read_pairs(path: str | Path) -> list[Row]:
     kinds: dict[str, tuple[str, str]] = {}
     for where, row in iterate_rows(path):
         check_pair(row, where)
-        _check_kinds(row, kinds, where)
+        found = {c: kind_of(row[c]) for c in ("prompt", "chosen") if row.get(c) is not None}
+        found |= {c: "given" if c in row else "missing" for c in ("margin", *FINISHED)}
+        check_kinds(found, kinds, where)
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: the file has no preference pairs")
@@ -55,8 +57,8 @@ def check_pair(row: Row, where: str) -> Row:
         check_text(row[column], f"{where}: column {column!r}")
     if is_conversational(row["chosen"]) != is_conversational(row["rejected"]):
         raise UserError(
-            f"{where}: chosen is {_kind(row['chosen'])} but rejected is {_kind(row['rejected'])}; "
-            "write both in the same way"
+            f"{where}: chosen is {kind_of(row['chosen'])} but rejected is "
+            f"{kind_of(row['rejected'])}; write both in the same way"
         )
     empty = [side for side in ("chosen", "rejected") if no_text(row[side])]
     if len(empty) == 2:
@@ -90,14 +92,13 @@ def check_margin(margin: Any, where: str) -> float:
     return float(margin)
 
 
-def _check_kinds(row: Row, kinds: dict[str, tuple[str, str]], where: str) -> None:
+def check_kinds(found: dict[str, str], kinds: dict[str, tuple[str, str]], where: str) -> None:
     """Require all rows to be of one kind: the trainer's table has one type per column.
 
     Args:
+        found: column -> what it holds in this row.
         kinds: column -> what it holds and where that was first seen; updated here.
     """
-    found = {c: _kind(row[c]) for c in ("prompt", "chosen") if row.get(c) is not None}
-    found |= {c: "given" if c in row else "missing" for c in ("margin", *FINISHED)}
     for column, kind in found.items():
         first, at = kinds.setdefault(column, (kind, where))
         if kind != first:
@@ -107,5 +108,8 @@ def _check_kinds(row: Row, kinds: dict[str, tuple[str, str]], where: str) -> Non
             )
 
 
-def _kind(text: Any) -> str:
+def kind_of(text: Any) -> str:
+    """Name the kind of a column's value, for messages."""
+    if text is None:
+        return "missing"
     return "a list of messages" if is_conversational(text) else "text"
