@@ -154,6 +154,42 @@ def test_the_model_is_what_train_makes_of_the_same_groups(shiftrm):
     assert not Path("other/heldout-groups.jsonl").exists()
 
 
+def test_another_method_trains_on_the_pairs_alone(shiftrm):
+    assert shiftrm(*BASE, "--groups", "many.jsonl", "max_steps=2", "--method", "retrained")[0] == 0
+    train = ["train", "--model", "rm", "--pairs", "pairs.jsonl", "--output", "trained"]
+    assert shiftrm(*train, "max_steps=2")[0] == 0
+    assert weights("out") == weights("trained")
+    assert "Trained on the pairs alone, not on" in Path("out/README.md").read_text()
+
+
+def test_a_method_from_outside_the_package(shiftrm, monkeypatch):
+    Path("own_methods.py").write_text(
+        "from shiftrm.methods.method import Method\n"
+        "from shiftrm.trainers.kinds import with_groups\n"
+        "LARGE = Method('MetaRM, large steps', 'Large', '#000000', 'o',\n"
+        "    needs=frozenset({'pairs', 'groups'}), training=with_groups,\n"
+        "    settings={'preset': 'scale_free', 'meta_learning_rate': 2.0})\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    words = [*BASE, "--groups", "many.jsonl", "max_steps=2"]
+    assert shiftrm(*words, "--method", "own_methods:LARGE")[0] == 0
+    by_hand = ["preset=scale_free", "meta_learning_rate=2.0", "--output", "by-hand"]
+    assert shiftrm(*words, *by_hand)[0] == 0
+    assert weights("out") == weights("by-hand")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("metrm", "unknown method 'metrm'; did you mean 'metarm'?"),
+        ("fixed", "keeps the reward model as it is"),
+        ("fresh_labels", "needs new labels"),
+    ],
+)
+def test_methods_that_cannot_adapt_are_refused(shiftrm, method, message):
+    refused(shiftrm, [*GROUPS, "--method", method], message)
+
+
 def test_the_policy_is_sampled(shiftrm):
     status, output = shiftrm(*POLICY, "seed=3")
     assert status == 0

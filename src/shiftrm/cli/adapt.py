@@ -43,7 +43,7 @@ SAMPLING: dict[str, tuple[Callable[[str], float], float, str, str]] = {
 }
 """Type, default, placeholder and help of the options that go with --policy."""
 
-TEXT = ("config", "model", "pairs", "eval_pairs", "groups", "output", "policy", "prompts")
+TEXT = ("config", "method", "model", "pairs", "eval_pairs", "groups", "output", "policy", "prompts")
 
 OPTIONS = (*TEXT, "eval_groups", "holdout", *SAMPLING)
 
@@ -59,6 +59,11 @@ def register(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     settings.add_arguments(parser)
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help="metarm (default), retrained, another registered method, or package.module:attribute",
+    )
     parser.add_argument("--groups", metavar="DATA", help="response groups of today's policy")
     parser.add_argument("--policy", metavar="DIR", help="or: the policy to sample them from")
     parser.add_argument("--prompts", metavar="DATA", help="with --policy: rows with `prompt`")
@@ -107,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
         pairs=options["pairs"],
         output=Path(output),
         settings=chosen,
+        method=options.get("method", "metarm"),
         groups=options.get("groups"),
         samples=_samples(options, numbers),
         eval_pairs=settings.named(options.get("eval_pairs"), "eval_pairs"),

@@ -18,10 +18,12 @@ from shiftrm.files import Row, write_jsonl
 from shiftrm.measure.diagnosis.comparison import adaptation_verdict
 from shiftrm.measure.diagnosis.findings import Bar, Findings, find, no_bar
 from shiftrm.measure.diagnosis.scored_files import DataFile, encode_data, prompt_key, read_data
+from shiftrm.methods.method import METHODS, Method
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import SamplingConfig, encode_prompts, load_policy, sample_groups
 from shiftrm.models.scoring import Scorer
 from shiftrm.progress import task
+from shiftrm.trainers.kinds import Training
 from shiftrm.trainers.model_card import Adapted, model_card, summary
 from shiftrm.trainers.training import Job, open_work, prepare, publish, train_in_work
 from shiftrm.trainers.work_folder import SAMPLES
@@ -100,7 +102,8 @@ class Request:
         model: a trained reward model: checkpoint folder or hub name.
         pairs: source (`data.sources`) of preference pairs.
         output: folder to write: checkpoint, card, page, numbers and the groups measured on.
-        settings: values by setting, see `trainers.settings`, with those of the method.
+        settings: values by setting, see `trainers.settings`; they win over the method's.
+        method: a name in `methods.method.METHODS`, or `package.module:attribute`.
         groups, samples: responses of today's policy, or how to sample them; one of the two.
         eval_pairs, eval_groups: sources to measure on, by name; that of a single one may be empty.
         holdout: share of the prompts of the groups that is held out to measure on; 0.2 by default.
@@ -112,6 +115,7 @@ class Request:
     pairs: str
     output: Path
     settings: Mapping[str, Any]
+    method: str = "metarm"
     groups: str | None = None
     samples: PolicySamples | None = None
     eval_pairs: Mapping[str, str] | None = None
@@ -138,14 +142,15 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
         UserError: as `command.train`; and a model without a trained score head, neither or both of
             groups and samples, too few prompts to hold some out, or rows that cannot be scored.
     """
+    method, training = _method(request.method)
     _check_choices(request)
     job = prepare(
         request.model,
         pairs=request.pairs,
         output=request.output,
         eval_pairs=request.eval_pairs,
-        settings=request.settings,
-        meta=True,
+        settings={**method.settings, **request.settings},
+        training=training,
         command=request.command,
         command_name="adapt",
     )
@@ -157,7 +162,10 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
     heldout = None if source.file is None else source.split(source.file)[1]
     _check_model(model, [*files, *([] if heldout is None else [heldout])])
     main = PartialState().is_main_process
-    with open_work(job, _record(job, share, samples, eval_groups)) as checkpoint:
+    record = _record(job, share, samples, eval_groups)
+    if request.method != "metarm":  # work begun by earlier versions has no such entry
+        record["method"] = request.method
+    with open_work(job, record) as checkpoint:
         file = source.file if samples is None else _sample(job, samples, source, bar=bar)
         assert file is not None
         kept, out = source.split(file)
@@ -165,18 +173,33 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
             files.append(out)
             if samples is not None:  # others were checked above
                 _check_model(model, [out])
-        outcome = train_in_work(job, kept, checkpoint, evaluate=False)
+        outcome = train_in_work(
+            job, kept if training.takes_groups else None, checkpoint, evaluate=False
+        )
         _free_memory()
         if not main:
             return None  # without a barrier: measuring may take longer than a barrier waits
         found = _measure(job, files, bar=bar)
-        how = _how(source, samples, len(kept), 0 if out is None else len(out.rows), files)
+        used = len(kept) if training.takes_groups else 0
+        how = _how(source, samples, used, 0 if out is None else len(out.rows), files)
         more = {"model": job.model, "meta": outcome.meta, "groups": how}
         tables = present(found, job.finished, more)
         outcome = replace(outcome, adapted=Adapted(how, verdict_words(found), tables))
         _write_groups(job, out)
         publish(job, model_card(outcome))
     return Adaptation(found, summary(outcome))
+
+
+def _method(name: str) -> tuple[Method, Training]:
+    """The method and what it trains; refused if it cannot adapt a model to unlabelled groups."""
+    method = METHODS.get(name)
+    if method.training is None:
+        raise UserError(f"--method {name}: keeps the reward model as it is; nothing to adapt")
+    if "labels" in method.needs:
+        raise UserError(
+            f"--method {name}: needs new labels; add them to --pairs and give --method retrained"
+        )
+    return method, method.training()
 
 
 def _check_choices(request: Request) -> None:
@@ -331,6 +354,8 @@ def _how(
         "times"
     )
     text = f"The meta step saw {kept} groups of {origin}"
+    if not kept:
+        text = f"Trained on the pairs alone, not on the groups of {origin}"
     if source.out:
         total = len(set(source.keys))
         return (

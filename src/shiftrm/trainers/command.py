@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import PartialState
 
 from shiftrm.data.groups import read_groups
+from shiftrm.trainers.kinds import pairs_only, with_groups
 from shiftrm.trainers.model_card import model_card, summary
 from shiftrm.trainers.training import open_work, prepare, publish, train_in_work
 
@@ -50,7 +51,7 @@ def train(
         output=output,
         eval_pairs=eval_pairs,
         settings=settings,
-        meta=groups is not None,
+        training=pairs_only() if groups is None else with_groups(),
         command=command,
     )
     rows = None

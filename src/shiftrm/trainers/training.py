@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from shiftrm.files import Row, atomic_write_text, replace_directory
 from shiftrm.models.loading import refuse_gguf
 from shiftrm.progress import task
 from shiftrm.trainers import work_folder
+from shiftrm.trainers.kinds import Training, pairs_only
 from shiftrm.trainers.memory import explain_out_of_memory, identity
-from shiftrm.trainers.metarm import MetaRMTrainer
 from shiftrm.trainers.metarm_config import MetaRMConfig
 from shiftrm.trainers.model_card import DataSet, Outcome, measurements
 from shiftrm.trainers.progress import SHOWN, ProgressInWords, log_progress_to
-from shiftrm.trainers.reward import RewardConfig, RewardTrainer
+from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.settings import Settings, resolve
 from shiftrm.trainers.tables import table
 from shiftrm.trainers.training_log import write_training_log
@@ -63,6 +63,7 @@ class Job:
     tables: dict[str, Dataset]
     data: list[DataSet]
     command: str | None = None
+    training: Training = field(default_factory=pairs_only)
 
     @property
     def finished(self) -> Path:
@@ -81,7 +82,7 @@ def prepare(
     output: Path,
     eval_pairs: Mapping[str, str] | None,
     settings: Mapping[str, Any],
-    meta: bool,
+    training: Training,
     command: str | None,
     command_name: str = "train",
 ) -> Job:
@@ -89,7 +90,7 @@ def prepare(
 
     Args:
         model, pairs, output, eval_pairs, settings, command: as in `command.train`.
-        meta: whether there will be groups.
+        training: what is trained, and by which class.
         command_name: for errors.
 
     Raises:
@@ -99,11 +100,14 @@ def prepare(
         model,
         output=output,
         settings=settings,
-        config=MetaRMConfig if meta else RewardConfig,
+        config=training.config,
         command=command,
         command_name=command_name,
-        elsewhere={} if meta else dict.fromkeys(_METARM, "it is MetaRM's: give --groups"),
+        elsewhere={}
+        if training.takes_groups
+        else dict.fromkeys(_METARM, "it is MetaRM's: give --groups"),
     )
+    job.training = training
     sources = {"pairs": pairs}
     sources |= {f"eval {name}".strip(): source for name, source in (eval_pairs or {}).items()}
     for key, source in sources.items():
@@ -173,13 +177,13 @@ def train_in_work(
     """Train, and write the result to `job.finished`; when this returns, the trainer is gone.
 
     Args:
-        groups: unlabelled responses; with them, every step is a MetaRM step.
+        groups: unlabelled responses, if the training takes them.
         checkpoint: to continue from.
         evaluate: whether the trainer measures the held-out pairs before and after.
     """
     used = job.chosen.beyond_defaults()
     with task("loading the model and the data", None):
-        trainer = _trainer(job.model, job.chosen, job.tables, groups)
+        trainer = _trainer(job, groups)
     trainer.choose_checkpointing()
     if trainer.accelerator.is_main_process:
         print(_opening(trainer), flush=True)
@@ -209,24 +213,22 @@ def train_in_work(
     return outcome
 
 
-def _trainer(
-    model: str, chosen: Settings, tables: Mapping[str, Dataset], groups: list[Row] | None
-) -> RewardTrainer:
+def _trainer(job: Job, groups: list[Row] | None) -> RewardTrainer:
+    model, chosen = job.model, job.chosen
     heldout = {
-        name.removeprefix("eval").strip(): t for name, t in tables.items() if name != "pairs"
+        name.removeprefix("eval").strip(): t for name, t in job.tables.items() if name != "pairs"
     }
     args = chosen.args
     args.model_init_kwargs = chosen.model_options
     data = {
-        "train_dataset": tables["pairs"],
+        "train_dataset": job.tables["pairs"],
         "eval_dataset": heldout.get("", heldout or None),
         **chosen.trainer_options,
     }
     try:
-        if groups is None:
-            trainer = RewardTrainer(model, args, **data)
-        else:
-            trainer = MetaRMTrainer(model, args, meta_dataset=groups, **data)
+        if job.training.takes_groups:
+            data["meta_dataset"] = groups
+        trainer: RewardTrainer = job.training.trainer(model, args, **data)
     except UserError:
         raise
     except Exception as error:

@@ -1,0 +1,47 @@
+"""Ways to adapt a reward model, by name: what the command, the pipeline and the page know of each.
+
+To add one, write a file in `methods/registered`, or name `package.module:attribute` where a method
+is named.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shiftrm.registry import Registry
+from shiftrm.trainers.kinds import Training
+
+__all__ = ["METHODS", "Method", "Need"]
+
+Need = Literal["pairs", "groups", "labels"]
+"""Preference pairs, unlabelled groups of the policy's responses, new labels of them."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to get the reward model of a round.
+
+    Attributes:
+        label: on the page.
+        short: in legends and terminal tables.
+        colour, marker: in plots: hex code, and Matplotlib's letter.
+        needs: what it is trained on.
+        training: returns the configuration class and the trainer class; a function, because both
+            are slow to import. None: the reward model is kept as it is.
+        settings: defaults of that configuration which differ from the class's.
+    """
+
+    label: str
+    short: str
+    colour: str
+    marker: str
+    needs: frozenset[Need] = frozenset()
+    training: Callable[[], Training] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        return self.training is not None
+
+
+METHODS = Registry[Method]("method", Method, home="shiftrm.methods.registered")

@@ -1,0 +1,7 @@
+"""The first reward model is kept."""
+
+from shiftrm.methods.method import METHODS, Method
+
+METHODS.register("fixed")(
+    Method("Reward model kept fixed (vanilla PPO)", "Kept fixed", "#333333", "o")
+)

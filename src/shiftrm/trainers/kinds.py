@@ -1,0 +1,33 @@
+"""The two ways to train a reward model: on pairs, and with a meta step on groups beside."""
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Training", "pairs_only", "with_groups"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A configuration class, and the class of the trainer that takes it.
+
+    Attributes:
+        config: `RewardConfig` or a subclass.
+        trainer: `RewardTrainer` or a subclass, called as `trainer(model, args, **data)`.
+        takes_groups: whether `data` includes `meta_dataset`.
+    """
+
+    config: type
+    trainer: Any
+    takes_groups: bool = False
+
+
+def pairs_only() -> Training:
+    from shiftrm.trainers.reward import RewardConfig, RewardTrainer
+
+    return Training(RewardConfig, RewardTrainer)
+
+
+def with_groups() -> Training:
+    from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
+
+    return Training(MetaRMConfig, MetaRMTrainer, takes_groups=True)
