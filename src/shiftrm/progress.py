@@ -205,3 +205,23 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def quieten_libraries() -> None:
+    """Before TRL is imported: no telemetry, no warnings that nobody who reads them can act on."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # TRL's and PEFT's own use of the old name.
+    old_names = "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
+    warnings.filterwarnings("ignore", old_names, FutureWarning)
+
+
+def only_on_terminals() -> None:
+    """Switch off the libraries' own bars and notes where nobody watches: an error is one line."""
+    if sys.stderr.isatty():
+        return
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report on loaded weights, above all
+    datasets.disable_progress_bars()

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from shiftrm.progress import task
+from shiftrm.progress import only_on_terminals, task
+
+__all__ = ["bar", "only_on_terminals"]
 
 
 @contextmanager
@@ -27,15 +29,3 @@ def bar(label: str, total: int | None) -> Iterator[Callable[[int, int | None], N
             progress.update(shown, completed=done)
 
         yield update
-
-
-def only_on_terminals() -> None:
-    """Switch off the libraries' own bars and notes where nobody watches: an error is one line."""
-    if sys.stderr.isatty():
-        return
-    import datasets
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its report on loaded weights, above all
-    datasets.disable_progress_bars()

@@ -4,12 +4,14 @@ import argparse
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError, suggest
+from shiftrm.progress import quieten_libraries
+
+__all__ = ["quieten_libraries"]
 
 FLAG = re.compile(r"--(\w[\w-]*)(?:=(.*))?", re.DOTALL)
 
@@ -57,14 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="held-out pairs; may be repeated, with a name for each",
     )
     add_common(parser)
-
-
-def quieten_libraries() -> None:
-    """Before TRL is imported: no telemetry, no warnings that nobody who reads them can act on."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # TRL's and PEFT's own use of the old name.
-    old_names = "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
-    warnings.filterwarnings("ignore", old_names, FutureWarning)
 
 
 def fold_flags(arguments: Sequence[str], known: Sequence[str]) -> list[str]:

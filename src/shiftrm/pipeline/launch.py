@@ -1,8 +1,7 @@
-"""Running a command as a stage: in this process, or as `accelerate launch -m shiftrm ...`."""
+"""Runs a job as a stage: in this process, in a child, or under `accelerate launch`."""
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -13,21 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shiftrm import models
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text, iterate_jsonl
 from shiftrm.pipeline.children import run_child
 from shiftrm.pipeline.engine import StageContext
+from shiftrm.pipeline.jobs import Optimise, Sample, from_plain, located, plain
+from shiftrm.progress import only_on_terminals, quieten_libraries, reporting
 
-__all__ = ["Execution", "accumulation", "run_command", "spoken"]
+__all__ = ["Execution", "accumulation", "launcher", "perform", "run_job"]
 
-PLACE = re.compile(r"\{(stage|out|template)(?::([^}]*))?\}")
-"""`{stage:NAME}` is the folder of a finished stage, `{out}` where the command may write, and
-`{template:NAME}` a chat template of this package."""
-
-TEMPLATES = Path(models.__file__).parent / "chat_templates"
-
-ERROR = "shiftrm: error: "
+JOB_FILE, ERROR_FILE = "job.json", "error.json"
+"""What a child process is given, and where it says why it ended."""
 
 LOG = "training_log.jsonl"
 """What the training commands leave beside their model: a line for every logged step."""
@@ -40,9 +35,6 @@ KINDS_OF_LAUNCH = (
     "--config_file",
 )
 """Words that tell `accelerate launch` what the processes run on."""
-
-COMMANDS_ON_SEVERAL = ("train", "sft", "optimise")
-"""Commands that use several processes; the others run on one."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +96,11 @@ def accumulation(batch_size: int, execution: Execution, *, section: str) -> tupl
     return micro, share // micro
 
 
-def spoken(words: Sequence[str], folders: Mapping[str, str], out: str) -> list[str]:
-    """The words of a command with the places in them said."""
-
-    def place(found: re.Match[str]) -> str:
-        if found[1] == "template":
-            return str(TEMPLATES / f"{found[2]}.jinja")
-        return out if found[1] == "out" else folders[found[2]]
-
-    return [PLACE.sub(place, word) for word in words]
-
-
-def launcher(words: Sequence[str], execution: Mapping[str, Any]) -> list[str]:
-    """The command line that runs `shiftrm` with these words on so many processes."""
-    several = words[0] in COMMANDS_ON_SEVERAL
-    if several and (execution["processes"] > 1 or execution["launch"]):
-        # Always said, over a file's: batches are divided by it.
+def launcher(job: Any, execution: Mapping[str, Any], files: Sequence[str]) -> list[str]:
+    """Return the command line that runs a job's file in as many processes as `execution` says."""
+    start = [sys.executable, "-m"]
+    if job.several and (execution["processes"] > 1 or execution["launch"]):
+        # The number is always given, over that of a file: batches are divided by it.
         options = [
             "--num_processes",
             str(execution["processes"]),
@@ -128,33 +109,30 @@ def launcher(words: Sequence[str], execution: Mapping[str, Any]) -> list[str]:
         kind = any(word.partition("=")[0] in KINDS_OF_LAUNCH for word in options)
         if execution["processes"] > 1 and not kind:
             options = ["--multi_gpu", *options]  # or else it may start one, with a warning
-        start = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "shiftrm"]
-    else:
-        start = [sys.executable, "-m", "shiftrm"]
-    return [*start, *words]
+        start += ["accelerate.commands.launch", *options, "-m"]
+    return [*start, "shiftrm.pipeline.child", *files]
 
 
-def run_command(context: StageContext) -> None:
-    """A stage that is one command; what it writes below `{out}` becomes the stage's.
+def run_job(context: StageContext) -> None:
+    """Run a stage's job; what it makes becomes the stage's.
 
-    Settings: `words`, the command; `logged`, names in its training log by metric. Execution: an
-    `Execution` as plain data, and `words`, further words that change the way and not the result.
+    Settings: `job`, see `jobs.plain`; `logged`, names in its training log by metric. Execution: an
+    `Execution` as plain data, and `way`, see `Job.on_machine`.
     """
     stage, keep = context.stage, context.keep
     _begin_or_continue(keep, stage.execution)
-    folders = {name: str(context.folder(name)) for name in stage.needs}
-    words = spoken(stage.settings["words"], folders, str(keep))
-    target = Path(spoken([stage.settings["makes"]], folders, str(keep))[0])
+    job = located(from_plain(stage.settings["job"]), context.root)
+    target = keep / job.makes
     if not target.exists():  # it was finished before an interruption otherwise
-        run_words([*words, *spoken(stage.execution["words"], folders, str(keep))], context)
+        _run(job.on_machine(stage.execution["way"]), target, context)
     if not target.exists():
-        raise RuntimeError(f"{words[0]} ended well but left no {target.name}")
+        raise RuntimeError(f"the job ended well but left no {target.name}")
     made = context.out / target.name
     for path in sorted(keep.iterdir(), key=lambda path: path == target):  # the target last: while
         if path.name != HOW_FILE:  # it stands there, nothing has to be done again
             path.rename(context.out / path.name)
     card = made / "README.md"
-    if card.is_file():  # the command knew only where it was to write
+    if card.is_file():  # the job knew only where it was to write
         text = card.read_text(encoding="utf-8")
         atomic_write_text(card, text.replace(str(keep), str(context.root / stage.name)))
     _record_log(context, made)
@@ -172,41 +150,73 @@ def _begin_or_continue(keep: Path, execution: Mapping[str, Any]) -> None:
         atomic_write_text(path, json.dumps(how))
 
 
-def run_words(words: list[str], context: StageContext) -> None:
-    """Run one command and raise its error as ours."""
+def _run(job: Any, target: Path, context: StageContext) -> None:
+    """Run one job, and raise its error as one of this process."""
     execution = context.stage.execution
-    print(f"$ {shlex.join(['shiftrm', *words])}", flush=True)
-    if execution["in_process"]:
-        status = _run_here(words)
-    else:
-        status = run_child(launcher(words, execution), env=_environment())
+    command = job.command(str(target))
+    print(f"$ {shlex.join(['shiftrm', *command])}", flush=True)
+    try:
+        if execution["in_process"]:
+            _run_here(job, target)
+        else:
+            _run_in_child(job, target, context)
+    except UserError as error:
+        if "out of memory" in str(error):
+            raise UserError(out_of_memory_line(job, execution)) from None
+        raise
+
+
+def _run_here(job: Any, target: Path) -> None:
+    """Run a job in this process; what it prints goes to file descriptor 1, the log."""
+    with (
+        os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        perform(job, target)
+
+
+def _run_in_child(job: Any, target: Path, context: StageContext) -> None:
+    execution = context.stage.execution
+    files = [context.out / JOB_FILE, context.out / ERROR_FILE]
+    atomic_write_text(files[0], json.dumps({"job": plain(job), "output": str(target)}))
+    status = run_child(launcher(job, execution, [str(f) for f in files]), env=_environment())
     if not status:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    said = _last_error(context.out / "log.txt")
-    if said is not None and "out of memory" in said:
-        raise UserError(out_of_memory_line(words, execution))
-    if status == 2 or said:
-        raise UserError(said or f"`shiftrm {words[0]}` refused its options")
+    if files[1].is_file():
+        said = json.loads(files[1].read_text(encoding="utf-8"))
+        if "errno" in said:
+            raise OSError(said["errno"], said["message"])
+        raise UserError(said["message"])
+    name = job.command("")[0]
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
         raise UserError(
-            f"`shiftrm {words[0]}` was killed, perhaps for lack of memory; "
-            f"{_smaller(words, execution)}"
+            f"`shiftrm {name}` was killed, perhaps for lack of memory; {_smaller(job, execution)}"
         )
-    raise RuntimeError(f"`shiftrm {words[0]}` ended with status {status}")
+    raise RuntimeError(f"`shiftrm {name}` ended with status {status}")
 
 
-def out_of_memory_line(words: Sequence[str], execution: Mapping[str, Any]) -> str:
-    """What to change in the recipe where a command's own settings are not the user's."""
-    return f"out of memory; {_smaller(words, execution)}"
+def perform(job: Any, output: Path) -> None:
+    """Run a job with its progress as lines, and print its summary."""
+    quieten_libraries()
+    only_on_terminals()
+    speaks = not sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    with reporting(job.command("")[0], speaks=speaks):
+        summary = job.run(output)
+    if summary is not None:
+        print(summary)
 
 
-def _smaller(words: Sequence[str], execution: Mapping[str, Any]) -> str:
-    names = []
-    if words[0] in COMMANDS_ON_SEVERAL:
-        names.append("micro_batch_size")
-    if words[0] == "sample" or words[:2] == ["optimise", "ppo"]:
+def out_of_memory_line(job: Any, execution: Mapping[str, Any]) -> str:
+    """Return what to change in the recipe, where the job's own settings are not the user's."""
+    return f"out of memory; {_smaller(job, execution)}"
+
+
+def _smaller(job: Any, execution: Mapping[str, Any]) -> str:
+    names = ["micro_batch_size"] if job.several else []
+    if isinstance(job, Sample) or (isinstance(job, Optimise) and job.method == "ppo"):
         names.append("sampling_batch_size")
     smaller = " or ".join(
         f"execution.{n}={max(1, execution[n] // 2)} (now {execution[n]})" for n in names
@@ -214,34 +224,13 @@ def _smaller(words: Sequence[str], execution: Mapping[str, Any]) -> str:
     if all(execution[n] == 1 for n in names):
         smaller = "lora={lora_r: 16}, shorter texts (max_length, sampling.max_new_tokens)"
         return f"its batches are of one already: try {smaller} or more memory"
-    if not execution["gradient_checkpointing"] and words[0] in COMMANDS_ON_SEVERAL:
+    if not execution["gradient_checkpointing"] and job.several:
         smaller += " or execution.gradient_checkpointing=true"
     return f"give {smaller}: the same command with it continues this run"
 
 
-def _run_here(words: list[str]) -> int:
-    """The command in this process; what it says goes where file descriptor 1 leads, the log."""
-    from shiftrm.cli import main
-
-    with (
-        os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace") as log,
-        redirect_stdout(log),
-        redirect_stderr(log),
-    ):
-        try:
-            return main(words)
-        except SystemExit as error:  # argparse
-            return int(error.code or 0)
-
-
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def _last_error(log: Path) -> str | None:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [line for line in lines if line.startswith(ERROR)]
-    return found[-1].removeprefix(ERROR) if found else None
 
 
 def _record_log(context: StageContext, model: Path) -> None:

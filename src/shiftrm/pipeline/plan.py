@@ -1,6 +1,5 @@
-"""Which stages a recipe has. Each training is a command that anyone could give by hand."""
+"""Which stages a recipe has. Each training is a job that a command can also do alone."""
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,10 +7,23 @@ from shiftrm.config import to_mapping
 from shiftrm.pipeline.demo_plan import record_as
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import Arm, Recipe
-from shiftrm.pipeline.launch import TEMPLATES, accumulation
+from shiftrm.pipeline.jobs import (
+    Input,
+    Job,
+    Made,
+    Optimise,
+    Sample,
+    Sft,
+    TrainReward,
+    inputs_of,
+    plain,
+    plain_input,
+)
+from shiftrm.pipeline.launch import accumulation
 
-COMMAND = "shiftrm.pipeline.launch:run_command"
+RUN_JOB = "shiftrm.pipeline.launch:run_job"
 STAGES = "shiftrm.pipeline.stages"
+GROUPS = Sample.makes
 
 REWARD_LOG = {
     "loss": "loss",
@@ -78,13 +90,13 @@ class _Planner:
         )
         found = [data]
         if recipe.sft is not None:
-            words = ["sft", "--model", recipe.model]
-            words += ["--demonstrations", "{stage:data}/demonstrations.jsonl"]
-            found.append(
-                self._training(
-                    "sft", words, ("data",), record_as("sft", "sft", 0), "sft", recipe.sft
-                )
+            job = Sft(
+                recipe.model,
+                Made("data", "demonstrations.jsonl"),
+                settings=self._settings(recipe.sft.settings, "sft")
+                | ({"chat_template_path": recipe.chat_template} if recipe.chat_template else {}),
             )
+            found.append(self._training("sft", job, record_as("sft", "sft", 0), "sft"))
         found.append(self._reward("reward_model", "sft", 0, None, ()))
         found.append(self._responses("responses", "sft", 0, None))
         found.append(self._evaluation("evaluation", "sft", 0, None, "reward_model", "responses"))
@@ -94,12 +106,11 @@ class _Planner:
 
     def _best_of_n(self) -> list[Stage]:
         measured = self.recipe.evaluation
-        words = ["sample", *self._of_policy("--policy", None)]
-        words += ["--prompts", "{stage:data}/best_of_n_prompts.jsonl"]
-        words += ["--output", "{out}/responses.jsonl"]
-        words += ["--responses", str(measured.best_of_n)]
         name = "best_of_n/responses"
-        samples = self._sampling(name, words, "best_of_n", None, "sft", 0)
+        prompts = Made("data", "best_of_n_prompts.jsonl")
+        samples = self._sampling(
+            name, "best_of_n", None, prompts, measured.best_of_n, record_as("responses", "sft", 0)
+        )
         return [
             samples,
             Stage(
@@ -108,7 +119,7 @@ class _Planner:
                 {"gold": measured.gold},
                 (name, "reward_model"),
                 record_as("best_of_n", "sft", 0),
-                self._execution([]),
+                self._execution({}),
             ),
         ]
 
@@ -148,40 +159,37 @@ class _Planner:
         return stages
 
     def _groups(self, here: str, name: str, number: int, policy: str | None) -> Stage:
-        words = ["sample", *self._of_policy("--policy", policy)]
-        words += ["--prompts", f"{{stage:data}}/group_prompts-{number}.jsonl"]
-        words += ["--output", "{out}/groups.jsonl"]
-        words += ["--responses", str(self.recipe.groups.responses)]
-        return self._sampling(here, words, f"groups/{number}", policy, name, number)
+        prompts, responses = f"group_prompts-{number}.jsonl", self.recipe.groups.responses
+        record = record_as("groups", name, number)
+        return self._sampling(
+            here, f"groups/{number}", policy, Made("data", prompts), responses, record
+        )
 
     def _responses(self, here: str, name: str, number: int, policy: str | None) -> Stage:
-        words = ["sample", *self._of_policy("--policy", policy)]
-        words += ["--prompts", "{stage:data}/eval_prompts.jsonl"]
-        words += ["--output", "{out}/responses.jsonl"]
-        words += ["--responses", str(self.recipe.evaluation.responses)]
-        return self._sampling(here, words, "evaluation", policy, name, number)
+        prompts, responses = "eval_prompts.jsonl", self.recipe.evaluation.responses
+        record = record_as("responses", name, number)
+        return self._sampling(here, "evaluation", policy, Made("data", prompts), responses, record)
 
     def _sampling(
-        self, here: str, words: list[str], role: str, policy: str | None, name: str, number: int
+        self,
+        here: str,
+        role: str,
+        policy: str | None,
+        prompts: Made,
+        responses: int,
+        record: dict[str, Any],
     ) -> Stage:
         recipe = self.recipe
-        for key, value in asdict(recipe.sampling).items():
-            words += [f"--{key.replace('_', '-')}", f"{value}"]
-        words += ["--seed", str(random_seed(recipe.seed, role))]
-        if recipe.sampler == "vllm":
-            words += ["--vllm"]
-        elif recipe.sampler != "transformers":
-            words += ["--server", recipe.sampler]
-        makes = words[words.index("--output") + 1]
-        stage = "groups" if makes.endswith("groups.jsonl") else "responses"
-        return Stage(
-            here,
-            COMMAND,
-            {"words": words, "makes": makes},
-            ("data", *self._needs_policy(policy)),
-            record_as(stage, name, number),
-            self._execution(["--batch-size", str(recipe.execution.sampling_batch_size)]),
+        job = Sample(
+            self._of_policy(policy),
+            prompts,
+            responses=responses,
+            sampling=recipe.sampling,
+            seed=random_seed(recipe.seed, role),
+            server=None if recipe.sampler in ("transformers", "vllm") else recipe.sampler,
+            vllm=recipe.sampler == "vllm",
         )
+        return self._stage(here, job, record, {"batch_size": recipe.execution.sampling_batch_size})
 
     def _reward(
         self, here: str, name: str, number: int, arm: Arm | None, groups: tuple[str, ...]
@@ -193,44 +201,30 @@ class _Planner:
         first one, which an arm may keep, shares those of round 1.
         """
         section = self.recipe.reward
-        words = ["train", *self._of_policy("--model", None)]
-        words += ["--pairs", "{stage:data}/pairs.jsonl"]
-        words += ["--eval-pairs", "{stage:data}/heldout.jsonl"]
         settings: dict[str, Any] = dict(section.settings)
         if groups:
-            words += ["--groups", f"{{stage:{groups[0]}}}/groups.jsonl"]
             settings |= {"preset": self.recipe.preset, **section.meta}
         settings |= arm.settings if arm is not None else {}
-        return self._training(
-            here,
-            words,
-            ("data", *self._needs_policy(None), *groups),
-            record_as("reward_model", name, number),
-            f"reward/{max(number, 1)}",
-            section,
-            settings=settings,
-            logged=REWARD_LOG,
+        job = TrainReward(
+            self._of_policy(None),
+            Made("data", "pairs.jsonl"),
+            {"": Made("data", "heldout.jsonl")},
+            Made(groups[0], GROUPS) if groups else None,
+            settings=self._settings(settings, f"reward/{max(number, 1)}"),
         )
+        record = record_as("reward_model", name, number)
+        return self._training(here, job, record, "reward", REWARD_LOG)
 
     def _policy(self, here: str, name: str, number: int, policy: str | None, reward: str) -> Stage:
         recipe = self.recipe
-        method = recipe.optimiser_of(name)
-        words = ["optimise", method, *self._of_policy("--policy", policy)]
-        words += self._of_policy("--reference", None)
-        needs = ["data", *self._needs_policy(None), *self._needs_policy(policy)]
+        method, arm = recipe.optimiser_of(name), recipe.methods[name]
         record = record_as("ppo", name, number)
+        start, reference = self._of_policy(policy), self._of_policy(None)
         if method == "dpo":
-            words += ["--pairs", "{stage:data}/pairs.jsonl"]
-            return self._training(
-                here, words, tuple(dict.fromkeys(needs)), record, "dpo", recipe.dpo,
-                settings={**recipe.dpo.settings, **recipe.methods[name].policy_settings},
-                logged=POLICY_LOG,
-            )  # fmt: skip
-        words += ["--reward", f"{{stage:{reward}}}/model"]
-        words += ["--prompts", "{stage:data}/prompts.jsonl"]
-        if recipe.evaluation.gold is not None:
-            words += ["--watch", recipe.evaluation.gold]
-        arm = recipe.methods[name]
+            settings = self._settings({**recipe.dpo.settings, **arm.policy_settings}, "dpo")
+            pairs = Made("data", "pairs.jsonl")
+            job = Optimise(method, start, reference, pairs=pairs, settings=settings)
+            return self._training(here, job, record, "dpo", POLICY_LOG)
         settings = dict(recipe.policy.settings) if method == recipe.policy.method else {}
         settings |= arm.policy_settings
         if method == "ppo":
@@ -242,12 +236,17 @@ class _Planner:
                 "repetition_penalty": recipe.sampling.repetition_penalty,
                 "max_completion_length": recipe.sampling.max_new_tokens,
             }
-        needs.append(reward)
-        return self._training(
-            here, words, tuple(dict.fromkeys(needs)), record, f"policy/{number}",
-            None if method == "ppo" else recipe.policy,
-            settings=settings, logged=POLICY_LOG, method=method,
-        )  # fmt: skip
+        job = Optimise(
+            method,
+            start,
+            reference,
+            reward=Made(reward),
+            prompts=Made("data", "prompts.jsonl"),
+            watch=recipe.evaluation.gold,
+            settings=self._settings(settings, f"policy/{number}"),
+        )
+        section = None if method == "ppo" else "policy"
+        return self._training(here, job, record, section, POLICY_LOG)
 
     def _evaluation(
         self, here: str, name: str, number: int, policy: str | None, reward: str, before: str
@@ -256,8 +255,8 @@ class _Planner:
         responses = here.replace("evaluation", "responses")
         settings = {
             **asdict(recipe.evaluation),
-            "policy": f"{{stage:{policy}}}/model" if policy else self._sft,
-            "reference": self._sft,
+            "policy": plain_input(self._of_policy(policy)),
+            "reference": plain_input(self._of_policy(None)),
             "reward": reward,
             "responses_stage": responses,
             "before": before,
@@ -272,7 +271,7 @@ class _Planner:
             settings,
             tuple(dict.fromkeys(needs)),
             record_as("evaluate", name, number),
-            self._execution([]),
+            self._execution({}),
         )
 
     def _comparison(self) -> Stage:
@@ -297,12 +296,11 @@ class _Planner:
 
     # -- what they share -----------------------------------------------------------------------
 
-    @property
-    def _sft(self) -> str:
-        return "{stage:sft}/model" if self.recipe.sft is not None else self.recipe.model
-
-    def _of_policy(self, flag: str, policy: str | None) -> list[str]:
-        return [flag, f"{{stage:{policy}}}/model" if policy else self._sft]
+    def _of_policy(self, policy: str | None) -> Input:
+        """The policy that a stage makes; by default the fine-tuned one."""
+        if policy is not None:
+            return Made(policy)
+        return Made("sft") if self.recipe.sft is not None else self.recipe.model
 
     def _needs_policy(self, policy: str | None) -> tuple[str, ...]:
         if policy is not None:
@@ -316,70 +314,50 @@ class _Planner:
     def _judging(self) -> dict[str, Any]:
         return {k: getattr(self.recipe.judge, k) for k in JUDGING}
 
-    def _execution(self, words: list[str]) -> dict[str, Any]:
-        return {**asdict(self.recipe.execution), "words": words}
+    def _execution(self, way: dict[str, Any]) -> dict[str, Any]:
+        return {**asdict(self.recipe.execution), "way": way}
+
+    def _settings(self, chosen: dict[str, Any], role: str) -> dict[str, Any]:
+        """A training's settings with its seed, and LoRA's where the recipe has it."""
+        recipe = self.recipe
+        found = {**chosen, "seed": random_seed(recipe.seed, role)}
+        return found if recipe.lora is None else {**found, "use_peft": True, **recipe.lora}
 
     def _training(
         self,
         here: str,
-        words: list[str],
-        needs: tuple[str, ...],
+        job: Job,
         record: dict[str, Any],
-        role: str,
-        section: Any,
-        *,
-        settings: dict[str, Any] | None = None,
+        section: str | None,
         logged: dict[str, str] | None = None,
-        method: str = "",
     ) -> Stage:
-        """A command that trains: its words, and how this machine runs them."""
+        """A job that trains, and how this machine runs it."""
         recipe, execution = self.recipe, self.recipe.execution
-        chosen = dict(section.settings if settings is None else settings)
-        chosen |= {"seed": random_seed(recipe.seed, role)}
-        if recipe.lora is not None:
-            chosen |= {"use_peft": True, **recipe.lora}
-        if recipe.chat_template is not None and words[0] == "sft":
-            chosen["chat_template_path"] = _template(recipe.chat_template)
         way: dict[str, Any] = {"report_to": execution.report_to, "bf16": execution.bf16}
         way["gradient_checkpointing"] = execution.gradient_checkpointing
         if section is not None:
-            name = next(k for k, v in vars(recipe).items() if v is section)
-            micro, steps = accumulation(section.batch_size, execution, section=name)
+            batch_size = getattr(recipe, section).batch_size
+            micro, steps = accumulation(batch_size, execution, section=section)
             way |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
-            if section is not recipe.policy:
+            if section != "policy":
                 way["per_device_eval_batch_size"] = 2 * execution.micro_batch_size
-        elif method == "ppo":
+        else:  # ppo
             way["micro_batch_size"] = execution.micro_batch_size
-            if "forward_batch_size" not in chosen:
+            if "forward_batch_size" not in job.settings:  # type: ignore[attr-defined]
                 way["forward_batch_size"] = execution.sampling_batch_size
-        return Stage(
-            here,
-            COMMAND,
-            {
-                "words": [*words, "--output", "{out}/model", *map(_setting, chosen.items())],
-                "makes": "{out}/model",
-                "logged": logged or {"loss": "loss"},
-            },
-            needs,
-            record,
-            self._execution([_setting(item) for item in way.items()]),
-        )
+        return self._stage(here, job, record, way, logged or {"loss": "loss"})
 
-
-def _template(name: str) -> str:
-    """A file as it is; a template of this package by its name."""
-    return f"{{template:{name}}}" if (TEMPLATES / f"{name}.jinja").is_file() else name
+    def _stage(
+        self,
+        here: str,
+        job: Job,
+        record: dict[str, Any],
+        way: dict[str, Any],
+        logged: dict[str, str] | None = None,
+    ) -> Stage:
+        settings = {"job": plain(job), "logged": logged or {}}
+        return Stage(here, RUN_JOB, settings, inputs_of(job), record, self._execution(way))
 
 
 JUDGING = ("concurrency", "price_in", "price_out", "max_requests", "key_variable")
 """How the judge is asked, not what it says."""
-
-
-def _setting(item: tuple[str, Any]) -> str:
-    """`key=value` as a word, the value as YAML reads it back."""
-    key, value = item
-    if isinstance(value, bool):
-        return f"{key}={'true' if value else 'false'}"
-    if isinstance(value, list | tuple | dict):
-        return f"{key}={json.dumps(value)}"
-    return f"{key}={'null' if value is None else value}"

@@ -1,61 +1,63 @@
-"""The settings of a stage's command, judged before the run starts as the command will."""
+"""The settings of a job, checked before the run starts as the job itself will check them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.pipeline.engine import Stage
-from shiftrm.pipeline.launch import spoken
+from shiftrm.pipeline.jobs import Optimise, TrainReward, from_plain, is_training
 
-__all__ = ["check_words", "settings_of"]
-
-
-def settings_of(stage: Stage) -> list[str]:
-    """The `key=value` words of a stage's command: those after its output."""
-    words = stage.settings.get("words")
-    if not words or words[0] == "sample":
-        return []
-    after = words.index("--output") + 2
-    return [*words[after:], *stage.execution["words"]]
+__all__ = ["check_job", "job_of", "settings_of"]
 
 
-def check_words(words: Sequence[str], given: Sequence[str], *, processes: int = 1) -> None:
-    """Refuse an unknown setting or a bad value.
+def job_of(stage: Stage) -> Any:
+    """Return the job that a stage runs, or None."""
+    data = stage.settings.get("job")
+    return None if data is None else from_plain(data)
+
+
+def settings_of(stage: Stage) -> dict[str, Any]:
+    """Return the settings of a stage's training, those of this machine included."""
+    job = job_of(stage)
+    return {**job.settings, **stage.execution["way"]} if is_training(job) else {}
+
+
+def check_job(job: Any, way: Mapping[str, Any], *, processes: int = 1) -> None:
+    """Refuse an unknown setting or a bad value, as the job itself would when it runs.
 
     Args:
-        words: the command.
-        given: its `key=value` words.
-        processes: it will run on.
+        way: see `Job.on_machine`.
+        processes: how many the job will run on.
 
     Raises:
-        UserError: as the command.
+        UserError: names the setting.
     """
+    if not is_training(job):
+        return
     from shiftrm.policies.commands import METHODS, elsewhere
     from shiftrm.policies.configs import SFTConfig, ppo_config, refused
     from shiftrm.trainers.metarm_config import MetaRMConfig
     from shiftrm.trainers.reward import RewardConfig
     from shiftrm.trainers.settings import resolve
 
-    settings = dict(word.split("=", 1) for word in spoken(given, {}, "out"))
+    settings = {**job.settings, **way}
     if settings.get("report_to", "none") != "none":
         check_reporting(settings["report_to"])
-    settings["bf16"] = "false"  # an accelerator judges it, which this machine may lack
+    settings["bf16"] = False  # an accelerator decides that, which this machine may lack
     work = Path("out")  # nothing is written
-    if words[0] == "train":
-        config = MetaRMConfig if "--groups" in words else RewardConfig
+    if isinstance(job, TrainReward):
+        config = RewardConfig if job.groups is None else MetaRMConfig
         resolve(settings, config, work=work, command_name="train")
         return
-    if words[0] not in ("sft", "optimise"):
-        return
-    method = "sft" if words[0] == "sft" else words[1]
+    method = job.method if isinstance(job, Optimise) else "sft"
     if method in ("rloo", "grpo"):  # whose batch is that of all processes
-        steps = int(settings["gradient_accumulation_steps"])
-        settings["gradient_accumulation_steps"] = str(steps * processes)
+        settings["gradient_accumulation_steps"] *= processes
     chosen = resolve(
         settings,
         SFTConfig if method == "sft" else METHODS[method],
         work=work,
-        command_name=words[0],
+        command_name="sft" if method == "sft" else "optimise",
         task_type="CAUSAL_LM",
         refused=refused(method),
         elsewhere=elsewhere(method),
@@ -70,17 +72,15 @@ def check_reporting(report_to: str) -> None:
     Raises:
         UserError: names the setting.
     """
+    from importlib.util import find_spec
+
     from transformers.integrations import get_reporting_integration_callbacks
 
     try:
         get_reporting_integration_callbacks([report_to])
     except ValueError as error:
         raise UserError(f"execution.report_to is {report_to!r}: {error}") from None
-    if report_to != "all":
-        from importlib.util import find_spec
-
-        if report_to in ("wandb", "tensorboard") and find_spec(report_to) is None:
-            raise UserError(
-                f"execution.report_to is {report_to!r}, which is not installed: pip install "
-                f"{report_to}"
-            )
+    if report_to in ("wandb", "tensorboard") and find_spec(report_to) is None:
+        raise UserError(
+            f"execution.report_to is {report_to!r}, which is not installed: pip install {report_to}"
+        )

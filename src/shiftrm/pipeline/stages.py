@@ -21,7 +21,7 @@ from shiftrm.measure.overoptimisation import overoptimisation, path_from_rows, s
 from shiftrm.models.scoring import mean_and_spread, score_rows
 from shiftrm.pipeline.data_sets import assembled
 from shiftrm.pipeline.engine import StageContext
-from shiftrm.pipeline.launch import spoken
+from shiftrm.pipeline.jobs import place
 from shiftrm.pipeline.measures import Measured, free, policy_kl
 from shiftrm.policies.ppo import RewardFunction
 from shiftrm.policies.text_rewards import open_watch
@@ -96,8 +96,7 @@ def evaluate(context: StageContext) -> None:
 
 def _evaluate(context: StageContext) -> None:
     settings, recorder = context.stage.settings, context.recorder
-    folders = {name: str(context.folder(name)) for name in context.stage.needs}
-    policy, reference = spoken([settings["policy"], settings["reference"]], folders, "")
+    policy, reference = (place(settings[name], context.root) for name in ("policy", "reference"))
     rows = {
         "sft": read_jsonl(context.folder("responses") / RESPONSES),
         "before": read_jsonl(context.folder(settings["before"]) / RESPONSES),

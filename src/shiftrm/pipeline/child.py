@@ -1,0 +1,41 @@
+"""The program that runs one job from a file: `python -m shiftrm.pipeline.child JOB ERROR`.
+
+JOB is written by `launch`; under `accelerate launch` every process is given the same one. When the
+job fails for a reason that a person can mend, the first process writes that to ERROR.
+"""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+from shiftrm.errors import UserError
+from shiftrm.files import atomic_write_text
+from shiftrm.pipeline.jobs import from_plain
+from shiftrm.pipeline.launch import perform
+
+__all__ = ["main"]
+
+
+def main(job_file: str, error_file: str) -> int:
+    """Run the job; returns the exit status: 0 done, 2 an error that `error_file` tells."""
+    data = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    try:
+        perform(from_plain(data["job"]), Path(data["output"]))
+    except UserError as error:
+        said = {"message": str(error)}
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        said = {"message": str(error), "errno": error.errno}
+    else:
+        return 0
+    if os.environ.get("RANK", "0") == "0":
+        print(f"shiftrm: error: {said['message']}", file=sys.stderr, flush=True)
+        atomic_write_text(Path(error_file), json.dumps(said))
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,392 @@
+"""Jobs: the pieces of work that a command does alone and an experiment does in order.
+
+A job is a frozen dataclass with its inputs, its settings and `run(out)`. `shiftrm train` and the
+others build the same object from their options; the pipeline reads it from a stage.
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from shiftrm.errors import UserError
+from shiftrm.models.sampling import SamplingConfig
+from shiftrm.progress import task
+
+__all__ = [
+    "JOBS", "Input", "Job", "Made", "Optimise", "Sample", "Sft", "TrainReward",
+    "as_word", "from_plain", "inputs_of", "is_training", "located", "place", "plain", "plain_input",
+]  # fmt: skip
+
+Bar = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file or folder that another stage of the run makes."""
+
+    stage: str
+    file: str = "model"
+
+    def __str__(self) -> str:
+        return f"{self.stage}/{self.file}"
+
+
+Input = str | Made
+"""A path, a hub name or any other source; or what another stage makes."""
+
+
+class Job(Protocol):
+    """One piece of work.
+
+    Attributes:
+        makes: the file or folder below `out` that is the result.
+        several: whether it may run on several processes under `accelerate launch`.
+    """
+
+    makes: ClassVar[str]
+    several: ClassVar[bool]
+
+    def command(self, output: str) -> list[str]:
+        """Return the words after `shiftrm` that do the same by hand."""
+
+    def on_machine(self, way: Mapping[str, Any]) -> "Job":
+        """Return the job with settings that change how it is computed and not what."""
+
+    def run(self, output: Path) -> str | None:
+        """Write `output`, and return a summary in words (None on all but the main process)."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What the jobs that train have in common.
+
+    Attributes:
+        settings: values by field of the job's configuration class and `trl.ModelConfig`.
+        told: the command line that a person gave, for the model card.
+    """
+
+    makes: ClassVar[str] = "model"
+    several: ClassVar[bool] = True
+
+    settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    told: str | None = field(default=None, kw_only=True)
+
+    def on_machine(self, way: Mapping[str, Any]) -> Any:
+        return replace(self, settings={**self.settings, **way})
+
+    def command(self, output: str) -> list[str]:
+        words = [*self._words(), "--output", output]
+        return words + [as_word(key, value) for key, value in self.settings.items()]
+
+    def _words(self) -> list[str]:
+        raise NotImplementedError
+
+    def _told(self, output: Path) -> str:
+        return self.told or shlex.join(["shiftrm", *self.command(str(output))])
+
+
+@dataclass(frozen=True)
+class Sft(_Training):
+    """Fine-tune a policy on demonstrations; see `policies.commands.sft`."""
+
+    model: Input
+    demonstrations: Input
+
+    def _words(self) -> list[str]:
+        return ["sft", *_options(model=self.model, demonstrations=self.demonstrations)]
+
+    def run(self, output: Path) -> str | None:
+        from shiftrm.policies.commands import sft
+
+        return sft(
+            str(self.model),
+            demonstrations=str(self.demonstrations),
+            output=output,
+            settings=self.settings,
+            command=self._told(output),
+        )
+
+
+@dataclass(frozen=True)
+class TrainReward(_Training):
+    """Train a reward model on pairs, with MetaRM where groups are given; see `trainers.command`.
+
+    Attributes:
+        eval_pairs: held-out pairs by name; the name of a single one may be empty.
+    """
+
+    model: Input
+    pairs: Input
+    eval_pairs: Mapping[str, Input] = field(default_factory=dict)
+    groups: Input | None = None
+
+    def _words(self) -> list[str]:
+        words = ["train", *_options(model=self.model, pairs=self.pairs)]
+        for name, source in self.eval_pairs.items():
+            words += ["--eval-pairs", f"{name}={source}" if name else str(source)]
+        return words + _options(groups=self.groups)
+
+    def run(self, output: Path) -> str | None:
+        from shiftrm.trainers.command import train
+
+        return train(
+            str(self.model),
+            pairs=str(self.pairs),
+            eval_pairs={name: str(source) for name, source in self.eval_pairs.items()},
+            groups=_text(self.groups),
+            output=output,
+            settings=self.settings,
+            command=self._told(output),
+        )
+
+
+@dataclass(frozen=True)
+class Optimise(_Training):
+    """Train a policy against a reward model or on pairs; see `policies.commands.optimise`."""
+
+    method: str
+    policy: Input
+    reference: Input | None = None
+    reward: Input | None = None
+    prompts: Input | None = None
+    pairs: Input | None = None
+    watch: Input | None = None
+
+    def _words(self) -> list[str]:
+        return ["optimise", self.method] + _options(
+            policy=self.policy,
+            reference=self.reference,
+            reward=self.reward,
+            prompts=self.prompts,
+            pairs=self.pairs,
+            watch=self.watch,
+        )
+
+    def run(self, output: Path) -> str | None:
+        from shiftrm.policies.commands import optimise
+
+        return optimise(
+            self.method,
+            str(self.policy),
+            reference=_text(self.reference),
+            reward=_text(self.reward),
+            prompts=_text(self.prompts),
+            pairs=_text(self.pairs),
+            watch=_text(self.watch),
+            output=output,
+            settings=self.settings,
+            command=self._told(output),
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample K responses per prompt from a policy into a group file.
+
+    Attributes:
+        responses: to each prompt.
+        batch_size: prompts in a batch; with vLLM, prompts in progress at one time.
+        server: a running vLLM server, up to and with /v1.
+        served_model: what the server calls the policy, if not `policy`.
+        vllm: start `vllm serve` for the policy, with `vllm_arguments`, and end it afterwards.
+    """
+
+    makes: ClassVar[str] = "responses.jsonl"
+    several: ClassVar[bool] = False
+
+    policy: Input
+    prompts: Input
+    responses: int = 5
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch_size: int = 32
+    seed: int = 0
+    server: str | None = None
+    served_model: str | None = None
+    vllm: bool = False
+    vllm_arguments: tuple[str, ...] = ()
+
+    def command(self, output: str) -> list[str]:
+        words = ["sample", *_options(policy=self.policy, prompts=self.prompts, output=output)]
+        words += _options(responses=self.responses, **vars(self.sampling))
+        words += _options(batch_size=self.batch_size, seed=self.seed)
+        words += _options(server=self.server, served_model=self.served_model)
+        words += ["--vllm"] if self.vllm else []
+        if self.vllm_arguments:
+            words.append(f"--vllm-arguments={shlex.join(self.vllm_arguments)}")
+        return words
+
+    def on_machine(self, way: Mapping[str, Any]) -> "Sample":
+        return replace(self, **way)
+
+    def run(self, output: Path, *, bar: Bar = task) -> str:
+        from shiftrm.data.prompts import read_prompts
+        from shiftrm.data.group_files import holds_groups
+
+        names, prompts = read_prompts(str(self.prompts))
+        if holds_groups(output, prompts, num_responses=self.responses):
+            return (
+                f"{output}: already there, {len(prompts)} groups of {self.responses} responses to "
+                "these prompts; left as it is, whatever settings it was sampled with"
+            )
+        if self.server or self.vllm:
+            self._by_vllm(output, names, prompts, bar)
+        else:
+            self._here(output, names, prompts, bar)
+        return f"{len(prompts)} groups of {self.responses} responses: {output}"
+
+    def _here(self, output: Path, names: list[str], prompts: list[Any], bar: Bar) -> None:
+        from shiftrm.data.prompts import warn_of_joined_ends
+        from shiftrm.models.scoring import to_accelerator
+        from shiftrm.models.sampling import encode_prompts, load_policy, sample_groups
+
+        with task("loading the policy", None):
+            model, tokenizer = load_policy(str(self.policy))
+            to_accelerator(model)
+        # Encoded again below, but only here do errors know the line.
+        encode_prompts(model, tokenizer, prompts, room=self.sampling.max_new_tokens, names=names)
+        warn_of_joined_ends(tokenizer, prompts, source=str(self.prompts))
+        with bar("sampling", len(prompts)) as advance:
+            sample_groups(model, tokenizer, prompts, output, progress=advance, **self._draws())
+
+    def _by_vllm(self, output: Path, names: list[str], prompts: list[Any], bar: Bar) -> None:
+        from shiftrm.data.prompts import warn_of_joined_ends
+        from shiftrm.models import sampling_vllm
+        from shiftrm.models.sampling import encode_prompts
+        from shiftrm.models.vllm_server import find_vllm, vllm_server
+
+        policy, room = str(self.policy), self.sampling.max_new_tokens
+        tokenizer = sampling_vllm.load_tokenizer(policy)
+        warn_of_joined_ends(tokenizer, prompts, source=str(self.prompts))
+        serving: AbstractContextManager[Any]
+        if self.vllm:  # before the minutes that a server takes to start
+            find_vllm()
+            limits = sampling_vllm.policy_limits(policy)
+            encode_prompts(limits, tokenizer, prompts, room=room, names=names)
+            log = output.with_name(output.name + ".vllm.log")
+            serving = vllm_server(policy, log=log, arguments=list(self.vllm_arguments))
+        else:
+            assert self.server is not None
+            serving = nullcontext(
+                sampling_vllm.connect(self.server, policy, served=self.served_model)
+            )
+        with serving as server:
+            encode_prompts(server, tokenizer, prompts, room=room, names=names)
+            with bar("sampling", len(prompts)) as advance:
+                sampling_vllm.sample_groups_vllm(
+                    server, tokenizer, prompts, output, progress=advance, **self._draws()
+                )
+
+    def _draws(self) -> dict[str, Any]:
+        return {
+            "config": self.sampling,
+            "num_responses": self.responses,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+
+def is_training(job: Any) -> bool:
+    """Whether a job trains, and so has settings."""
+    return isinstance(job, _Training)
+
+
+JOBS: dict[str, type] = {
+    "sft": Sft,
+    "train_reward": TrainReward,
+    "optimise": Optimise,
+    "sample": Sample,
+}
+"""The jobs by the name that a file calls them."""
+
+
+def plain(job: Any) -> dict[str, Any]:
+    """Return the job as plain data, for a stage's settings and for a file."""
+    kind = next(name for name, cls in JOBS.items() if cls is type(job))
+    values = {option.name: getattr(job, option.name) for option in fields(job)}
+    return {"kind": kind} | {name: _plain(value) for name, value in values.items()}
+
+
+def from_plain(data: Mapping[str, Any]) -> Any:
+    """Return the job that `plain` was given."""
+    values = {name: _typed(value) for name, value in data.items() if name != "kind"}
+    if "sampling" in values:
+        values["sampling"] = SamplingConfig(**values["sampling"])
+    if "vllm_arguments" in values:
+        values["vllm_arguments"] = tuple(values["vllm_arguments"])
+    return JOBS[data["kind"]](**values)
+
+
+def inputs_of(job: Any) -> tuple[str, ...]:
+    """The stages whose files a job reads, each once."""
+    found = []
+    for option in fields(job):
+        value = getattr(job, option.name)
+        found += list(value.values()) if isinstance(value, Mapping) else [value]
+    return tuple(dict.fromkeys(value.stage for value in found if isinstance(value, Made)))
+
+
+def located(job: Any, root: Path) -> Any:
+    """Return the job with paths below the run's folder in place of `Made`."""
+
+    def path(value: Any) -> Any:
+        if isinstance(value, Made):
+            return str(root / value.stage / value.file)
+        if isinstance(value, Mapping):
+            return {key: path(inner) for key, inner in value.items()}
+        return value
+
+    return replace(job, **{o.name: path(getattr(job, o.name)) for o in fields(job)})
+
+
+def plain_input(value: Input) -> Any:
+    """Return an input as plain data; `place` reads it back."""
+    return _plain(value)
+
+
+def place(data: Any, root: Path) -> str:
+    """Return the path or name of an input that `plain_input` was given."""
+    value = _typed(data)
+    return str(root / value.stage / value.file) if isinstance(value, Made) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Made):
+        return {"stage": value.stage, "file": value.file}
+    if isinstance(value, SamplingConfig):
+        return dict(vars(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"stage", "file"}:
+            return Made(**value)
+        return {key: _typed(inner) for key, inner in value.items()}
+    return value
+
+
+def _text(value: Input | None) -> str | None:
+    return None if value is None else str(value)
+
+
+def _options(**values: Any) -> list[str]:
+    words: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def as_word(key: str, value: Any) -> str:
+    """Return `key=value` as a word of a command, the value as YAML reads it back."""
+    if isinstance(value, bool):
+        return f"{key}={'true' if value else 'false'}"
+    if isinstance(value, list | tuple | dict):
+        return f"{key}={json.dumps(value)}"
+    return f"{key}={'null' if value is None else value}"
