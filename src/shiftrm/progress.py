@@ -6,13 +6,18 @@ nobody counts.
 """
 
 import contextlib
+import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["EVERY", "LOG_FILE", "Progress", "Task", "current", "duration", "reporting", "task"]
+__all__ = [
+    "EVERY", "LOG_FILE", "Progress", "Task", "current", "duration", "only_on_terminals",
+    "quieten_libraries", "reporting", "task",
+]  # fmt: skip
 
 EVERY = 25.0
 """Seconds of silence after which a line is due; below 30, since a busy machine wakes threads late.

@@ -1,14 +1,32 @@
 """The words of every command, for each way a recipe can be set."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from shiftrm.config import from_mapping
 from shiftrm.errors import UserError
+from shiftrm.models.sampling import SamplingConfig
+from shiftrm.models.templates import packaged
 from shiftrm.pipeline.engine import stage_keys
 from shiftrm.pipeline.experiment import Recipe
-from shiftrm.pipeline.launch import Execution, accumulation, launcher, out_of_memory_line, spoken
+from shiftrm.pipeline.jobs import (
+    Made,
+    Optimise,
+    Sample,
+    Sft,
+    TrainReward,
+    from_plain,
+    inputs_of,
+    is_training,
+    located,
+    plain,
+)
+from shiftrm.pipeline.launch import Execution, accumulation, launcher, out_of_memory_line
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import check_settings, read_recipe
+from shiftrm.pipeline.settings import job_of
 from tests.pipeline.conftest import RECIPES
 from tests.pipeline.gold_world import recipe
 
@@ -20,8 +38,16 @@ def stages(world, **sections):
 
 
 def all_words(stage):
-    return [*stage.settings["words"], *stage.execution["words"]]
+    """The command of a stage, the settings of this machine included."""
+    return job_of(stage).on_machine(stage.execution["way"]).command("out")
 
+
+def words_of(stage):
+    job = job_of(stage)
+    return [] if job is None else job.command("out")
+
+
+SFT, REWARD, SAMPLE = Sft("m", "d"), TrainReward("m", "p"), Sample("m", "p")
 
 ARMS = {
     "fixed": {"reward": "fixed"},
@@ -41,22 +67,22 @@ def test_each_arm_has_its_stages(world):
     assert "methods/retrained/round-2/reward_model" in found
     assert "methods/retrained/round-2/groups" not in found
     assert "methods/dpo/round-2/policy" not in found
-    retrained = found["methods/retrained/round-1/reward_model"].settings["words"]
+    retrained = words_of(found["methods/retrained/round-1/reward_model"])
     assert "--groups" not in retrained
-    metarm = found["methods/metarm/round-2/reward_model"].settings["words"]
-    assert "{stage:methods/metarm/round-2/groups}/groups.jsonl" in metarm
+    metarm = words_of(found["methods/metarm/round-2/reward_model"])
+    assert "methods/metarm/round-2/groups/groups.jsonl" in metarm
     assert {"meta_learning_rate=1e-06", "preset=paper"} <= set(metarm)
     # The groups are of the policy that the round began with (arXiv 2405.00438, settings).
-    sampled = found["methods/metarm/round-2/groups"].settings["words"]
-    assert "{stage:methods/metarm/round-1/policy}/model" in sampled
-    first = found["methods/metarm/round-1/groups"].settings["words"]
-    assert "{stage:sft}/model" in first
+    sampled = words_of(found["methods/metarm/round-2/groups"])
+    assert "methods/metarm/round-1/policy/model" in sampled
+    first = words_of(found["methods/metarm/round-1/groups"])
+    assert "sft/model" in first
     # Every round's reward model begins at SFT, every policy at the last one; the KL is to SFT.
-    assert metarm[:3] == ["train", "--model", "{stage:sft}/model"]
-    policy = found["methods/metarm/round-2/policy"].settings["words"]
+    assert metarm[:3] == ["train", "--model", "sft/model"]
+    policy = words_of(found["methods/metarm/round-2/policy"])
     assert policy[2:6] == [
-        *("--policy", "{stage:methods/metarm/round-1/policy}/model"),
-        *("--reference", "{stage:sft}/model"),
+        *("--policy", "methods/metarm/round-1/policy/model"),
+        *("--reference", "sft/model"),
     ]
 
 
@@ -64,28 +90,28 @@ def test_arms_share_their_draws(world):
     found = stages(world, methods=ARMS, rounds=2)
     for what in ("policy", "responses"):
         seeds = {
-            next(w for w in found[f"methods/{arm}/round-2/{what}"].settings["words"] if "seed" in w)
+            next(w for w in words_of(found[f"methods/{arm}/round-2/{what}"]) if "seed" in w)
             for arm in ("fixed", "retrained", "metarm")
         }
         assert len(seeds) == 1
-    words = [found[f"methods/fixed/round-{k}/policy"].settings["words"] for k in (1, 2)]
+    words = [words_of(found[f"methods/fixed/round-{k}/policy"]) for k in (1, 2)]
     assert words[0][-1] != words[1][-1]
 
 
 @pytest.mark.parametrize("preset", ["paper", "scale_free", "adaptive"])
 def test_presets_are_the_adapting_arms(world, preset):
     found = stages(world, methods=ARMS, preset=preset)
-    said = [n for n, s in found.items() if f"preset={preset}" in s.settings.get("words", [])]
+    said = [n for n, s in found.items() if f"preset={preset}" in words_of(s)]
     assert said == ["methods/metarm/round-1/reward_model"]
 
 
 def test_lora_is_every_models(world):
     found = stages(world, methods=ARMS, lora={"lora_r": 4, "lora_target_modules": ["q_proj"]})
-    trained = [s for s in found.values() if s.settings.get("words", ["sample"])[0] != "sample"]
+    trained = [s for s in found.values() if is_training(job_of(s))]
     assert len(trained) == 8
     for stage in trained:
         wanted = {"use_peft=true", "lora_r=4", 'lora_target_modules=["q_proj"]'}
-        assert wanted <= set(stage.settings["words"]), stage.name
+        assert wanted <= set(words_of(stage)), stage.name
 
 
 def test_trls_optimisers_have_the_recipes_batch_and_sampling(world):
@@ -116,16 +142,16 @@ def test_an_arm_may_have_another_optimiser(world):
 def test_a_fine_tuned_model_is_taken_as_it_is(world):
     found = stages(world, sft=None, data={**recipe(world)["data"], "demonstrations": None})
     assert "sft" not in found
-    words = found["reward_model"].settings["words"]
+    words = words_of(found["reward_model"])
     assert words[:3] == ["train", "--model", str(world / "base_model")]
 
 
 def test_gold_watches_the_policy(world):
     found = stages(world, methods=ARMS, evaluation={"gold": "gold", "best_of_n": 8})
-    words = found["methods/metarm/round-1/policy"].settings["words"]
+    words = words_of(found["methods/metarm/round-1/policy"])
     assert words[words.index("--watch") + 1] == "gold"
-    assert "--watch" not in found["methods/dpo/round-1/policy"].settings["words"]
-    sampled = found["best_of_n/responses"].settings["words"]
+    assert "--watch" not in words_of(found["methods/dpo/round-1/policy"])
+    sampled = words_of(found["best_of_n/responses"])
     assert sampled[sampled.index("--responses") + 1] == "8"
 
 
@@ -140,9 +166,7 @@ def test_execution_changes_no_stage(world):
         ).values()
     )
     assert stage_keys(plain, 0) == stage_keys(other, 0)
-    assert [all_words(s) for s in plain if "words" in s.settings] != [
-        all_words(s) for s in other if "words" in s.settings
-    ]
+    assert [all_words(s) for s in plain if job_of(s)] != [all_words(s) for s in other if job_of(s)]
 
 
 @pytest.mark.parametrize(
@@ -169,37 +193,56 @@ def test_accumulation_refuses_what_does_not_divide():
 
 def test_only_trainings_are_launched_on_several():
     several = {"processes": 2, "launch": "--config_file my.yaml"}
-    words = launcher(["train", "x"], several)
+    words = launcher(REWARD, several, ["job.json", "error.json"])
     assert words[2:] == [
         *("accelerate.commands.launch", "--num_processes", "2", "--config_file", "my.yaml"),
-        *("-m", "shiftrm", "train", "x"),
+        *("-m", "shiftrm.pipeline.child", "job.json", "error.json"),
     ]
-    assert "accelerate.commands.launch" not in launcher(["sample", "x"], several)
-    plain = launcher(["sft"], {"processes": 2, "launch": ""})
+    assert "accelerate.commands.launch" not in launcher(SAMPLE, several, ["x"])
+    plain = launcher(SFT, {"processes": 2, "launch": ""}, ["x"])
     assert plain[3:6] == ["--multi_gpu", "--num_processes", "2"]
 
 
 def test_out_of_memory_names_the_recipes_setting():
     execution = {"micro_batch_size": 4, "sampling_batch_size": 32, "gradient_checkpointing": True}
-    assert out_of_memory_line(["sft"], execution) == (
+    assert out_of_memory_line(SFT, execution) == (
         "out of memory; give execution.micro_batch_size=2 (now 4): the same command with it "
         "continues this run"
     )
-    assert "execution.sampling_batch_size=16" in out_of_memory_line(["sample"], execution)
-    both = out_of_memory_line(["optimise", "ppo"], {**execution, "gradient_checkpointing": False})
+    assert "execution.sampling_batch_size=16" in out_of_memory_line(SAMPLE, execution)
+    both = out_of_memory_line(Optimise("ppo", "a"), {**execution, "gradient_checkpointing": False})
     assert "micro_batch_size=2" in both
     assert "sampling_batch_size=16" in both
     assert "gradient_checkpointing=true" in both
     least = {**execution, "micro_batch_size": 1}
-    assert "lora={lora_r: 16}" in out_of_memory_line(["train"], least)
+    assert "lora={lora_r: 16}" in out_of_memory_line(REWARD, least)
 
 
-def test_places_are_said_at_the_end():
-    folders = {"sft": "/runs/a b/sft"}
-    words = ["--model", "{stage:sft}/model", "{out}/x", "chat_template_path={template:t}", "{x}"]
-    model, out, template = spoken(words, folders, "/tmp/out")[1:4]
-    assert (model, out) == ("/runs/a b/sft/model", "/tmp/out/x")
-    assert template.endswith("loop/templates/t.jinja")
+def test_what_other_stages_make_is_found_below_the_runs_folder(tmp_path):
+    job = TrainReward(Made("sft"), "pairs.csv", {"": Made("data", "heldout.jsonl")}, Made("g", "g"))
+    assert inputs_of(job) == ("sft", "data", "g")
+    found = located(job, tmp_path)
+    assert (found.model, found.pairs) == (str(tmp_path / "sft" / "model"), "pairs.csv")
+    assert found.eval_pairs == {"": str(tmp_path / "data" / "heldout.jsonl")}
+    assert inputs_of(found) == ()
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Sft(Made("a"), "d", settings={"learning_rate": 1e-6, "seed": 1, "x": None, "y": [1, "a"]}),
+        TrainReward("m", "p", {"chat": Made("data", "h")}, Made("g", "groups.jsonl")),
+        Optimise("dpo", "p", Made("sft"), pairs="pairs", settings={"beta": 0.1}, told="shiftrm x"),
+        Sample("p", Made("d", "x"), sampling=SamplingConfig(top_p=0.9), vllm_arguments=("-a", "b")),
+    ],
+)
+def test_a_job_is_the_same_after_its_file(job):
+    assert from_plain(json.loads(json.dumps(plain(job)))) == job
+
+
+def test_templates_of_the_package_have_names():
+    assert Path(packaged("human_assistant")).is_file()
+    assert packaged("mine/human_assistant.jinja") == "mine/human_assistant.jinja"
 
 
 def test_a_model_with_an_equals_sign_in_its_name_is_no_setting(world):

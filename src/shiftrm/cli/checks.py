@@ -215,3 +215,11 @@ def named_paths(options: Sequence[str], flag: str = "", *, suffix: bool = False)
             )
         found[name] = path
     return found
+
+
+def to_accelerator(model: Any) -> Any:
+    """The model on this machine's accelerator if there is one; as it is otherwise."""
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    return model if device is None else model.to(device)

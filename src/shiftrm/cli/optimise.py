@@ -171,10 +171,10 @@ def run(args: argparse.Namespace) -> None:
     _require_method(options["method"])
     output = settings.output(options, args.config)  # before the seconds that the next import takes
     settings.quieten_libraries()
-    from shiftrm.policies.commands import optimise
+    from shiftrm.pipeline.jobs import Optimise
 
     only_on_terminals()
-    summary = optimise(
+    job = Optimise(
         options["method"],
         options["policy"],
         reference=options.get("reference"),
@@ -182,9 +182,9 @@ def run(args: argparse.Namespace) -> None:
         prompts=options.get("prompts"),
         pairs=options.get("pairs"),
         watch=options.get("watch"),
-        output=Path(output),
         settings=chosen,
-        command=shlex.join(["shiftrm", *sys.argv[1:]]),
+        told=shlex.join(["shiftrm", *sys.argv[1:]]),
     )
+    summary = job.run(Path(output))
     if summary is not None:
         print(summary)

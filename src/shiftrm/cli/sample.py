@@ -1,7 +1,6 @@
 """`shiftrm sample`: K responses per prompt of a policy, as a group file."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from shiftrm.data.sources import SOURCE_HELP
@@ -73,105 +72,41 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one, output_rows
-    from shiftrm.cli.progress import only_on_terminals
-    from shiftrm.data.prompts import read_prompts
-    from shiftrm.models.group_files import holds_groups
+    from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.models.sampling import SamplingConfig
+    from shiftrm.pipeline.jobs import Sample
 
     at_least_one(args.batch_size, "--batch-size")
     at_least_one(args.responses, "--responses")
-    config = SamplingConfig(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
+    job = Sample(
+        args.policy,
+        args.prompts,
+        responses=args.responses,
+        sampling=SamplingConfig(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            repetition_penalty=args.repetition_penalty,
+        ),
+        batch_size=args.batch_size,
+        seed=args.seed,
+        server=args.server,
+        served_model=args.served_model,
+        vllm=args.vllm,
+        vllm_arguments=tuple(_check_server_options(args)),
     )
-    words = _check_server_options(args)
     output = output_rows(
         args.output,
         apart_from=[args.policy, args.prompts],
         beside=["{name}.partial", "{name}.vllm.log"],
-        may_exist=True,  # with the same groups; see below
+        may_exist=True,  # with the same groups; the job checks that
     )
-    names, prompts = read_prompts(args.prompts)
-    if holds_groups(output, prompts, num_responses=args.responses):
-        print(
-            f"{output}: already there, {len(prompts)} groups of {args.responses} responses to "
-            "these prompts; left as it is, whatever settings it was sampled with"
-        )
-        return
     only_on_terminals()
-    options = {
-        "config": config,
-        "num_responses": args.responses,
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-    }
-    if args.server or args.vllm:
-        _sample_by_vllm(args, words, names, prompts, output, options)
-    else:
-        _sample_here(args, names, prompts, output, options)
-    print(f"{len(prompts)} groups of {args.responses} responses: {output}")
-
-
-def _sample_here(
-    args: argparse.Namespace, names: list[str], prompts: list[Any], output: Path, options: Any
-) -> None:
-    from shiftrm.cli.progress import bar
-    from shiftrm.data.prompts import warn_of_joined_ends
-    from shiftrm.models.loading import to_accelerator
-    from shiftrm.models.sampling import encode_prompts, load_policy, sample_groups
-    from shiftrm.progress import task
-
-    with task("loading the policy", None):
-        model, tokenizer = load_policy(args.policy)
-        to_accelerator(model)
-    # Once more below, but only here do errors know the line.
-    encode_prompts(model, tokenizer, prompts, room=args.max_new_tokens, names=names)
-    warn_of_joined_ends(tokenizer, prompts, source=args.prompts)
-    with bar("sampling", len(prompts)) as advance:
-        sample_groups(model, tokenizer, prompts, output, progress=advance, **options)
-
-
-def _sample_by_vllm(
-    args: argparse.Namespace,
-    words: list[str],
-    names: list[str],
-    prompts: list[Any],
-    output: Path,
-    options: Any,
-) -> None:
-    from contextlib import nullcontext
-
-    from shiftrm.cli.progress import bar
-    from shiftrm.data.prompts import warn_of_joined_ends
-    from shiftrm.models.sampling import encode_prompts
-    from shiftrm.models.sampling_vllm import (
-        connect,
-        load_tokenizer,
-        policy_limits,
-        sample_groups_vllm,
-    )
-    from shiftrm.models.vllm_server import find_vllm, vllm_server
-
-    tokenizer = load_tokenizer(args.policy)
-    room = args.max_new_tokens
-    warn_of_joined_ends(tokenizer, prompts, source=args.prompts)
-    if args.vllm:  # before the minutes that a server takes to start
-        find_vllm()
-        encode_prompts(policy_limits(args.policy), tokenizer, prompts, room=room, names=names)
-        log = output.with_name(output.name + ".vllm.log")
-        serving: Any = vllm_server(args.policy, log=log, arguments=words)
-    else:
-        serving = nullcontext(connect(args.server, args.policy, served=args.served_model))
-    with serving as server:
-        encode_prompts(server, tokenizer, prompts, room=room, names=names)
-        with bar("sampling", len(prompts)) as advance:
-            sample_groups_vllm(server, tokenizer, prompts, output, progress=advance, **options)
+    print(job.run(output, bar=bar))
 
 
 def _check_server_options(args: argparse.Namespace) -> list[str]:
-    """The words of --vllm-arguments, once it is sure that no option is given in vain."""
+    """Return the words of --vllm-arguments; raise when an option would have no effect."""
     import shlex
 
     from shiftrm.errors import UserError

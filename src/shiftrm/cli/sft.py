@@ -53,15 +53,15 @@ def run(args: argparse.Namespace) -> None:
     options, chosen = settings.merged(args, OPTIONS, needed=("model", "demonstrations", "output"))
     output = settings.output(options, args.config)  # before the seconds that the next import takes
     settings.quieten_libraries()
-    from shiftrm.policies.commands import sft
+    from shiftrm.pipeline.jobs import Sft
 
     only_on_terminals()
-    summary = sft(
+    job = Sft(
         options["model"],
-        demonstrations=options["demonstrations"],
-        output=Path(output),
+        options["demonstrations"],
         settings=chosen,
-        command=shlex.join(["shiftrm", *sys.argv[1:]]),
+        told=shlex.join(["shiftrm", *sys.argv[1:]]),
     )
+    summary = job.run(Path(output))
     if summary is not None:
         print(summary)

@@ -61,17 +61,17 @@ def run(args: argparse.Namespace) -> None:
     options, chosen = settings.merged(args, OPTIONS)
     output = settings.output(options, args.config)  # before the seconds that the next import takes
     settings.quieten_libraries()
-    from shiftrm.trainers.command import train
+    from shiftrm.pipeline.jobs import TrainReward
 
     only_on_terminals()
-    summary = train(
+    job = TrainReward(
         options["model"],
-        pairs=options["pairs"],
-        eval_pairs=settings.named(options.get("eval_pairs"), "eval_pairs"),
-        groups=options.get("groups"),
-        output=Path(output),
+        options["pairs"],
+        settings.named(options.get("eval_pairs"), "eval_pairs"),
+        options.get("groups"),
         settings=chosen,
-        command=shlex.join(["shiftrm", *sys.argv[1:]]),
+        told=shlex.join(["shiftrm", *sys.argv[1:]]),
     )
+    summary = job.run(Path(output))
     if summary is not None:
         print(summary)

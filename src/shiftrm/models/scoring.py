@@ -308,11 +308,3 @@ def mean_and_spread(rewards: Sequence[Sequence[float]]) -> tuple[float, float]:
     mean = sum(flat) / len(flat)
     variance = sum((r - mean) ** 2 for r in flat) / max(1, len(flat) - 1)
     return mean, max(variance**0.5, 1e-8)
-
-
-def to_accelerator(model: Any) -> Any:
-    """The model on this machine's accelerator if there is one; as it is otherwise."""
-    import torch
-
-    device = torch.accelerator.current_accelerator()
-    return model if device is None else model.to(device)

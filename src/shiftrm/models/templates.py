@@ -7,13 +7,26 @@ and what stands before and after the marker is read off. Chats are rendered here
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from shiftrm.errors import UserError
 from shiftrm.files import encodable
 
-__all__ = ["Turn", "end_at_closing", "opening_text", "render", "special_ids", "turn"]
+__all__ = [
+    "PACKAGED",
+    "Turn",
+    "end_at_closing",
+    "opening_text",
+    "packaged",
+    "render",
+    "special_ids",
+    "turn",
+]
+
+PACKAGED = Path(__file__).parent / "chat_templates"
+"""Templates of this package, by name."""
 
 Messages = list[dict[str, Any]]
 
@@ -37,6 +50,12 @@ class Turn:
     closing: tuple[str, ...]
     stop_id: int | None
     lead: str = ""
+
+
+def packaged(name: str) -> str:
+    """Return the path of this package's template of that name, or else the name as it is."""
+    path = PACKAGED / f"{name}.jinja"
+    return str(path) if path.is_file() else name
 
 
 def render(

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
@@ -24,7 +25,7 @@ def main(job_file: str, error_file: str) -> int:
     try:
         perform(from_plain(data["job"]), Path(data["output"]))
     except UserError as error:
-        said = {"message": str(error)}
+        said: dict[str, Any] = {"message": str(error)}
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

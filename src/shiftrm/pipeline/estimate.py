@@ -15,8 +15,9 @@ from shiftrm.pipeline.data_sets import assembled, place_of, read_source
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import Recipe
 from shiftrm.pipeline.inputs import KINDS
+from shiftrm.pipeline.jobs import Optimise, Sample, Sft, TrainReward
 from shiftrm.pipeline.resources import Disk, Sizes, disk_of, mean_tokens, operations
-from shiftrm.pipeline.settings import settings_of
+from shiftrm.pipeline.settings import job_of, settings_of
 
 __all__ = [
     "MEMORY_NOTE",
@@ -126,27 +127,28 @@ def _rows(recipe: Recipe, data: Stage) -> tuple[dict[str, int | None], dict[str,
 
 
 def _steps(recipe: Recipe, stage: Stage, rows: Mapping[str, int | None]) -> int | None:
-    given = dict(word.split("=", 1) for word in settings_of(stage))
+    given = settings_of(stage)
     if not given:
         return None
-    words = stage.settings["words"]
-    if words[:2] == ["optimise", "ppo"]:
+    job = job_of(stage)
+    method = getattr(job, "method", None)
+    if method == "ppo":
         from shiftrm.policies.ppo_config import PPOConfig
 
         return int(given.get("steps", PPOConfig().steps))
     if int(given.get("max_steps", -1)) > 0:
         return int(given["max_steps"])
     section, name = {
-        "sft": (recipe.sft, "demonstrations"),
-        "train": (recipe.reward, "pairs"),
+        Sft: (recipe.sft, "demonstrations"),
+        TrainReward: (recipe.reward, "pairs"),
         "dpo": (recipe.dpo, "pairs"),
         "rloo": (recipe.policy, "prompts"),
         "grpo": (recipe.policy, "prompts"),
-    }[words[1] if words[0] == "optimise" else words[0]]
+    }[method or type(job)]
     count = rows[name]
     if count is None or section is None:
         return None
-    config = _config_class(words)
+    config = _config_class(job)
     epochs = float(given.get("num_train_epochs", config.num_train_epochs))
     if name == "prompts":  # trl's RepeatSampler: whole batches only, each used num_iterations times
         answers = int(given.get("num_generations", config.num_generations))
@@ -157,14 +159,14 @@ def _steps(recipe: Recipe, stage: Stage, rows: Mapping[str, int | None]) -> int 
     return math.ceil(epochs * an_epoch)  # as transformers' Trainer rounds
 
 
-def _config_class(words: list[str]) -> Any:
+def _config_class(job: Any) -> Any:
     from shiftrm.policies.commands import METHODS
     from shiftrm.policies.configs import SFTConfig
     from shiftrm.trainers.reward import RewardConfig
 
-    if words[0] == "optimise":
-        return METHODS[words[1]]
-    return SFTConfig if words[0] == "sft" else RewardConfig
+    if isinstance(job, Optimise):
+        return METHODS[job.method]
+    return SFTConfig if isinstance(job, Sft) else RewardConfig
 
 
 # -- memory --------------------------------------------------------------------------------------
@@ -221,30 +223,28 @@ def _adapters(network: Any, lora: Mapping[str, Any], task: str) -> int:
 
 def stage_memory(stage: Stage, sizes: Sizes) -> int:
     """Bytes of a stage's models; 0 where it holds none."""
-    words = stage.settings.get("words")
+    job = job_of(stage)
     policy, reward = FP32 * sizes.policy, FP32 * sizes.reward
-    if not words:
+    if job is None:
         if stage.name.endswith("evaluation"):  # the reward model goes before the policies come
             return max(reward, 0 if stage.settings["start"] else 2 * policy)
         return reward if stage.name.startswith("best_of_n") else 0
-    if words[0] == "sample":
-        return 0 if "--vllm" in words or "--server" in words else policy
+    if isinstance(job, Sample):
+        return 0 if job.vllm or job.server else policy
     trained = _trained(sizes.policy, sizes.policy_adapters)
-    if words[0] == "sft":
+    if isinstance(job, Sft):
         return trained
     critic = _trained(sizes.reward, sizes.reward_adapters)
-    if words[0] == "train":  # MetaRM holds grad J and a copy of what it shifts
+    if isinstance(job, TrainReward):  # MetaRM holds grad J and a copy of what it shifts
         shifted = sizes.reward_adapters or sizes.reward
-        return critic + (2 * FP32 * shifted if "--groups" in words else 0)
-    start = words[words.index("--policy") + 1]
-    same = start == words[words.index("--reference") + 1]
+        return critic + (0 if job.groups is None else 2 * FP32 * shifted)
     lora = sizes.policy_adapters is not None
-    reference = 0 if lora and same else policy  # the policy with its adapter off
-    if words[1] == "dpo":
+    reference = 0 if lora and job.policy == job.reference else policy  # its own, adapter off
+    if job.method == "dpo":
         return trained + reference
-    watch = words[words.index("--watch") + 1] if "--watch" in words else "gold"
-    scoring = reward + (0 if watch == "gold" else reward)  # a second one is taken to be as large
-    if words[1] != "ppo":
+    watched = job.watch not in (None, "gold")
+    scoring = reward + (reward if watched else 0)  # a second one is taken to be as large
+    if job.method != "ppo":
         return trained + reference + scoring
     if lora:  # the critic is one more adapter in the policy
         critic = TRAINED * (sizes.reward_adapters or 0)

@@ -56,14 +56,14 @@ def _check_source(source: Source, kind: str) -> None:
 
 def check_models(recipe: Recipe) -> None:
     """Refuse folders that are not there or hold another kind of model."""
-    from shiftrm.pipeline.launch import TEMPLATES
+    from shiftrm.models.templates import PACKAGED
     from shiftrm.policies.loading import check_policy
     from shiftrm.policies.text_rewards import check_watch
 
     _named("model", lambda: check_policy(recipe.model, "model"))
     template = recipe.chat_template
     if template is not None and recipe.sft is not None:
-        known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+        known = sorted(path.stem for path in PACKAGED.glob("*.jinja"))
         if template not in known and not Path(template).exists():
             raise UserError(
                 f"chat_template is {template!r}: no such file, and not one of this package "

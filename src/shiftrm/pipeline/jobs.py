@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from shiftrm.errors import UserError
 from shiftrm.models.sampling import SamplingConfig
 from shiftrm.progress import task
 
@@ -47,8 +46,10 @@ class Job(Protocol):
         several: whether it may run on several processes under `accelerate launch`.
     """
 
-    makes: ClassVar[str]
     several: ClassVar[bool]
+
+    @property
+    def makes(self) -> str: ...
 
     def command(self, output: str) -> list[str]:
         """Return the words after `shiftrm` that do the same by hand."""
@@ -91,7 +92,10 @@ class _Training:
 
 @dataclass(frozen=True)
 class Sft(_Training):
-    """Fine-tune a policy on demonstrations; see `policies.commands.sft`."""
+    """Fine-tune a policy on demonstrations; see `policies.commands.sft`.
+
+    The setting `chat_template_path` may be the name of a template of this package.
+    """
 
     model: Input
     demonstrations: Input
@@ -100,13 +104,17 @@ class Sft(_Training):
         return ["sft", *_options(model=self.model, demonstrations=self.demonstrations)]
 
     def run(self, output: Path) -> str | None:
+        from shiftrm.models.templates import packaged
         from shiftrm.policies.commands import sft
 
+        settings = dict(self.settings)
+        if "chat_template_path" in settings:
+            settings["chat_template_path"] = packaged(settings["chat_template_path"])
         return sft(
             str(self.model),
             demonstrations=str(self.demonstrations),
             output=output,
-            settings=self.settings,
+            settings=settings,
             command=self._told(output),
         )
 
@@ -157,14 +165,8 @@ class Optimise(_Training):
     watch: Input | None = None
 
     def _words(self) -> list[str]:
-        return ["optimise", self.method] + _options(
-            policy=self.policy,
-            reference=self.reference,
-            reward=self.reward,
-            prompts=self.prompts,
-            pairs=self.pairs,
-            watch=self.watch,
-        )
+        named = ("policy", "reference", "reward", "prompts", "pairs", "watch")
+        return ["optimise", self.method, *_options(**{n: getattr(self, n) for n in named})]
 
     def run(self, output: Path) -> str | None:
         from shiftrm.policies.commands import optimise
@@ -195,11 +197,11 @@ class Sample:
         vllm: start `vllm serve` for the policy, with `vllm_arguments`, and end it afterwards.
     """
 
-    makes: ClassVar[str] = "responses.jsonl"
     several: ClassVar[bool] = False
 
     policy: Input
     prompts: Input
+    makes: str = "responses.jsonl"
     responses: int = 5
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch_size: int = 32
@@ -224,7 +226,7 @@ class Sample:
 
     def run(self, output: Path, *, bar: Bar = task) -> str:
         from shiftrm.data.prompts import read_prompts
-        from shiftrm.data.group_files import holds_groups
+        from shiftrm.models.group_files import holds_groups
 
         names, prompts = read_prompts(str(self.prompts))
         if holds_groups(output, prompts, num_responses=self.responses):
@@ -240,7 +242,7 @@ class Sample:
 
     def _here(self, output: Path, names: list[str], prompts: list[Any], bar: Bar) -> None:
         from shiftrm.data.prompts import warn_of_joined_ends
-        from shiftrm.models.scoring import to_accelerator
+        from shiftrm.models.loading import to_accelerator
         from shiftrm.models.sampling import encode_prompts, load_policy, sample_groups
 
         with task("loading the policy", None):

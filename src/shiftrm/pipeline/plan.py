@@ -23,7 +23,7 @@ from shiftrm.pipeline.launch import accumulation
 
 RUN_JOB = "shiftrm.pipeline.launch:run_job"
 STAGES = "shiftrm.pipeline.stages"
-GROUPS = Sample.makes
+GROUPS = "groups.jsonl"
 
 REWARD_LOG = {
     "loss": "loss",
@@ -101,15 +101,15 @@ class _Planner:
         found.append(self._responses("responses", "sft", 0, None))
         found.append(self._evaluation("evaluation", "sft", 0, None, "reward_model", "responses"))
         if recipe.evaluation.best_of_n is not None:
-            found += self._best_of_n()
+            found += self._best_of_n(recipe.evaluation.best_of_n)
         return found
 
-    def _best_of_n(self) -> list[Stage]:
+    def _best_of_n(self, n: int) -> list[Stage]:
         measured = self.recipe.evaluation
         name = "best_of_n/responses"
         prompts = Made("data", "best_of_n_prompts.jsonl")
         samples = self._sampling(
-            name, "best_of_n", None, prompts, measured.best_of_n, record_as("responses", "sft", 0)
+            name, "best_of_n", None, prompts, n, record_as("responses", "sft", 0)
         )
         return [
             samples,
@@ -162,7 +162,7 @@ class _Planner:
         prompts, responses = f"group_prompts-{number}.jsonl", self.recipe.groups.responses
         record = record_as("groups", name, number)
         return self._sampling(
-            here, f"groups/{number}", policy, Made("data", prompts), responses, record
+            here, f"groups/{number}", policy, Made("data", prompts), responses, record, GROUPS
         )
 
     def _responses(self, here: str, name: str, number: int, policy: str | None) -> Stage:
@@ -178,11 +178,13 @@ class _Planner:
         prompts: Made,
         responses: int,
         record: dict[str, Any],
+        makes: str = "responses.jsonl",
     ) -> Stage:
         recipe = self.recipe
         job = Sample(
             self._of_policy(policy),
             prompts,
+            makes,
             responses=responses,
             sampling=recipe.sampling,
             seed=random_seed(recipe.seed, role),

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from shiftrm.files import Row
 from shiftrm.pipeline.engine import Stage
 from shiftrm.pipeline.experiment import Recipe
-from shiftrm.pipeline.settings import settings_of
+from shiftrm.pipeline.jobs import Sample, Sft, TrainReward, is_training
+from shiftrm.pipeline.settings import job_of, settings_of
 
 __all__ = ["Disk", "Sizes", "disk_of", "mean_tokens", "operations", "speed", "time_note"]
 
@@ -42,17 +43,19 @@ def disk_of(stage: Stage, sizes: Sizes, steps: int | None) -> Disk:
 
     A checkpoint holds what is trained. Texts, records and logs are not counted.
     """
-    words = stage.settings.get("words") or ["none"]
-    if words[0] not in ("sft", "train", "optimise"):
+    job = job_of(stage)
+    if not is_training(job):
         return Disk(0, 0)
-    given = dict(word.split("=", 1) for word in settings_of(stage))
+    given = settings_of(stage)
     size, adapters = sizes.policy, sizes.policy_adapters
-    if words[0] == "train":
+    if isinstance(job, TrainReward):
         size, adapters = sizes.reward, sizes.reward_adapters
-    width = _BYTES.get(given.get("dtype", ""), 4)
+    width = _BYTES.get(str(given.get("dtype")), 4)
     trained = 3 * width * size if adapters is None else 3 * 4 * adapters
     kept = width * size + 4 * (adapters or 0)
-    if words[:2] == ["optimise", "ppo"]:  # the critic, too; the newest and the one being written
+    if (
+        getattr(job, "method", None) == "ppo"
+    ):  # the critic, too; the newest and the one being written
         critic = sizes.reward_adapters
         trained += 3 * width * sizes.reward if critic is None else 3 * 4 * critic
         every = float(given.get("save_steps", 20))
@@ -60,12 +63,12 @@ def disk_of(stage: Stage, sizes: Sizes, steps: int | None) -> Disk:
     else:  # transformers stores one after the last step, too, and one more before it deletes
         most = int(given.get("save_total_limit", 2)) + 1
         number = most if steps is None else min(most, math.ceil(steps / _save_steps(given, steps)))
-    if given.get("save_strategy") == "no":
+    if given.get("save_strategy") in ("no", False):
         number = 0
     return Disk(kept, number * trained)
 
 
-def _save_steps(given: Mapping[str, str], steps: int) -> float:
+def _save_steps(given: Mapping[str, Any], steps: int) -> float:
     every = float(given.get("save_steps", 500))
     return every * steps if every < 1 else every  # below 1: a share of the steps
 
@@ -101,8 +104,8 @@ def operations(
     Returns:
         0 for a stage without models; None where its data is not on this machine.
     """
-    words = stage.settings.get("words")
-    if not words:
+    job = job_of(stage)
+    if job is None:
         return (
             0.0
             if not stage.name.endswith("evaluation")
@@ -111,13 +114,14 @@ def operations(
     train = 6 if sizes.policy_adapters is None else 4
     policy, reward = sizes.policy, sizes.reward
     answer = tokens.get("prompts", math.nan) + recipe.sampling.max_new_tokens
-    if words[0] == "sample":
-        made = _sampled(recipe, stage, rows)
+    if isinstance(job, Sample):
+        made = _sampled(recipe, stage, job, rows)
         return None if made is None or math.isnan(answer) else 2.0 * policy * made * answer
     if steps is None:
         return None
-    given = dict(word.split("=", 1) for word in settings_of(stage))
-    if words[:2] == ["optimise", "ppo"]:
+    given = settings_of(stage)
+    method = getattr(job, "method", None)
+    if method == "ppo":
         from shiftrm.policies.ppo_config import PPOConfig
 
         default = PPOConfig()
@@ -127,15 +131,15 @@ def operations(
         # Sampled, then passes of policy, reference, critic and reward model, then the updates.
         each = 6 * policy + 4 * reward + updates
         found = steps * batch * answer * each
-    elif words[0] == "optimise" and words[1] != "dpo":
+    elif method in ("rloo", "grpo"):
         found = steps * recipe.policy.batch_size * answer * ((6 + train) * policy + 2 * reward)
-    elif words[0] == "optimise":
+    elif method == "dpo":
         found = steps * recipe.dpo.batch_size * tokens.get("pairs", math.nan) * (2 + train) * policy
-    elif words[0] == "sft":
+    elif isinstance(job, Sft):
         batch = recipe.sft.batch_size if recipe.sft is not None else 0
         found = steps * batch * tokens.get("demonstrations", math.nan) * train * policy
     else:  # MetaRM: groups about as large as the pairs, and the look ahead
-        passes = 2 if "--groups" in words else 1
+        passes = 1 if job.groups is None else 2
         found = steps * recipe.reward.batch_size * tokens.get("pairs", math.nan) * train * reward
         found *= passes
     return None if math.isnan(found) else float(found)
@@ -153,9 +157,11 @@ def _evaluation(
     return float(made * length * (6 * sizes.reward + 4 * sizes.policy))
 
 
-def _sampled(recipe: Recipe, stage: Stage, rows: Mapping[str, int | None]) -> int | None:
+def _sampled(
+    recipe: Recipe, stage: Stage, job: Sample, rows: Mapping[str, int | None]
+) -> int | None:
     """Responses that a `sample` stage draws."""
-    words, measured = stage.settings["words"], recipe.evaluation
+    measured = recipe.evaluation
     name, limit = "eval_prompts", measured.prompts
     if stage.name.endswith("groups"):
         name, limit = "prompts", recipe.groups.prompts  # type: ignore[assignment]
@@ -165,7 +171,7 @@ def _sampled(recipe: Recipe, stage: Stage, rows: Mapping[str, int | None]) -> in
     if there is None:
         return None
     prompts = min(there, limit) if isinstance(limit, int) else there
-    return prompts * int(words[words.index("--responses") + 1])
+    return prompts * job.responses
 
 
 def speed() -> float:

@@ -20,7 +20,7 @@ from shiftrm.pipeline.experiment import Recipe
 from shiftrm.pipeline.folder import claim, progress
 from shiftrm.pipeline.plan import JUDGING, plan
 from shiftrm.pipeline.resources import speed, time_note
-from shiftrm.pipeline.settings import settings_of
+from shiftrm.pipeline.settings import check_job, job_of, settings_of
 from shiftrm.records import read_records
 
 __all__ = ["PAGE_FILE", "dry_run", "read_recipe", "run_recipe"]
@@ -153,25 +153,20 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def check_settings(stages: Sequence[Stage]) -> None:
-    """Judge the settings of every training as its command will, before anything is done.
+    """Check the settings of every training as the job itself will, before anything is done.
 
     Raises:
         UserError: an unknown setting or a bad value; names the stage.
     """
-    from shiftrm.pipeline.settings import check_words
-
-    seen: set[tuple[str, ...]] = set()
+    seen: list[Any] = []
     for stage in stages:
-        words = stage.settings.get("words")
-        if not words:
+        job = job_of(stage)
+        key = (type(job), getattr(job, "method", None), settings_of(stage))
+        if job is None or key in seen:
             continue
-        given = settings_of(stage)
-        key = (*words[:2], *given)
-        if key in seen:
-            continue
-        seen.add(key)
+        seen.append(key)
         try:
-            check_words(words, given, processes=stage.execution["processes"])
+            check_job(job, stage.execution["way"], processes=stage.execution["processes"])
         except UserError as error:
             raise UserError(f"stage {stage.name}: {error}") from None
 
@@ -219,11 +214,12 @@ def dry_run(recipe: Recipe) -> None:
     rest = "" if len(known) == len(found.stages) else ", without the stages marked ?"
     said = f"time, one stage after the other: {_duration(sum(known) / rate / processes)}{rest}"
     console.print(said, **say)  # type: ignore[arg-type]
-    console.print("\nCommands ({stage:X} is the folder of stage X, {out} its own):", **say)  # type: ignore[arg-type]
+    console.print("\nCommands (paths of other stages are below the run's folder):", **say)  # type: ignore[arg-type]
     for stage_ in stages:
-        if "words" in stage_.settings:
-            words = [*stage_.settings["words"], *stage_.execution["words"]]
-            console.print(f"{stage_.name}:\n  shiftrm {_join(words)}", **say)  # type: ignore[arg-type]
+        if (job := job_of(stage_)) is not None:
+            made = job.on_machine(stage_.execution["way"])
+            words = shlex.join(made.command(f"{stage_.name}/{job.makes}"))
+            console.print(f"{stage_.name}:\n  shiftrm {words}", **say)  # type: ignore[arg-type]
     console.print(
         f"\n{MEMORY_NOTE}\n{time_note(rate, processes)}\nNothing was run or written.",
         **say,  # type: ignore[arg-type]
@@ -289,7 +285,3 @@ def _disk(recipe: Recipe, found: Estimate) -> str:
         f"disk: {_bytes(kept)} of models at the end, and up to {_bytes(more)} of checkpoints while "
         "a stage trains (texts and logs are not counted)"
     )
-
-
-def _join(words: Sequence[str]) -> str:
-    return " ".join(word if "{" in word else shlex.quote(word) for word in words)
