@@ -41,7 +41,7 @@ trl.GRPOConfig or trl.DPOConfig, kl_samples and max_prompt_length"""
 METHODS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "ppo": (
         ("shiftrm", "policies/ppo_config.py", "PPOConfig"),
-        ("shiftrm", "models/sampling.py", "SamplingConfig"),
+        ("shiftrm", "models/generation.py", "SamplingConfig"),
         ("shiftrm", "policies/configs.py", "_PPOCommand"),
     ),
     "rloo": (

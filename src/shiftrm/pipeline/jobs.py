@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from shiftrm.models.sampling import SamplingConfig
+from shiftrm.models.generation import SamplingConfig
 from shiftrm.progress import task
 
 __all__ = [
