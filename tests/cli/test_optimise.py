@@ -33,7 +33,7 @@ from shiftrm.policies import ppo_command, ppo_runtime
 from shiftrm.policies.commands import METHODS, optimise
 from shiftrm.policies.configs import refused as refused_settings
 from shiftrm.policies.outcome import measure_kl
-from shiftrm.policies.ppo import PPOTrainer
+from shiftrm.policies.ppo import PPOTrainer, Problem
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.text_rewards import reward_scale
 from tests.cli.conftest import refused
@@ -88,9 +88,11 @@ def test_every_method_writes_a_policy_and_its_log(run, method):
         assert re.search(r"step 3 of 4: .*reward -?[\d.e-]+, sequence_kl -?\d", output.out)
     assert not equal("out", "policy")
     again = measure_kl(
-        load_policy("out")[0],
-        *load_policy("policy"),
-        prompts=[r["prompt"] for r in read_jsonl("pairs.jsonl" if method == "dpo" else PROMPTS)],
+        Problem(
+            load_policy("out")[0],
+            *load_policy("policy"),
+            [r["prompt"] for r in read_jsonl("pairs.jsonl" if method == "dpo" else PROMPTS)],
+        ),
         samples=8,
         max_new_tokens=6,
         batch_size=256 if method == "ppo" else 4,
@@ -304,9 +306,11 @@ def test_lora_is_merged_and_the_reference_is_the_base(run, method):
     changed = {n for n, p in weights("policy").items() if not torch.equal(p, merged[n])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj"}
     again = measure_kl(
-        load_policy("out")[0],
-        *load_policy("policy"),
-        prompts=[r["prompt"] for r in read_jsonl("pairs.jsonl" if method == "dpo" else PROMPTS)],
+        Problem(
+            load_policy("out")[0],
+            *load_policy("policy"),
+            [r["prompt"] for r in read_jsonl("pairs.jsonl" if method == "dpo" else PROMPTS)],
+        ),
         samples=8,
         max_new_tokens=6,
         batch_size=256 if method == "ppo" else 4,

@@ -16,7 +16,7 @@ from shiftrm.models.sampling import Sample, as_samples
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies import trl_trainers as trainers
 from shiftrm.policies.configs import DPOConfig, GRPOConfig, RLOOConfig
-from shiftrm.policies.loading import AdapterOff
+from shiftrm.policies.outcome import AdapterOff
 from shiftrm.policies.ppo_math import policy_logprobs
 from shiftrm.policies.trl_trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 from tests.byte_level import CHATML, byte_level

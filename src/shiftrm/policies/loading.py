@@ -19,7 +19,6 @@ from shiftrm.trainers.settings import Settings
 from shiftrm.trainers.training import exists
 
 __all__ = [
-    "AdapterOff",
     "check_policy",
     "check_reward_model",
     "fitting_prompts",
@@ -124,27 +123,6 @@ def load_scorer(path: str, *, batch_size: int) -> Scorer:
     scorer.model.to(PartialState().device)
     scorer.batch_size = batch_size
     return scorer
-
-
-class AdapterOff:
-    """A LoRA policy as its own reference: the base model, without a second copy in memory."""
-
-    def __init__(self, policy: Any) -> None:
-        self.policy = policy
-        self.config = policy.config
-
-    def forward(self, **inputs: Any) -> Any:
-        with self.policy.disable_adapter():
-            return self.policy(**inputs)
-
-    __call__ = forward
-
-    def get_base_model(self) -> Any:
-        """Whose forward says which arguments there are."""
-        return self.policy.get_base_model()
-
-    def parameters(self) -> Any:
-        return self.policy.parameters()
 
 
 def fitting_prompts(

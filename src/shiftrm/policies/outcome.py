@@ -9,14 +9,22 @@ from typing import Any
 import torch
 import yaml
 
-from shiftrm.models.rendering import Text, encode_prompt
+from shiftrm.models.rendering import encode_prompt
 from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import SamplingConfig, generate
+from shiftrm.policies.ppo import Problem
 from shiftrm.policies.ppo_math import exact_token_kl
 from shiftrm.progress import task
 from shiftrm.trainers.model_card import DataSet, markdown_table, on_hub, versions
 
-__all__ = ["MeasuredKL", "PolicyOutcome", "measure_kl", "policy_card", "policy_summary"]
+__all__ = [
+    "AdapterOff",
+    "MeasuredKL",
+    "PolicyOutcome",
+    "measure_kl",
+    "policy_card",
+    "policy_summary",
+]
 
 
 @dataclass(frozen=True)
@@ -34,31 +42,46 @@ class MeasuredKL:
     samples: int
 
 
+class AdapterOff:
+    """A LoRA policy as its own reference: the base model, without a second copy in memory."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.config = policy.config
+
+    def forward(self, **inputs: Any) -> Any:
+        with self.policy.disable_adapter():
+            return self.policy(**inputs)
+
+    __call__ = forward
+
+    def get_base_model(self) -> Any:
+        """Whose forward says which arguments there are."""
+        return self.policy.get_base_model()
+
+    def parameters(self) -> Any:
+        return self.policy.parameters()
+
+
 @task("measuring the KL", None)
 def measure_kl(
-    policy: Any,
-    reference: Any,
-    tokenizer: Any,
-    prompts: Sequence[Text],
-    *,
-    samples: int,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
+    problem: Problem, *, samples: int, max_new_tokens: int, batch_size: int, seed: int
 ) -> MeasuredKL | None:
-    """`ppo_math.exact_token_kl` of responses of the unmodified policy (temperature 1, top-p 1).
+    """Measure the KL to the reference on responses of the policy (temperature 1, top-p 1).
 
     Args:
-        prompts: drawn with replacement, from those that leave room for a response.
-        samples: responses, one a prompt.
-        batch_size: responses at once; other sizes are other draws.
+        problem: its prompts are drawn with replacement, from those that leave room for a response.
+        samples: number of responses, one per prompt.
+        batch_size: responses sampled at once; changing it changes the draws.
 
     Returns:
-        None where no prompt leaves room in the context.
+        The mean of `ppo_math.exact_token_kl`; None if no prompt leaves room in the context.
     """
+    policy, tokenizer = problem.policy, problem.tokenizer
+    reference = AdapterOff(policy) if problem.reference is None else problem.reference
     limit = context_limit(policy.config)
     longest = math.inf if limit is None else limit - max_new_tokens
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in problem.prompts]
     fitting = [ids for ids in encoded if 0 < len(ids) <= longest]
     if not fitting or samples < 1:
         return None

@@ -60,6 +60,7 @@ __all__ = [
     "KLController",
     "PPOConfig",
     "PPOTrainer",
+    "Problem",
     "RewardFunction",
     "Rollouts",
     "StepLog",
@@ -75,9 +76,9 @@ __all__ = [
 
 
 class RewardFunction(Protocol):
-    """Text in, rewards out; `finished` is False where the length limit cut a response off.
+    """Maps texts to rewards; `finished` is False if the length limit cut the response off.
 
-    A `scoring.Scorer` is one, and reads the sampled tokens where its tokenizer is the policy's.
+    A `scoring.Scorer` is one. It reads the sampled tokens if it has the policy's tokenizer.
     """
 
     def __call__(
@@ -86,15 +87,32 @@ class RewardFunction(Protocol):
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """What one step sampled, in order: the responses to one prompt stand together.
+class Problem:
+    """A policy to optimise, the model it stays close to, and what it is rewarded for.
 
     Attributes:
-        prompts, responses: texts, one entry a response.
-        finished: False where the length limit cut the response off.
-        rewards: raw, as the reward function gave them.
-        samples: the same as tokens.
-        tokenizer: `responses.tokenizer_name` of the policy's, to which they belong.
+        reference: None for a LoRA policy that is its own reference with the adapter off.
+        tokenizer: of the policy and the reference.
+        reward_fn: None where no reward is needed.
+    """
+
+    policy: Any
+    reference: Any
+    tokenizer: Any
+    prompts: Sequence[Text]
+    reward_fn: Any = None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The samples of one step; the responses to one prompt are adjacent.
+
+    Attributes:
+        prompts, responses: texts, one entry per response.
+        finished: False if the length limit cut the response off.
+        rewards: raw output of the reward function.
+        samples: the same responses as tokens.
+        tokenizer: `responses.tokenizer_name` of the tokenizer that the tokens belong to.
     """
 
     prompts: list[Text]
@@ -105,7 +123,7 @@ class Rollouts:
     tokenizer: str
 
     def as_responses(self) -> list[Response]:
-        """Texts with the tokens that were sampled, for another reward function."""
+        """Return texts with their sampled tokens, for another reward function."""
         ids = [sample.response_ids for sample in self.samples]
         columns = zip(self.prompts, self.responses, self.finished, ids, strict=True)
         return [Response(*row, self.tokenizer) for row in columns]
@@ -113,30 +131,29 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class StepLog:
-    """One step's measurements; all of the policy as it was when it sampled, before the update.
+    """Measurements of one step, all on the policy before the update.
 
     Attributes:
-        step: from 1.
-        score_mean: raw reward.
+        step: counts from 1.
+        score_mean: mean raw reward.
         standardised_mean: `(reward - reward_mean) / reward_std`.
         kl: sequence KL to the reference in nats, mean over the responses of the sum over their
             states of KL(pi || pi_ref) over the whole vocabulary. Never negative, whatever the
-            sampling; unbiased for the policy's own KL if it leaves the policy unmodified
-            (temperature 1, top-p 1, no penalty), else the KL over the states that it visits. The
-            controller steers by it.
-        kl_sampled: the same by `sum_t log pi/pi_ref` of the sampled tokens (k1), which the penalty
-            in the rewards consists of. With modified sampling it estimates no KL and can be
-            negative while the policy moves away.
-        kl_coefficient: the one used in this step.
-        entropy: nats a token, exactly over the vocabulary at the states visited.
-        clip_fraction: share of tokens whose ratio left the clip range, mean over the updates.
-        policy_loss, value_loss, gradient_norm: mean over the step's updates.
-        explained_variance: of the returns by the old values; 1 is a perfect critic; None
-            where all returns are equal.
-        length_mean: tokens a response, EOS included.
-        truncated_share: of responses cut off by the length limit.
+            sampling. Unbiased for the policy's KL if sampling does not modify the policy
+            (temperature 1, top-p 1, no penalty), else the KL over the visited states. Input of the controller.
+        kl_sampled: the estimate `sum_t log pi/pi_ref` over sampled tokens (k1): the penalty in the
+            rewards. With modified sampling it does not estimate a KL and can be negative
+            while the policy moves away.
+        kl_coefficient: value used in this step.
+        entropy: nats per token, over the whole vocabulary at the visited states.
+        clip_fraction: share of tokens with a ratio outside the clip range, mean over updates.
+        policy_loss, value_loss, gradient_norm: mean over the updates of the step.
+        explained_variance: share of the returns' variance that the old values explain; 1 is a
+            perfect critic; None if all returns are equal.
+        length_mean: tokens per response, including EOS.
+        truncated_share: share of responses cut off by the length limit.
         difference_variance: variance of the raw reward difference between two responses to one
-            prompt, unbiased; None with one roll-out a prompt.
+            prompt, unbiased; None with one response per prompt.
     """
 
     step: int
@@ -166,17 +183,17 @@ def sample_chunks(
     *,
     config: PPOConfig,
 ) -> list[tuple[int, Sample, float]]:
-    """Sample chunk by chunk, then score all of it at once.
+    """Sample chunk by chunk, then score all samples in one call.
 
     Args:
-        chunks: each with its place among all, the prompts' numbers, and its seed.
-        prompts, encoded: all of the run, as text and as tokens.
+        chunks: (position among all chunks, indices of prompts, seed) of each chunk.
+        prompts, encoded: all prompts of the run, as text and as tokens.
 
     Returns:
-        Samples and rewards in order, each after the place of its chunk.
+        (position of the chunk, sample, reward) for each sample, in order.
 
     Raises:
-        UserError: not one reward a response.
+        UserError: the number of rewards differs from the number of responses.
     """
     device, K = next(policy.parameters()).device, config.rollouts_per_prompt
     places, texts, samples = [], [], []
@@ -217,10 +234,10 @@ def require_finite(numbers_B: Tensor, what: str, step: int, prompts: list[Text])
 
 
 class _Old(NamedTuple):
-    """What is computed of the roll-outs before the update, shape [B, A] each.
+    """Quantities of the roll-outs before the update, shape [B, A] each.
 
-    Log-probabilities of the sampled tokens under policy and reference, the critic's values, and
-    over the whole vocabulary the KL to the reference and the policy's entropy.
+    Log-probabilities of the sampled tokens under policy and reference, the critic's values, KL to
+    the reference and entropy over the whole vocabulary.
     """
 
     logprobs: Tensor
@@ -231,30 +248,31 @@ class _Old(NamedTuple):
 
 
 class PPOTrainer:
-    """Trains `policy` (in place) to earn reward without leaving `reference` too far behind.
+    """Trains `policy` in place to increase its reward while staying close to `reference`.
 
     All models run in eval mode, so dropout is off. The global random state is neither read nor
-    changed. Only parameters that require gradients are trained and kept in checkpoints.
+    changed. Only parameters that require gradients are trained and saved in checkpoints.
 
-    Started by `accelerate launch`, every process makes the same call with whole models on its own
-    device. The work of each step is shared and its numbers are those of one process (see
-    `ppo_runtime`), up to the order of sums. Samples come in chunks of
-    `config.forward_batch_size`: there should be as many as processes.
+    Under `accelerate launch`, every process makes the same call with whole models on its device.
+    The processes share the work of each step; results equal those of one process up to the order of
+    sums (see `ppo_runtime`). Samples are drawn in chunks of `config.forward_batch_size`; there
+    should be at least as many chunks as processes.
 
     Args:
         policy: causal language model of transformers, bare or with LoRA (a `PeftModel`).
-        reference: the like, over the same tokens. None: the policy without its LoRA adapter, so
-            merge an adapter that the policy already brought before a new one is put on it.
-        critic: sequence-classification model over the same tokens, see `make_critic`; trained too.
-        reward_fn: text in, so the reward model may have another tokenizer. It is called once a
-            step by every process that sampled, with what it sampled.
-        prompts: drawn in shuffled order, again and again.
-        on_step: called with each step's log and roll-outs, to measure more on the same texts or to
-            tell a tracker (`asdict(log)` is plain numbers); by the main process only.
-        checkpoints: folder in which the run's state is kept, every `config.save_steps` steps and
-            after the last. The same call continues from there as if it had never stopped: `train`
-            returns all logs, `on_step` is called for steps after the checkpoint only (again, for
-            those that were lost with the interruption). One run only; delete it afterwards.
+        reference: causal language model with the same vocabulary. None: the policy without its LoRA
+            adapter; merge an earlier adapter of the policy before you add a new one.
+        critic: sequence classifier with the same vocabulary, also trained; see `make_critic`.
+        reward_fn: takes text, so the reward model may have another tokenizer. Every process that
+            sampled calls it once per step with its own samples.
+        prompts: drawn in shuffled order, repeatedly.
+        on_step: called by the main process with the log and roll-outs of each step, for further
+            measurements or an experiment tracker (`asdict(log)` is plain numbers).
+        checkpoints: folder for the run's state, saved every `config.save_steps` steps and after
+            the last. The same call resumes from it with the results of an uninterrupted run:
+            `train` returns all logs; `on_step` is called for the steps after the checkpoint only
+            (again for steps lost in the interruption). Use a folder for one run and delete it
+            afterwards.
 
     Raises:
         UserError: no prompts, an empty prompt, a prompt too long for the context, a tokenizer
@@ -280,7 +298,7 @@ class PPOTrainer:
             if getattr(tokenizer, f"{name}_token_id") is None:
                 raise UserError(f"the tokenizer has no {name} token; PPO needs one to sample")
         if reference is None and not is_peft(policy):
-            raise UserError("the policy has no adapter to take off; give a reference model, too")
+            raise UserError("the policy has no adapter to take off; also give a reference model")
         self.policy, self.critic = policy.eval(), critic.eval()
         self.reference = None if reference is None else reference.eval()
         self.reward_fn, self.tokenizer, self.on_step = reward_fn, tokenizer, on_step
@@ -331,16 +349,16 @@ class PPOTrainer:
             )
 
     def train(self, *, save_last: bool = True) -> list[StepLog]:
-        """Run all steps, or those after the last checkpoint, and return the logs of all.
+        """Run the steps after the last checkpoint, or all, and return the logs of all steps.
 
         Args:
-            save_last: write a checkpoint after the last step, from which a longer run can go on.
-                Without, a run that is killed before its policy is stored does the steps since the
-                checkpoint before again, to the same end.
+            save_last: write a checkpoint after the last step, from which a longer run can continue.
+                If False, a run that is killed before its policy is saved repeats the steps since
+                the previous checkpoint, with the same result.
 
         Raises:
-            UserError: a reward, KL or loss is not finite; names step and prompt. A checkpoint of
-                another run, or of more steps than are asked for.
+            UserError: a reward, KL or loss is not finite (the message names step and prompt); the
+                checkpoint is from another run or has more steps than requested.
         """
         logs = self._resume()
         for step in range(len(logs) + 1, self.config.steps + 1):
@@ -355,7 +373,7 @@ class PPOTrainer:
         return logs
 
     def _resume(self) -> list[StepLog]:
-        """Take up the newest checkpoint, if there is one; returns the logs of its steps."""
+        """Load the newest checkpoint, if there is one, and return the logs of its steps."""
         if self.checkpoints is None:
             return []
         with self.processes.together():
@@ -419,7 +437,7 @@ class PPOTrainer:
         return ppo_runtime.describe(self.config, self.prompts, frozen.items())
 
     def step(self, step: int) -> tuple[StepLog, Rollouts]:
-        """One batch of roll-outs and the updates from it; `step` only labels the log."""
+        """Sample one batch and update on it; `step` only labels the log."""
         config = self.config
         rollouts = self._sample(step)
         rows = Rows.pack(rollouts.samples, device=next(self.policy.parameters()).device)
@@ -477,11 +495,11 @@ class PPOTrainer:
         return log, rollouts
 
     def _sample(self, step: int) -> Rollouts:
-        """Roll-outs of all processes; each samples and scores every count-th chunk of prompts."""
+        """Return the roll-outs of all processes; each samples every count-th chunk of prompts."""
         config = self.config
         drawn = [self._next_prompt() for _ in range(config.prompts_per_step)]
         size = max(1, config.forward_batch_size // config.rollouts_per_prompt)
-        # The seeds of all chunks, also those that others sample.
+        # Draw the seeds of all chunks, also of those that other processes sample.
         chunks = [
             (start, drawn[start : start + size], self._random.getrandbits(32))
             for start in range(0, len(drawn), size)
@@ -515,13 +533,13 @@ class PPOTrainer:
         return self._order.pop()
 
     def _scores(self, standardised: Tensor, finished: list[bool]) -> Tensor:
-        """What stands on the last token: whitened, clipped, less the penalty for truncation."""
+        """Return the score of the last token: whitened, clipped, minus the truncation penalty."""
         config, scores = self.config, standardised
         if config.reward_whitening == "batch":
             scores = whiten(scores, torch.ones_like(scores, dtype=torch.bool))
         if config.reward_clip is not None:
             scores = scores.clamp(-config.reward_clip, config.reward_clip)
-        # After the clip, which would swallow it where the reward is low anyway.
+        # After the clip, which would remove the penalty from low rewards.
         return scores - config.truncation_penalty * (~torch.tensor(finished)).to(scores.dtype)
 
     @torch.no_grad()
@@ -545,7 +563,7 @@ class PPOTrainer:
         return _Old(*(self._whole(parts, ix, rows) for parts in by_name))
 
     def _whole(self, parts: list[Tensor], ix: list[int], rows: Rows) -> Tensor:
-        """All rows on every process, of those at `ix` on this one."""
+        """Collect all rows on every process, from the rows `ix` of this one."""
         if self.processes.count == 1:
             return torch.cat(parts)
         dtype = torch.promote_types(next(self.policy.parameters()).dtype, torch.float32)

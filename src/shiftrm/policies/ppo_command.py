@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,7 +21,6 @@ from shiftrm.files import Row, atomic_write_text
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import remember_stop_tokens
 from shiftrm.policies.loading import (
-    AdapterOff,
     fitting_prompts,
     load,
     load_reference,
@@ -29,7 +28,7 @@ from shiftrm.policies.loading import (
     same_model,
 )
 from shiftrm.policies.outcome import MeasuredKL, PolicyOutcome, measure_kl
-from shiftrm.policies.ppo import PPOTrainer, Rollouts, StepLog, make_critic
+from shiftrm.policies.ppo import PPOTrainer, Problem, Rollouts, StepLog, make_critic
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.text_rewards import Watch, open_watch, reward_scale
 from shiftrm.progress import task
@@ -45,19 +44,6 @@ SCALE_FILE = "reward_scale.json"
 
 RENAMED = {"kl": "sequence_kl", "kl_sampled": "sequence_kl_sampled", "score_mean": "reward"}
 """Numbers of a `StepLog` under the names that they have with every method."""
-
-
-class _Models(NamedTuple):
-    """On this process's device; `reference` is None where it is the policy with its adapter off."""
-
-    policy: Any
-    reference: Any
-    tokenizer: Any
-    reward_fn: Any
-
-    def the_reference(self) -> Any:
-        """Something that answers as the reference does."""
-        return AdapterOff(self.policy) if self.reference is None else self.reference
 
 
 def run_ppo(
@@ -85,25 +71,26 @@ def run_ppo(
     name = job.model if reference is None else reference
     processes = PartialState()
     with reporting(report_as) as report:
-        models = _load(job, config, name, reward)
+        problem = _load(job, config, prompts, name, reward)
         kept, dropped = fitting_prompts(
-            models.policy,
-            models.tokenizer,
+            problem.policy,
+            problem.tokenizer,
             prompts,
             room=config.sampling.max_new_tokens,
             limit=job.chosen.args.max_prompt_length,
         )
-        config = _scaled(job, config, models, kept)
+        problem = dataclasses.replace(problem, prompts=kept)
+        config = _scaled(job, config, problem)
         if checkpoint is not None and processes.is_main_process:
             print(f"Continuing from {checkpoint}", flush=True)
-        rows = _train(job, config, models, kept, report, _watch(job, watch))
-        kl = _final_kl(job, config, models, kept)
+        rows = _train(job, config, problem, report, _watch(job, watch))
+        kl = _final_kl(job, config, problem)
         if kl is not None and rows:
             rows[-1]["final_sequence_kl"] = kl.kl
             report({"step": rows[-1]["step"], "final_sequence_kl": kl.kl})
-    lora = hasattr(models.policy, "peft_config")
+    lora = hasattr(problem.policy, "peft_config")
     if processes.is_main_process:
-        _write(models.policy, models.tokenizer, job.finished)
+        _write(problem.policy, problem.tokenizer, job.finished)
         write_training_log(job.finished, rows)
     processes.wait_for_everyone()
     return PolicyOutcome(
@@ -129,13 +116,12 @@ def run_ppo(
 def _train(
     job: Job,
     config: PPOConfig,
-    models: _Models,
-    prompts: Sequence[Text],
+    problem: Problem,
     report: Callable[[Row], None],
     watched: Watch | None,
 ) -> list[Row]:
     """The log of all steps, those before an interruption included; the critic is gone then."""
-    critic = make_critic(models.policy, seed=config.seed)
+    critic = make_critic(problem.policy, seed=config.seed)
 
     def row_of(log: StepLog) -> Row:
         return log_row(log) if watched is None else watched.beside(log_row(log))
@@ -149,12 +135,12 @@ def _train(
             show(log)
 
         logs = PPOTrainer(
-            models.policy,
-            models.reference,
+            problem.policy,
+            problem.reference,
             critic,
-            models.reward_fn,
-            models.tokenizer,
-            prompts,
+            problem.reward_fn,
+            problem.tokenizer,
+            problem.prompts,
             config,
             on_step=on_step,
             checkpoints=job.work,
@@ -177,7 +163,9 @@ def _watch(job: Job, name: str | None) -> Watch | None:
     return Watch(open_watch(name), job.work)
 
 
-def _load(job: Job, config: PPOConfig, reference: str, reward: str) -> _Models:
+def _load(
+    job: Job, config: PPOConfig, prompts: Sequence[Text], reference: str, reward: str
+) -> Problem:
     """Policy, with a new adapter if LoRA was asked for, reference and reward model."""
     reward_fn = load_scorer(reward, batch_size=min(64, config.forward_batch_size))
     policy, tokenizer = load(job.model, job.chosen)
@@ -192,10 +180,10 @@ def _load(job: Job, config: PPOConfig, reference: str, reward: str) -> _Models:
     beside = None
     if adapter is None or not same_model(reference, job.model):
         beside = load_reference(reference, job.chosen, tokenizer).to(device).requires_grad_(False)
-    return _Models(policy.to(device), beside, tokenizer, reward_fn)
+    return Problem(policy.to(device), beside, tokenizer, prompts, reward_fn)
 
 
-def _scaled(job: Job, config: PPOConfig, models: _Models, prompts: Sequence[Text]) -> PPOConfig:
+def _scaled(job: Job, config: PPOConfig, problem: Problem) -> PPOConfig:
     """With mean and spread of the rewards over the reference's responses, unless they are given."""
     if config.reward_mean is not None and config.reward_std is not None:
         return config
@@ -203,7 +191,7 @@ def _scaled(job: Job, config: PPOConfig, models: _Models, prompts: Sequence[Text
     if PartialState().is_main_process:
         path = job.work / SCALE_FILE
         if not path.exists():
-            atomic_write_text(path, json.dumps(_measured_scale(config, models, prompts)))
+            atomic_write_text(path, json.dumps(_measured_scale(config, problem)))
         found = [json.loads(path.read_text(encoding="utf-8"))]
     mean, spread = broadcast_object_list(found)[0]
     return dataclasses.replace(
@@ -213,33 +201,26 @@ def _scaled(job: Job, config: PPOConfig, models: _Models, prompts: Sequence[Text
     )
 
 
-def _measured_scale(
-    config: PPOConfig, models: _Models, prompts: Sequence[Text]
-) -> tuple[float, float]:
-    policy, reference = models.policy, models.reference
+def _measured_scale(config: PPOConfig, problem: Problem) -> tuple[float, float]:
+    policy, reference = problem.policy, problem.reference
     with policy.disable_adapter() if reference is None else nullcontext():
         return reward_scale(
             policy if reference is None else reference,
-            models.tokenizer,
-            prompts,
-            reward_fn=models.reward_fn,
+            problem.tokenizer,
+            problem.prompts,
+            reward_fn=problem.reward_fn,
             sampling=config.sampling,
             batch_size=config.forward_batch_size,
             seed=config.seed,
         )
 
 
-def _final_kl(
-    job: Job, config: PPOConfig, models: _Models, prompts: Sequence[Text]
-) -> MeasuredKL | None:
+def _final_kl(job: Job, config: PPOConfig, problem: Problem) -> MeasuredKL | None:
     """By the main process."""
     if not job.chosen.args.kl_samples or not PartialState().is_main_process:
         return None
     return measure_kl(
-        models.policy,
-        models.the_reference(),
-        models.tokenizer,
-        prompts,
+        problem,
         samples=job.chosen.args.kl_samples,
         max_new_tokens=config.sampling.max_new_tokens,
         batch_size=config.forward_batch_size,

@@ -1,4 +1,4 @@
-"""The settings of a PPO run: one typed place, with help, default and check for each."""
+"""The settings of a PPO run, with help, default and check of each."""
 
 import math
 from collections.abc import Callable
@@ -16,48 +16,54 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Every setting of a PPO run. `PPOConfig.preset("paper")` holds MetaRM's."""
+    """Settings of a PPO run. `PPOConfig.preset("paper")` gives MetaRM's."""
 
     steps: int = _option(100, "PPO steps (batches of roll-outs)")
     prompts_per_step: int = _option(16, "prompts drawn for one step")
-    rollouts_per_prompt: int = _option(16, "responses sampled to each prompt")
+    rollouts_per_prompt: int = _option(16, "responses sampled per prompt")
     epochs: int = _option(1, "passes over one batch of roll-outs")
     minibatch_size: int = _option(64, "sequences in one optimizer step, over all processes")
     micro_batch_size: int | None = _option(
         None, "sequences in one backward pass of a process; changes memory only; None: all at once"
     )
-    learning_rate: float = _option(5e-7, "the policy's, constant")
-    critic_learning_rate: float = _option(1.5e-6, "the critic's, constant")
-    kl_coefficient: float = _option(0.05, "KL penalty a token, reward per nat (at the start)")
-    kl_target: float | None = _option(None, "sequence KL to hold, nats; None: fixed coefficient")
-    kl_rate: float = _option(0.2, "largest change of log kl_coefficient in one step")
-    kl_damping: float = _option(1.0, "how strongly a moving KL is countered; 0: not")
+    learning_rate: float = _option(5e-7, "constant learning rate of the policy")
+    critic_learning_rate: float = _option(1.5e-6, "constant learning rate of the critic")
+    kl_coefficient: float = _option(0.05, "initial KL penalty per token, in reward per nat")
+    kl_target: float | None = _option(None, "target sequence KL in nats; None: fixed coefficient")
+    kl_rate: float = _option(0.2, "largest change of log kl_coefficient per step")
+    kl_damping: float = _option(1.0, "damping of changes of the KL; 0: none")
     reward_mean: float | None = _option(None, "subtracted from every reward")
-    reward_std: float | None = _option(None, "then every reward is divided by it")
-    reward_whitening: str = _option("none", "'batch': then to mean 0, variance 1 over the batch")
-    reward_clip: float | None = _option(None, "then clipped to +- this")
-    truncation_penalty: float = _option(0.0, "then taken from responses cut off by the limit")
+    reward_std: float | None = _option(None, "every reward is then divided by it")
+    reward_whitening: str = _option(
+        "none", "'batch': then whitened over the batch to mean 0, variance 1"
+    )
+    reward_clip: float | None = _option(None, "rewards are then clipped to +- this")
+    truncation_penalty: float = _option(
+        0.0, "then subtracted for responses cut off by the length limit"
+    )
     advantage: str = _option(
         "gae", "or reward_to_go, leave_one_out, package.module:function (see policies.advantages)"
     )
-    gamma: float = _option(1.0, "discount a token")
-    gae_lambda: float = _option(0.95, "advantage estimation: 1 Monte Carlo, 0 one-step")
+    gamma: float = _option(1.0, "discount per token")
+    gae_lambda: float = _option(0.95, "lambda of advantage=gae: 1 Monte Carlo, 0 one-step")
     clip_ratio: float = _option(0.2, "probability ratios are clipped to 1 +- this")
-    value_clip: float | None = _option(0.2, "values move at most this from the old ones; None: off")
-    max_grad_norm: float = _option(1.0, "gradient clipping, of policy and critic each")
-    whiten_advantages: bool = _option(True, "advantages to mean 0, variance 1 over the batch")
+    value_clip: float | None = _option(0.2, "values are clipped to the old ones +- this; None: off")
+    max_grad_norm: float = _option(1.0, "gradient norm clip, of policy and critic each")
+    whiten_advantages: bool = _option(
+        True, "whiten advantages over the batch to mean 0, variance 1"
+    )
     forward_batch_size: int = _option(
-        256, "sequences sampled at once, and in one pass without gradient; decides the draws"
+        256, "sequences sampled at once and in one pass without gradient; changes the draws"
     )
     sampling: SamplingConfig = field(
-        default_factory=SamplingConfig, metadata={"help": "how roll-outs are drawn"}
+        default_factory=SamplingConfig, metadata={"help": "how responses are sampled"}
     )
     gradient_checkpointing: bool = _option(
-        False, "compute activations again in the backward pass: less memory, more time"
+        False, "recompute activations in the backward pass: less memory, more time"
     )
     bf16: bool = _option(False, "passes in bf16 on fp32 weights; log-probs and losses in fp32")
-    save_steps: int = _option(20, "steps from one checkpoint to the next, where they are kept")
-    seed: int = _option(0, "decides prompts, samples and minibatches")
+    save_steps: int = _option(20, "steps between checkpoints")
+    seed: int = _option(0, "seed of prompts, samples and minibatches")
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "prompts_per_step", "rollouts_per_prompt", "epochs")
@@ -95,11 +101,11 @@ class PPOConfig:
     def preset(cls, name: str, **overrides: Any) -> "PPOConfig":
         """A named configuration: "paper" (Dou et al., arXiv 2405.00438).
 
-        The paper names learning rates, roll-outs, sampling, KL coefficient and clip value (taken
-        as the reward's); what it does not name keeps this class's defaults.
+        The paper gives learning rates, roll-outs, sampling, KL coefficient and a clip value (taken
+        to be the reward's); other settings keep the defaults of this class.
 
         Raises:
-            UserError: unknown preset or field; the message suggests the nearest.
+            UserError: unknown preset or field; the message suggests the nearest name.
         """
         if name not in _PRESETS:
             raise UserError(f"unknown preset {name!r}{suggest(name, list(_PRESETS))}")

@@ -1,10 +1,10 @@
 """The equations of PPO for language models, as pure functions on tensors, and the model passes.
 
-Rows are `prompt + response`, padded on the right, so models with absolute positions read them as
-they were trained. Only the last `A` columns concern us, those from the shortest prompt's end on:
-column `a` of every [B, A] tensor belongs to the token at `T - A + a`, its log-probability and the
-value of the state before it. A mask marks the response tokens (the closing EOS among them); it
-comes from lengths, never from the identity of a token, so pad may equal EOS.
+Rows are `prompt + response`, padded on the right, so that models with absolute positions read them
+as in training. Only the last `A` columns are used, from the end of the shortest prompt on: column
+`a` of every [B, A] tensor belongs to the token at `T - A + a` (its log-probability, the value of
+the state before it). A mask marks the response tokens, including EOS. It is computed from lengths, not
+from token ids, so pad may equal EOS.
 """
 
 import inspect
@@ -20,10 +20,10 @@ from shiftrm.models.rewards import pad_right, token_values
 from shiftrm.models.sampling import Sample
 
 LOGITS_AT_ONCE = 2**27
-"""Logits of one model held at once where no gradient needs them (512 MiB in fp32)."""
+"""Most logits of one model held at once without gradient (512 MiB in fp32)."""
 
 _SLICE = 2**23
-"""Logits copied to fp32 at once."""
+"""Most logits copied to fp32 at once."""
 
 
 def token_rewards(
@@ -34,7 +34,7 @@ def token_rewards(
     *,
     kl_coefficient: float,
 ) -> Tensor:
-    """Rewards by token: the KL penalty on each, the response's score on its last real one.
+    """Return token rewards: the KL penalty on each, plus the score on the last response token.
 
     `r_t = -c (log pi(a_t|s_t) - log pi_ref(a_t|s_t)) + [t is last] * score`
 
@@ -115,15 +115,15 @@ def clipped_value_loss(
 
 
 def masked_mean(x: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean over the places where the mask is True, a scalar; the others may hold anything.
+    """Mean over positions where the mask is True, a scalar; the others may hold anything.
 
-    Of a part of the places, divided by the `count` of all, it is the part's share of their mean.
+    With `count`, the number of positions in the whole batch, return this part's share of its mean.
     """
     return x.masked_fill(~mask, 0.0).sum() / (mask.sum() if count is None else count)
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
-    """Population variance over the places where the mask is True, a scalar."""
+    """Population variance over positions where the mask is True, a scalar."""
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
@@ -173,7 +173,7 @@ class KLController:
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples as right-padded rows, see the module's text.
+    """Samples as right-padded rows; see the module docstring.
 
     Attributes:
         input_ids, attention_mask: int64, shape [B, T].
@@ -186,9 +186,9 @@ class Rows:
 
     @classmethod
     def pack(cls, samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> "Rows":
-        """Rows of prompts with their responses, each sample with at least one token of both."""
+        """Pack samples, each with at least one prompt and one response token."""
         ids, attention = pad_right(
-            # Any token will do as padding: causal attention never looks to the right.
+            # Any token works as padding: causal attention does not look to the right.
             [s.prompt_ids + s.response_ids for s in samples],
             pad_token_id=0,
             device=device,
@@ -218,7 +218,7 @@ class Rows:
         options: dict[str, Any] = {}
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-            options["logits_to_keep"] = A + 1  # spares the prompts the vocabulary projection
+            options["logits_to_keep"] = A + 1  # no vocabulary projection for prompts
         logits: Tensor = model(
             input_ids=self.input_ids,
             attention_mask=self.attention_mask,
@@ -232,14 +232,14 @@ class Rows:
         return self.chosen(self.logits(model))
 
     def chosen(self, logits: Tensor) -> Tensor:
-        """The like, of logits [B, A, V]; in fp32 or more."""
+        """`logprobs` from logits of shape [B, A, V]; in fp32 or more."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         tokens = self.input_ids[:, -self.response_mask.shape[1] :]
         chosen = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
         return chosen.masked_fill(~self.response_mask, 0.0)
 
     def within(self, logits: int, vocabulary: int) -> int:
-        """How many rows, at least one, have at most so many logits together."""
+        """Number of rows, at least 1, that together have at most this many logits."""
         return max(1, logits // max(1, self.response_mask.shape[1] * vocabulary))
 
     def values(self, critic: nn.Module) -> Tensor:
@@ -276,7 +276,7 @@ def exact_token_kl(
     `sum_t KL(pi(.|s_t) || pi_ref(.|s_t))`. Its expectation over samples of the unmodified policy is
     the sequence KL (chain rule), as for the usual `sum_t log pi/pi_ref` (k1), with less variance
     and never negative. Along samples drawn otherwise (temperature, top-p, penalties) it is the KL
-    over the states that those visit; k1 along them estimates nothing and may be negative.
+    over the states that those visit; k1 along them is not an estimate and may be negative.
 
     Args:
         batch_size: rows in one pass at most; fewer where their logits exceed `LOGITS_AT_ONCE`.
@@ -296,7 +296,7 @@ def exact_token_kl(
 
 
 def vocabulary_of(model: Any) -> int:
-    """How many logits a causal language model of transformers gives a token."""
+    """Number of logits per token of a causal language model."""
     return int(model.config.get_text_config().vocab_size)
 
 

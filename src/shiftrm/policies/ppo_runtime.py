@@ -27,17 +27,21 @@ from shiftrm.trainers.work_folder import MARK, is_disk_full, last_checkpoint
 T = TypeVar("T")
 
 BUCKET = 2**25
-"""Elements of gradients in one exchange."""
+"""Gradient elements in one all-reduce."""
 
 
 class Processes:
-    """This process among the others of the run.
+    """The processes that share a run, as `accelerate launch` starts them.
+
+    Each holds whole models, makes the same random draws, and does its share of the work. Sums over
+    the processes make every number global, so results do not depend on the number of processes, up
+    to the order of floating-point sums.
 
     Args:
-        device: where tensors to exchange must lie: the models'.
+        device: device of the models, on which tensors are exchanged.
 
     Attributes:
-        index, count: 0 is the main process, the one that writes files.
+        index, count: this process and their number; 0 is the main process, which writes files.
 
     Raises:
         UserError: a launch with FSDP or DeepSpeed.
@@ -64,11 +68,11 @@ class Processes:
         return self.index == 0
 
     def mine(self, items: Sequence[T]) -> list[T]:
-        """Every count-th item, from the index on; none at all where there are too few."""
+        """Return every count-th item, starting at `index`."""
         return list(items[self.index :: self.count])
 
     def gather(self, items: list[T]) -> list[T]:
-        """The lists of all processes, one after the other."""
+        """Return the concatenated lists of all processes."""
         if self.count == 1:
             return items
         lists: list[Any] = [None] * self.count
@@ -76,13 +80,13 @@ class Processes:
         return [item for part in lists for item in part]
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its sum over the processes, bit for bit the same on each."""
+        """Replace a tensor by its sum over the processes, identical on each."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """`sum_` of every gradient; a process without rows adds zeros."""
+        """Sum every gradient over the processes; missing gradients count as zero."""
         if self.count == 1:
             return
         by_type: dict[torch.dtype, list[Tensor]] = {}
@@ -105,10 +109,10 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work without exchanges that may fail on one process: then it fails on all.
+        """Context for work that may fail on one process; then it fails on all.
 
-        The one that failed raises its own exception, the others a UserError in its words, so that
-        none waits for ever. Every process must come here.
+        The failing process raises its own exception, the others a UserError with the same message,
+        so that none waits forever. Every process must enter it; no exchange may happen inside.
         """
         error: Exception | None = None
         try:
@@ -118,7 +122,7 @@ class Processes:
         self.fail_if_any(error)
 
     def fail_if_any(self, error: Exception | None) -> None:
-        """Raise on all processes if there is an error on one; see `together`."""
+        """Raise on all processes if one has an error; see `together`."""
         if self.count == 1:
             if error is not None:
                 raise error
@@ -129,7 +133,7 @@ class Processes:
         words = self.gather([] if error is None else [_in_words(error, self.index)])
         if error is not None and not isinstance(error, UserError):
             raise error
-        raise UserError(words[0]) from error  # the first process's, on each the same
+        raise UserError(words[0]) from error  # the same on each: that of the first process
 
 
 def _in_words(error: Exception, process: int) -> str:
@@ -139,7 +143,7 @@ def _in_words(error: Exception, process: int) -> str:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """In order, up to `BUCKET` elements together; a larger one by itself."""
+    """Yield groups of at most `BUCKET` elements in order; a larger tensor is its own group."""
     bucket: list[Tensor] = []
     for gradient in gradients:
         if bucket and sum(g.numel() for g in bucket) + gradient.numel() > BUCKET:
@@ -161,22 +165,22 @@ MAY_CHANGE = (
     "forward_batch_size",
     "gradient_checkpointing",
 )
-"""Settings that a continued run may have other values of: how far, how often, in what portions.
+"""Settings that may differ in a resumed run.
 
-Another forward_batch_size is other draws from then on.
+Another forward_batch_size changes the draws from then on.
 """
 
 VALUES_COMPARED = 64
-"""Leading values of each frozen parameter by which a checkpoint knows its models."""
+"""Leading values of each frozen parameter that identify the models of a checkpoint."""
 
 
 def describe(
     config: PPOConfig, prompts: Sequence[Text], frozen: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that continues it, as plain data.
+    """Return, as plain data, what a checkpoint and the run that resumes it must share.
 
     Args:
-        frozen: names and values of parameters that are not trained, the reference's say.
+        frozen: names and values of parameters that are not trained, such as the reference's.
     """
     settings = {k: v for k, v in to_mapping(config).items() if k not in MAY_CHANGE}
     if settings["advantage"] == PPOConfig.advantage:  # older checkpoints do not have it
@@ -213,11 +217,11 @@ def save(
             whole = {k: t.detach().cpu().contiguous() for k, t in named.items()}
             save_file(whole, temporary / f"{name}.safetensors")
         (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
-        (temporary / MARK).touch()  # as the other trainers' checkpoints have it
+        (temporary / MARK).touch()  # as in the checkpoints of the other trainers
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
         replace_directory(temporary, target)
-        _flush(folder)  # before the older one goes
+        _flush(folder)  # before the older one is deleted
     except (OSError, SafetensorError) as error:
         if is_disk_full(error):
             raise UserError(
@@ -242,16 +246,16 @@ def _flush(path: Path) -> None:
 
 
 def remove_half_written(folder: Path) -> None:
-    """What a killed run left while it was writing."""
+    """Delete incomplete checkpoints of a killed run."""
     for path in folder.glob(".checkpoint-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def load(folder: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensors]] | None:
-    """State and tensors of the newest checkpoint; None if there is none.
+    """Return state and tensors of the newest checkpoint; None if there is none.
 
     Raises:
-        UserError: it is another run's (settings, prompts or frozen models), or cannot be read.
+        UserError: it is from another run (settings, prompts or frozen models), or cannot be read.
     """
     path = last_checkpoint(folder)
     if path is None:
@@ -274,7 +278,7 @@ def load(folder: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def random_state(generator: random.Random) -> list[Any]:
-    """The generator's state as plain data; `set_random_state` takes it back."""
+    """Return the generator's state as plain data, for `set_random_state`."""
     version, internal, gauss = generator.getstate()
     return [version, list(internal), gauss]
 
@@ -287,7 +291,7 @@ def set_random_state(generator: random.Random, state: Sequence[Any]) -> None:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> Tensors:
-    """The optimizer's state of each parameter, under `KEY.NAME` (`exp_avg.model.norm.weight`)."""
+    """Return optimizer state as `KEY.NAME` (such as `exp_avg.model.norm.weight`)."""
     return {
         f"{key}.{name}": tensor
         for name, parameter in parameters.items()
@@ -301,10 +305,10 @@ def restore(
     saved: Tensors,
     optimizer_saved: Tensors,
 ) -> None:
-    """Put saved values into the parameters and their optimizer.
+    """Copy saved values into the parameters and their optimizer.
 
     Raises:
-        UserError: the tensors are not this model's.
+        UserError: the tensors do not match the model.
     """
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if shapes != {name: tuple(t.shape) for name, t in saved.items()}:

@@ -21,19 +21,19 @@ from shiftrm.policies.ppo_runtime import Processes
 from shiftrm.trainers.memory import is_out_of_memory
 
 VALUE_ADAPTER = "value"
-"""The critic's adapter in a policy with LoRA."""
+"""Name of the critic's adapter in a LoRA policy."""
 
 
 def make_critic(policy: Any, *, seed: int = 0) -> Any:
-    """A critic whose values are all 0 at first: the policy's backbone under a score head of zeros.
+    """Make a critic from the policy's backbone and a zero score head; its initial values are 0.
 
-    Of a bare policy it is a copy, and all of it is trained; the policy must be of an architecture
-    that transformers also has as a sequence classifier. Of a policy with LoRA (a `PeftModel`) it
-    is an `AdapterCritic`: a second adapter in the policy itself, so that no weight of the base is
-    there twice. Call its `remove` before the policy is saved or merged.
+    For a policy without adapters, the critic is a copy and all of it is trained; transformers must
+    have a sequence classifier of the policy's architecture. For a LoRA policy (a `PeftModel`) it is
+    an `AdapterCritic`: a second adapter in the policy, so that the base weights are not duplicated.
+    Call its `remove` before you save or merge the policy.
 
     Args:
-        seed: for the new adapter's random factors; a copy has nothing random.
+        seed: for the random factors of the new adapter.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -41,7 +41,7 @@ def make_critic(policy: Any, *, seed: int = 0) -> Any:
         return AdapterCritic(policy, seed=seed)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    if config.pad_token_id is None:  # its own pooling asks for one; we never use that
+    if config.pad_token_id is None:  # required by its pooling, which we do not use
         config.pad_token_id = 0
     weight = next(policy.parameters())
     with torch.random.fork_rng(devices=[]):
@@ -54,15 +54,14 @@ def make_critic(policy: Any, *, seed: int = 0) -> Any:
 
 
 class AdapterCritic(nn.Module):
-    """A value adapter and a head on the base of a policy with LoRA.
+    """A value adapter and a score head on the base model of a LoRA policy.
 
-    The policy gets a second adapter, `VALUE_ADAPTER`, of the same rank and places as its own, which
-    works only inside `active`; `remove` takes it away again. Parameters of this module are that
-    adapter's and the head's, in fp32 or more. Ours: sharing a base this way is common in PPO with
-    LoRA; no source fixes it.
+    Adds an adapter, `VALUE_ADAPTER`, with the rank and target modules of the policy's own. It is
+    active only inside `active`; `remove` deletes it. The parameters of this module are those of the
+    adapter and the head, in fp32 or more. Ours: common in PPO with LoRA, but without one source.
 
     Raises:
-        UserError: the policy has more than one adapter, or one of virtual tokens.
+        UserError: the policy has more than one adapter, or a prompt-learning adapter.
     """
 
     def __init__(self, policy: Any, *, seed: int = 0) -> None:
@@ -74,14 +73,14 @@ class AdapterCritic(nn.Module):
                 "made beside one LoRA adapter: merge or delete the others"
             )
         config = copy.deepcopy(policy.peft_config[own])
-        config.modules_to_save = None  # the critic's head takes that part
-        self._policy = (policy,)  # in a tuple, so that its parameters do not count as ours
+        config.modules_to_save = None  # replaced by the critic's head
+        self._policy = (policy,)  # in a tuple, so that torch does not register its parameters here
         before = {n for n, _ in policy.named_parameters()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             policy.add_adapter(VALUE_ADAPTER, config)
         policy.set_adapter(own)
-        # Under names without dots, which is all that torch allows.
+        # torch does not allow dots in names.
         self.adapter = nn.ParameterDict(
             {n.replace(".", "/"): p for n, p in policy.named_parameters() if n not in before}
         )
@@ -98,7 +97,7 @@ class AdapterCritic(nn.Module):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The value adapter instead of the policy's own; a backward pass must be in here, too."""
+        """Context in which the value adapter is active; run the backward pass in it too."""
         policy = self._policy[0]
         own = policy.active_adapter
         policy.set_adapter(VALUE_ADAPTER)
@@ -108,14 +107,14 @@ class AdapterCritic(nn.Module):
             policy.set_adapter(own)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Values at every token, shape [B, T, 1]."""
+        """Return the value at every token, shape [B, T, 1]."""
         backbone = self._policy[0].get_base_model().base_model
         with self.active():
             output = backbone(input_ids=input_ids, attention_mask=attention_mask, **options)
         return self.score(output.last_hidden_state.to(self.score.weight.dtype))
 
     def remove(self) -> None:
-        """Take the adapter out of the policy, say before it is saved; the critic is then gone."""
+        """Delete the adapter from the policy; the critic cannot be used afterwards."""
         self._policy[0].delete_adapter(VALUE_ADAPTER)
 
 
@@ -129,14 +128,14 @@ def is_peft(model: Any) -> bool:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that gradient steps move, by name."""
-    if isinstance(model, AdapterCritic):  # which do not require gradients while it is not active
+    """Return the trained parameters by name."""
+    if isinstance(model, AdapterCritic):  # they require gradients only while it is active
         return dict(model.named_parameters())
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def frozen_parameters(policy: nn.Module, reference: nn.Module | None) -> dict[str, Tensor]:
-    """What a run leaves as it is: the reference, which may be the policy's base."""
+    """Return the parameters of the reference, which may be the policy's base model."""
     if reference is not None:
         return dict(reference.named_parameters())
     adapter = f".{VALUE_ADAPTER}"
@@ -148,12 +147,12 @@ def frozen_parameters(policy: nn.Module, reference: nn.Module | None) -> dict[st
 
 
 def activity(model: nn.Module) -> AbstractContextManager[None]:
-    """Within it a model's passes, forward and backward, are its own and not its host's."""
+    """Return a context in which the critic runs with its own adapter instead of the policy's."""
     return model.active() if isinstance(model, AdapterCritic) else nullcontext()
 
 
 def reference_of(policy: Any, reference: Any) -> AbstractContextManager[Any]:
-    """A context whose value is the reference: the one given, or the policy without its adapter."""
+    """Return a context that yields the reference, or else the policy without its adapter."""
     return nullcontext(reference) if reference is not None else _without_adapter(policy)
 
 
@@ -165,13 +164,13 @@ def _without_adapter(policy: Any) -> Iterator[Any]:
 
 @contextmanager
 def recomputed_layers(*models: nn.Module) -> Iterator[None]:
-    """Within it, layers keep only their inputs for the backward pass and compute the rest again.
+    """Context in which layers keep only their inputs and recompute the rest when going backward.
 
-    transformers does so in training mode only; ours run in eval mode, without dropout, so each
-    layer's forward is wrapped here.
+    transformers does this in training mode only. Our models run in eval mode, so each layer's
+    forward is wrapped here.
 
     Raises:
-        UserError: a model without layers of the kind that transformers recomputes.
+        UserError: the model has no layers that transformers can recompute.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -185,7 +184,7 @@ def recomputed_layers(*models: nn.Module) -> Iterator[None]:
                     "gradient_checkpointing out"
                 )
             for layer in layers:
-                # An AdapterCritic's layers are its policy's, which may be wrapped already.
+                # An AdapterCritic shares its layers with the policy; they may be wrapped already.
                 if getattr(vars(layer).get("forward"), "func", None) is not checkpoint:
                     stack.enter_context(_recomputed(layer))
         yield
@@ -213,7 +212,7 @@ STATISTICS = ("policy_loss", "value_loss", "gradient_norm", "clip_fraction")
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, their prompts, and the losses' constants, [B, A] each."""
+    """The rows of one step, their prompts, and the constants of the losses, [B, A] each."""
 
     rows: Rows
     prompts: Sequence[Text]
@@ -225,12 +224,12 @@ class Batch:
 
 @dataclass
 class Updater:
-    """Takes clipped gradient steps of policy and critic.
+    """Takes clipped gradient steps on policy and critic.
 
     Attributes:
         trained: parameters by model ("policy", "critic") and name.
         optimizers: by model.
-        continues: whether there are checkpoints to continue from.
+        continues: whether the run writes checkpoints.
     """
 
     policy: Any
@@ -242,10 +241,10 @@ class Updater:
     continues: bool = False
 
     def run(self, step: int, batch: Batch, orders: Sequence[Sequence[int]]) -> dict[str, float]:
-        """All updates of one step; returns their mean statistics.
+        """Take all updates of one step and return their mean statistics.
 
         Args:
-            orders: row numbers, one order for each epoch.
+            orders: row indices, one order per epoch.
 
         Raises:
             UserError: a loss or gradient is not finite; names step and prompt.
@@ -260,7 +259,7 @@ class Updater:
         return {n: sum(c) / len(c) for n, c in zip(STATISTICS, columns, strict=True)}
 
     def _update(self, step: int, batch: Batch, ix: Sequence[int]) -> list[float]:
-        """One optimizer step of either model on the rows `ix`; returns `STATISTICS`."""
+        """Take one optimizer step per model on the rows `ix`; return `STATISTICS`."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         sums, error = torch.zeros(3, dtype=torch.float64), None
@@ -295,10 +294,10 @@ class Updater:
         return f"lower micro_batch_size (now {now}){more}"
 
     def _accumulate(self, batch: Batch, ix: Sequence[int]) -> Tensor:
-        """Gradients of this process's share of the minibatch, in portions; [3] sums of the losses.
+        """Accumulate gradients of this process's share of the minibatch; return [3] sums of losses.
 
-        Every mean is over the tokens of the whole minibatch, so that portions and processes add
-        up to it, whatever the lengths of their rows.
+        Each mean is over the tokens of the whole minibatch, so the parts add up to the whole
+        whatever the lengths of their rows.
         """
         config, sums = self.config, torch.zeros(3, dtype=torch.float64)
         tokens = batch.rows.response_mask[ix].sum()
@@ -340,10 +339,13 @@ def check_models(
     trained: Mapping[str, Mapping[str, nn.Parameter]],
     config: PPOConfig,
 ) -> None:
-    """Refuse settings that do not fit the models (by name, with what is trained of them).
+    """Check that the settings fit the models.
+
+    Args:
+        models, trained: models and their trained parameters, by name.
 
     Raises:
-        UserError: nothing to train, layers that cannot be recomputed, bf16 weights under bf16.
+        UserError: nothing to train, layers that cannot be recomputed, bf16 weights with bf16=true.
     """
     for name, model in models.items():
         if not trained[name]:
@@ -360,20 +362,21 @@ def check_models(
 
 
 def autocast(config: PPOConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Passes in bf16, if the configuration says so; weights stay as they are.
+    """Return a context for forward passes in bf16 if `config.bf16` is set.
 
-    One context for one pass: it keeps the weights it has cast, which a step would leave behind.
+    Use one context per pass: it caches cast weights, which an optimizer step makes stale.
     """
     return torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext()
 
 
 @contextmanager
 def out_of_memory(step: int, what: str, advice: str, *, continues: bool) -> Iterator[None]:
-    """Say in one line which setting needs less memory, instead of torch's report.
+    """Turn out-of-memory errors into a UserError that names the setting to change.
 
     Args:
-        what: was being done. advice: what to do about it.
-        continues: whether there are checkpoints to continue from.
+        what: the activity that failed.
+        advice: how to reduce its memory.
+        continues: whether the run writes checkpoints.
     """
     try:
         yield

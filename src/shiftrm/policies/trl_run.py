@@ -10,7 +10,6 @@ from accelerate import PartialState
 
 from shiftrm.errors import UserError
 from shiftrm.models.rendering import Text
-from shiftrm.policies.loading import AdapterOff
 from shiftrm.policies.outcome import (
     MeasuredKL,
     PolicyOutcome,
@@ -18,6 +17,7 @@ from shiftrm.policies.outcome import (
     policy_card,
     policy_summary,
 )
+from shiftrm.policies.ppo import Problem
 from shiftrm.policies.text_rewards import with_gold
 from shiftrm.trainers.training import (
     Job,
@@ -159,10 +159,12 @@ def _final_kl(job: Job, plan: Plan, trainer: Any) -> MeasuredKL | None:
     if trainer.accelerator.is_main_process:
         policy = trainer.accelerator.unwrap_model(trainer.model).eval()
         found = measure_kl(
-            policy,
-            _reference(plan, trainer, policy),
-            trainer.processing_class,
-            plan.prompts,
+            Problem(
+                policy,
+                _reference(plan, trainer, policy),
+                trainer.processing_class,
+                plan.prompts,
+            ),
             samples=plan.kl_samples,
             max_new_tokens=plan.max_new_tokens,
             batch_size=trainer.args.per_device_train_batch_size,
@@ -177,7 +179,7 @@ def _reference(plan: Plan, trainer: Any, policy: Any) -> Any:
     if held is not None:
         return trainer.accelerator.unwrap_model(held).eval()
     if hasattr(policy, "disable_adapter") and not plan.apart:
-        return AdapterOff(policy)
+        return None  # the policy with its adapter off
     if plan.load_reference is None:
         raise ValueError("a KL needs a reference")
     with torch.no_grad():
