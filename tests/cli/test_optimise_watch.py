@@ -84,7 +84,7 @@ def test_ppo_continues_with_what_it_saw(run, monkeypatch):  # noqa: F811
 def test_bad_watches(run, shiftrm):  # noqa: F811
     base = ["optimise", "ppo", "--policy", "policy", "--reward", "reward"]
     base += ["--prompts", "prompts.jsonl", "--output", "out"]
-    refused(shiftrm, [*base, "--watch", "policy"], "policy: is no reward model")
+    refused(shiftrm, [*base, "--watch", "policy"], "policy: is not a reward model")
     refused(shiftrm, [*base, "--watch", "gone"], "gone: no such folder; give --watch")
     words = ["optimise", "dpo", "--policy", "policy", "--pairs", "pairs.jsonl", "--output", "out"]
     refused(shiftrm, [*words, "--watch", "reward"], "leave out --watch")

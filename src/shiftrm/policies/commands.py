@@ -1,4 +1,4 @@
-"""Policies from files to a folder: what `shiftrm sft` and `shiftrm optimise` do."""
+"""The implementation of `shiftrm sft` and `shiftrm optimise`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ METHODS: dict[str, Any] = {
     "grpo": configs.GRPOConfig,
     "dpo": configs.DPOConfig,
 }
-"""The configuration class of each way to optimise a policy."""
+"""The configuration class of each optimisation method."""
 
 TRAINERS = {"rloo": RLOOTrainer, "grpo": GRPOTrainer}
 
@@ -50,20 +50,20 @@ def sft(
     settings: Mapping[str, Any],
     command: str | None = None,
 ) -> str | None:
-    """Fine-tune a language model on demonstrations; the folder appears when it is whole.
+    """Fine-tune a language model on demonstrations; the output folder appears when complete.
 
-    Until then everything is in `.NAME.work` beside it. The same call continues from the last
-    complete checkpoint there.
+    Until then all files are in `.NAME.work` beside it. The same call resumes from the last complete
+    checkpoint there.
 
     Args:
         model: checkpoint folder or hub name to start from.
         demonstrations: a source (`data.sources`) of `data.demonstrations` rows.
         output: folder to write: an ordinary causal language model.
         settings: values by field of `trl.SFTConfig` and `trl.ModelConfig`.
-        command: how the model card says this run can be repeated.
+        command: the command that the model card gives to repeat the run.
 
     Returns:
-        A summary in words; None on all but the main process.
+        A summary text; None except on the main process.
 
     Raises:
         UserError: bad data or settings, an output that is not empty, out of memory, a gradient
@@ -102,9 +102,9 @@ def optimise(
     settings: Mapping[str, Any],
     command: str | None = None,
 ) -> str | None:
-    """Optimise a policy against a reward model, or on pairs; the folder appears when it is whole.
+    """Optimise a policy against a reward model or on pairs.
 
-    It continues and fails as `sft` does.
+    Resumes and fails as `sft` does.
 
     Args:
         method: a key of `METHODS`; dpo takes pairs, the others a reward model and prompts.
@@ -116,7 +116,7 @@ def optimise(
         settings: values by field of the method's configuration class and `trl.ModelConfig`.
 
     Raises:
-        UserError: as `sft`; an unknown method; or what the method needs is missing.
+        UserError: as `sft`; an unknown method; or an input of the method is missing.
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}{suggest(method, list(METHODS))}")
@@ -172,7 +172,7 @@ def _begin(
 
 
 def elsewhere(method: str) -> dict[str, str]:
-    """Settings that other methods have, and which."""
+    """Return settings of other methods, each with a message that names the method."""
     return {
         key: f"{method} has none; it is a setting of {other}"
         for other, cls in METHODS.items()
@@ -189,7 +189,7 @@ def _check_inputs(
     pairs: str | None,
     watch: str | None = None,
 ) -> None:
-    """Each method has its inputs; others are refused.
+    """Check that the inputs are those of the method.
 
     Raises:
         UserError: names the option.
@@ -295,6 +295,6 @@ def _rewarded_plan(
 
 
 def _reference(job: Job, reference: str | None) -> tuple[Any, str, bool]:
-    """The settings, the reference's name, and whether it is another model than the policy."""
+    """Return the settings, the reference's name, and whether it differs from the policy."""
     name = job.model if reference is None else reference
     return job.chosen.args, name, not same_model(name, job.model)

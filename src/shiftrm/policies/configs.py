@@ -1,4 +1,4 @@
-"""The settings of `shiftrm sft` and `shiftrm optimise`: TRL's and PPO's, and what both lack."""
+"""The settings of `shiftrm sft` and `shiftrm optimise`: TRL's and PPO's, with additions."""
 
 import dataclasses
 import typing
@@ -34,7 +34,7 @@ DPO_LOSSES = (
     *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-"""What TRL knows; another name it would refuse at the first step only."""
+"""The losses of TRL, which rejects other names only at the first step."""
 
 
 def _check_loss(name: str, known: tuple[str, ...]) -> None:
@@ -43,7 +43,7 @@ def _check_loss(name: str, known: tuple[str, ...]) -> None:
 
 
 def _check_sampling(args: Any) -> None:
-    """What transformers refuses at the first step only, or not at all."""
+    """Check values that transformers rejects only at the first step, or never."""
     if not args.temperature > 0:
         raise UserError(f"temperature is {args.temperature}; it must be above 0")
     if not 0 < args.top_p <= 1:
@@ -52,7 +52,7 @@ def _check_sampling(args: Any) -> None:
 
 @dataclass
 class DPOConfig(trl.DPOConfig):
-    """`trl.DPOConfig`, and how the KL is measured when training has ended."""
+    """`trl.DPOConfig` with the settings of the KL measurement after training."""
 
     kl_samples: int = field(default=64, metadata={"help": KL_SAMPLES})
     max_completion_length: int = field(
@@ -74,7 +74,7 @@ class DPOConfig(trl.DPOConfig):
 
 @dataclass
 class RLOOConfig(trl.RLOOConfig):
-    """`trl.RLOOConfig`, and what this command adds."""
+    """`trl.RLOOConfig` with the additions of this command."""
 
     kl_samples: int = field(default=64, metadata={"help": KL_SAMPLES})
     max_prompt_length: int | None = field(default=None, metadata={"help": LONGEST_PROMPT})
@@ -87,7 +87,7 @@ class RLOOConfig(trl.RLOOConfig):
 
 @dataclass
 class GRPOConfig(trl.GRPOConfig):
-    """`trl.GRPOConfig`, and what this command adds."""
+    """`trl.GRPOConfig` with the additions of this command."""
 
     kl_samples: int = field(default=64, metadata={"help": KL_SAMPLES})
     max_prompt_length: int | None = field(default=None, metadata={"help": LONGEST_PROMPT})
@@ -101,19 +101,19 @@ class GRPOConfig(trl.GRPOConfig):
 
 @dataclass
 class _PPOCommand:
-    """What a PPO command takes beside `PPOConfig`."""
+    """Settings of the PPO command besides `PPOConfig`."""
 
     preset: str | None = field(default=None, metadata={"help": "'paper': MetaRM's settings"})
     report_to: str | list[str] = field(
-        default="none", metadata={"help": "tensorboard, wandb, ...: where steps are logged, too"}
+        default="none", metadata={"help": "tensorboard, wandb, ...: also log steps there"}
     )
-    run_name: str | None = field(default=None, metadata={"help": "what report_to calls the run"})
+    run_name: str | None = field(default=None, metadata={"help": "name of the run for report_to"})
     kl_samples: int = field(default=64, metadata={"help": KL_SAMPLES})
     max_prompt_length: int | None = field(default=None, metadata={"help": LONGEST_PROMPT})
 
 
 def _flat(*classes: Any) -> list[tuple[str, Any, Any]]:
-    """The fields of several dataclasses as one list, without those that are dataclasses."""
+    """Return the fields of several dataclasses, without those that are dataclasses."""
     found = []
     for cls in classes:
         hints = typing.get_type_hints(cls)
@@ -127,14 +127,14 @@ def _flat(*classes: Any) -> list[tuple[str, Any, Any]]:
 PPOSettings = dataclasses.make_dataclass(
     "PPOSettings", _flat(PPOConfig, SamplingConfig, _PPOCommand)
 )
-"""Every setting of `shiftrm optimise ppo` in one flat list; `ppo_config` makes a `PPOConfig`."""
+"""All settings of `shiftrm optimise ppo` in a flat list; `ppo_config` makes a `PPOConfig`."""
 
 
 def ppo_config(given: Mapping[str, Any]) -> PPOConfig:
-    """A `PPOConfig` from what was said: over the preset, if there is one.
+    """Make a `PPOConfig` from given values, on top of the preset if there is one.
 
     Args:
-        given: values by field of `PPOSettings`; others are left out.
+        given: values by field of `PPOSettings`; others are ignored.
 
     Raises:
         UserError: an unknown preset, or a value that the configuration refuses.

@@ -32,7 +32,7 @@ CLASSIFIER = "ForSequenceClassification"
 
 
 def check_policy(path: str, option: str) -> None:
-    """Refuse what is clearly no policy, before weights are read.
+    """Reject a path that is not a policy, before weights are loaded.
 
     Raises:
         UserError: no such folder, or a reward model.
@@ -47,7 +47,7 @@ def check_policy(path: str, option: str) -> None:
 
 
 def check_reward_model(path: str, option: str = "--reward") -> None:
-    """Refuse what is clearly no reward model, before weights are read.
+    """Reject a path that is not a reward model, before weights are loaded.
 
     Raises:
         UserError: no such folder, or a causal language model.
@@ -57,28 +57,28 @@ def check_reward_model(path: str, option: str = "--reward") -> None:
     found = _architecture(path)
     if found and not found.endswith(CLASSIFIER):
         raise UserError(
-            f"{path}: is no reward model ({found}); make one with `shiftrm train --model {path}`"
+            f"{path}: is not a reward model ({found}); make one with `shiftrm train --model {path}`"
         )
 
 
 def _architecture(path: str) -> str:
-    """The class that a local folder's config.json names; "" where it does not say."""
+    """Return the class named in a local folder's config.json; "" if there is none."""
     try:
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         return str((config.get("architectures") or [""])[0])
     except (OSError, ValueError, AttributeError, RecursionError):
-        return ""  # whoever loads it will say what is wrong
+        return ""  # loading will report the error
 
 
 def same_model(first: str, second: str) -> bool:
-    """Whether two names are of one folder or hub model."""
+    """Whether two names refer to one folder or hub model."""
     return first == second or (
         os.path.isdir(first) and os.path.isdir(second) and os.path.samefile(first, second)
     )
 
 
 def load(path: str, chosen: Settings) -> tuple[Any, Any]:
-    """`load_policy` with the options of the settings; quantised if they say so.
+    """Call `load_policy` with the options of the settings, including quantisation.
 
     Raises:
         UserError: as `load_policy`, or weights that are not finite.
@@ -95,10 +95,10 @@ def load(path: str, chosen: Settings) -> tuple[Any, Any]:
 
 
 def load_reference(path: str, chosen: Settings, tokenizer: Any) -> Any:
-    """The model that the policy is to stay close to.
+    """Load the model that the policy must stay close to.
 
     Raises:
-        UserError: it has other tokens than the policy, so that there is no KL between them.
+        UserError: its vocabulary differs from the policy's, so no KL is defined.
     """
     model, theirs = load(path, chosen)
     if theirs.get_vocab() != tokenizer.get_vocab():
@@ -110,10 +110,10 @@ def load_reference(path: str, chosen: Settings, tokenizer: Any) -> Any:
 
 
 def load_scorer(path: str, *, batch_size: int) -> Scorer:
-    """A reward model as a text reward, on this process's device.
+    """Load a reward model as a text reward on this process's device.
 
     Args:
-        batch_size: responses in one pass; changes memory, not the rewards.
+        batch_size: responses per pass; changes memory, not the rewards.
 
     Raises:
         UserError: as `Scorer.from_pretrained`, or weights that are not finite.
@@ -134,15 +134,15 @@ def fitting_prompts(
     limit: int | None,
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[list[Text], dict[str, int]]:
-    """Prompts that leave `room` tokens in the context and have at most `limit`; and the others.
+    """Keep prompts of at most `limit` tokens that leave `room` tokens in the context.
 
-    The main process warns of ends that the tokenizer joins with a response.
+    The main process warns of prompt ends that the tokenizer merges with a response.
 
     Returns:
-        The prompts, and how many were dropped, by reason.
+        The prompts, and the number of dropped ones by reason.
 
     Raises:
-        UserError: none is left, or one that the tokenizer or its chat template cannot take.
+        UserError: none is left, or the tokenizer or its chat template cannot encode one.
     """
     context = context_limit(model.config)
     most = None if context is None else context - room

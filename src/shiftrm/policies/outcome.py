@@ -32,9 +32,9 @@ class MeasuredKL:
     """Sequence KL of a policy to its reference.
 
     Attributes:
-        kl: nats a response, mean over the samples.
-        standard_error: of that mean.
-        samples: how many.
+        kl: mean over the samples, in nats per response.
+        standard_error: standard error of that mean.
+        samples: number of responses.
     """
 
     kl: float
@@ -43,7 +43,7 @@ class MeasuredKL:
 
 
 class AdapterOff:
-    """A LoRA policy as its own reference: the base model, without a second copy in memory."""
+    """Runs a LoRA policy with its adapter off, as a reference without a second copy in memory."""
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
@@ -56,7 +56,7 @@ class AdapterOff:
     __call__ = forward
 
     def get_base_model(self) -> Any:
-        """Whose forward says which arguments there are."""
+        """Return the base model, whose forward declares the arguments."""
         return self.policy.get_base_model()
 
     def parameters(self) -> Any:
@@ -113,16 +113,16 @@ TITLES = {
 
 @dataclass
 class PolicyOutcome:
-    """Everything the card and the summary say.
+    """The contents of card and summary.
 
     Attributes:
         method: a key of `TITLES`.
-        data: the inputs; the first is what was trained on.
+        data: the inputs; the first is the training data.
         settings: those that differ from the defaults.
-        examples: rows of it that were used.
-        dropped: the others, by reason.
+        examples: number of training rows used.
+        dropped: number of dropped rows by reason.
         log: the rows of training_log.jsonl.
-        kl: to the reference when training had ended; None where it was not measured.
+        kl: KL to the reference after training; None if not measured.
     """
 
     method: str
@@ -145,7 +145,7 @@ class PolicyOutcome:
 
 
 def policy_summary(outcome: PolicyOutcome) -> str:
-    """The end of `shiftrm sft` and `shiftrm optimise`."""
+    """Return the text that `shiftrm sft` and `shiftrm optimise` print at the end."""
     return "\n".join([*_sentences(outcome), f"Policy: {outcome.output}"])
 
 
@@ -173,7 +173,7 @@ SHOWN = (
     ("loss", "Loss"),
     ("rewards/accuracies", "Share of pairs ordered as they should be"),
 )
-SHOWN_OF_REWARDS = (("reward", "Mean reward"),)  # whose loss says nothing
+SHOWN_OF_REWARDS = (("reward", "Mean reward"),)  # their loss is not informative
 
 
 def _series(log: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
@@ -188,7 +188,7 @@ def _change(log: Sequence[Mapping[str, Any]], metric: str, words: str) -> str:
 
 
 def policy_card(outcome: PolicyOutcome) -> str:
-    """README.md: what the policy was made of, how, and what was measured. Needs no network."""
+    """Return README.md: inputs, settings and measurements. Needs no network."""
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

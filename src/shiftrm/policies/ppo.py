@@ -140,7 +140,8 @@ class StepLog:
         kl: sequence KL to the reference in nats, mean over the responses of the sum over their
             states of KL(pi || pi_ref) over the whole vocabulary. Never negative, whatever the
             sampling. Unbiased for the policy's KL if sampling does not modify the policy
-            (temperature 1, top-p 1, no penalty), else the KL over the visited states. Input of the controller.
+            (temperature 1, top-p 1, no penalty), else the KL over the visited states. Input of
+            the controller.
         kl_sampled: the estimate `sum_t log pi/pi_ref` over sampled tokens (k1): the penalty in the
             rewards. With modified sampling it does not estimate a KL and can be negative
             while the policy moves away.

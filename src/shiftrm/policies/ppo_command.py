@@ -1,4 +1,4 @@
-"""PPO as a command: scale of the rewards, checkpoints, logs, progress, the folder at the end."""
+"""`shiftrm optimise ppo`: reward scale, training, logs, progress, and the finished folder."""
 
 import dataclasses
 import json
@@ -40,10 +40,10 @@ from shiftrm.trainers.training_log import write_training_log
 __all__ = ["log_row", "reporting", "reporting_arguments", "run_ppo"]
 
 SCALE_FILE = "reward_scale.json"
-"""In the work folder: mean and spread of the rewards, measured once."""
+"""In the work folder: mean and standard deviation of the rewards, measured once."""
 
 RENAMED = {"kl": "sequence_kl", "kl_sampled": "sequence_kl_sampled", "score_mean": "reward"}
-"""Numbers of a `StepLog` under the names that they have with every method."""
+"""Fields of `StepLog` with the names that all methods use in their logs."""
 
 
 def run_ppo(
@@ -57,13 +57,13 @@ def run_ppo(
     report_as: TrainingArguments,
     watch: str | None = None,
 ) -> PolicyOutcome:
-    """Train by PPO in the job's work folder; model and log are then in `job.finished`.
+    """Train by PPO in the job's work folder; write model and log to `job.finished`.
 
     Args:
-        checkpoint: the one that `PPOTrainer` will continue from, to be named.
-        reference: None, or the model to stay close to.
+        checkpoint: the one that `PPOTrainer` will resume from, for the message.
+        reference: the model to stay close to; None for the policy as it is.
         report_as: see `reporting_arguments`.
-        watch: as `commands.optimise` takes it.
+        watch: as in `commands.optimise`.
 
     Raises:
         UserError: as `PPOTrainer`; models that cannot be loaded; an integration that is not there.
@@ -120,7 +120,7 @@ def _train(
     report: Callable[[Row], None],
     watched: Watch | None,
 ) -> list[Row]:
-    """The log of all steps, those before an interruption included; the critic is gone then."""
+    """Return the log of all steps, including those before an interruption; discard the critic."""
     critic = make_critic(problem.policy, seed=config.seed)
 
     def row_of(log: StepLog) -> Row:
@@ -144,20 +144,20 @@ def _train(
             config,
             on_step=on_step,
             checkpoints=job.work,
-        ).train(save_last=False)  # the policy is stored at once; nothing else is needed again
+        ).train(save_last=False)  # the policy is saved at once; nothing else is needed
     if hasattr(critic, "remove"):  # its adapter lies in the policy
         critic.remove()
     return [row_of(log) for log in logs]
 
 
 def log_row(log: StepLog) -> Row:
-    """A step's numbers as a row of training_log.jsonl; what could not be measured is left out."""
+    """Return a row of training_log.jsonl, without the values that are None."""
     values = dataclasses.asdict(log)
     return {RENAMED.get(key, key): value for key, value in values.items() if value is not None}
 
 
 def _watch(job: Job, name: str | None) -> Watch | None:
-    """On the main process, which sees all roll-outs."""
+    """Return the watch on the main process, which sees all roll-outs."""
     if name is None or not PartialState().is_main_process:
         return None
     return Watch(open_watch(name), job.work)
@@ -166,7 +166,7 @@ def _watch(job: Job, name: str | None) -> Watch | None:
 def _load(
     job: Job, config: PPOConfig, prompts: Sequence[Text], reference: str, reward: str
 ) -> Problem:
-    """Policy, with a new adapter if LoRA was asked for, reference and reward model."""
+    """Load policy (with a new adapter if LoRA is on), reference and reward model."""
     reward_fn = load_scorer(reward, batch_size=min(64, config.forward_batch_size))
     policy, tokenizer = load(job.model, job.chosen)
     adapter = job.chosen.trainer_options.get("peft_config")
@@ -184,7 +184,7 @@ def _load(
 
 
 def _scaled(job: Job, config: PPOConfig, problem: Problem) -> PPOConfig:
-    """With mean and spread of the rewards over the reference's responses, unless they are given."""
+    """Fill in mean and spread of the rewards of the reference's responses, unless given."""
     if config.reward_mean is not None and config.reward_std is not None:
         return config
     found: list[Any] = [None]
@@ -216,7 +216,7 @@ def _measured_scale(config: PPOConfig, problem: Problem) -> tuple[float, float]:
 
 
 def _final_kl(job: Job, config: PPOConfig, problem: Problem) -> MeasuredKL | None:
-    """By the main process."""
+    """Measured by the main process."""
     if not job.chosen.args.kl_samples or not PartialState().is_main_process:
         return None
     return measure_kl(
@@ -229,7 +229,7 @@ def _final_kl(job: Job, config: PPOConfig, problem: Problem) -> MeasuredKL | Non
 
 
 def _write(policy: Any, tokenizer: Any, finished: Path) -> None:
-    """The model whole, with its tokenizer; of LoRA the merged one, and the adapter beside it."""
+    """Save model and tokenizer; for LoRA, the merged model and the adapter in a subfolder."""
     remember_stop_tokens(policy, tokenizer)
     if hasattr(policy, "merge_and_unload"):
         policy.save_pretrained(finished / "adapter")
@@ -239,7 +239,7 @@ def _write(policy: Any, tokenizer: Any, finished: Path) -> None:
 
 
 def _beyond_defaults(config: PPOConfig, given: Mapping[str, Any]) -> Row:
-    """Every setting with another value than by default, the preset's and the scale included."""
+    """Return the settings that differ from the defaults, including preset and reward scale."""
     found: Row = {}
     default = PPOConfig()
     for key, value in dataclasses.asdict(config).items():
@@ -253,7 +253,7 @@ def _beyond_defaults(config: PPOConfig, given: Mapping[str, Any]) -> Row:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[StepLog], None]]:
-    """A bar on a terminal; elsewhere a line a step, of the main process."""
+    """Show a bar on a terminal, else one line per step from the main process."""
     with (
         task("PPO step", steps) as advance,
         tqdm(total=steps, desc="PPO", disable=not sys.stderr.isatty()) as shown,
@@ -271,12 +271,12 @@ def _progress(steps: int) -> Iterator[Callable[[StepLog], None]]:
 
 
 def reporting_arguments(job: Job) -> TrainingArguments:
-    """What transformers' integrations want to know; joins the processes of an `accelerate launch`.
+    """Return arguments for transformers' integrations; joins the processes of `accelerate launch`.
 
-    To be made before anything else asks for the processes: it sets them up anew.
+    Call this before other code uses the processes, because it sets them up again.
 
     Raises:
-        UserError: `report_to` names what there is not.
+        UserError: `report_to` names an unknown integration.
     """
     chosen = job.chosen.args
     given = {"report_to": chosen.report_to, "run_name": chosen.run_name}
@@ -290,12 +290,12 @@ def reporting_arguments(job: Job) -> TrainingArguments:
 
 @contextmanager
 def reporting(args: TrainingArguments) -> Iterator[Callable[[Row], None]]:
-    """Yield a function that sends a row (`{"step": n, metric: value}`) where `report_to` says.
+    """Yield a function that reports a row (`{"step": n, metric: value}`) as `report_to` says.
 
-    Through transformers' own integrations, so it means what it means for every trainer.
+    Uses transformers' integrations, so `report_to` works as for every trainer.
 
     Raises:
-        UserError: an integration that is not installed.
+        UserError: an integration is not installed.
     """
     try:
         callbacks = [cls() for cls in get_reporting_integration_callbacks(args.report_to)]

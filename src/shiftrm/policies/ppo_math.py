@@ -3,8 +3,8 @@
 Rows are `prompt + response`, padded on the right, so that models with absolute positions read them
 as in training. Only the last `A` columns are used, from the end of the shortest prompt on: column
 `a` of every [B, A] tensor belongs to the token at `T - A + a` (its log-probability, the value of
-the state before it). A mask marks the response tokens, including EOS. It is computed from lengths, not
-from token ids, so pad may equal EOS.
+the state before it). A mask marks the response tokens, including EOS. It is computed from lengths,
+not from token ids, so pad may equal EOS.
 """
 
 import inspect

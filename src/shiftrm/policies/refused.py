@@ -1,8 +1,8 @@
-"""Settings of TRL that `shiftrm sft` and `shiftrm optimise` do not take; loads no library."""
+"""TRL settings that `shiftrm sft` and `shiftrm optimise` reject; imports no library."""
 
 __all__ = ["refused"]
 
-NOT_TRUNCATED = "what is longer than max_length is dropped and counted, not truncated"
+NOT_TRUNCATED = "rows longer than max_length are dropped and counted, not truncated"
 ONE_REFERENCE = "the reference stays as it is; give --reference"
 ONE_REWARD = "there is one reward model, given by --reward"
 
@@ -29,5 +29,5 @@ _REFUSED: dict[str, dict[str, str]] = {
 
 
 def refused(method: str) -> dict[str, str]:
-    """Fields of the method's configuration that its command does not take, and why."""
+    """Return the fields of the method's configuration that its command rejects, with reasons."""
     return _REFUSED.get("rloo" if method == "grpo" else method, {})

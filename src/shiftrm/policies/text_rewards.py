@@ -34,21 +34,21 @@ __all__ = [
 ]
 
 SCALE_SAMPLES = 256
-"""Responses of the reference on which a reward's mean and spread are taken."""
+"""Number of reference responses from which mean and spread of the rewards are computed."""
 
 
 class TextReward:
-    """Rewards of sampled tokens by a text reward, as TRL's RLOO and GRPO trainers want them.
+    """A text reward as a reward function of TRL's RLOO and GRPO trainers.
 
-    A reward model with the policy's tokenizer reads the sampled tokens. The text for others is
-    decoded here and not taken from TRL, which decodes a response alone and so loses the space
-    between it and its prompt; and what the length limit cut off is scored as unfinished.
+    A reward model with the policy's tokenizer reads the sampled tokens. For others, the text is
+    decoded here: TRL decodes a response alone and so loses the space between prompt and response.
+    Responses that the length limit cut off are scored as unfinished.
 
     Attributes:
-        stop: the tokens that end a response; the trainer sets those it samples with.
+        stop: tokens that end a response; the trainer sets those it samples with.
     """
 
-    __name__ = "reward_model"  # under which TRL logs the rewards
+    __name__ = "reward_model"  # name of the rewards in TRL's logs
 
     def __init__(
         self, reward_fn: RewardFunction, tokenizer: Any, template_options: dict[str, Any]
@@ -90,11 +90,11 @@ def reward_scale(
     batch_size: int,
     seed: int,
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the rewards of a reference's responses.
+    """Return mean and standard deviation of the rewards of a reference's responses.
 
     Args:
         prompts: `SCALE_SAMPLES` are drawn from them, with replacement.
-        batch_size: responses drawn at once; other sizes are other draws.
+        batch_size: responses sampled at once; changing it changes the draws.
 
     Returns:
         The mean, and the spread (unbiased variance), which is at least 1e-8.
@@ -125,12 +125,12 @@ def _require_finite(reward: float, prompt: Text) -> None:
 
 
 GOLD_WORLD = "gold"
-"""Names the gold world's own reward instead of a folder."""
+"""Name that selects the gold world's reward instead of a model."""
 
 GOLD = "gold_mean"
 
 WATCHED_FILE = "watched.jsonl"
-"""In PPO's work folder: what was seen, so that steps before a checkpoint keep theirs."""
+"""In PPO's work folder: the watched rewards, which a resumed run reads again."""
 
 
 def check_watch(name: str) -> None:
@@ -140,7 +140,7 @@ def check_watch(name: str) -> None:
 
 
 def open_watch(name: str, *, batch_size: int = 32) -> RewardFunction:
-    """A reward model on this process's device, or the gold world's reward.
+    """Load a reward model on this process's device, or the gold world's reward.
 
     Args:
         batch_size: responses in one pass; changes memory, not the rewards.
@@ -153,7 +153,7 @@ def open_watch(name: str, *, batch_size: int = 32) -> RewardFunction:
 
 
 class _TextsOnly:
-    """The gold world's reward, which reads no messages."""
+    """The gold world's reward, which does not accept chat messages."""
 
     def __init__(self, reward: Any) -> None:
         self._reward = reward
@@ -167,10 +167,10 @@ class _TextsOnly:
 
 
 class Watch:
-    """`gold_mean` by step of a PPO run.
+    """Records `gold_mean` at each step of a PPO run.
 
     Args:
-        work: the run's work folder; a continued run finds there what it saw before.
+        work: the run's work folder, from which a resumed run reads earlier values.
     """
 
     def __init__(self, reward_fn: RewardFunction, work: Path) -> None:
@@ -180,25 +180,25 @@ class Watch:
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:  # the last one, when the run was killed
+                except json.JSONDecodeError:  # an incomplete last line of a killed run
                     continue
                 self._seen[row["step"]] = row[GOLD]
 
     def see(self, step: int, rollouts: Rollouts) -> None:
-        """Score a step's roll-outs."""
+        """Score the roll-outs of a step."""
         rewards = rewards_of(self._reward_fn, rollouts.as_responses())
         self._seen[step] = sum(rewards) / len(rewards)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps({"step": step, GOLD: self._seen[step]}))
 
     def beside(self, row: Row) -> Row:
-        """A row of the log with what was seen at its step."""
+        """Return a log row with the value of its step added."""
         seen = self._seen.get(row["step"])
         return row if seen is None else {**row, GOLD: seen}
 
 
 def with_gold(row: Row) -> Row:
-    """A row of TRL's log, where the second reward has TRL's name for it."""
+    """Rename the second reward in a row of TRL's log."""
     name = f"rewards/{GOLD_WORLD}"
     kept = {key: value for key, value in row.items() if not key.startswith(f"{name}/")}
     return {**kept, GOLD: row[f"{name}/mean"]} if f"{name}/mean" in row else kept

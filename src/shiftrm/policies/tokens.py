@@ -1,8 +1,8 @@
-"""Demonstrations and pairs as tokens, and which of them the loss is on.
+"""Encode demonstrations and pairs as tokens, with the loss mask.
 
-TRL's rows get TRL's tokens (tests hold the two together), but through
-`shiftrm.models.rendering`, which scoring uses too: a chat prompt may have a plain answer, a side
-that was cut off is left open, and of a conversation every answer of the assistant is learnt.
+Tokens equal TRL's (a test compares them), but are made by `shiftrm.models.rendering`, as in
+scoring: a chat prompt may have a plain-text answer, a truncated side is not closed, and the loss is
+on every assistant answer of a conversation.
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ __all__ = ["drop", "encode_demonstration", "encode_preference"]
 
 
 def encode_demonstration(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
-    """`input_ids`, and `completion_mask`: 1 where the loss is.
+    """Return `input_ids` and `completion_mask` (1 where the loss is).
 
     Args:
-        row: as `data.demonstrations` reads it. The loss is on the completion, or on every answer of
+        row: as read by `data.demonstrations`. The loss is on the completion, or on every answer of
             the assistant, its closing token included.
     """
     options = template_options(row)
@@ -41,16 +41,16 @@ def encode_demonstration(row: dict[str, Any], tokenizer: Any) -> dict[str, list[
 def _turn(
     tokenizer: Any, messages: list[Any], turn: int, ids: list[int], options: dict[str, Any]
 ) -> tuple[int, int]:
-    """Where an answer begins and ends in the tokens of the whole conversation.
+    """Return start and end of an answer in the tokens of the whole conversation.
 
-    Nothing of it is learnt where the template writes it otherwise once it is history (as those do
-    that leave out earlier reasoning): those are not the tokens a policy would have to say.
+    The range is empty if the template renders the answer differently once it is history (some
+    remove earlier reasoning): a policy would not generate those tokens.
     """
     last = turn == len(messages) - 1
     until = ids if last else encode(tokenizer, None, messages[: turn + 1], template_options=options)
     if not last:
         closing = _common(until, ids)
-        if closing < len(until):  # the template closed the conversation: not counted as the answer
+        if closing < len(until):  # the template closed the conversation; not part of the answer
             until = until[:closing]
     start = 0
     if turn:
@@ -62,12 +62,11 @@ def _turn(
 
 
 def encode_preference(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids`, as `trl.DPOTrainer` takes them.
+    """Return `prompt_ids`, `chosen_ids` and `rejected_ids` for `trl.DPOTrainer`.
 
     Args:
-        row: as `data.pairs` reads it. In messages without a prompt it is found by TRL; texts
-            without one are whole responses to an empty prompt (a common beginning of letters is no
-            prompt).
+        row: as read by `data.pairs`. For messages without a prompt, TRL extracts it; texts without
+            one are responses to an empty prompt (a common prefix of characters is not a prompt).
     """
     options = template_options(row)
     if row.get("prompt") is None and isinstance(row["chosen"], str):
@@ -95,11 +94,11 @@ def encode_preference(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int
 def drop(
     dataset: Dataset, name: str, filters: dict[str, Any], *, advice: str
 ) -> tuple[Dataset, dict[str, int]]:
-    """Rows that pass all filters, and how many each of them dropped.
+    """Return the rows that pass all filters, and the number that each dropped.
 
     Args:
-        filters: what stays, by the reason for dropping the others.
-        advice: what to do where nothing is left.
+        filters: predicates of rows to keep, by the reason for dropping the others.
+        advice: what to do if nothing is left.
 
     Raises:
         UserError: nothing is left.
@@ -120,7 +119,7 @@ def _prompt_ids(tokenizer: Any, prompt: Text, options: dict[str, Any]) -> list[i
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Return the length of the common prefix of two sequences."""
     for place, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return place

@@ -1,4 +1,4 @@
-"""One run of a policy trainer of TRL in its work folder: train, write, measure the KL."""
+"""Run a TRL policy trainer in its work folder: train, measure the KL, save."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,13 +37,14 @@ SHOWN = ("loss", "reward", "sequence_kl", "accuracies")
 
 @dataclass
 class Plan:
-    """What a method's run needs beside its job.
+    """What a method needs besides its job.
 
     Attributes:
-        make: the trainer; called in the work folder, once everything else was checked.
-        prompts: what the KL is measured on; none, and it is not.
-        reference: names of models for the card; `load_reference` loads the one to measure against
-            where the trainer holds none and there is no adapter to switch off.
+        make: makes the trainer; called in the work folder after all checks.
+        prompts: prompts to measure the KL on; if empty, it is not measured.
+        reference, reward: names of models for the card.
+        load_reference: loads the model to measure against if the trainer holds none and there is
+            no adapter to switch off.
         max_new_tokens: longest response when the KL is measured.
     """
 
@@ -65,14 +66,14 @@ def run_in_work(
     *,
     more: dict[str, Any],
 ) -> str | None:
-    """Hold the work folder, train in it, and publish what came of it.
+    """Lock the work folder, train in it, and publish the result.
 
     Args:
         train: writes the model to `job.finished`; takes the checkpoint to continue from.
-        more: what else must be the same for an interrupted run to be continued.
+        more: further values that must be equal for an interrupted run to be resumed.
 
     Returns:
-        The summary; None on all but the main process.
+        The summary; None except on the main process.
 
     Raises:
         UserError: out of memory, a full disk, numbers that are not finite, or as `train`.
@@ -87,7 +88,7 @@ def run_in_work(
 
 
 def run_trl(job: Job, plan: Plan, checkpoint: Path | None) -> PolicyOutcome:
-    """Train with a trainer of TRL; when this returns, model and log are in `job.finished`."""
+    """Train with a TRL trainer; write model and log to `job.finished`."""
     used = job.chosen.beyond_defaults()
     trainer = _made(job, plan)
     _fit(job, trainer, checkpoint)
@@ -120,7 +121,7 @@ def run_trl(job: Job, plan: Plan, checkpoint: Path | None) -> PolicyOutcome:
 
 
 def _made(job: Job, plan: Plan) -> Any:
-    """The trainer, with callbacks; what libraries refuse is one line."""
+    """Make the trainer with callbacks; errors of libraries become one line."""
     args = job.chosen.args
     given, args.model_init_kwargs = getattr(args, "model_init_kwargs", None), None  # used up
     try:
@@ -139,7 +140,7 @@ def _fit(job: Job, trainer: Any, checkpoint: Path | None) -> None:
         print(f"Continuing from {checkpoint}", flush=True)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (ImportError, NotImplementedError) as error:  # an optimizer or kernel that is not there
+    except (ImportError, NotImplementedError) as error:  # a missing optimizer or kernel
         raise user_error(job.model, error, job.chosen) from error
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
@@ -151,7 +152,7 @@ def _fit(job: Job, trainer: Any, checkpoint: Path | None) -> None:
 
 
 def _final_kl(job: Job, plan: Plan, trainer: Any) -> MeasuredKL | None:
-    """Measured by the main process; not at all where weights are sharded."""
+    """Measured by the main process; skipped if weights are sharded."""
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not plan.kl_samples or not plan.prompts or sharded:
         return None

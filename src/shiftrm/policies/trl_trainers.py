@@ -1,8 +1,8 @@
-"""TRL's trainers of policies as this project uses them: our tokens, our reward, nothing silent.
+"""TRL's policy trainers with our tokens and rewards.
 
-Each is a thin subclass; what they share: a gradient that is not finite stops the run before it
-reaches the weights, dropout is off where TRL says so, nothing is reported to TRL's makers, and TRL
-writes no model card (the command writes its own).
+Each is a thin subclass. In all of them, a gradient that is not finite stops the run before it
+reaches the weights, dropout is off where TRL says so, telemetry is off, and TRL writes no model
+card (the command writes its own).
 """
 
 from collections.abc import Callable, Iterator
@@ -30,26 +30,26 @@ from shiftrm.trainers.noise import switch_off_dropout
 __all__ = ["KL_ROWS", "DPOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer"]
 
 KL_ROWS = 32
-"""Samples of a process on which RLOO's and GRPO's KL is measured each time: two passes more."""
+"""Samples per process on which RLOO's and GRPO's KL is measured (two more passes)."""
 
 
 class _Guarded:
-    """What every policy trainer does in the same way."""
+    """Behaviour shared by all policy trainers."""
 
     dropped: dict[str, int]
-    """Rows that were left out, by reason."""
+    """Number of dropped rows by reason."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called before every optimizer step: a norm that is not finite must not become weights."""
+        """Called before every optimizer step; raises if the norm is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         require_finite_gradient(self, norm)
         return norm
 
     def _send_telemetry(self) -> None:
-        """TRL reports to its makers that a trainer was made; ours does not."""
+        """Do nothing: TRL would report that a trainer was made."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The command writes its own."""
+        """Do nothing: the command writes its own."""
 
 
 class SFTTrainer(_Guarded, trl.SFTTrainer):
@@ -62,7 +62,7 @@ class SFTTrainer(_Guarded, trl.SFTTrainer):
     def __init__(self, model: Any, args: Any, **rest: Any) -> None:
         self.dropped, self._context = {}, context_limit(model.config)
         if args.completion_only_loss is None:
-            args.completion_only_loss = True  # TRL would not, for rows of messages
+            args.completion_only_loss = True  # not TRL's default for rows of messages
         super().__init__(model, args, **rest)
         remember_stop_tokens(self.model, self.processing_class)
 
@@ -83,7 +83,7 @@ class SFTTrainer(_Guarded, trl.SFTTrainer):
 
 
 class DPOTrainer(_Guarded, trl.DPOTrainer):
-    """`trl.DPOTrainer` on `data.pairs` rows: pairs longer than `max_length` are dropped, counted.
+    """`trl.DPOTrainer` on `data.pairs` rows: drops and counts pairs longer than `max_length`.
 
     Args:
         reference: None for the policy as it is now.
@@ -131,7 +131,7 @@ def _encoded(
     length: Callable[[dict[str, Any]], int],
     more: dict[str, Any],
 ) -> tuple[Dataset, dict[str, int]]:
-    """Rows as tokens without those that are too long, and how many were dropped, by reason."""
+    """Encode rows and drop those that are too long; return the number dropped by reason."""
     pin_template(tokenizer)
     with PartialState().main_process_first():
         dataset = dataset.map(
@@ -162,14 +162,14 @@ def _encode_row(
 
 
 class _SameOrder(TrainerCallback):
-    """Prompts in the same order after an interruption: TRL's sampler would begin anew."""
+    """Keeps the order of prompts after an interruption; TRL's sampler would start over."""
 
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._sampler.shuffle:
-            for _epoch in range(int(state.epoch or 0)):  # the draws of those before
+            for _epoch in range(int(state.epoch or 0)):  # the draws of earlier epochs
                 torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
 
 
@@ -183,11 +183,11 @@ class _Rewarded(_Guarded):
     are, which top-p and penalties bias, below 0 even.
 
     Args:
-        reference: a model to stay close to, or None: the base model with the adapter off under
-            LoRA, nothing where `beta` is 0.
-        reward_fn: text in, so the reward model may have another tokenizer, see
-            `trainers.ppo.RewardFunction`. Its rewards are used as they are.
-        watch_fn: the like; its rewards are logged and have weight 0.
+        reference: a model to stay close to. None: under LoRA the base with its adapter off; no
+            reference if `beta` is 0.
+        reward_fn: a `ppo.RewardFunction`: takes text, so the reward model may have another
+            tokenizer. Its rewards are used unchanged.
+        watch_fn: a second reward function; its rewards are logged with weight 0.
     """
 
     def __init__(
@@ -229,10 +229,10 @@ class _Rewarded(_Guarded):
             switch_off_dropout(self.model)  # type: ignore[attr-defined]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """The tokens that a policy continues, as everywhere here.
+        """Return prompt tokens as `encode_prompt` makes them.
 
-        TRL closes an answer that a prompt begins, and keeps the EOS that some tokenizers put behind
-        every text.
+        TRL closes an answer that the prompt begins, and keeps the EOS that some tokenizers append
+        to every text.
         """
         trained: Any = self
         tokenizer, options = trained.processing_class, trained.args.chat_template_kwargs or {}
@@ -245,7 +245,7 @@ class _Rewarded(_Guarded):
         return sampler
 
     def _placed(self, reference: Any) -> Any:
-        """On this process's device, sharded where the policy is."""
+        """Place the reference on this process's device, sharded if the policy is."""
         from trl.models import prepare_deepspeed, prepare_fsdp
 
         accelerator = self.accelerator  # type: ignore[attr-defined]
@@ -266,7 +266,7 @@ class _Rewarded(_Guarded):
         model, accelerator = self.model, self.accelerator  # type: ignore[attr-defined]
         samples, counted = _samples(output, most=KL_ROWS)
         rows = Rows.pack(samples, device=accelerator.device)
-        # The same on all processes: where weights are sharded, every pass is a common one.
+        # The same on all processes: with sharded weights every pass is collective.
         fitting = torch.tensor([rows.within(LOGITS_AT_ONCE, vocabulary_of(model))])
         size = int(accelerator.gather(fitting.to(accelerator.device)).min())
         training, kl = model.training, []
@@ -287,7 +287,7 @@ class _Rewarded(_Guarded):
 
     @contextmanager
     def _reference(self) -> Iterator[Any]:
-        """The reference that TRL takes: a model, or the policy with another adapter or none."""
+        """Context with TRL's reference: a model, or the policy with another adapter or none."""
         held, model = self.ref_model, self.model  # type: ignore[attr-defined]
         if held is not None:
             yield held
@@ -297,10 +297,10 @@ class _Rewarded(_Guarded):
             yield model
 
     def _log_sampled_kl(self, mask: Tensor) -> None:
-        """TRL's `kl`, a mean over tokens, in nats a sequence and under a name of its own.
+        """Log TRL's `kl`, a mean over tokens, as `sequence_kl_sampled` in nats per sequence.
 
         Args:
-            mask: of the tokens that the mean was taken over, shape [B, T].
+            mask: tokens that the mean was taken over, shape [B, T].
         """
         local = torch.stack([mask.sum().float(), mask.any(dim=1).sum().float()])
         tokens, sequences = self.accelerator.reduce(local, reduction="sum")  # type: ignore[attr-defined]
@@ -313,7 +313,7 @@ class _Rewarded(_Guarded):
 
 
 def _samples(output: dict[str, Any], *, most: int) -> tuple[list[Sample], list[bool]]:
-    """At most so many of TRL's rows, evenly spread, and whether TRL trains on each of them."""
+    """Return at most `most` of TRL's rows, evenly spread, and whether TRL trains on each."""
     count = output["completion_ids"].shape[0]
     samples, counted = [], []
     for row in range(0, count, -(-count // most)):
@@ -322,14 +322,14 @@ def _samples(output: dict[str, Any], *, most: int) -> tuple[list[Sample], list[b
             for part in ("prompt", "completion")
         )
         counted.append(bool(response))
-        # One that is masked out whole still has its place in every process's passes.
+        # A fully masked row keeps its place, so that all processes make the same passes.
         samples.append(Sample(prompt, response or output["completion_ids"][row, :1].tolist(), True))
     return samples, counted
 
 
 @contextmanager
 def _without_reference(args: Any) -> Iterator[None]:
-    """Meanwhile beta is 0, with which TRL loads no reference of its own: it is given to us."""
+    """Context in which beta is 0, so that TRL does not load a reference of its own."""
     beta, args.beta = args.beta, 0.0
     try:
         yield
