@@ -105,6 +105,30 @@ def test_presets_are_the_adapting_arms(world, preset):
     assert said == ["methods/metarm/round-1/reward_model"]
 
 
+def test_an_arm_may_be_any_registered_method_or_one_from_outside(world, tmp_path, monkeypatch):
+    (tmp_path / "my_arms.py").write_text(
+        "from shiftrm.methods.method import Method\n"
+        "from shiftrm.trainers.kinds import Training\n"
+        "from shiftrm.trainers.reward import RewardConfig, RewardTrainer\n"
+        "def mine(): return Training(RewardConfig, RewardTrainer)\n"
+        "METHOD = Method('Mine', 'mine', '#112233', 'o', frozenset({'pairs'}), mine,\n"
+        "                {'weight_decay': 0.1})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arms = {"free": {"reward": "metarm_scale_free"}, "mine": {"reward": "my_arms:METHOD"}}
+    found = stages(world, methods=arms)
+    free = words_of(found["methods/free/round-1/reward_model"])
+    assert "preset=scale_free" in free
+    assert "--groups" in free
+    mine = words_of(found["methods/mine/round-1/reward_model"])
+    assert mine[mine.index("--method") + 1] == "my_arms:METHOD"
+    assert "weight_decay=0.1" in mine
+    assert "--groups" not in mine
+    assert "methods/mine/round-1/groups" not in found
+    with pytest.raises(UserError, match=r"methods\.x\.reward is 'fresh_labels', which needs new lab"):
+        stages(world, methods={"x": {"reward": "fresh_labels"}})
+
+
 def test_lora_is_every_models(world):
     found = stages(world, methods=ARMS, lora={"lora_r": 4, "lora_target_modules": ["q_proj"]})
     trained = [s for s in found.values() if is_training(job_of(s))]

@@ -30,7 +30,7 @@ command that was interrupted, killed or stopped by a full disk continues from th
 is given again. With LoRA the output is the merged model, and the adapter is in its folder adapter.
 """
 
-OPTIONS = ("config", "model", "pairs", "eval_pairs", "groups", "output")
+OPTIONS = ("config", "model", "pairs", "eval_pairs", "groups", "method", "output")
 
 
 def register(subparsers: Any) -> None:
@@ -45,6 +45,12 @@ def register(subparsers: Any) -> None:
     )
     settings.add_arguments(parser)
     parser.add_argument("--groups", metavar="DATA", help="response groups of the policy")
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help="a method of `shiftrm adapt`, or package.module:attribute; by default metarm with "
+        "--groups, and Bradley-Terry alone without",
+    )
     parser.set_defaults(run=run, again="to continue from the last checkpoint, if there is one")
 
 
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         options["pairs"],
         settings.named(options.get("eval_pairs"), "eval_pairs"),
         options.get("groups"),
+        options.get("method"),
         settings=chosen,
         told=shlex.join(["shiftrm", *sys.argv[1:]]),
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from shiftrm.errors import UserError, suggest
+from shiftrm.methods.method import METHODS
 from shiftrm.models.sampling import SamplingConfig
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.world.build import WorldConfig
@@ -25,14 +26,18 @@ class Arm:
     fresh_labels: bool = False
 
 
+def _arm(name: str) -> Arm:
+    method = METHODS.get(name)
+    return Arm(method.trains, method.settings.get("preset"), "labels" in method.needs)
+
+
 ARMS: dict[str, Arm] = {
-    "fixed": Arm(trains=False),
-    "retrained": Arm(trains=True),
-    "metarm_paper": Arm(trains=True, preset="paper"),
-    "metarm_scale_free": Arm(trains=True, preset="scale_free"),
-    "metarm_adaptive": Arm(trains=True, preset="adaptive"),
-    "fresh_labels": Arm(trains=True, fresh_labels=True),
-}
+    name: _arm(name)
+    for name in (
+        "fixed", "retrained", "metarm_paper", "metarm_scale_free", "metarm_adaptive",
+        "fresh_labels",
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from shiftrm.errors import UserError, suggest
+from shiftrm.methods.method import METHODS, Method
 from shiftrm.models.sampling import SamplingConfig
 from shiftrm.pipeline.launch import Execution
 from shiftrm.trainers.metarm_config import PRESETS
@@ -16,7 +17,6 @@ from shiftrm.trainers.metarm_config import PRESETS
 __all__ = ["Arm", "DataSettings", "JudgeSettings", "Recipe", "Source"]
 
 OPTIMISERS = ("ppo", "rloo", "grpo", "dpo")
-REWARDS = ("fixed", "retrained", "metarm")
 JUDGES = ("none", "endpoint", "reward-model", "gold")
 OWNED = {
     "seed": "the run says it, by `seed`",
@@ -157,8 +157,9 @@ class Arm:
     """One way through the rounds.
 
     Attributes:
-        reward: "fixed" keeps the first reward model (vanilla PPO), "retrained" trains a new one on
-            the same pairs each round, "metarm" does so with groups of the round's policy. All arms
+        reward: a name in `methods.method.METHODS` or `package.module:attribute`: "fixed" keeps the
+            first reward model (vanilla PPO), "retrained" trains a new one on the same pairs each
+            round, "metarm" does so with groups of the round's policy. All arms
             of a round start from the same head and see the pairs in the same order, in round 1
             those of the first reward model.
         policy: optimiser of this arm; the recipe's by default; "dpo" needs no reward model.
@@ -173,6 +174,11 @@ class Arm:
     rounds: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     policy_settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> Method:
+        """How the round's reward model is made."""
+        return METHODS.get(self.reward)
 
     @property
     def is_dpo(self) -> bool:
@@ -311,9 +317,13 @@ class Recipe:
     def _check_arm(self, name: str, arm: Arm) -> None:
         if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name == "sft":
             raise UserError(f"methods.{name}: use letters, digits, _, - and ., and not 'sft'")
-        if arm.reward not in REWARDS:
+        known = METHODS.names()
+        if ":" not in arm.reward and arm.reward not in known:
+            raise UserError(f"methods.{name}.reward is {arm.reward!r}{suggest(arm.reward, known)}")
+        if "labels" in arm.method.needs:
             raise UserError(
-                f"methods.{name}.reward is {arm.reward!r}{suggest(arm.reward, list(REWARDS))}"
+                f"methods.{name}.reward is {arm.reward!r}, which needs new labels of the policy's "
+                "responses; a recipe has none"
             )
         if arm.policy is not None and arm.policy not in OPTIMISERS:
             raise UserError(

@@ -10,10 +10,15 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from shiftrm.errors import UserError
+from shiftrm.methods.method import METHODS
 from shiftrm.models.generation import SamplingConfig
 from shiftrm.progress import task
+
+if TYPE_CHECKING:
+    from shiftrm.trainers.kinds import Training
 
 __all__ = [
     "JOBS", "Input", "Job", "Made", "Optimise", "Sample", "Sft", "TrainReward",
@@ -125,18 +130,43 @@ class TrainReward(_Training):
 
     Attributes:
         eval_pairs: held-out pairs by name; the name of a single one may be empty.
+        adaptation: a method as in `methods.method.METHODS`; its settings are defaults.
     """
 
     model: Input
     pairs: Input
     eval_pairs: Mapping[str, Input] = field(default_factory=dict)
     groups: Input | None = None
+    adaptation: str | None = None
+
+    def training(self) -> "Training":
+        """Return the classes that train; importing them takes seconds.
+
+        Raises:
+            UserError: the method is unknown, trains nothing, or does not fit the data.
+        """
+        from shiftrm.trainers.kinds import pairs_only, with_groups
+
+        if self.adaptation is None:
+            return pairs_only() if self.groups is None else with_groups()
+        training = METHODS.get(self.adaptation).training
+        if training is None:
+            raise UserError(f"method {self.adaptation}: trains nothing")
+        found = training()
+        if found.takes_groups and self.groups is None:
+            raise UserError(f"method {self.adaptation}: needs groups; give --groups")
+        if self.groups is not None and not found.takes_groups:
+            raise UserError(f"method {self.adaptation}: uses no groups; leave out --groups")
+        return found
+
+    def _defaults(self) -> Mapping[str, Any]:
+        return {} if self.adaptation is None else METHODS.get(self.adaptation).settings
 
     def _words(self) -> list[str]:
         words = ["train", *_options(model=self.model, pairs=self.pairs)]
         for name, source in self.eval_pairs.items():
             words += ["--eval-pairs", f"{name}={source}" if name else str(source)]
-        return words + _options(groups=self.groups)
+        return words + _options(groups=self.groups, method=self.adaptation)
 
     def run(self, output: Path) -> str | None:
         from shiftrm.trainers.command import train
@@ -147,7 +177,8 @@ class TrainReward(_Training):
             eval_pairs={name: str(source) for name, source in self.eval_pairs.items()},
             groups=_text(self.groups),
             output=output,
-            settings=self.settings,
+            settings={**self._defaults(), **self.settings},
+            training=self.training(),
             command=self._told(output),
         )
 

@@ -20,6 +20,7 @@ from shiftrm.pipeline.jobs import (
     plain_input,
 )
 from shiftrm.pipeline.launch import accumulation
+from shiftrm.trainers.kinds import pairs_only, with_groups
 
 RUN_JOB = "shiftrm.pipeline.launch:run_job"
 STAGES = "shiftrm.pipeline.stages"
@@ -131,9 +132,9 @@ class _Planner:
         policy = f"{before}/policy" if number > 1 else None
         stages: list[Stage] = []
         reward = "reward_model"
-        if not arm.is_dpo and arm.reward != "fixed":
+        if not arm.is_dpo and arm.method.trains:
             groups: tuple[str, ...] = ()
-            if arm.reward == "metarm":
+            if "groups" in arm.method.needs:
                 stages.append(self._groups(f"{here}/groups", name, number, policy))
                 groups = (f"{here}/groups",)
             reward = f"{here}/reward_model"
@@ -204,14 +205,19 @@ class _Planner:
         """
         section = self.recipe.reward
         settings: dict[str, Any] = dict(section.settings)
-        if groups:
-            settings |= {"preset": self.recipe.preset, **section.meta}
-        settings |= arm.settings if arm is not None else {}
+        own = None
+        if arm is not None:
+            if arm.method.training is with_groups:
+                settings |= {"preset": self.recipe.preset, **section.meta}
+            elif arm.method.training is not pairs_only:
+                own = arm.reward
+            settings |= {**arm.method.settings, **arm.settings}
         job = TrainReward(
             self._of_policy(None),
             Made("data", "pairs.jsonl"),
             {"": Made("data", "heldout.jsonl")},
             Made(groups[0], GROUPS) if groups else None,
+            own,
             settings=self._settings(settings, f"reward/{max(number, 1)}"),
         )
         record = record_as("reward_model", name, number)

@@ -37,8 +37,6 @@ def check_job(job: Any, way: Mapping[str, Any], *, processes: int = 1) -> None:
         return
     from shiftrm.policies.commands import METHODS, elsewhere
     from shiftrm.policies.configs import SFTConfig, ppo_config, refused
-    from shiftrm.trainers.metarm_config import MetaRMConfig
-    from shiftrm.trainers.reward import RewardConfig
     from shiftrm.trainers.settings import resolve
 
     settings = {**job.settings, **way}
@@ -47,8 +45,7 @@ def check_job(job: Any, way: Mapping[str, Any], *, processes: int = 1) -> None:
     settings["bf16"] = False  # an accelerator decides that, which this machine may lack
     work = Path("out")  # nothing is written
     if isinstance(job, TrainReward):
-        config = RewardConfig if job.groups is None else MetaRMConfig
-        resolve(settings, config, work=work, command_name="train")
+        resolve(settings, job.training().config, work=work, command_name="train")
         return
     method = job.method if isinstance(job, Optimise) else "sft"
     if method in ("rloo", "grpo"):  # whose batch is that of all processes

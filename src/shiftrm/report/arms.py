@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shiftrm.methods.method import METHODS
+
 FIXED = "fixed"
 RETRAINED = "retrained"
 FRESH_LABELS = "fresh_labels"
@@ -24,17 +26,26 @@ class ArmStyle:
 
 # Colours: Okabe and Ito's palette, which stays apart under the common colour-vision deficiencies;
 # the markers differ too, so that nothing depends on colour alone.
-_KNOWN = {
-    FIXED: ArmStyle("Reward model kept fixed (vanilla PPO)", "Kept fixed", "#333333", "o"),
-    RETRAINED: ArmStyle("Retrained on the same pairs", "Retrained", "#0072B2", "s"),
-    "metarm_paper": ArmStyle("MetaRM, as in the paper", "MetaRM paper", "#E69F00", "^"),
-    "metarm_scale_free": ArmStyle("MetaRM, scale-free step", "MetaRM scale-free", "#D55E00", "D"),
-    FRESH_LABELS: ArmStyle(
-        "Retrained with 300 fresh labels a round (ceiling)", "300 fresh labels", "#009E73", "P"
-    ),
+_OTHERS = {
     DPO: ArmStyle("DPO", "DPO", "#CC79A7", "X"),
     SFT: ArmStyle("SFT", "SFT", "#56B4E9", "*"),
 }
+
+
+def _style(method: str) -> ArmStyle:
+    """The style of an arm of the demo: what its method declares, or one of the baselines'."""
+    if method in _OTHERS:
+        return _OTHERS[method]
+    found = METHODS.get(method)
+    return ArmStyle(found.label, found.short, found.colour, found.marker)
+
+
+_KNOWN = {
+    name: _style(name)
+    for name in (
+        FIXED, RETRAINED, "metarm_paper", "metarm_scale_free", FRESH_LABELS, DPO, SFT,
+    )
+}  # fmt: skip
 ARM_ORDER = tuple(_KNOWN)
 _SPARE_COLOURS = ("#882255", "#117733", "#999933", "#332288", "#AA4499", "#44AA99")
 _SPARE_MARKERS = ("v", "<", ">", "p", "h", "d")

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import PartialState
 
 from shiftrm.data.groups import read_groups
-from shiftrm.trainers.kinds import pairs_only, with_groups
+from shiftrm.trainers.kinds import Training
 from shiftrm.trainers.model_card import model_card, summary
 from shiftrm.trainers.training import open_work, prepare, publish, train_in_work
 
@@ -22,6 +22,7 @@ def train(
     eval_pairs: Mapping[str, str] | None = None,
     groups: str | None = None,
     settings: Mapping[str, Any],
+    training: Training,
     command: str | None = None,
 ) -> str | None:
     """Train a reward model from files; the folder appears when training has ended well.
@@ -32,10 +33,11 @@ def train(
     Args:
         model: checkpoint folder or hub name to start from; a head it lacks is made anew.
         pairs, groups: sources (`data.sources`) of preference pairs and of unlabelled responses of
-            the policy; with groups, every step is a MetaRM step.
+            the policy.
         eval_pairs: sources of held-out pairs by name; the name of a single one may be empty.
         output: folder to write: an ordinary sequence-classification checkpoint.
         settings: values by setting, see `trainers.settings`.
+        training: the classes that train; groups need one that takes them.
         command: how the model card says this run can be repeated.
 
     Returns:
@@ -51,7 +53,7 @@ def train(
         output=output,
         eval_pairs=eval_pairs,
         settings=settings,
-        training=pairs_only() if groups is None else with_groups(),
+        training=training,
         command=command,
     )
     rows = None
