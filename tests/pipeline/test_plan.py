@@ -125,7 +125,7 @@ def test_an_arm_may_be_any_registered_method_or_one_from_outside(world, tmp_path
     assert "weight_decay=0.1" in mine
     assert "--groups" not in mine
     assert "methods/mine/round-1/groups" not in found
-    with pytest.raises(UserError, match=r"methods\.x\.reward is 'fresh_labels', which needs new lab"):
+    with pytest.raises(UserError, match="which needs new labels"):
         stages(world, methods={"x": {"reward": "fresh_labels"}})
 
 
