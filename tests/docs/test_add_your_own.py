@@ -37,6 +37,26 @@ def test_every_section_has_an_example_and_a_test():
         assert f"test_{name.removesuffix('.py')}" in globals(), name
 
 
+def test_my_method(outside, policy, tokenizer, pairs):
+    from shiftrm.methods.method import METHODS
+    from shiftrm.models.scoring import Scorer
+    from shiftrm.pipeline.jobs import TrainReward
+
+    assert METHODS.get("my_method:SMALL").label == "Small rewards"
+    policy.save_pretrained("sft")
+    tokenizer.save_pretrained("sft")
+    write_jsonl("pairs.jsonl", pairs)
+    settings = {"max_steps": 30, "learning_rate": 1e-2, "report_to": "none"}
+    size = {}
+    for name in ("my_method:SMALL", "retrained"):
+        out = outside / name.replace(":", "-")
+        TrainReward("sft", "pairs.jsonl", adaptation=name, settings=settings).run(out)
+        scorer = Scorer.from_pretrained(out)
+        rewards = scorer([p["prompt"] for p in pairs], [p["chosen"] for p in pairs])
+        size[name] = sum(r * r for r in rewards) / len(rewards)
+    assert size["my_method:SMALL"] < size["retrained"]
+
+
 def test_my_objective(outside, policy, tokenizer, pairs, groups):
     from datasets import Dataset
 
