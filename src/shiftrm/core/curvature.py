@@ -1,12 +1,13 @@
 """Hessian-vector products of a loss over any parameters, micro-batch by micro-batch.
 
-A loss that is a sum over micro-batches has a Hessian that is one too, so the products of the
-micro-batches (and of the processes) are summed like gradients. Two ways:
+The Hessian of a sum over micro-batches is the sum of their Hessians, so the products of
+micro-batches (and of processes) are summed like gradients. There are two methods:
 
-- `hessian_vector_product`: reverse over reverse, exact. Needs operations that can be
+- `hessian_vector_product`: exact, reverse over reverse. It needs operations that can be
   differentiated twice: attention runs in its plain form, which keeps its T x T weights.
-- `finite_difference_product`: the difference of two gradients. Any operation, any kernel,
-  checkpointing, sharded parameters, the memory of a gradient; its error is stated there.
+- `finite_difference_product`: the difference of two gradients. It works with any operation and
+  kernel, checkpointing and sharded parameters, and needs the memory of a gradient. Its docstring
+  states its error.
 
 Imports torch only.
 """
@@ -25,19 +26,19 @@ from shiftrm.core.objectives import held_signs, recorded_signs
 from shiftrm.errors import UserError
 
 Curvature = Literal["exact", "finite_difference"]
-"""How a Hessian-vector product is computed; see this module."""
+"""How to compute a Hessian-vector product; see the module docstring."""
 
 START_RADIUS = 0.01
-"""Length of the first trial step of `finite_difference_product`; it is adapted from there."""
+"""Initial trial radius of `finite_difference_product`, which then adapts it."""
 
 
 def coarsest_type(
     tensors: Iterable[Tensor], *, autocast_type: torch.dtype | None = None
 ) -> torch.dtype:
-    """The float type that rounds most, of a model's parameters and the autocast type.
+    """Return the least precise float type among a model's parameters and the autocast type.
 
     Pass *all* parameters: fp32 adapters over a bf16 base compute on bf16 activations. Integer
-    parameters are quantised ones; they count as bf16, the type such models compute in.
+    (quantised) parameters count as bf16, the type such models compute in.
     """
     types = {t.dtype if t.is_floating_point() else torch.bfloat16 for t in tensors}
     if autocast_type is not None:
@@ -49,11 +50,11 @@ JUMPING = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Threshold, nn
 
 
 def kinks(model: nn.Module) -> str | None:
-    """Where the gradient of a model jumps, as a phrase; None where nothing is known to.
+    """Describe in a phrase where the model's gradient is discontinuous; None if nowhere known.
 
-    Each ReLU and each choice of experts has its own jump, and a difference of gradients divides
-    those that lie between its two ends by their distance: of tiny models in fp32 it was wrong by up
-    to four times the true product, where two differentiations, which see no jumps, are exact.
+    The gradient jumps at each ReLU and each choice of experts. A finite difference divides the
+    jumps between its two ends by their distance: on tiny fp32 models its error was up to four times
+    the true product. Double differentiation does not see the jumps and is exact.
     """
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -64,8 +65,8 @@ def kinks(model: nn.Module) -> str | None:
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside, `scaled_dot_product_attention` uses its plain kernel: the fused have no second
-    derivative (in any torch up to 2.13)."""
+    """Make `scaled_dot_product_attention` use its plain kernel inside the block: the fused kernels
+    have no second derivative (in any torch up to 2.13)."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -73,28 +74,28 @@ def twice_differentiable() -> Iterator[None]:
 def hessian_vector_product(
     function: Callable[[], Tensor], parameters: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """`H v`, H the Hessian of `function` at the parameters' present values.
+    """Return `H v`, with H the Hessian of `function` at the parameters' current values.
 
     `H v = grad <grad f, v>`, reverse over reverse. Nothing accumulates into `.grad`. Under DDP
     call it inside `no_sync()` and reduce the result.
 
     Args:
-        function: computes the loss of one micro-batch, a scalar, from the parameters; called once,
-            under `twice_differentiable`. It may use autocast.
+        function: computes the scalar loss of one micro-batch from the parameters. Called once,
+            under `twice_differentiable`. May use autocast.
         parameters: leaf tensors that require gradients.
-        vectors: v, one tensor a parameter, of any float type.
+        vectors: v, one tensor per parameter, of any float type.
 
     Returns:
-        One tensor a parameter, in its type; zeros where the loss does not depend on it.
+        One tensor per parameter, in its type; zeros where the loss does not depend on it.
 
     Raises:
-        UserError: an operation of the model cannot be differentiated twice. A custom Function
-            that lacks a second derivative without saying so (hand-written kernels such as Liger's)
-            cannot be seen: its part is missing. Compare with `finite_difference_product` once.
+        UserError: an operation of the model cannot be differentiated twice. A custom Function that
+            lacks a second derivative but does not raise (hand-written kernels such as Liger's) is
+            not detected: its part is missing. Compare with `finite_difference_product` once.
 
-    Time: about four times that of a gradient (one forward pass, one backward pass that is itself
-    recorded, and two through it). Memory: the activations of one micro-batch two to three times,
-    with attention's T x T weights per layer and head; lower the micro-batch to cap it.
+    Time: about four times that of a gradient (one forward pass, one recorded backward pass, and two
+    passes through it). Memory: two to three times the activations of one micro-batch, plus
+    attention's T x T weights per layer and head; use smaller micro-batches to reduce it.
     """
     return gradient_and_product(function, parameters, vectors)[1]
 
@@ -102,9 +103,9 @@ def hessian_vector_product(
 def gradient_and_product(
     function: Callable[[], Tensor], parameters: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradient, and `hessian_vector_product`, which see; the gradient comes for nothing."""
+    """Return the gradient, at no extra cost, and the `hessian_vector_product`."""
     try:
-        with twice_differentiable():  # checkpoints run forward once more in the backward passes
+        with twice_differentiable():  # checkpoints rerun forward in the backward passes
             value = function()
             with _autocast_off(value):
                 gradients = torch.autograd.grad(
@@ -113,7 +114,7 @@ def gradient_and_product(
                 reached = [
                     (g, v)
                     for g, v in zip(gradients, vectors, strict=True)
-                    if g is not None and g.requires_grad  # else linear in it: no curvature
+                    if g is not None and g.requires_grad  # else the loss is linear in it
                 ]
                 products: Sequence[Tensor | None] = [None] * len(parameters)
                 if reached:
@@ -145,33 +146,33 @@ def finite_difference_product(
     at_theta: Sequence[Tensor] | None = None,
     trials: int = 3,
 ) -> tuple[list[Tensor], float]:
-    """`H v` from gradients at `theta +- radius v / ||v||`; the parameters are theta again after.
+    """Return `H v` from gradients at `theta +- radius v / ||v||`, with the parameters restored.
 
-    With eps the rounding of the type that the model computes in, a gradient is good to a few eps,
-    and the best radius makes it change by about (8 eps)^(1/3) of itself ((8 eps)^(1/2) one-sided):
-    truncation and rounding are then alike. The radius is adapted until that is so. Relative error,
-    measured on small models: 1e-4 in fp32, 0.1 in bf16 (docs/bf16-meta-step.md).
+    With eps the rounding error of the compute type, a gradient is accurate to a few eps. The best
+    radius changes it by a fraction of about (8 eps)^(1/3) ((8 eps)^(1/2) one-sided), which balances
+    truncation and rounding; the radius is adapted to reach it. Relative error, measured on small
+    models: 1e-4 in fp32, 0.1 in bf16 (docs/bf16-meta-step.md).
 
-    `absolute` has a kink, and its signs are those of theta in all gradients: they are
-    recorded by one gradient more, at theta, unless `gradient` holds them itself (`held_signs`).
-    Of a model with kinks of its own (`kinks`) the product is wrong.
+    `absolute` has a kink, so all gradients use its signs at theta. One extra gradient at theta
+    records them, unless `gradient` holds them itself (`held_signs`). For a model that has `kinks`,
+    the product is wrong.
 
     Args:
-        gradient: the gradient at the parameters' present values, one tensor a parameter, freshly
-            made or copied at each call, which compute the same in the same order. It may run
-            micro-batches, autocast and reductions, and under FSDP2 must `reshard()` before it
-            reads the parameters.
-        parameters: moved in place and copied back, also when something raises.
-        vectors: v, one tensor a parameter.
+        gradient: returns the gradient at the parameters' current values, one tensor per parameter,
+            new or copied at each call; every call computes the same in the same order. It may run
+            micro-batches, autocast and reductions. Under FSDP2 it must `reshard()` before it reads
+            the parameters.
+        parameters: moved in place and restored, also after an exception.
+        vectors: v, one tensor per parameter.
         compute_type: see `coarsest_type`.
-        radius: where to start; pass on the one returned, and the next call needs no trial.
-        least_radius: the radius does not go below it.
-        at_theta: the gradient at theta if it is at hand. The difference is then one-sided: one
-            gradient a trial instead of two, a larger error (0.002 in fp32, 0.2 in bf16).
-        trials: radii to try at most.
+        radius: the initial radius. Pass the returned radius to the next call to avoid trials.
+        least_radius: lower bound of the radius.
+        at_theta: the gradient at theta, if available. The difference is then one-sided: one
+            gradient per trial instead of two, with a larger error (0.002 in fp32, 0.2 in bf16).
+        trials: maximum number of radii to try.
 
     Returns:
-        The product, and the radius used.
+        The product and the radius used.
     """
     length = float(global_norm(vectors))
     radius = max(START_RADIUS if radius is None else radius, least_radius)
@@ -198,7 +199,7 @@ def finite_difference_product(
 
 
 def relative_size(change: Sequence[Tensor], base: Sequence[Tensor]) -> float:
-    """`||change|| / ||base||`; 0 if both vanish, infinite if only the base does."""
+    """Return `||change|| / ||base||`; 0 if both are zero, infinite if only the base is."""
     part, whole = float(global_norm(change)), float(global_norm(base))
     if whole == 0.0:
         return 0.0 if part == 0.0 else math.inf
@@ -206,7 +207,7 @@ def relative_size(change: Sequence[Tensor], base: Sequence[Tensor]) -> float:
 
 
 class _Near:
-    """Gradients at theta + step v, with the signs of J's differences as they are at theta."""
+    """Gradients at theta + step v, with the signs of J's differences fixed at theta."""
 
     def __init__(
         self,
@@ -224,7 +225,7 @@ class _Near:
                 return self._at(step)
         with recorded_signs() as found:
             result = self._at(step)
-        if not found:  # no difference loss, or one whose signs the gradient holds itself
+        if not found:  # no difference loss, or the gradient holds the signs itself
             return result
         with recorded_signs() as at_theta:
             self._at(0.0)
@@ -236,7 +237,7 @@ class _Near:
             p.copy_(original).add_(v, alpha=step)
         with torch.enable_grad():
             found = self._gradient()
-        # Wide, so that the difference of two bf16 gradients is not rounded once more.
+        # Widen, so that the difference of two bf16 gradients is not rounded again.
         return [g.detach().to(torch.promote_types(g.dtype, torch.float32)) for g in found]
 
     def return_to_theta(self) -> None:
@@ -246,14 +247,17 @@ class _Near:
 
 @contextmanager
 def _autocast_off(value: Tensor) -> Iterator[None]:
-    """Backward passes run in the types that the forward pass chose."""
+    """Turn autocast off: backward passes use the types that the forward pass chose."""
     with torch.autocast(device_type=value.device.type, enabled=False):
         yield
 
 
 def _require_second_derivatives(slope: Tensor) -> None:
-    """torch ends the graph at a once-differentiable Function with a node that raises when run; but
-    no parameter lies behind it, so that it never runs and its part would silently be missing."""
+    """Raise if the graph of `slope` contains a once-differentiable Function.
+
+    torch ends the graph there with a node that raises when run. No parameter is behind the node, so
+    it never runs and its part would be missing without an error.
+    """
     seen, waiting = set(), [slope.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -273,7 +277,7 @@ _NOT_TWICE = (
 
 
 def _explain(error: Exception) -> None:
-    """Raises the error that names the cause, if it is a missing second derivative."""
+    """Raise a UserError that names the cause, if it is a missing second derivative."""
     text = str(error)
     if any(phrase in text for phrase in _NOT_TWICE):
         raise UserError(

@@ -1,19 +1,19 @@
 """Per-sample products `<v, grad l_i>` of a whole batch in one backward pass.
 
 Give each sample i a scalar gate s_i = 0 and let every leaf module that owns parameters return
-`leaf(x) + s_i * leaf(x; parameters = v)`, x not differentiated. Then `d loss / d s_i` is
-`<v, grad l_i>`: the derivative along v of sample i's loss. Here the forward pass never computes the
-second term: `_Gate` returns `leaf(x)` unchanged, and its backward works the product out from the
-gradient g of the output: `s_i.grad += sum(g * leaf(x; v))`, or for a linear layer that widens
-(a language model's head) the cheaper `sum((g v) * x)`.
+`leaf(x) + s_i * leaf(x; parameters = v)`, without differentiating x. Then `d loss / d s_i` is
+`<v, grad l_i>`: the derivative along v of sample i's loss. The forward pass does not compute the
+second term: `_Gate` returns `leaf(x)` unchanged, and its backward computes the product from the
+gradient g of the output: `s_i.grad += sum(g * leaf(x; v))`, or, for a linear layer with more
+outputs than inputs (a language model's head), the cheaper `sum((g v) * x)`.
 
-So it needs no second derivative and no forward mode: fused attention, gradient checkpointing, LoRA
-and tied weights work. It costs one matrix product a layer on top of a backward pass and keeps
-nothing that the pass does not keep anyway. It needs leaves that are affine in their own parameters
-and whose output's first dimension is the sample; where the policy has others (mixture of experts),
-`unsupported` says so and the caller takes gradients of single samples instead.
+This needs no second derivative and no forward mode: fused attention, gradient checkpointing, LoRA
+and tied weights work. It adds one matrix product per layer to a backward pass and no memory. The
+leaves must be affine in their own parameters, and the first dimension of their output must be the
+sample. For other policies (mixture of experts) `unsupported` returns the reason, and the caller
+takes gradients of single samples instead.
 
-Torch only. The gate is ours; docs/benchmarks.md measures it (the hypergradient).
+Torch only. The method is ours; docs/benchmarks.md measures it (the hypergradient).
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from torch.func import functional_call
 
 
 def unsupported(model: nn.Module, parameters: Sequence[Tensor]) -> str | None:
-    """Why gates do not work for these parameters of the model: one phrase, or None if they do."""
+    """Return why gates do not work for these parameters, as a phrase; None if they do."""
     wanted = {id(p) for p in parameters}
     for name, module in model.named_modules():
         if any(id(p) in wanted for p in module.parameters(recurse=False)) and not _affine(module):
@@ -42,12 +42,12 @@ def _affine(leaf: nn.Module) -> bool:
         return leaf.max_norm is None and not leaf.scale_grad_by_freq
     if isinstance(leaf, (nn.Linear, nn.LayerNorm, nn.RMSNorm)) or _is_conv1d(leaf):
         return True
-    # Each family of models has its own class of RMSNorm, `x_hat * w` or `x_hat * (1 + w)`.
+    # Each model family has its own RMSNorm class: `x_hat * w` or `x_hat * (1 + w)`.
     return type(leaf).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
 def _is_conv1d(leaf: nn.Module) -> bool:
-    """transformers' linear layer with a transposed weight (GPT-2)."""
+    """Whether it is transformers' linear layer with a transposed weight (GPT-2)."""
     return type(leaf).__name__ == "Conv1D"
 
 
@@ -58,8 +58,8 @@ class Gates:
     Attributes:
         directions: v, by parameter.
         seen: ids of the parameters that forward passes reached through their module.
-        open: backward passes yield products. Close them to differentiate the products themselves,
-            which passes through the gates again and would compute products nobody asked for.
+        open: whether backward passes yield products. Close the gates before differentiating the
+            products, which runs through the gates again and would compute unwanted products.
     """
 
     directions: dict[nn.Parameter, Tensor]
@@ -67,7 +67,7 @@ class Gates:
     open: bool = True
 
     def unseen(self) -> bool:
-        """Whether some parameter was not reached, so that the products are incomplete."""
+        """Whether a parameter was not reached, so that the products are incomplete."""
         return any(id(p) not in self.seen for p in self.directions)
 
 
@@ -77,15 +77,16 @@ def gates(
 ) -> Iterator["Gates"]:
     """Install the gates for the forward passes inside the block.
 
-    The backward pass must be inside it too if activations are checkpointed.
+    If activations are checkpointed, the backward pass must be inside it too.
 
     Args:
         model: its parameters in `directions` must satisfy `unsupported(...) is None`.
         directions: v, by parameter.
-        gate_B: zeros that require a gradient, shape [B]; ask `torch.autograd.grad` for it.
+        gate_B: zeros that require a gradient, shape [B]; `torch.autograd.grad` returns the products
+            as its gradient.
 
     Yields:
-        Their common state.
+        The state of the gates.
     """
     state = Gates(directions)
 
@@ -96,7 +97,7 @@ def gates(
             if p in directions
         }
         if not own or kwargs or len(inputs) != 1 or not isinstance(output, Tensor):
-            return None  # Ours in `leaf_products`, or no plain layer: its parameters stay unseen.
+            return None  # called by `leaf_products`, or not a plain layer: unseen
         B = len(gate_B)
         if B > 1 and output.shape[0] == 1:  # position embeddings, the same for all samples
             output = output.expand(B, *output.shape[1:])
@@ -146,16 +147,16 @@ class _Gate(torch.autograd.Function):
 def leaf_products(
     leaf: nn.Module, inputs: Tensor, gradient: Tensor, own: dict[str, Tensor]
 ) -> Tensor:
-    """Products of v with the gradient of one leaf's parameters, still to be summed over features.
+    """Return products of v with the gradient of one leaf's parameters, not summed over features.
 
     Args:
         leaf: the module.
         inputs: x, its input.
-        gradient: derivative of the loss by its output, shape [B, ..., features].
-        own: v, by name of the leaf's parameter; a name may be missing (a frozen parameter).
+        gradient: derivative of the loss by the leaf's output, shape [B, ..., features].
+        own: v by name of the leaf's parameter, without frozen parameters.
 
     Returns:
-        Shape [B, ...], the sum (in fp32 at least) over all but the first dimension is the product.
+        Shape [B, ...]; the sum (in fp32 at least) over all but the first dimension is the product.
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     if type(leaf) is nn.Linear or _is_conv1d(leaf):
@@ -165,14 +166,14 @@ def leaf_products(
         inputs = inputs.to(dtype)
     if type(leaf) is nn.Embedding:
         moved = F.embedding(inputs, own["weight"])
-    else:  # affine: subtract the constant, which most families do not have
+    else:  # affine: subtract the constant, if any
         zeros = {name: torch.zeros_like(p) for name, p in leaf.named_parameters(recurse=False)}
         moved = functional_call(leaf, {**zeros, **own}, (inputs,))
         if _has_constant(leaf, zeros, inputs):
             moved = moved - functional_call(leaf, zeros, (inputs,))
     products = moved.to(dtype) * gradient
     if isinstance(leaf, nn.Embedding) and leaf.padding_idx is not None:
-        # Torch gives that row no gradient, wherever the token stands.
+        # torch gives that row no gradient at any position.
         products = products.masked_fill((inputs == leaf.padding_idx)[..., None], 0.0)
     return products
 
@@ -182,11 +183,11 @@ _CONSTANTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _has_constant(leaf: nn.Module, zeros: dict[str, Tensor], inputs: Tensor) -> bool:
-    """Whether the leaf gives anything without its parameters; asked once for each."""
+    """Whether the leaf's output is nonzero with all its parameters zero; computed once per leaf."""
     if leaf not in _CONSTANTS:
         found = bool(functional_call(leaf, zeros, (inputs,)).any())
         if not found and not bool(inputs.any()):
-            return False  # of an input that is zero nothing can be said
+            return False  # a zero input tells nothing
         _CONSTANTS[leaf] = found
     return _CONSTANTS[leaf]
 
@@ -198,7 +199,7 @@ def _linear_products(
     own: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
-    compute = gradient.dtype  # bf16 under autocast: matrix products in it, sums in `dtype`
+    compute = gradient.dtype  # bf16 under autocast, for matrix products; sums use `dtype`
     if "weight" not in own:
         return gradient * own["bias"]
     v = own["weight"] if isinstance(leaf, nn.Linear) else own["weight"].T  # [out, in]

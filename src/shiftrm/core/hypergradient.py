@@ -7,21 +7,21 @@ Inner loop, from the reference policy theta_0, on fine-tuning data:
     f_t(theta) = 1/B sum_i w_{t,i} l_i(theta),   l_i = -log pi_theta(y_i|x_i),   w = exp(r_phi/beta)
 
 Outer loss, on preference pairs: `L = mean -log sigmoid(log pi_{theta_D}(y|x) - log pi(y'|x))`.
-Wanted: the total derivative of L by phi, through all D steps.
+The result is the total derivative of L by phi, through all D steps.
 
-phi enters the inner loop only through one scalar weight a sample, so reward model and policy never
-share a graph (ours; the paper does not say how it is computed):
+phi enters the inner loop only through one scalar weight per sample, so reward model and policy
+never share a graph (ours; the paper does not say how it computes the derivative):
 
-1. r_phi without gradient gives the weights; take the D steps, keeping theta_0..theta_D.
+1. Compute the weights from r_phi without gradient; take the D steps and keep theta_0..theta_D.
 2. lam = grad L(theta_D), an ordinary backward pass.
 3. For t = D-1..0: `dL/dw_{t,i} = -(alpha/B) <lam, grad l_i(theta_t)>`, then
    `lam <- lam - alpha H_t lam`, H_t the Hessian of f_t at theta_t.
 4. One ordinary backward pass of the reward model on `sum dL/dr . r_phi`.
 
-What the paper says: the two losses, plain SGD inside, differentiation through all D steps. Ours:
+From the paper: the two losses, plain SGD inside, differentiation through all D steps. Ours:
 normalised weights, the mean over tokens, truncation, the cheaper curvatures, no dropout in either
-model (the passes must see the same function), and LoRA. Imports torch only; the caller gives the
-function that reads rewards.
+model (all passes must compute the same function), and LoRA. Imports torch only; the caller passes
+the reward function.
 """
 
 from collections.abc import Iterator
@@ -71,13 +71,13 @@ __all__ = [
 
 
 class OuterBatch(NamedTuple):
-    """Preference pairs as the policy reads them; row i of both sides answers the same prompt."""
+    """Preference pairs as token sequences; row i of both sides answers the same prompt."""
 
     chosen: Sequences
     rejected: Sequences
 
     def check(self) -> None:
-        """Raises ValueError: sides of different size, or as `Sequences.check`."""
+        """Raise ValueError if the sides differ in size, or as `Sequences.check` does."""
         self.chosen.check("outer batch, chosen")
         self.rejected.check("outer batch, rejected")
         sizes = len(self.chosen.input_ids), len(self.rejected.input_ids)
@@ -87,7 +87,7 @@ class OuterBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """What `hypergradient` returns.
+    """The result of `hypergradient`.
 
     Attributes:
         outer_loss: L, the mean of l_PL over the outer batch, at theta_D.
@@ -98,7 +98,7 @@ class Hypergradient:
         weights: their weights w, D tensors of shape [B].
         reward_gradients: dL/dr of each example, D tensors of shape [B]; zero at truncated steps.
         inner_losses: f_t(theta_t) before each of the D steps.
-        adapted: theta_D by name, if asked for.
+        adapted: theta_D by name, if requested.
     """
 
     outer_loss: float
@@ -112,7 +112,7 @@ class Hypergradient:
 
     @property
     def accuracy(self) -> float:
-        """A_PL: the share of pairs with A > 0."""
+        """A_PL, the share of pairs with A > 0."""
         return float((self.margins > 0).float().mean())
 
     @property
@@ -128,23 +128,23 @@ def hypergradient(
     *,
     return_adapted: bool = False,
 ) -> Hypergradient:
-    """dL/dphi through D inner steps, one step's graph at a time.
+    """Compute dL/dphi through D inner steps, one step's graph at a time.
 
-    Neither model is changed: the policy's parameters are moved and copied back, bit for bit, also
-    after an exception; `.grad` is not touched. Call it inside `torch.autocast` for mixed precision.
+    Neither model is changed: the policy's parameters are moved and restored bit for bit, also after
+    an exception; `.grad` is not touched. Call it inside `torch.autocast` for mixed precision.
 
     Args:
         problem: both models and the D inner batches.
         outer_batch: preference pairs.
-        settings: of the inner loop and of its differentiation.
+        settings: settings of the inner loop and its differentiation.
         return_adapted: also return theta_D.
 
     Raises:
-        ValueError: a parameter out of its range, shapes that do not fit, left padding, an example
-            without response, nothing trainable; a weight that is not finite (the message names the
-            inner batch and the example).
-        UserError: trainable half-precision parameters, reentrant checkpointing, or
-            curvature="finite_difference" where torch's gradient is no function's gradient.
+        ValueError: a parameter out of range, mismatched shapes, left padding, an example without
+            response, nothing trainable, or a weight that is not finite (the message names the inner
+            batch and the example).
+        UserError: trainable half-precision parameters, reentrant checkpointing, or a policy that
+            curvature="finite_difference" cannot handle.
     """
     policy, batches, D = problem.policy, problem.batches, len(problem.batches)
     first = D - (_steps_to_differentiate(problem, settings) or D)
@@ -167,10 +167,10 @@ def hypergradient(
             for t in range(D - 1, first - 1, -1):  # step 3
                 copy_into(inner.parameters, run.trajectory.pop())
                 weights = run.weights[t]
-                # The chain ends at its first step: nothing uses lam after it.
+                # Nothing uses lam after the first step.
                 rule = "none" if t == first else settings.curvature
                 products, curved = _products(inner, batches[t].policy, weights, lam, curvature=rule)
-                # dL/dlog w = w dL/dw is all that is needed, and is finite for any weight.
+                # dL/dlog w = w dL/dw is sufficient, and finite for any weight.
                 reward_gradients[t] = _through_weights(
                     -settings.inner_learning_rate * products, weights, settings
                 )
@@ -197,9 +197,9 @@ def preference_margins(
     reduction: TokenReduction = "sum",
     micro_batch_size: int | None = None,
 ) -> Tensor:
-    """A = log pi(y|x) - log pi(y'|x) of each pair, without gradient, shape [B].
+    """Return A = log pi(y|x) - log pi(y'|x) of each pair, without gradient, shape [B].
 
-    A_PL, the preference-learning accuracy, is the share above 0. Arguments as `hypergradient`.
+    A_PL, the preference-learning accuracy, is the share above 0. Arguments as in `hypergradient`.
     """
     batch.check()
     passes = Passes.of(policy, reduction=reduction)
@@ -213,7 +213,7 @@ def preference_margins(
 
 
 def gradient_cosine(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Cosine between two gradients, all parameters together; NaN if one of them is zero."""
+    """Return the cosine of two gradients over all parameters; NaN if one of them is zero."""
 
     def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         return sum(float((a[name].double() * b[name].double()).sum()) for name in left)
@@ -225,7 +225,7 @@ def gradient_cosine(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 def _products(
     inner: InnerLoss, batch: Sequences, weights: Tensor, lam: list[Tensor], *, curvature: Curvature
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """`<lam, grad (w_i l_i / B)>` at the present parameters, and H lam unless it is dropped."""
+    """Return `<lam, grad (w_i l_i / B)>` at the current parameters, and H lam unless dropped."""
     if curvature == "exact":
         return inner.exact(batch, weights, lam)
     if curvature == "finite_difference":
@@ -236,7 +236,7 @@ def _products(
 def _through_weights(
     log_weight_gradients: Tensor, weights: Tensor, settings: InnerSettings
 ) -> Tensor:
-    """dL/dr from q = dL/dlog w, shape [B].
+    """Return dL/dr from q = dL/dlog w, shape [B].
 
     `log w_i = r_i/beta`, and for normalised weights `- log mean_j exp(r_j/beta)`, whose derivative
     by r_j is `w_j / (B beta)`.
@@ -248,7 +248,7 @@ def _through_weights(
 
 
 def _outer_gradient(inner: InnerLoss, batch: OuterBatch) -> tuple[float, Tensor, list[Tensor]]:
-    """L, the margins A and lam = grad L at the present parameters."""
+    """Return L, the margins A and lam = grad L at the current parameters."""
     B = len(batch.chosen.input_ids)
     lam = [torch.zeros_like(p) for p in inner.parameters]
     margins_B = lam[0].new_empty(B)
@@ -265,7 +265,7 @@ def _loss(margins: Tensor) -> Tensor:
 
 
 def _pairs(batch: OuterBatch, micro_batch_size: int | None) -> Iterator[tuple[Tensor, OuterBatch]]:
-    """Micro-batches of pairs with their indices; a pair is two rows."""
+    """Yield micro-batches of pairs with their indices; a pair is two rows."""
     size = None if micro_batch_size is None else max(1, micro_batch_size // 2)
     lengths = torch.maximum(batch.chosen.lengths, batch.rejected.lengths)
     for rows in micro_batches(lengths, size):
@@ -282,7 +282,7 @@ def _copies(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def _steps_to_differentiate(problem: InnerProblem, settings: InnerSettings) -> int | None:
-    """`last_steps`; raises ValueError if it or the curvature is out of range."""
+    """Return `last_steps`; raise ValueError if it or the curvature is out of range."""
     if settings.curvature not in get_args(Curvature):
         raise ValueError(
             f"curvature is {settings.curvature!r}; expected one of {get_args(Curvature)}"
@@ -294,7 +294,7 @@ def _steps_to_differentiate(problem: InnerProblem, settings: InnerSettings) -> i
 
 
 def _check_curvature(problem: InnerProblem, curvature: Curvature) -> None:
-    """Say that math attention is used, or refuse a policy that finite differences cannot handle."""
+    """Log that math attention is used, or refuse a policy that finite differences cannot handle."""
     if curvature == "exact" and attention_kernel(problem.policy) != "eager":
         say_once("math attention is used where the policy is differentiated twice")
     if curvature == "finite_difference":

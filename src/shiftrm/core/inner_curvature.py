@@ -1,7 +1,7 @@
 """The weighted inner loss f, its gradient, and products of a vector with its derivatives.
 
 With `l_i = -log pi_theta(y_i|x_i)`, `f(theta) = 1/B sum_i w_i l_i(theta)` and a vector v as long as
-theta, this module gives, in micro-batches:
+theta, this module computes, in micro-batches:
 
     grad f,  the products <v, grad (w_i l_i / B)> of all samples i,  and H v, H the Hessian of f.
 
@@ -37,10 +37,10 @@ class InnerLoss:
 
     Attributes:
         passes: the policy's forward passes.
-        parameters: theta, the trainable ones.
-        micro_batch_size: rows in one pass; None: all.
-        curvature_micro_batch_size: rows in one pass that differentiates twice; None: a quarter.
-        relative_step: `||eps v|| / ||theta||` of `finite_difference`; None: by precision.
+        parameters: theta, the trainable parameters.
+        micro_batch_size: rows per pass; None means all.
+        curvature_micro_batch_size: rows per pass that differentiates twice; None means a quarter.
+        relative_step: `||eps v|| / ||theta||` of `finite_difference`; None chooses by precision.
     """
 
     passes: Passes
@@ -59,11 +59,11 @@ class InnerLoss:
         curvature_micro_batch_size: int | None = None,
         relative_step: float | None = None,
     ) -> "InnerLoss":
-        """The inner loss of a policy as a function of its trainable parameters.
+        """Return the inner loss of a policy as a function of its trainable parameters.
 
         Raises:
-            ValueError: it has none, or a size or step is not positive.
-            UserError: one is in half precision, where SGD steps round away.
+            ValueError: no trainable parameters, or a size or step is not positive.
+            UserError: a parameter is in half precision, where SGD steps round away.
         """
         parameters = [p for p in policy.parameters() if p.requires_grad]
         if not parameters:
@@ -91,7 +91,7 @@ class InnerLoss:
         )
 
     def gradient(self, batch: Sequences, weights_B: Tensor) -> tuple[float, list[Tensor]]:
-        """f and grad f."""
+        """Return f and grad f."""
         total, gradient = 0.0, self._zeros()
         for rows in micro_batches(batch.lengths, self.micro_batch_size):
             weights = weights_B[rows] / len(weights_B)
@@ -101,18 +101,18 @@ class InnerLoss:
         return total, gradient
 
     def products(self, batch: Sequences, weights_B: Tensor, v: Sequence[Tensor]) -> Tensor:
-        """`<v, grad (w_i l_i / B)>`, shape [B]."""
+        """Return `<v, grad (w_i l_i / B)>`, shape [B]."""
         return self._products(batch, weights_B, v, None)
 
     def exact(
         self, batch: Sequences, weights_B: Tensor, v: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The products and H v: `H v = grad sum_i <v, grad (w_i l_i / B)>`.
+        """Return the products and H v: `H v = grad sum_i <v, grad (w_i l_i / B)>`.
 
-        Differentiates the products, which gates yield without computing grad f: one matrix product
-        a layer less than differentiating `<v, grad f>`, and no gradient-sized graph. (Reverse over
-        forward would need as few, but the tangent of softmax is computed in place, which torch 2.13
-        then cannot differentiate.)
+        Differentiates the products, which gates compute without grad f: one matrix product per
+        layer less than differentiating `<v, grad f>`, and no gradient-sized graph. (Reverse over
+        forward has the same cost, but torch 2.13 computes the tangent of softmax in place and then
+        cannot differentiate it.)
         """
         size = self.curvature_micro_batch_size
         if size is None:
@@ -144,16 +144,16 @@ class InnerLoss:
     def finite_difference(
         self, batch: Sequences, weights_B: Tensor, v: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The products and H v, from gradients at theta +- eps v: error O(eps^2), plus rounding.
+        """Return the products and H v from gradients at theta +- eps v; error O(eps^2) + rounding.
 
-        Both passes run outside autocast: in bf16 the weights do not see steps this small. Leaves
-        the parameters changed.
+        Both passes run outside autocast: bf16 would round steps this small away. Leaves the
+        parameters changed.
         """
         norm = _norm(v)
         if norm == 0:
             return torch.zeros_like(weights_B), self._zeros()
         default = 1e-5 if self.parameters[0].dtype == torch.float64 else 1e-4
-        # All parameters may be 0, as LoRA's B alone at the start: steps are then relative to 1.
+        # All parameters may be 0 (LoRA's B alone at the start): steps are then relative to 1.
         eps = (self.relative_step or default) * (_norm(self.parameters) or 1.0) / norm
         plain = replace(self, passes=replace(self.passes, autocast=None))
         curved = self._zeros()
@@ -162,8 +162,8 @@ class InnerLoss:
             for p, a in zip(self.parameters, v, strict=True):
                 p.add_(a, alpha=sign * eps if sign > 0 else -2 * eps)
             gradient = self._zeros()
-            # The mean of the products on both sides is the product in the middle, up to O(eps^2):
-            # no third pass is needed.
+            # The mean of the products on both sides equals the product in the middle up to
+            # O(eps^2), so no third pass is needed.
             products += 0.5 * plain._products(batch, weights_B, v, gradient)
             torch._foreach_add_(curved, gradient, alpha=sign / (2 * eps))
             del gradient
@@ -176,7 +176,7 @@ class InnerLoss:
         v: Sequence[Tensor],
         gradient: list[Tensor] | None,
     ) -> Tensor:
-        """The products; grad f is added to `gradient` if it is given."""
+        """Return the products; add grad f to `gradient` if given."""
 
         def by_gates(loss: Tensor, gate: Tensor, state: Gates) -> Tensor:
             wanted = self.parameters if gradient is not None else []
@@ -204,7 +204,7 @@ class InnerLoss:
         without: Callable[[Sequences, Tensor], Tensor],
         size_without: int | None,
     ) -> Tensor:
-        """Products of all micro-batches, by gates where they work and otherwise without."""
+        """Return the products of all micro-batches, by gates where they work."""
         products = torch.empty_like(weights_B)
         scaled = weights_B / len(weights_B)
         why = unsupported(self.passes.policy, self.parameters)
@@ -215,7 +215,7 @@ class InnerLoss:
                 loss = -(scaled[rows] * self.passes(batch.rows(rows))).sum()
                 if state.unseen():
                     why = "a parameter is used outside its module"
-                    if number:  # what was summed before lacks its share
+                    if number:  # earlier sums lack its share
                         raise RuntimeError(f"{why} in some batches only")
                     break
                 products[rows] = by_gates(loss, gate, state)

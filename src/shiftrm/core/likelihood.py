@@ -1,7 +1,7 @@
 """A policy's log-likelihoods of responses: batches, padding, kernels and modes.
 
-`losses.response_log_likelihood` is the formula; here stands what a forward pass of a real causal
-language model needs around it. Torch only.
+`losses.response_log_likelihood` is the formula; this module runs the forward passes of a causal
+language model for it. Torch only.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from shiftrm.errors import UserError
 
 
 class Sequences(NamedTuple):
-    """Prompts with responses as a causal language model reads them, padded on the right.
+    """Token ids and masks of prompts with responses, padded on the right.
 
     Attributes:
         input_ids: tokens, shape [B, T].
@@ -34,11 +34,11 @@ class Sequences(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
-        """Real tokens of each row, shape [B]."""
+        """Number of real tokens in each row, shape [B]."""
         return self.attention_mask.sum(dim=1)
 
     def rows(self, chosen: Tensor) -> "Sequences":
-        """Some of the rows, without the columns in which all of these are padding."""
+        """Return the chosen rows, without columns that are padding in all of them."""
         T = int(self.lengths[chosen].max())
         return Sequences(*(tensor[:, :T][chosen] for tensor in self))
 
@@ -46,7 +46,7 @@ class Sequences(NamedTuple):
         return Sequences(*(tensor.to(device) for tensor in self))
 
     def check(self, name: str) -> None:
-        """Raises ValueError: shapes differ, left padding, or a row without a response."""
+        """Raise ValueError if shapes differ, padding is on the left, or a row has no response."""
         shapes = {tuple(tensor.shape) for tensor in self}
         if len(shapes) > 1 or self.input_ids.dim() != 2 or self.input_ids.numel() == 0:
             raise ValueError(
@@ -60,7 +60,7 @@ class Sequences(NamedTuple):
 
 
 def check_right_padding(attention_mask: Tensor, name: str) -> None:
-    """Raises ValueError for left padding: positions count from column 0."""
+    """Raise ValueError for left padding: positions count from column 0."""
     mask = attention_mask.bool()
     wrong = ~mask[:, 0] | (mask[:, 1:] & ~mask[:, :-1]).any(dim=1)
     if bool(wrong.any()):
@@ -71,14 +71,14 @@ def check_right_padding(attention_mask: Tensor, name: str) -> None:
 
 
 def micro_batches(lengths: Tensor, size: int | None) -> list[Tensor]:
-    """Indices of the rows of each micro-batch, rows of like length together: less padding."""
+    """Return the row indices of each micro-batch, sorted by length to reduce padding."""
     if size is None or size >= len(lengths):
         return [torch.arange(len(lengths), device=lengths.device)]
     return list(lengths.argsort(stable=True).split(size))
 
 
 def join(first: Sequences, second: Sequences) -> Sequences:
-    """The rows of both, the shorter one padded to the longer one's length; shape [B1 + B2, T]."""
+    """Concatenate the rows, padded to the longer length; shape [B1 + B2, T]."""
     T = max(first.input_ids.shape[1], second.input_ids.shape[1])
     padded = [[F.pad(tensor, (0, T - tensor.shape[1])) for tensor in s] for s in (first, second)]
     return Sequences(*(torch.cat(pair) for pair in zip(*padded, strict=True)))
@@ -86,13 +86,13 @@ def join(first: Sequences, second: Sequences) -> Sequences:
 
 @dataclass(frozen=True)
 class Passes:
-    """How forward passes of one policy are run; made once for all of them by `Passes.of`.
+    """How to run forward passes of one policy; made once by `Passes.of`.
 
     Attributes:
         policy: a causal language model, full or PEFT.
         reduction: see `response_log_likelihood`.
         autocast: see `ambient_autocast`.
-        keeps_logits: the model can compute logits at the last positions only.
+        keeps_logits: whether the model can compute logits at the last positions only.
     """
 
     policy: nn.Module
@@ -110,14 +110,14 @@ class Passes:
         )
 
     def __call__(self, sequences: Sequences) -> Tensor:
-        """log pi(y|x) of each row, shape [B], in fp32 (fp64 for an fp64 policy)."""
+        """Return log pi(y|x) of each row, shape [B], in fp32 (fp64 for an fp64 policy)."""
         device = next(self.policy.parameters()).device
         ids, attention_mask, response_mask = sequences.to(device)
         response_mask = response_mask.bool() & attention_mask.bool()
         options: dict[str, Any] = {}
         if self.keeps_logits:
-            # The prompts' logits are not needed, only those from the token before the earliest
-            # response on: with a long prompt and a large vocabulary they are most of the memory.
+            # Compute logits only from the token before the earliest response: with long prompts
+            # and a large vocabulary, the prompts' logits take most of the memory.
             first = int(response_mask[:, 1:].any(dim=0).int().argmax())
             keep = ids.shape[1] - first
             options["logits_to_keep"] = keep
@@ -132,7 +132,7 @@ class Passes:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP and PEFT."""
+    """Return the transformers model inside DDP and PEFT."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # type: ignore[assignment]
     base = getattr(model, "get_base_model", None)
@@ -140,7 +140,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def ambient_autocast(model: nn.Module) -> torch.dtype | None:
-    """The type the caller's autocast casts to on the model's device, None outside of any."""
+    """Return the caller's autocast type on the model's device; None without autocast."""
     device_type = next(model.parameters()).device.type
     if not torch.is_autocast_enabled(device_type):
         return None
@@ -149,9 +149,9 @@ def ambient_autocast(model: nn.Module) -> torch.dtype | None:
 
 @contextmanager
 def autocast_to(dtype: torch.dtype | None, model: nn.Module) -> Iterator[None]:
-    """Autocast for the model's forward pass, or none at all, whatever the caller is in.
+    """Autocast to `dtype` (None: no autocast) inside the block, whatever the caller's setting.
 
-    Without autocast's cache of cast weights: it would outlive a change of the weights.
+    The cache of cast weights is off, because it would outlive a change of the weights.
     """
     device_type = next(model.parameters()).device.type
     if dtype is None:
@@ -163,16 +163,16 @@ def autocast_to(dtype: torch.dtype | None, model: nn.Module) -> Iterator[None]:
 
 
 def attention_kernel(model: nn.Module) -> str:
-    """Name of the model's attention implementation, "eager" where it does not say."""
+    """Return the name of the model's attention implementation, "eager" if it has none."""
     config = getattr(unwrapped(model), "config", None)
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
 @contextmanager
 def torch_attention(policy: nn.Module) -> Iterator[None]:
-    """Inside, a policy with a kernel from outside torch (flash, flex) attends by torch's functions.
+    """Replace attention kernels from outside torch (flash, flex) by torch's inside the block.
 
-    Those kernels have no second derivative, torch's have one in their math form. transformers reads
+    Those kernels have no second derivative; torch's have one in their math form. transformers reads
     the name in the configuration at every forward pass, also for the mask.
     """
     plain = "sdpa" if getattr(unwrapped(policy), "_supports_sdpa", True) else "eager"
@@ -184,15 +184,15 @@ def torch_attention(policy: nn.Module) -> Iterator[None]:
                 config._attn_implementation = plain
         yield
     finally:
-        for config, kernel in kernels:  # a model's before its parts': setting it reaches those
+        for config, kernel in kernels:  # a model first: setting it also sets its parts
             if getattr(config, "_attn_implementation", None) != kernel:
                 config._attn_implementation = kernel
 
 
 def require_plain_checkpointing(model: nn.Module, name: str) -> None:
-    """Raises UserError for reentrant checkpointing, which knows only `.backward()`.
+    """Raise UserError for reentrant checkpointing, which supports only `.backward()`.
 
-    The other kind, transformers' default, works everywhere here, second derivatives included.
+    Non-reentrant checkpointing, transformers' default, also supports second derivatives.
     """
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
@@ -205,9 +205,9 @@ def require_plain_checkpointing(model: nn.Module, name: str) -> None:
 
 
 def require_smooth(policy: nn.Module) -> None:
-    """Raises UserError where differences of gradients would be wrong in any float type in use.
+    """Raise UserError if differences of gradients would be wrong for this policy.
 
-    Routing to experts is left alone in fp64, whose steps are too short to change many choices.
+    Mixture of experts is allowed in fp64, whose steps are too short to change many choices.
     """
     jumps = kinks(policy)
     if jumps is None or ("ReLU" not in jumps and next(policy.parameters()).dtype == torch.float64):
@@ -218,9 +218,9 @@ def require_smooth(policy: nn.Module) -> None:
 
 
 def require_symmetric_hessian(policy: nn.Module, batches: Iterable[Sequences]) -> None:
-    """Raises UserError where the gradient torch computes is no function's gradient.
+    """Raise UserError if torch's gradient is not the gradient of any function.
 
-    `nn.Embedding(padding_idx=...)` drops what flows into the pad token's row. If the head shares
+    `nn.Embedding(padding_idx=...)` drops the gradient of the pad token's row. If the head shares
     the weights, the row still gets the head's part, and a finite difference of such gradients along
     lam is not the product that the chain rule needs. (Differentiating twice is exact.)
     """
@@ -246,15 +246,15 @@ def require_symmetric_hessian(policy: nn.Module, batches: Iterable[Sequences]) -
 
 @contextmanager
 def without_dropout(*models: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode in the block; gradient checkpointing still works.
+    """Turn dropout off inside the block; gradient checkpointing still works.
 
-    transformers checkpoints a layer only if the layer itself says `training`; its dropout follows
+    transformers checkpoints a layer only if the layer's own `training` flag is on; dropout follows
     the flags of its submodules, which stay off.
     """
     with ExitStack() as restore:
         for module in (m for model in models for m in model.modules()):
             restore.callback(setattr, module, "training", module.training)
-            # A few (OPT) apply dropout in the layer itself: those go without checkpointing.
+            # Some (OPT) apply dropout in the layer itself: these run without checkpointing.
             dropout = getattr(module, "dropout", 0.0)
             own_dropout = isinstance(dropout, float) and dropout > 0
             module.training = getattr(module, "gradient_checkpointing", False) and not own_dropout
