@@ -24,20 +24,20 @@ __all__ = [
 ]
 
 TokenReduction = Literal["sum", "mean"]
-"""How token log-probabilities become one number a response; see `response_log_likelihood`."""
+"""How to reduce token log-probabilities per response; see `response_log_likelihood`."""
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of the preferred response (the papers' vanilla loss, Eq. 1).
+    """Return the negative log-likelihood of the preferred response (Eq. 1).
 
-    `L = -log sigmoid(r(x, y_w) - r(x, y_l) - margin)`, computed as softplus of the negated
-    difference, so that differences of 1e4 give 0 and 1e4 rather than 0 and inf.
+    `L = -log sigmoid(r(x, y_w) - r(x, y_l) - margin)`, computed without overflow for large
+    differences.
 
     Args:
         chosen: rewards of the preferred responses, shape [B], any float type.
         rejected: rewards of the other responses, shape [B].
-        margin: how much better the preferred one should be, shape [B] (Llama 2's extension, as in
-            TRL; not in the MetaRM papers). Default: none.
+        margin: by how much the preferred one should be better, shape [B] (Llama 2's extension, as
+            in TRL; not in the MetaRM papers). Default: none.
 
     Returns:
         Losses in nats, shape [B].
@@ -45,7 +45,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | Non
     Raises:
         ValueError: shapes differ.
 
-    Source: Dou et al., arXiv 2405.00438, Eq. 1, whose expectation is the mean of this.
+    Source: Dou et al., arXiv 2405.00438, Eq. 1; the caller's mean is its expectation.
     """
     _require_same_shape(chosen=chosen, rejected=rejected, margin=margin)
     difference = chosen - rejected
@@ -61,23 +61,23 @@ def response_log_likelihood(
     *,
     reduction: TokenReduction = "sum",
 ) -> Tensor:
-    """log pi(y|x): the log-probability of the response's tokens, each given all before it.
+    """Return log pi(y|x), the log-probability of the response's tokens given all before them.
 
     Args:
         logits_BTV: a causal language model's logits, shape [B, T, V]; those at t predict t + 1.
-            Computed on in at least fp32.
+            Computations use at least fp32.
         input_ids_BT: the tokens, shape [B, T].
-        response_mask_BT: True at the tokens of y, shape [B, T]. Token 0 has nothing before it that
-            could predict it, so it never counts.
-        reduction: "sum" is what the papers' text implies, log pi(y|x) being the probability of the
-            whole response. "mean" divides by the number of response tokens (ours): then long
-            responses do not weigh more than short ones.
+        response_mask_BT: True at the tokens of y, shape [B, T]. Token 0 never counts, because no
+            logits predict it.
+        reduction: "sum" follows the papers, where log pi(y|x) refers to the whole response. "mean"
+            (ours) divides by the number of response tokens, so that long responses do not weigh
+            more than short ones.
 
     Returns:
         Log-likelihoods in nats, shape [B].
 
     Raises:
-        ValueError: shapes do not fit, or a row has no response token.
+        ValueError: shapes do not match, or a row has no response token.
     """
     _require_same_shape(input_ids=input_ids_BT, response_mask=response_mask_BT)
     if logits_BTV.shape[:2] != input_ids_BT.shape:
@@ -86,8 +86,8 @@ def response_log_likelihood(
         )
     if reduction not in get_args(TokenReduction):
         raise ValueError(f"reduction is {reduction!r}; expected one of {get_args(TokenReduction)}")
-    # Tokens move one to the left, onto the logits that predict them; the last logits predict
-    # nothing. Slicing the logits instead would copy them.
+    # Shift tokens left, onto the logits that predict them; the last logits predict nothing.
+    # Slicing the logits instead would copy them.
     mask = F.pad(response_mask_BT[:, 1:].bool(), (0, 1), value=False)
     targets = F.pad(input_ids_BT[:, 1:], (0, 1), value=0).masked_fill(~mask, 0)
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
@@ -100,16 +100,16 @@ def response_log_likelihood(
 
 
 def effective_sample_size(weights: Tensor) -> float:
-    """`(sum w)^2 / sum w^2` of weights [B]: B if all are equal, 1 if one has them all."""
+    """Return `(sum w)^2 / sum w^2` of weights [B]: B if all are equal, 1 if only one is nonzero."""
     return float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def reward_weights(rewards: Tensor, *, beta: float, normalize: bool = False) -> Tensor:
-    """The weights R of reward-weighted likelihood: `exp(r / beta)`.
+    """Return the weights R of reward-weighted likelihood: `exp(r / beta)`.
 
     Args:
         rewards: r_phi(x, y) of a batch, shape [B], any float type.
-        beta: temperature, in units of reward, > 0: the smaller, the more the best examples count.
+        beta: temperature in units of reward, > 0; smaller values favour the best examples more.
         normalize: divide by the batch mean, so that the weights' mean is 1 and a constant added to
             all rewards changes nothing. Computed as B * softmax(r / beta), which subtracts the
             largest reward first, so it cannot overflow.
@@ -118,8 +118,8 @@ def reward_weights(rewards: Tensor, *, beta: float, normalize: bool = False) -> 
         Weights, dimensionless, shape [B]; differentiable in the rewards.
 
     Raises:
-        ValueError: beta is not a positive number; rewards of another shape; or a weight is not
-            finite (the message names the example). In fp32, `exp` overflows beyond r/beta = 88.
+        ValueError: beta is not positive, rewards have another shape, or a weight is not finite (the
+            message names the example). In fp32, `exp` overflows beyond r/beta = 88.
 
     Source: Jia, arXiv 2402.14760, R_t of Proposition 1. The normalised variant is ours.
     """
@@ -128,7 +128,7 @@ def reward_weights(rewards: Tensor, *, beta: float, normalize: bool = False) -> 
         raise ValueError(f"rewards must have shape [B], got {tuple(rewards.shape)}")
     if normalize:
         weights = len(rewards) * torch.softmax(rewards / beta, dim=0)
-        # One bad reward makes every weight NaN: the one to name is the bad reward.
+        # One bad reward makes every weight NaN; name the bad reward.
         bad = ~torch.isfinite(rewards if not bool(torch.isfinite(weights).all()) else weights)
     else:
         weights = torch.exp(rewards / beta)  # Proposition 1's R_t
@@ -151,7 +151,7 @@ def reward_weights(rewards: Tensor, *, beta: float, normalize: bool = False) -> 
 def reward_weighted_loss(
     log_likelihood: Tensor, rewards: Tensor, *, beta: float, normalize: bool = False
 ) -> Tensor:
-    """Reward-weighted negative log-likelihood: the inner loss of the bilevel method.
+    """Return the reward-weighted negative log-likelihood, the inner loss of the bilevel method.
 
     `l = -R log pi_theta(y|x)` with `R = exp(r_phi(x, y) / beta)`. Its minimiser over many examples
     is the optimum `pi_ref(y|x) exp(r/beta)` of the KL-regularised objective, if the data was drawn
@@ -176,10 +176,10 @@ def reward_weighted_loss(
 
 
 def preference_policy_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """How badly a policy orders a pair: `l_PL = -log sigmoid(A)`, the outer loss.
+    """Return `l_PL = -log sigmoid(A)`, the outer loss of a policy on preference pairs.
 
-    `A = log pi(y|x) - log pi(y'|x)` for the preferred y. There is neither a temperature nor a
-    reference policy in it, unlike in DPO.
+    `A = log pi(y|x) - log pi(y'|x)` for the preferred y. Unlike DPO, it has neither a temperature
+    nor a reference policy.
 
     Args:
         chosen: log pi(y|x) of the preferred responses, shape [B].

@@ -1,4 +1,4 @@
-"""The MetaRM step over any parameters: look ahead along grad J, differentiate, come back.
+"""The MetaRM step over any parameters: move along grad J, compute grad L there, move back.
 
 Dou et al., arXiv 2405.00438, Algorithm 1. With theta the parameters, J the difference loss on
 unlabelled responses (Eq. 2) and L the preference loss (Eq. 1):
@@ -6,14 +6,14 @@ unlabelled responses (Eq. 2) and L the preference loss (Eq. 1):
     theta' = theta + eta * grad J(theta)                     (Eq. 3, gradient ascent)
     theta <- theta - alpha * grad_{theta'} L(theta')         (Eq. 4, applied to theta)
 
-This module yields grad L(theta'); the optimizer that applies it is the caller's. The paper leaves
-out the derivative of theta' itself; `meta_order="exact"` (ours) adds it: the gradient of
+This module computes grad L(theta'); the caller's optimizer applies it. The paper omits the
+derivative of theta' itself; `meta_order="exact"` (ours) adds it: the gradient of
 `L(theta + eta d(grad J(theta)))` is `grad L(theta') + eta H_J D^T grad L(theta')`, with H_J the
 Hessian of J and D the Jacobian of the direction d.
 
-Where weights or activations are rounded to bf16, `theta'` rounds back to theta or its gradient
-drowns in rounding; `midpoint_change` computes grad L(theta') - grad L(theta) itself instead.
-`choose_meta_shift` knows when; docs/bf16-meta-step.md has the measurements.
+If weights or activations are bf16, `theta'` rounds back to theta or rounding hides the change of
+the gradient; `midpoint_change` then computes grad L(theta') - grad L(theta) directly.
+`choose_meta_shift` decides; docs/bf16-meta-step.md has the measurements.
 
 Imports torch only.
 """
@@ -74,7 +74,7 @@ __all__ = [
 ]
 
 MetaOrder = Literal["first", "exact"]
-"""first: grad L(theta'), the paper's. exact: the gradient through the step; see this module."""
+"""first: grad L(theta'), as in the paper. exact: the gradient through the step."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class MetaReport:
         gradient_norm: `||grad J(theta)||`; NaN if the step was skipped.
         step_norm: `||theta' - theta||`.
         influence: `||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`; None if not measured.
-            Near 0 the meta step changes nothing, whatever else was configured.
-        skipped: grad J was not finite, so theta' = theta.
+            Near 0 the meta step has no effect.
+        skipped: whether grad J was not finite, so that theta' = theta.
     """
 
     objective_before: float
@@ -111,21 +111,21 @@ def second_order_term(
     meta_step: MetaStep,
     state: AdaptiveState | None = None,
 ) -> list[Tensor]:
-    """`eta H_J(theta) D^T grad L(theta')`: what `meta_order="exact"` adds to grad L(theta').
+    """Return `eta H_J(theta) D^T grad L(theta')`, which `meta_order="exact"` adds.
 
     Args:
-        objective_product: v -> H_J v at theta, over the whole meta batch: micro-batches and
-            processes summed; by `hessian_vector_product` or `finite_difference_product`.
+        objective_product: v -> H_J v at theta, summed over the micro-batches and processes of the
+            meta batch; uses `hessian_vector_product` or `finite_difference_product`.
         gradients: grad J(theta), from which the direction was made.
         shifted: grad L(theta') over the whole batch of pairs.
         meta_learning_rate: eta.
         meta_step, state: see `direction_vjp`.
 
     Returns:
-        One tensor a parameter.
+        One tensor per parameter.
 
-    Cost: one Hessian-vector product of J. State: none. Memory: that of the product, D^T v and the
-    result (two copies of the trainable parameters), and grad J, which must be kept until here.
+    Cost: one Hessian-vector product of J. Memory: that of the product, plus D^T v and the result
+    (two copies of the trainable parameters), plus grad J, which must be kept until here.
     """
     vectors = direction_vjp(gradients, shifted, meta_step=meta_step, state=state)
     return [meta_learning_rate * product for product in objective_product(vectors)]
@@ -135,9 +135,9 @@ def second_order_term(
 
 
 def influence(shifted: Sequence[Tensor], base: Sequence[Tensor]) -> float:
-    """`||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`; 0 if both gradients vanish.
+    """Return `||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`; 0 if both are zero.
 
-    In bf16 this measures rounding; take `relative_size(change, base)` of the midpoint change.
+    In bf16 this measures rounding; use `relative_size(change, base)` of the midpoint change.
     """
     return relative_size([s - b for s, b in zip(shifted, base, strict=True)], base)
 
@@ -155,23 +155,23 @@ def metarm_gradient(
     curvature: Curvature = "exact",
     diagnose: bool = True,
 ) -> tuple[list[Tensor], MetaReport]:
-    """One MetaRM step: `grad L(theta')`, with the parameters left at theta.
+    """Return `grad L(theta')` of one MetaRM step; the parameters stay at theta.
 
     Args:
         parameters: leaf tensors that require gradients; `objective` and `loss` read them.
-        objective: computes J, a scalar, at the parameters' present values.
+        objective: computes J, a scalar, at the parameters' current values.
         loss: computes L, a scalar, likewise.
         meta_learning_rate: eta >= 0.
         meta_step, state: see `ascent_direction`.
         meta_order: "first" is the paper's; "exact" adds `second_order_term`.
         meta_shift: see `choose_meta_shift`.
-        curvature: how Hessians are multiplied, for "exact" and "midpoint"; "finite_difference"
-            needs no second derivative; its radius suits the parameters' type, not autocast's.
-        diagnose: also measure J after the step and its influence, for one more forward pass of J
-            and one more gradient of L.
+        curvature: method of Hessian products, for "exact" and "midpoint". "finite_difference" needs
+            no second derivative; its radius suits the parameters' type, not autocast's.
+        diagnose: also measure J after the step and its influence, at the cost of one forward pass
+            of J and one gradient of L.
 
     Returns:
-        The gradient of L at theta', one tensor a parameter (zeros where L does not depend on it),
+        The gradient of L at theta', one tensor per parameter (zeros where L does not depend on it),
         and a report.
 
     Raises:

@@ -1,6 +1,6 @@
-"""How grad J becomes a step: the three rules, and how each answers to a change of grad J.
+"""The three rules that turn grad J into a step direction, and their derivatives.
 
-`d` is the direction multiplied with eta in Eq. 3 of Dou et al., arXiv 2405.00438. The paper's is
+`d` is the direction that Eq. 3 of Dou et al., arXiv 2405.00438, multiplies by eta. The paper uses
 grad J itself; the other two rules are ours. Imports torch only.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 MetaStep = Literal["sgd", "normalized", "adaptive"]
-"""How grad J becomes a direction; see `ascent_direction`."""
+"""How to turn grad J into a direction; see `ascent_direction`."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class AdaptiveState:
     second: list[Tensor] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything in it by name, to be saved; `from_tensors` reads it back."""
+        """Return all state by name for saving; `from_tensors` reads it back."""
         named = {"steps": torch.tensor(self.steps)}
         for kind, moments in (("first", self.first), ("second", self.second)):
             named |= {f"{kind}.{i}": m for i, m in enumerate(moments)}
@@ -36,7 +36,7 @@ class AdaptiveState:
 
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor]) -> "AdaptiveState":
-        """The state that `tensors` gave."""
+        """Return the state that `tensors` saved."""
         count = (len(named) - 1) // 2
         return cls(
             steps=int(named["steps"]),
@@ -46,9 +46,9 @@ class AdaptiveState:
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all entries together, a scalar in at least fp32.
+    """Return the Euclidean norm of all entries together, a scalar in at least fp32.
 
-    Of sharded tensors (DTensor) it is the norm over all shards; every process must then call it.
+    For sharded tensors (DTensor) it is the norm over all shards; every process must call it.
     """
     if not tensors:
         return torch.zeros(())
@@ -59,19 +59,18 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 def ascent_direction(
     gradients: Sequence[Tensor], *, meta_step: MetaStep, state: AdaptiveState | None = None
 ) -> list[Tensor]:
-    """The direction that is multiplied with eta in Eq. 3.
+    """Return the direction that Eq. 3 multiplies by eta.
 
     Args:
-        gradients: grad J, one tensor a parameter, of any shapes.
+        gradients: grad J, one tensor per parameter, of any shapes.
         meta_step: "sgd" is the paper's plain gradient. "normalized" is `g / ||g||` over all
-            parameters together, so that eta is the length of the step whatever the scale of the
-            rewards (as in SAM; ours). "adaptive" is Adam's bias-corrected `m / (sqrt(v) + eps)`,
-            which is what an implementation with an Adam optimizer for the meta process would do
-            (the paper's text does not say so; ours).
+            parameters together, so that eta is the length of the step at any scale of the rewards
+            (as in SAM; ours). "adaptive" is Adam's bias-corrected `m / (sqrt(v) + eps)`, as an Adam
+            optimizer for the meta process would do (ours; not in the paper).
         state: Adam's moments, updated in place; required for "adaptive".
 
     Returns:
-        One tensor a parameter. All zero if the gradient is zero.
+        One tensor per parameter; all zero if the gradient is zero.
 
     Raises:
         ValueError: unknown rule, or "adaptive" without a state.
@@ -89,9 +88,9 @@ def ascent_direction(
 def meta_directions(
     gradients: Sequence[Tensor], *, meta_step: MetaStep, state: AdaptiveState | None = None
 ) -> tuple[list[Tensor], bool]:
-    """`ascent_direction`, or zeros and True if the gradient is not finite: a skipped meta step.
+    """Return `ascent_direction` and False, or zeros and True if the gradient is not finite.
 
-    A skipped step leaves Adam's moments as they were.
+    Such a skipped step does not change Adam's moments.
     """
     if not math.isfinite(float(global_norm(gradients))):
         return [torch.zeros_like(g) for g in gradients], True
@@ -106,30 +105,30 @@ def direction_vjp(
     meta_step: MetaStep,
     state: AdaptiveState | None = None,
 ) -> list[Tensor]:
-    """`D^T v`, D the Jacobian of `ascent_direction` at grad J.
+    """Return `D^T v`, with D the Jacobian of `ascent_direction` at grad J.
 
-    With `g` the gradient, `d` the direction:
-    - "sgd": D is the identity, the result is v.
+    With `g` the gradient and `d` the direction:
+    - "sgd": D is the identity, so the result is v.
     - "normalized": `D = (I - d d^T) / ||g||`, over all parameters together.
-    - "adaptive": D is diagonal. Adam's moments of earlier steps count as constants. Where the
-      second moment is zero, J has never depended on the entry and its Hessian's column is zero
-      too: the result is 0 there, not the 1/eps that the formula gives.
+    - "adaptive": D is diagonal. Adam's moments of earlier steps are constants. Where the second
+      moment is zero, J has never depended on the entry, and its Hessian's column is zero too: the
+      result there is 0, not the formula's 1/eps.
 
     Where the rule has no derivative (g = 0 under "normalized") the result is 0: there is no step.
 
     Args:
         gradients: grad J, as given to `ascent_direction`.
-        vectors: v, one tensor a parameter.
+        vectors: v, one tensor per parameter.
         meta_step: the rule.
-        state: Adam's moments *after* `ascent_direction` took this gradient in; not changed.
+        state: Adam's moments *after* `ascent_direction` processed this gradient; not changed.
 
     Returns:
-        One tensor a parameter, in the wider type of g and v.
+        One tensor per parameter, in the wider type of g and v.
 
     Raises:
         ValueError: unknown rule, or "adaptive" without a state.
 
-    The derivative is ours: the paper stops at first order.
+    The derivative is ours; the paper is first-order.
     """
     if meta_step == "sgd":
         return list(vectors)
@@ -146,7 +145,7 @@ def direction_vjp(
 
 
 def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Sum of all products of entries, a scalar in at least fp32; differentiable."""
+    """Return the inner product over all tensors, a differentiable scalar in at least fp32."""
     parts = []
     for a, b in zip(left, right, strict=True):
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -161,7 +160,7 @@ def _whole(scalar: Tensor) -> Tensor:
 
 
 def _reciprocal(norm: Tensor) -> Tensor:
-    """1 / norm, and 0 for 0."""
+    """Return 1 / norm, or 0 for 0."""
     return torch.where(norm > 0, 1.0 / norm, torch.zeros_like(norm))
 
 

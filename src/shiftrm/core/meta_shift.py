@@ -1,8 +1,8 @@
-"""Parameters at theta' and back (Eq. 3), and the change of a gradient where theta' rounds away.
+"""Move parameters to theta' and back (Eq. 3), or compute the change of a gradient without it.
 
-In fp32 the parameters move in place. Where weights or activations are bf16, `theta'` rounds back to
-theta or the change of the gradient drowns in rounding; `midpoint_change` computes that change
-itself. docs/bf16-meta-step.md has the measurements. Imports torch only.
+In fp32 the parameters move in place. If weights or activations are bf16, `theta'` rounds back to
+theta or rounding hides the change of the gradient; `midpoint_change` computes that change directly.
+docs/bf16-meta-step.md has the measurements. Imports torch only.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,14 +31,14 @@ MetaShift = Literal["in_place", "midpoint"]
 def look_ahead(
     parameters: Sequence[Tensor], directions: Sequence[Tensor], *, meta_learning_rate: float
 ) -> Iterator[None]:
-    """Inside, the parameters are theta' (Eq. 3); outside they are theta again, bit for bit.
+    """Set the parameters to theta' (Eq. 3) inside the block, and restore theta bit for bit.
 
-    The originals are cloned and copied back, also when an exception is raised inside: adding and
-    then subtracting would leave rounding behind in about 7 % of fp32 entries.
+    The originals are cloned and copied back, also after an exception: adding and then subtracting
+    would change about 7 % of fp32 entries by rounding.
 
     Args:
         parameters: changed in place.
-        directions: from `ascent_direction`, one a parameter.
+        directions: from `ascent_direction`, one per parameter.
         meta_learning_rate: eta.
     """
     originals = [p.detach().clone() for p in parameters]
@@ -59,7 +59,7 @@ def ascend_(
     meta_learning_rate: float,
     seed: int | None = None,
 ) -> None:
-    """theta <- theta + eta * direction, in place (Eq. 3).
+    """Compute theta <- theta + eta * direction in place (Eq. 3).
 
     With a seed, bf16 parameters are rounded at random (`add_unbiased_`), so that a step far below
     their resolution still moves them by the right amount on average. Use it to deploy theta'.
@@ -73,14 +73,14 @@ def ascend_(
 
 @torch.no_grad()
 def add_unbiased_(tensors: Sequence[Tensor], changes: Sequence[Tensor], *, seed: int) -> None:
-    """tensors += changes. In bf16 the sum is rounded up or down at random, right on average.
+    """Add changes to tensors in place, with unbiased random rounding in bf16.
 
-    Rounding to the nearest would drop every change below half a unit in the last place. Other
-    types are added plainly.
+    Rounding to nearest would drop every change below half a unit in the last place. Other types use
+    plain addition.
 
     Args:
         tensors: changed in place.
-        changes: fp32 keeps them exact.
+        changes: pass fp32 to keep them exact.
         seed: the same on every process that holds the same tensors.
     """
     generators: dict[torch.device, torch.Generator] = {}
@@ -91,7 +91,7 @@ def add_unbiased_(tensors: Sequence[Tensor], changes: Sequence[Tensor], *, seed:
         if tensor.device not in generators:
             generators[tensor.device] = torch.Generator(tensor.device).manual_seed(seed)
         total = tensor.float().add_(change)
-        # bf16 is the upper half of fp32: a random lower half carries over in proportion.
+        # bf16 is the upper half of fp32: a random lower half carries with the right probability.
         noise = torch.randint(
             0,
             1 << 16,
@@ -105,7 +105,7 @@ def add_unbiased_(tensors: Sequence[Tensor], changes: Sequence[Tensor], *, seed:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In fp32 at least."""
+    """Cast to fp32, or keep a wider type."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -115,12 +115,12 @@ def _wide(tensor: Tensor) -> Tensor:
 def choose_meta_shift(
     parameters: Iterable[Tensor], *, autocast_type: torch.dtype | None = None
 ) -> MetaShift:
-    """ "in_place" if everything is computed in fp32 or wider, else "midpoint".
+    """Return "in_place" if everything is computed in fp32 or wider, else "midpoint".
 
     Args:
-        parameters: all of the model's, frozen ones included.
-        autocast_type: the type of autocast, or of FSDP2's mixed precision, if one is on: fp32
-            weights are rounded to it before use, and the step with them.
+        parameters: all parameters of the model, including frozen ones.
+        autocast_type: the type of autocast or of FSDP2's mixed precision, if on: fp32 weights, and
+            the step with them, are rounded to it before use.
     """
     coarsest = coarsest_type(parameters, autocast_type=autocast_type)
     return "in_place" if torch.finfo(coarsest).eps <= torch.finfo(torch.float32).eps else "midpoint"
@@ -134,31 +134,32 @@ def midpoint_change(
     meta_learning_rate: float,
     largest_influence: float = 0.5,
 ) -> list[Tensor]:
-    """`grad L(theta') - grad L(theta)`, not by subtracting one gradient from another.
+    """Return `grad L(theta') - grad L(theta)` without subtracting gradients.
 
-    The difference is `eta * integral of H_L(theta + t eta d) d over t in [0, 1]`, here by the
-    midpoint rule: `eta H_L(theta + eta d / 2) d`, in exact arithmetic wrong by order eta^3.
-    Rounding is relative to the difference, not to the gradient, so it holds where `eta d` is far
-    below the resolution of the weights: the midpoint then rounds to theta, an error of order eta^2.
+    The difference is `eta * integral of H_L(theta + t eta d) d over t in [0, 1]`, computed by the
+    midpoint rule: `eta H_L(theta + eta d / 2) d`, with an error of order eta^3 in exact arithmetic.
+    Rounding is relative to the difference, not to the gradient, so this also works when `eta d` is
+    far below the resolution of the weights: the midpoint then rounds to theta, an error of order
+    eta^2.
 
-    Where the change is more than `largest_influence` of the gradient, the midpoint rule is coarse
-    and rounding small beside the change: there the gradients are subtracted after all.
+    If the change exceeds `largest_influence` of the gradient, the midpoint rule is inaccurate and
+    rounding is small relative to the change, so the gradients are subtracted.
 
     Args:
-        loss: L of one micro-batch, scaled as its gradient is; called once, or three times where
-            the change is large. The changes of micro-batches are summed.
-        parameters: leaf tensors that require gradients; theta again afterwards.
-        directions: d, one a parameter, of any float type.
+        loss: L of one micro-batch, scaled as its gradient is; called once, or three times if the
+            change is large. The changes of micro-batches are summed.
+        parameters: leaf tensors that require gradients; restored to theta.
+        directions: d, one per parameter, of any float type.
         meta_learning_rate: eta.
-        largest_influence: see above; infinity is the midpoint rule always.
+        largest_influence: see above; infinity always uses the midpoint rule.
 
     Returns:
-        One tensor a parameter, in fp32 or wider: bf16 would round it off when it is accumulated.
+        One tensor per parameter, in fp32 or wider: accumulating in bf16 would round it away.
 
     Raises:
-        UserError: as `hessian_vector_product`, which see for time and memory.
+        UserError: as `hessian_vector_product`, which also states time and memory.
 
-    Ours; any differentiable use of the parameters will do (LoRA, tied weights, experts).
+    Ours. Works for any differentiable use of the parameters (LoRA, tied weights, experts).
     """
     with look_ahead(parameters, directions, meta_learning_rate=meta_learning_rate / 2):
         gradients, products = gradient_and_product(loss, parameters, directions)
@@ -182,11 +183,11 @@ def midpoint_change_by_differences(
 ) -> tuple[list[Tensor], float]:
     """`midpoint_change` for models that cannot be differentiated twice, or are sharded.
 
-    The curvature is the difference of gradients at both sides of the midpoint, as far apart as
-    `compute_type` needs and no nearer than theta and theta': where these are far enough apart it is
-    `grad L(theta') - grad L(theta)` itself.
+    The curvature is the difference of gradients on both sides of the midpoint, as far apart as
+    `compute_type` needs and at least as far as theta and theta'. If these are far enough apart, the
+    result is `grad L(theta') - grad L(theta)` itself.
 
-    Args and returns: as `finite_difference_product`; `gradient` is that of L.
+    Arguments and result as in `finite_difference_product`, with the gradient of L.
     """
     half = meta_learning_rate * float(global_norm(directions)) / 2
     with look_ahead(parameters, directions, meta_learning_rate=meta_learning_rate / 2):

@@ -1,11 +1,11 @@
-"""Meta objectives: what a MetaRM step raises on unlabelled responses, by name.
+"""Meta objectives, which a MetaRM step increases on unlabelled responses, by name.
 
 An objective is a function `(rewards_BK, *, mask) -> J_B` on the rewards of K responses to each of B
 prompts. `mask` [B, K] is True where a response exists. J [B] is differentiable in the rewards, and
-the step is along the gradient of its mean. To add one, register it here, or set `meta_objective` to
-`package.module:function`.
+the step follows the gradient of its mean. To add an objective, register it here, or set
+`meta_objective` to `package.module:function`.
 
-Where |x| occurs, use `absolute`, so that finite differences of gradients do not cross its kink.
+For |x| use `absolute`, so that finite differences of gradients do not cross its kink.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Objective(Protocol):
-    """The signature of a meta objective; see this module."""
+    """The signature of a meta objective; see the module docstring."""
 
     def __call__(self, rewards_BK: Tensor, *, mask: Tensor) -> Tensor: ...
 
@@ -39,11 +39,11 @@ OBJECTIVES = Registry[Objective]("meta objective")
 
 @OBJECTIVES.register("difference")
 def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """How well rewards tell the responses to one prompt apart (J, Eq. 2); higher is better.
+    """Return how well rewards separate the responses to one prompt (J, Eq. 2); higher is better.
 
     `J = 2/K^2 * sum_{i<j} sigmoid(|r_i - r_j|)`, maximised by gradient ascent. It lies between
     `(K-1)/(2K)` (all equal) and `(K-1)/K` (all far apart). Where two rewards are equal, the
-    derivative of |.| is taken as 0: there is no NaN, and no gradient that separates them.
+    derivative of |.| is 0, so no NaN occurs and no gradient separates them.
 
     Args:
         rewards_BK: rewards of K responses to each of B prompts, shape [B, K].
@@ -73,7 +73,7 @@ def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor
 
     K = rewards_BK.shape[1]
     i, j = torch.triu_indices(K, K, offset=1, device=rewards_BK.device)
-    # Filled before the difference, so that padding (inf or NaN, even) cannot reach the gradient.
+    # Fill before the difference, so that padding (even inf or NaN) cannot reach the gradient.
     rewards_BK = rewards_BK.masked_fill(~mask, 0.0)
     difference = rewards_BK[:, i] - rewards_BK[:, j]
     discrimination = torch.sigmoid(absolute(difference))
@@ -82,18 +82,18 @@ def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor
 
 
 def absolute(x: Tensor) -> Tensor:
-    """`|x|`, with derivative 0 at 0. Inside `held_signs`, the signs are those recorded earlier."""
+    """Return `|x|`, with derivative 0 at 0. Inside `held_signs` it uses the recorded signs."""
     return _signs(x.detach()) * x
 
 
-# Where `absolute` puts its signs, and where it takes them from; both call by call.
+# The signs that `absolute` records, and those that it replays, one tensor per call.
 _signs_found: ContextVar[list[Tensor] | None] = ContextVar("signs_found", default=None)
 _signs_held: ContextVar[Iterator[Tensor] | None] = ContextVar("signs_held", default=None)
 
 
 @contextmanager
 def recorded_signs() -> Iterator[list[Tensor]]:
-    """Collect the signs that calls of `absolute` find inside, one tensor a call."""
+    """Collect the signs of all `absolute` calls inside the block, one tensor per call."""
     found: list[Tensor] = []
     token = _signs_found.set(found)
     try:
@@ -104,11 +104,11 @@ def recorded_signs() -> Iterator[list[Tensor]]:
 
 @contextmanager
 def held_signs(signs: Sequence[Tensor]) -> Iterator[None]:
-    """Context in which the n-th call of `absolute` uses the n-th of these signs.
+    """Make the n-th call of `absolute` inside the block use the n-th of these signs.
 
     J has a kink wherever two rewards are equal. With the signs at theta held, J is smooth near
     theta and has the same derivatives at theta. Finite differences of gradients need this: a step
-    across a kink would divide the jump of the gradient by the length of the step.
+    across a kink would divide the jump of the gradient by the step length.
 
     Args:
         signs: from `recorded_signs`, of the same calls.
