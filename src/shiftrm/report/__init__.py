@@ -1,4 +1,4 @@
-"""Records -> plots -> one HTML page, and the summary a run prints at its end."""
+"""Plots and HTML pages from records, and the summary that a run prints at its end."""
 
 from shiftrm.report.narrative import terminal_summary
 from shiftrm.report.page import write_report

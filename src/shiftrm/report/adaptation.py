@@ -1,4 +1,4 @@
-"""The before and after of an adaptation: page, numbers, and Markdown for the model card."""
+"""A reward model before and after an adaptation: page, JSON and Markdown for the model card."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from shiftrm.trainers.model_card import markdown_table
 __all__ = ["NUMBERS", "PAGE", "card_tables", "write_before_after"]
 
 PAGE, NUMBERS = "before_after.html", "before_after.json"
-"""In the output folder, beside the weights."""
+"""Name in the output folder, next to the weights."""
 
 ON_THE_CARD = (
     "Verdict",
@@ -24,18 +24,18 @@ ON_THE_CARD = (
     "Variance of differences",
     "Reward and length, within prompts",
 )
-"""Rows of the card's tables; the page holds all of them."""
+"""Maximum rows of a table in the model card; the page has all rows."""
 
 
 def write_before_after(found: Findings, folder: Path, more: Mapping[str, Any]) -> str:
-    """Write the page, and the numbers with `more`; return the tables for the model card."""
+    """Write the page, and the numbers with `more` as JSON. Return the model card's tables."""
     write_page(found, folder / PAGE)
     write_numbers(found, folder / NUMBERS, more=more)
     return card_tables(found)
 
 
 def card_tables(found: Findings) -> str:
-    """The verdict, what changed, and the main numbers of each file."""
+    """Return the verdict, the changes and the main numbers of each file as Markdown."""
     change = comparison_table(found.comparisons)
     parts = [
         verdict_words(found),

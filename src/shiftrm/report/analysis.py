@@ -1,4 +1,4 @@
-"""The comparisons behind tables and text: gold gaps, matched KL, what an adaptation changed."""
+"""Comparisons for tables and text: gold gaps, matched KL, changes by an adaptation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ KL_MEANING = (
     "models' distributions over the whole vocabulary, added up, in nats a response."
 )
 
-KL_TOLERANCE = 0.25  # arms further apart than this are not "at matched KL"
-MINIMUM_ACCURACY_CHANGE = 0.02  # below this a change in accuracy is never called one
+KL_TOLERANCE = 0.25  # arms that differ by more are not "at matched KL"
+MINIMUM_ACCURACY_CHANGE = 0.02  # a smaller change in accuracy counts as noise
 
 
 def relative_gap(values: list[float]) -> float:
-    """Largest over smallest value, minus one; infinity if the smallest is not positive.
+    """Return largest / smallest - 1; infinity if the smallest value is not positive.
 
-    Values that are all equal have gap 0, also when they are 0.
+    If all values are equal, also to 0, the gap is 0.
     """
     low, high = min(values), max(values)
     if low == high:
@@ -31,10 +31,10 @@ def relative_gap(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class GoldGap:
-    """Gold of `method` minus gold of `reference` after `round`, paired by seed.
+    """Gold score of `method` minus that of `reference` after `round`, paired by seed.
 
-    `sampling_half_width`: 1.96 standard errors from the responses alone (None if gold_std or n is
-    missing); it says nothing about how much another seed would change.
+    `sampling_half_width`: 1.96 standard errors over the responses, without the variation
+    between seeds. None if gold_std or n is missing.
     `kl` and `reference_kl`: mean KL to SFT (None if not measured).
     """
 
@@ -50,14 +50,14 @@ class GoldGap:
 
     @property
     def matched(self) -> bool | None:
-        """Whether the two KLs lie within 25 % of each other; None if one was not measured."""
+        """Whether the two KLs differ by at most 25 %; None if one was not measured."""
         if self.kl is None or self.reference_kl is None:
             return None
         return relative_gap([self.kl, self.reference_kl]) <= KL_TOLERANCE
 
 
 def _sampling_half_width(m: Measurements, arms: tuple[str, str], round_: int) -> float | None:
-    """1.96 standard errors of the difference of two mean golds over all their responses."""
+    """Return 1.96 standard errors of the difference of two mean gold scores."""
     variance = 0.0
     for arm in arms:
         deviations = m.final("evaluate", arm, round_, "gold_std")
@@ -70,7 +70,7 @@ def _sampling_half_width(m: Measurements, arms: tuple[str, str], round_: int) ->
 
 
 def gold_gap(m: Measurements, method: str, reference: str = FIXED) -> GoldGap | None:
-    """The gap after the last round that both arms have for at least one common seed."""
+    """Return the gap after the last round that both arms have for a common seed."""
     rounds = set(m.rounds(method, "evaluate", "gold_mean"))
     for round_ in sorted(rounds & set(m.rounds(reference, "evaluate", "gold_mean")), reverse=True):
         ours = m.final("evaluate", method, round_, "gold_mean")
@@ -97,7 +97,7 @@ def gold_gap(m: Measurements, method: str, reference: str = FIXED) -> GoldGap | 
 
 
 def gold_gaps(m: Measurements) -> list[GoldGap]:
-    """Every arm of the loop against the reward model kept fixed, in the order of the demo."""
+    """Compare every arm of the loop with the fixed reward model, in the order of the demo."""
     gaps = (gold_gap(m, arm) for arm in m.policy_arms() if arm != FIXED)
     return [gap for gap in gaps if gap is not None]
 
@@ -114,17 +114,17 @@ class KlSpread:
 
     @property
     def gap(self) -> float:
-        """Highest over lowest, minus one."""
+        """Highest / lowest - 1."""
         return relative_gap([self.lowest_kl, self.highest_kl])
 
     @property
     def matched(self) -> bool:
-        """Whether all arms of the round lie within 25 % of each other."""
+        """Whether the KLs of all arms differ by at most 25 %."""
         return self.gap <= KL_TOLERANCE
 
 
 def kl_below_zero(m: Measurements) -> str:
-    """A sentence if some KL that was logged along a policy's training is negative, else ""."""
+    """Return a warning if a KL logged during policy training is negative, else ""."""
     steps = [
         value
         for arm in m.policy_arms()
@@ -132,7 +132,7 @@ def kl_below_zero(m: Measurements) -> str:
         for points in m.curve("ppo", arm, round_, "kl").values()
         for _, value in points
     ]
-    below = sum(value < -0.1 for value in steps)  # noise around 0 is smaller
+    below = sum(value < -0.1 for value in steps)  # larger than the noise around 0
     if not below:
         return ""
     return (
@@ -144,7 +144,7 @@ def kl_below_zero(m: Measurements) -> str:
 
 
 def kl_spreads(m: Measurements) -> list[KlSpread]:
-    """One entry for each round in which at least two arms have a KL."""
+    """Return one entry per round in which at least two arms have a KL."""
     spreads = []
     for round_ in m.all_rounds():
         found = {arm: m.estimate("evaluate", arm, round_, "kl") for arm in m.policy_arms()}
@@ -157,10 +157,10 @@ def kl_spreads(m: Measurements) -> list[KlSpread]:
 
 
 def accuracy_noise(first: float, second: float, n_first: int | None, n_second: int | None) -> float:
-    """How far two accuracies must lie apart to be called different.
+    """Return the difference above which two accuracies count as different.
 
-    Two binomial standard errors of the difference, at least 0.02; 0.05 where a sample size is not
-    known.
+    Two binomial standard errors of the difference, at least 0.02; 0.05 if a sample size is
+    unknown.
     """
     if not n_first or not n_second:
         return 0.05
@@ -170,10 +170,10 @@ def accuracy_noise(first: float, second: float, n_first: int | None, n_second: i
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What a round's adaptation changed, on responses of one and the same policy.
+    """Changes by a round's adaptation, on responses of the same policy.
 
-    Before: the reward model of the previous round (round 1: the vanilla one) on the policy as it
-    stands; after: the adapted one. Any number may be None (not measured).
+    Before: the reward model of the previous round (round 1: the vanilla one); after: the adapted
+    one. A number is None if it was not measured.
     """
 
     method: str
@@ -199,7 +199,7 @@ class Adaptation:
 
     @property
     def reading(self) -> str:
-        """In words: sharper, louder not sharper, duller, no clear change, not measured."""
+        """Return "sharper", "louder, not sharper", "duller" or similar words."""
         if self.accuracy_old is None or self.accuracy_new is None:
             return "not measured"
         change = self.accuracy_new - self.accuracy_old
@@ -211,13 +211,13 @@ class Adaptation:
 
 
 def adaptation(m: Measurements, method: str, round_: int) -> Adaptation:
-    """Compare the reward model before and after the adaptation at the start of a round."""
+    """Compare the reward model before and after the adaptation that starts a round."""
     if round_ > 1:
         old_arm, old_round, when = method, round_ - 1, "after"
     elif m.final("evaluate", FIXED, 1, "accuracy_policy_before"):
-        # The fixed arm starts round 1 with the vanilla reward model and the SFT policy.
+        # In round 1 the fixed arm has the vanilla reward model and the SFT policy.
         old_arm, old_round, when = FIXED, 1, "before"
-    else:  # the evaluation of SFT itself, which has no PPO and stands under "after"
+    else:  # the evaluation of SFT, which is recorded as "after" since there is no PPO
         old_arm, old_round, when = SFT, 0, "after"
 
     def mean(arm: str, at: int, metric: str) -> float | None:
@@ -248,7 +248,7 @@ def adaptation(m: Measurements, method: str, round_: int) -> Adaptation:
 
 
 def adaptations(m: Measurements) -> list[Adaptation]:
-    """All rounds of all arms whose reward model is adapted (every arm of the loop but `fixed`)."""
+    """Return all rounds of all arms of the loop except `fixed`."""
     return [
         adaptation(m, arm, round_)
         for arm in m.policy_arms()
@@ -258,7 +258,15 @@ def adaptations(m: Measurements) -> list[Adaptation]:
 
 
 def influence(m: Measurements, method: str, round_: int) -> Estimate | None:
-    """Mean over the steps of `||grad L(theta') - grad L(theta)|| / ||grad L(theta)||`, by seed."""
+    """Return the mean of `
+
+    grad L(theta') - grad L(theta)
+
+     /
+
+    grad L(theta)
+
+    `, by seed."""
     curves = m.curve("reward_model", method, round_, "meta_influence")
     return estimate(
         {seed: sum(v for _, v in points) / len(points) for seed, points in curves.items()}
@@ -266,10 +274,12 @@ def influence(m: Measurements, method: str, round_: int) -> Estimate | None:
 
 
 def normalised_differences(m: Measurements, method: str, round_: int) -> list[float]:
-    """|r_i - r_j| on the policy's samples, to [0, 1] by the reward model's own maximum.
+    """Return
+    r_i - r_j
+     on the policy's samples, divided by the reward model's maximum.
 
-    The maximum is taken over its differences on SFT and on policy samples, seed by seed (every seed
-    has a reward model of its own); the seeds are then pooled.
+    The maximum is over differences on SFT and policy samples, per seed (every seed has its own
+    reward model). The seeds are then pooled.
     """
     pooled: list[float] = []
     policy = m.values("evaluate", method, round_, "difference_values_before")

@@ -1,4 +1,4 @@
-"""Names, order, colours and markers of the arms: one place, so that tables and pictures agree."""
+"""Names, order, colours and markers of the arms, for tables and pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SFT = "sft"
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """How one arm is shown. `short` is for legends and terminals, `colour` is a hex code."""
+    """Style of an arm. `short` is its name in legends and terminals, `colour` a hex code."""
 
     name: str
     short: str
@@ -24,8 +24,7 @@ class ArmStyle:
     marker: str
 
 
-# Colours: Okabe and Ito's palette, which stays apart under the common colour-vision deficiencies;
-# the markers differ too, so that nothing depends on colour alone.
+# Okabe and Ito's palette suits the common colour-vision deficiencies; the markers differ too.
 _OTHERS = {
     DPO: ArmStyle("DPO", "DPO", "#CC79A7", "X"),
     SFT: ArmStyle("SFT", "SFT", "#56B4E9", "*"),
@@ -33,7 +32,7 @@ _OTHERS = {
 
 
 def _style(method: str) -> ArmStyle:
-    """The style of an arm of the demo: what its method declares, or one of the baselines'."""
+    """Return the style that the arm's method declares, or that of a baseline."""
     if method in _OTHERS:
         return _OTHERS[method]
     found = METHODS.get(method)
@@ -52,24 +51,24 @@ _SPARE_MARKERS = ("v", "<", ">", "p", "h", "d")
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
-    """The distinct methods: known arms in the order of the demo, then the others by name."""
+    """Return the distinct methods: known arms in the order of the demo, then others by name."""
     distinct = set(methods)
     known = [method for method in ARM_ORDER if method in distinct]
     return known + sorted(distinct - set(ARM_ORDER))
 
 
 def arm_name(method: str) -> str:
-    """The name for people; an unknown arm is shown as it is."""
+    """Return the display name; for an unknown arm, `method` itself."""
     return _KNOWN[method].name if method in _KNOWN else method
 
 
 def arm_short(method: str) -> str:
-    """A name short enough for a legend or a terminal column; an unknown arm is shown as it is."""
+    """Return the name for legends and terminal columns; for an unknown arm, `method` itself."""
     return _KNOWN[method].short if method in _KNOWN else method
 
 
 def arm_styles(methods: Iterable[str]) -> dict[str, ArmStyle]:
-    """Styles of all arms of a run; unknown arms get the spare colours in their sorted order."""
+    """Return the styles of all arms; unknown arms get the spare colours in sorted order."""
     styles: dict[str, ArmStyle] = {}
     spare = 0
     for method in in_order(methods):
@@ -84,10 +83,10 @@ def arm_styles(methods: Iterable[str]) -> dict[str, ArmStyle]:
 
 
 def is_metarm(method: str) -> bool:
-    """True for the arms whose reward model is adapted by the meta step."""
+    """Whether the meta step adapts the arm's reward model."""
     return method.startswith("metarm")
 
 
 def is_policy_arm(method: str) -> bool:
-    """True for the arms of the loop: PPO rounds under a reward model (so not SFT, not DPO)."""
+    """Whether the arm has PPO rounds with a reward model (SFT and DPO have none)."""
     return method not in (SFT, DPO)

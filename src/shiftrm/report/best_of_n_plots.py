@@ -1,4 +1,4 @@
-"""Best-of-n in one picture: proxy and gold against KL, as in Gao et al. 2023, Figure 1."""
+"""Plot of best-of-n: proxy and gold against KL, as in Gao et al. 2023, Figure 1."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PROXY, _GOLD = "#8a8a8a", "#b8860b"
 
 
 def best_of_n_figure(curve: BestOfNCurve) -> Figure:
-    """Both scores with their intervals, and a line where gold peaks.
+    """Plot both scores with their intervals, and a line at the peak of gold.
 
-    Proxy and gold have scales of their own, so each has its own axis: compare shapes, not levels.
+    Proxy and gold have different scales, so each has its own axis.
     """
     figure, left = new_axes("KL = log n - (n - 1) / n", "gold", "Best of n by proxy")
     right = left.twinx()
@@ -48,7 +48,7 @@ def _band(values: Sequence[Measured]) -> tuple[list[float], list[float]]:
 
 
 def _mark_n(axes: object, points: Sequence[BestOfN]) -> None:
-    """n along the top, thinned out so that the numbers do not touch."""
+    """Label the top axis with n, thinned out so that the numbers do not touch."""
     top = axes.secondary_xaxis("top")  # type: ignore[attr-defined]
     step = -(-len(points) // 8)
     shown = [*points[::step]]

@@ -1,4 +1,4 @@
-"""One sentence under each picture that says what to see, from its numbers; and its alt text."""
+"""Captions (one sentence from the picture's numbers) and alt texts of the pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MISSING = "Not measured: the records hold no numbers for this picture."
 
 
 def variance_caption(m: Measurements) -> str:
-    """Start and end of the variance under `fixed`, and the medians of the two distributions."""
+    """Return the caption: variance at start and end of `fixed`, medians of both distributions."""
     rounds = m.rounds(FIXED, "ppo", "difference_variance")
     parts = []
     if rounds:
@@ -42,7 +42,7 @@ def variance_caption(m: Measurements) -> str:
 
 
 def _curve_mean(m: Measurements, round_: int, *, first: bool) -> float:
-    """Mean over the first or last tenth of a round's steps and over the seeds."""
+    """Return the mean over the first or last tenth of a round's steps and over the seeds."""
     means = []
     for points in m.curve("ppo", FIXED, round_, "difference_variance").values():
         values = [value for _, value in points]
@@ -61,7 +61,7 @@ def _sentence(start: str, parts: list[str]) -> str:
 
 
 def accuracy_curve_caption(m: Measurements) -> str:
-    """Where each training ended on the held-out pairs."""
+    """Return the caption: final held-out accuracy of each training."""
     parts = []
     vanilla = m.estimate("reward_model", SFT, 0, "eval_accuracy_final") or m.sft("accuracy_heldout")
     if vanilla is not None:
@@ -85,7 +85,7 @@ def accuracy_curve_caption(m: Measurements) -> str:
 
 
 def normalised_caption(m: Measurements) -> str:
-    """Medians of the normalised differences, and how they were normalised."""
+    """Return the caption: medians of the differences, and how they were normalised."""
     parts = []
     for arm in m.policy_arms():
         last = m.last_round(arm, "difference_values_before")
@@ -106,7 +106,7 @@ def normalised_caption(m: Measurements) -> str:
 
 
 def kl_caption(m: Measurements) -> str:
-    """Which arm stands highest in gold after the last round, and at which KL."""
+    """Return the caption: the arm with the highest gold after the last round, and its KL."""
     spreads = kl_spreads(m)
     rounds = m.all_rounds()
     found = {}
@@ -137,7 +137,7 @@ def kl_caption(m: Measurements) -> str:
 
 
 def _gold_falls(m: Measurements) -> list[str]:
-    """Arms whose last round is not their best in gold (means over the seeds)."""
+    """Return the arms whose last round is not their best in gold (means over the seeds)."""
     falling = []
     for arm in m.policy_arms():
         found = [
@@ -151,7 +151,7 @@ def _gold_falls(m: Measurements) -> list[str]:
 
 
 def policy_accuracy_caption(m: Measurements) -> str:
-    """Accuracy after the last PPO, best and worst arm."""
+    """Return the caption: accuracy of the best and worst arm after the last PPO."""
     found = {}
     for arm in m.policy_arms():
         rounds = m.rounds(arm, "evaluate", "accuracy_policy_after")
@@ -177,7 +177,7 @@ def policy_accuracy_caption(m: Measurements) -> str:
 
 
 def win_caption(m: Measurements) -> str:
-    """In which round each arm won most often against SFT."""
+    """Return the caption: the round in which each arm won most often against SFT."""
     best: dict[str, int] = {}
     for arm in m.policy_arms():
         wins = {}
@@ -194,12 +194,12 @@ def win_caption(m: Measurements) -> str:
 
 
 def alt(what: str, caption: str) -> str:
-    """Alternative text: what kind of picture, then what it shows."""
+    """Return the alternative text: the kind of picture, then its caption."""
     return f"{what}. {caption}"
 
 
 def arms_compared(m: Measurements) -> str:
-    """Which arms the records hold, in words."""
+    """Describe which arms the records hold."""
     names = [arm_name(arm) for arm in m.methods() if arm not in (SFT, DPO)]
     rounds, seeds = m.all_rounds(), len(m.seeds)
     if not names:

@@ -1,4 +1,4 @@
-"""Diagnoses -> one self-contained page and a JSON file. Foreign text is escaped; no network."""
+"""Write diagnoses as a self-contained HTML page and as JSON. Foreign text is escaped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shiftrm.report.tables import NOT_MEASURED
 
 __all__ = ["Findings", "numbers", "render_page", "write_numbers", "write_page"]
 
-_MANY_FILES = 12  # reward against length is drawn for so many files at most
+_MANY_FILES = 12  # maximum number of plots of reward against length
 
 _COLOURS = {
     "blind": "#B00020",
@@ -38,21 +38,21 @@ _COLOURS = {
 
 
 def write_page(found: Findings, path: str | Path) -> Path:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     return atomic_write_text(path, render_page(found))
 
 
 def write_numbers(
     found: Findings, path: str | Path, *, more: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write all numbers and verdicts, and `more`, as JSON, whole or not at all."""
+    """Write all numbers and verdicts, and `more`, as JSON, atomically."""
     content = numbers(found) | dict(more or {})
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return atomic_write_text(path, text)
 
 
 def numbers(found: Findings) -> dict[str, Any]:
-    """All numbers and verdicts as plain data."""
+    """Return all numbers and verdicts as plain data."""
     return {
         "overall": [asdict(entry) for entry in found.overall],
         "files": [
@@ -68,7 +68,7 @@ def numbers(found: Findings) -> dict[str, Any]:
 
 
 def render_page(found: Findings) -> str:
-    """The page as text; the same findings give the same text."""
+    """Return the page's HTML, which depends only on the arguments."""
     names = source_names(found.diagnoses)
     several = len(found.overall) > 1
     return page_template("diagnosis.html.j2").render(

@@ -1,4 +1,4 @@
-"""A few rows to read: where rewards hardly differ, where they differ most, and where they err."""
+"""Example rows for a page: smallest and largest reward differences, and wrong orders."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredResponse, distin
 from shiftrm.report.diagnosis_tables import short
 from shiftrm.report.page import RESPONSE_LIMIT
 
-EXAMPLES = 2  # of each kind
-RESPONSES = 6  # of a group that are shown
+EXAMPLES = 2  # examples of each kind
+RESPONSES = 6  # responses shown per group
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One response as text, with what stands under it."""
+    """A response as text, with the line below it."""
 
     text: str
     note: str
@@ -29,7 +29,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its responses, the best first."""
+    """A prompt with its responses, the best first."""
 
     why: str
     prompt: str
@@ -38,11 +38,11 @@ class Example:
 
 
 def examples(file: ScoredFile, rows: Sequence[Row]) -> list[Example]:
-    """Of groups: the smallest and the largest spread. Of pairs: the worst mistakes and the closest.
+    """Return groups with the smallest and largest spread, or the worst and closest pairs.
 
     Args:
-        file: the rewards.
-        rows: the rows they belong to, in the same order.
+        file: rewards of the rows.
+        rows: in the same order.
     """
     if file.kind == "pairs":
         return _of_pairs(file, rows)
@@ -103,7 +103,7 @@ def _note(response: ScoredResponse) -> str:
 
 
 def as_text(text: Any) -> str:
-    """A string, or messages as `role: content` lines; cut to what a page can show."""
+    """Return a string, or messages as `role: content` lines, truncated for the page."""
     if isinstance(text, list):
         text = "\n\n".join(f"{m.get('role')}: {_content(m.get('content'))}" for m in text)
     shown = text if isinstance(text, str) else ""

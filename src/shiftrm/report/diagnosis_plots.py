@@ -1,4 +1,4 @@
-"""Scored files -> figures: reward differences, calibration, reward against length."""
+"""Figures of scored files: reward differences, calibration, reward against length."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from shiftrm.measure.diagnosis.diagnosis import Diagnosis, ScoredFile
 from shiftrm.measure.diagnosis.scored import differences, distinct
 from shiftrm.report.plots import LineStyle, draw_histogram, draw_legend, new_axes, plain_label
 
-# Okabe and Ito's palette; the line styles differ too, so that nothing depends on colour alone.
+# Okabe and Ito's palette; the line styles differ too.
 _COLOURS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
-_MANY_POINTS = 1000  # beyond this, dots hide each other: show their density
+_MANY_POINTS = 1000  # with more points, plot their density
 
 Series = tuple[str, ScoredFile, Diagnosis]
 
 
 def difference_figure(series: Sequence[Series], *, relative: bool) -> Figure | None:
-    """|r_i - r_j| of every file, in raw units or in units of that file's reward deviation."""
+    """Plot
+    r_i - r_j
+     of every file, in raw units or in that file's reward deviations."""
     values: list[tuple[str, Floats]] = []
     for name, file, diagnosis in series:
         found = [d for d in differences([distinct(g) for g in file.unlabelled]) if d.size]
@@ -48,7 +50,7 @@ def difference_figure(series: Sequence[Series], *, relative: bool) -> Figure | N
 
 
 def calibration_figure(series: Sequence[Series]) -> Figure | None:
-    """Stated probability against the share that came true; None without labels."""
+    """Plot accuracy against stated probability; None without labels."""
     labelled = [(name, d.labels) for name, _, d in series if d.labels is not None]
     if not labelled:
         return None
@@ -69,7 +71,7 @@ def calibration_figure(series: Sequence[Series]) -> Figure | None:
 
 
 def length_figure(name: str, file: ScoredFile) -> Figure:
-    """Reward against length, each response less the mean of its prompt's."""
+    """Plot reward against length, both minus the means of the prompt."""
     centred = []
     for group in file.unlabelled:
         table = np.array([[r.length, r.reward] for r in distinct(group).responses])

@@ -1,4 +1,4 @@
-"""Diagnoses -> tables of text, for the terminal and the page alike."""
+"""Text tables of diagnoses, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from shiftrm.measure.diagnosis.labels import Labels
 from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict
 from shiftrm.report.tables import Table, fixed_point
 
-NONE = "—"  # does not apply, or cannot be measured on this file
+NONE = "—"  # not applicable or not measurable on this file
 
 Cell = Callable[[Diagnosis], str]
 
 
 def source_names(diagnoses: Sequence[Diagnosis]) -> list[str]:
-    """How each file is called: by its name, and by its model too where there are several."""
+    """Return each file's display name, with its model if there are several."""
     several = len({d.model for d in diagnoses}) > 1
     return [f"{d.name} · {d.model}" if several else d.name for d in diagnoses]
 
 
 def short(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
-    """A number with so many decimals, in scientific form where these would hide a small one."""
+    """Format a number with `digits` decimals, or in scientific notation if it is too small."""
     if value is None:
         return NONE
     if value and abs(value) < 0.5 * 10**-digits:
@@ -32,7 +32,7 @@ def short(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
 
 
 def interval(found: Measured | None, digits: int = 2) -> str:
-    """`0.71 [0.66, 0.76]`."""
+    """Format an estimate as `0.71 [0.66, 0.76]`."""
     if found is None:
         return NONE
     if found.low is None or found.high is None:
@@ -50,9 +50,10 @@ def _percent(share: float | None) -> str:
 def numbers_tables(
     diagnoses: Sequence[Diagnosis], verdicts: Sequence[DiagnosisVerdict]
 ) -> list[Table]:
-    """All numbers, one row a number.
+    """Return tables of all numbers, one per row.
 
-    One column a file; of several models, one table a file with one column a model.
+    One model has one table with a column per file; several have a table per file with a column
+    per model.
     """
     found = list(zip(diagnoses, verdicts, strict=True))
     if len({d.model for d in diagnoses}) == 1:
@@ -152,7 +153,7 @@ _ROWS: tuple[tuple[str, Cell], ...] = (
 
 
 def comparison_table(comparisons: Sequence[ModelChange]) -> Table:
-    """What changed between models on one and the same file."""
+    """Return the table of changes between models, file by file."""
     rows = tuple(
         (
             c.name,

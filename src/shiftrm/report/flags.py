@@ -1,4 +1,4 @@
-"""Warnings about numbers that look better than they are: too small, loud, over-optimised."""
+"""Warnings about misleading numbers: small samples, larger spread only, over-optimisation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shiftrm.report.wording import listing, rounds_text
 
 
 def flags(m: Measurements) -> list[str]:
-    """What a reader must know before believing a good-looking number."""
+    """Return the warnings."""
     return [*_influence_flags(m), *_loud_flags(m), *_below_half_flags(m), *_proxy_flags(m)]
 
 
@@ -55,9 +55,9 @@ def _loud_flags(m: Measurements) -> list[str]:
 
 
 def _below_half_flags(m: Measurements) -> list[str]:
-    """Arms that rank their policy's pairs the wrong way round, and arms that toss a coin.
+    """Warn of arms that order their policy's pairs wrongly or at random.
 
-    An accuracy counts as below one half beyond two standard errors of so many coin tosses.
+    An accuracy is below one half if it is lower by more than two standard errors at p = 1/2.
     """
     worse: list[str] = []
     coin: dict[str, list[int]] = {}
@@ -67,7 +67,7 @@ def _below_half_flags(m: Measurements) -> list[str]:
             size = m.sample_size("evaluate", arm, round_, "accuracy_policy_after")
             if found is None or not size:
                 continue
-            noise = 2 * math.sqrt(0.25 / size)  # size: pairs of all seeds together
+            noise = 2 * math.sqrt(0.25 / size)  # size: pairs of all seeds
             if found.mean < 0.5 - noise:
                 worse.append(f"{arm_name(arm)}, round {round_} ({fixed_point(found.mean, 3)})")
             elif found.mean < 0.5 + noise:
@@ -88,7 +88,7 @@ def _below_half_flags(m: Measurements) -> list[str]:
 
 
 def _proxy_flags(m: Measurements) -> list[str]:
-    """Proxy up and gold down over one arm's rounds: over-optimisation."""
+    """Warn of over-optimisation: proxy up and gold down over an arm's rounds."""
     found = []
     for arm in m.policy_arms():
         falls = [
@@ -108,9 +108,9 @@ def _proxy_flags(m: Measurements) -> list[str]:
 
 
 def _moved(m: Measurements, arm: str, metric: str, before: int, after: int) -> float:
-    """Mean change between two rounds; 0 where not measured or within the noise.
+    """Return the mean change between two rounds; 0 if not measured or within the noise.
 
-    The noise: the interval over the seeds; with one seed the sampling error, where it is known.
+    The noise is the interval over the seeds, or for one seed the sampling error if known.
     """
     old = m.final("evaluate", arm, before, metric)
     new = m.final("evaluate", arm, after, metric)

@@ -1,4 +1,4 @@
-"""An index over records: what was measured, by stage, arm, round and metric, seed by seed."""
+"""Index of records by stage, arm, round, metric and seed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _Z_95 = 1.959964
 
 
 def t_quantile_95(degrees_of_freedom: int) -> float:
-    """The factor of a two-sided 95 % t-interval (to 1e-4); ValueError below one degree of freedom.
+    """Return the 97.5 % quantile of Student's t (to 1e-4).
 
-    Beyond 30 degrees: the Cornish-Fisher expansion around the normal quantile.
+    Above 30 degrees of freedom, use the Cornish-Fisher expansion. Below one, raise ValueError.
     """
     if degrees_of_freedom < 1:
         raise ValueError(f"a t-interval needs at least two values, got {degrees_of_freedom + 1}")
@@ -35,7 +35,7 @@ def t_quantile_95(degrees_of_freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds. `half_width`: of the 95 % t-interval, None with one seed."""
+    """A mean over seeds with the half width of its 95 % t-interval (None for one seed)."""
 
     mean: float
     half_width: float | None
@@ -43,22 +43,22 @@ class Estimate:
 
     @property
     def low(self) -> float:
-        """Lower end of the interval (the mean itself with one seed)."""
+        """Lower end of the interval; the mean for one seed."""
         return self.mean - (self.half_width or 0.0)
 
     @property
     def high(self) -> float:
-        """Upper end of the interval (the mean itself with one seed)."""
+        """Upper end of the interval; the mean for one seed."""
         return self.mean + (self.half_width or 0.0)
 
     @property
     def excludes_zero(self) -> bool:
-        """True when there is an interval and zero lies outside it; never true with one seed."""
+        """Whether the interval excludes zero; False for one seed."""
         return self.half_width is not None and (self.low > 0 or self.high < 0)
 
 
 def estimate(values: Mapping[int, float]) -> Estimate | None:
-    """Mean and 95 % t-interval of one value per seed; None when there is none."""
+    """Return mean and 95 % t-interval of one value per seed; None without values."""
     numbers = list(values.values())
     if not numbers:
         return None
@@ -74,7 +74,7 @@ _Key = tuple[str, str, int, str]  # stage, method, round, metric
 
 
 def _key(stage: str, method: str, round_: int, metric: str) -> _Key:
-    """The key of what is looked up; a metric that nobody declared is a mistake in the code."""
+    """Return the lookup key; an undeclared metric is a programming error."""
     declared(metric)
     return stage, method, round_, metric
 
@@ -82,7 +82,7 @@ def _key(stage: str, method: str, round_: int, metric: str) -> _Key:
 class Measurements:
     """Records by (stage, method, round, metric) and seed.
 
-    Of two records with the same key the later one counts (a stage that was run again).
+    If a stage was repeated, the later record counts.
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
@@ -111,24 +111,24 @@ class Measurements:
                 self._sizes[key][record.seed] = record.n
 
     def final(self, stage: str, method: str, round_: int, metric: str) -> dict[int, float]:
-        """The one value of each seed (step null), by seed."""
+        """Return the final value (step null) of each seed."""
         return dict(self._finals.get(_key(stage, method, round_, metric), {}))
 
     def by_seed(
         self, stage: str, method: str, rounds: Iterable[int], metric: str
     ) -> dict[int, float]:
-        """`final` over several rounds, for seeds whose rounds differ; later rounds win."""
+        """Return `final` merged over several rounds; later rounds win."""
         values: dict[int, float] = {}
         for round_ in rounds:
             values |= self.final(stage, method, round_, metric)
         return values
 
     def estimate(self, stage: str, method: str, round_: int, metric: str) -> Estimate | None:
-        """Mean over seeds of `final`."""
+        """Return the mean of `final` over the seeds."""
         return estimate(self.final(stage, method, round_, metric))
 
     def sample_size(self, stage: str, method: str, round_: int, metric: str) -> int | None:
-        """Sample size summed over the seeds, None when a seed does not say its own."""
+        """Return the sample size summed over the seeds; None if a seed has none."""
         key = _key(stage, method, round_, metric)
         sizes = self._sizes.get(key, {})
         if not sizes or set(sizes) != set(self._finals.get(key, {})):
@@ -138,12 +138,12 @@ class Measurements:
     def curve(
         self, stage: str, method: str, round_: int, metric: str
     ) -> dict[int, list[tuple[int, float]]]:
-        """(step, value) in the order of the steps, by seed."""
+        """Return (step, value) of each seed, sorted by step."""
         by_seed = self._curves.get(_key(stage, method, round_, metric), {})
         return {seed: sorted(points.items()) for seed, points in sorted(by_seed.items()) if points}
 
     def values(self, stage: str, method: str, round_: int, metric: str) -> dict[int, list[float]]:
-        """The list of each seed (`*_values` metrics), by seed; empty lists are left out."""
+        """Return the list of each seed (`*_values` metrics); empty lists are left out."""
         by_seed = self._lists.get(_key(stage, method, round_, metric), {})
         return {seed: list(values) for seed, values in sorted(by_seed.items()) if values}
 
@@ -156,16 +156,16 @@ class Measurements:
         }
 
     def methods(self) -> list[str]:
-        """All methods that have a result of their own, in the order of the demo."""
+        """Return the methods that have results, in the order of the demo."""
         stages = ("reward_model", "ppo", "evaluate", "compare")
         return in_order(method for stage, method, _, _ in self._keys() if stage in stages)
 
     def policy_arms(self) -> list[str]:
-        """The arms of the loop (without SFT and DPO)."""
+        """Return the arms of the loop (without SFT and DPO)."""
         return [method for method in self.methods() if is_policy_arm(method)]
 
     def rounds(self, method: str, stage: str = "evaluate", metric: str | None = None) -> list[int]:
-        """The rounds of which something is known, in order."""
+        """Return the rounds that have records, in order."""
         if metric is not None:
             declared(metric)
         return sorted(
@@ -179,21 +179,21 @@ class Measurements:
         )
 
     def metrics(self, stage: str, method: str, round_: int) -> list[str]:
-        """Names of what was measured once (step null), by name."""
+        """Return the sorted names of final metrics (step null)."""
         found = (key for key in self._finals if key[:3] == (stage, method, round_))
         return sorted(metric for *_, metric in found)
 
     def all_rounds(self) -> list[int]:
-        """The evaluated rounds of all arms of the loop."""
+        """Return the evaluated rounds of all arms of the loop."""
         return sorted({round_ for arm in self.policy_arms() for round_ in self.rounds(arm)})
 
     def last_round(self, method: str, metric: str) -> int | None:
-        """The last evaluated round that has this metric."""
+        """Return the last evaluated round that has this metric."""
         rounds = self.rounds(method, "evaluate", metric)
         return rounds[-1] if rounds else None
 
     def world(self) -> dict[str, Estimate]:
-        """What the stage "world" says, mean over seeds, by metric."""
+        """Return the metrics of stage "world", means over the seeds."""
         merged: dict[str, dict[int, float]] = defaultdict(dict)
         for (stage, _, _, metric), by_seed in self._finals.items():
             if stage == "world":
@@ -202,5 +202,5 @@ class Measurements:
         return {metric: value for metric, value in found.items() if value is not None}
 
     def sft(self, metric: str) -> Estimate | None:
-        """A metric of the starting policy (round 0)."""
+        """Return a metric of the SFT policy (round 0)."""
         return self.estimate("evaluate", SFT, 0, metric)

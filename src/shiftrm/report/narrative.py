@@ -1,4 +1,4 @@
-"""The sentences of the page, written from the numbers, whichever way they fall."""
+"""Sentences of the page, generated from the numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOTHING_TO_COMPARE = (
 
 @dataclass(frozen=True)
 class Headline:
-    """The answer in one line, one sentence per arm, and what weakens the comparison."""
+    """Main result in one line, one sentence per arm, and caveats."""
 
     title: str
     sentences: tuple[str, ...]
@@ -37,7 +37,7 @@ class Headline:
 
 
 def headline(m: Measurements) -> Headline:
-    """Which arms ended higher in gold than the reward model kept fixed."""
+    """Say which arms ended with higher gold than the fixed reward model."""
     gaps = gold_gaps(m)
     warnings = list(kl_warnings(m))
     if not gaps:
@@ -56,7 +56,7 @@ def headline(m: Measurements) -> Headline:
 
 
 def _named_gaps(gaps: list[GoldGap]) -> str:
-    """Names with their differences; short names where there are many."""
+    """Return names with their differences; short names if there are many."""
     name = arm_name if len(gaps) <= 2 else arm_short
     return listing(
         [f"{name(g.method)} ({fixed_point(g.difference.mean, sign=True)})" for g in gaps]
@@ -82,7 +82,7 @@ def _title_several(gaps: list[GoldGap]) -> str:
 
 
 def _title_one(gaps: list[GoldGap]) -> str:
-    """With one seed: what happened in this run, and what lies within its sampling noise."""
+    """Return the title for one seed: results of this run, and which are within sampling noise."""
     beyond = [gap for gap in gaps if not within_sampling_noise(gap)]
     higher = [gap for gap in beyond if gap.difference.mean > 0]
     lower = [gap for gap in beyond if gap.difference.mean < 0]
@@ -101,13 +101,13 @@ def _title_one(gaps: list[GoldGap]) -> str:
 
 
 def within_sampling_noise(gap: GoldGap) -> bool:
-    """Whether the sampling error of the responses alone could make the difference."""
+    """Whether the difference is within the sampling error of the responses."""
     noise = gap.sampling_half_width or 0.0
     return abs(gap.difference.mean) <= noise
 
 
 def _kl_clause(gaps: list[GoldGap]) -> str:
-    """Says "at matched KL" only of arms for which it is true."""
+    """Say for which arms KL is matched."""
     if all(gap.matched for gap in gaps):
         return " at matched KL"
     if any(gap.matched is None for gap in gaps):
@@ -129,7 +129,7 @@ def _gap_sentence(gap: GoldGap) -> str:
 
 
 def uncertainty(gap: GoldGap) -> str:
-    """The interval over the seeds; with one seed the sampling error, named as just that."""
+    """Return the interval over the seeds; for one seed the sampling error, labelled so."""
     difference = gap.difference
     if difference.half_width is not None:
         verdict = "excludes zero" if difference.excludes_zero else "includes zero: no clear answer"
@@ -147,7 +147,7 @@ def uncertainty(gap: GoldGap) -> str:
 
 
 def _against_retraining(m: Measurements) -> list[str]:
-    """The fairer control for MetaRM: the same training without the meta step."""
+    """Compare MetaRM with the same training without the meta step."""
     sentences = []
     for arm in (arm for arm in m.policy_arms() if is_metarm(arm)):
         gap = gold_gap(m, arm, RETRAINED)
@@ -161,7 +161,7 @@ def _against_retraining(m: Measurements) -> list[str]:
 
 
 def kl_warnings(m: Measurements) -> list[str]:
-    """One sentence if the arms of some round lie more than 25 % apart in KL."""
+    """Return one sentence if the KLs of a round's arms differ by more than 25 %."""
     apart = [spread for spread in kl_spreads(m) if not spread.matched]
     if not apart:
         return []
@@ -183,7 +183,7 @@ def _kl_range(spread: KlSpread) -> str:
 
 
 def kl_verdict(m: Measurements) -> str:
-    """Whether the KL really matched, in one sentence."""
+    """Say in one sentence whether the KLs matched."""
     spreads = kl_spreads(m)
     if not spreads:
         return "Whether the KL matched was not measured."
@@ -196,7 +196,7 @@ def kl_verdict(m: Measurements) -> str:
 
 
 def blindness(m: Measurements, arm: str = FIXED) -> list[str]:
-    """Did the reward model kept fixed go blind? From the first to the last round of its arm."""
+    """Say whether the fixed reward model went blind between its first and last round."""
     sentences = []
     rounds = m.rounds(arm)
     change = _first_last(m, arm, rounds, "accuracy_policy")
@@ -228,7 +228,7 @@ def blindness(m: Measurements, arm: str = FIXED) -> list[str]:
 def _first_last(
     m: Measurements, arm: str, rounds: list[int], metric: str
 ) -> tuple[float, float, float, int] | None:
-    """(before the first round, after the last, noise of an accuracy, last round)."""
+    """Return (before the first round, after the last, noise of an accuracy, last round)."""
     befores = [r for r in rounds if m.final("evaluate", arm, r, f"{metric}_before")]
     afters = [r for r in rounds if m.final("evaluate", arm, r, f"{metric}_after")]
     if not befores or not afters:
@@ -266,9 +266,9 @@ def _blindness_verdict(fell: bool | None, spread_fell: bool | None) -> str:
 
 
 def terminal_summary(records: Iterable[Record]) -> str:
-    """A compact table and a few plain sentences, plain text without markup.
+    """Return a compact table and a few sentences as plain text.
 
-    Names of arms are shown as they are: print it with `markup=False`.
+    Names of arms are not escaped, so print it with `markup=False`.
     """
     m = Measurements(records)
     lines = [*_terminal_table(m), ""]

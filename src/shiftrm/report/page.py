@@ -1,4 +1,4 @@
-"""Records -> one self-contained `report.html`: no script, no network, foreign text escaped."""
+"""A self-contained `report.html` from records: no script, no network, foreign text escaped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shiftrm.report.flags import flags
 from shiftrm.report.measurements import Measurements
 
 SAMPLES_PER_ARM = 4
-RESPONSE_LIMIT = 2000  # characters of a response that are shown
+RESPONSE_LIMIT = 2000  # characters shown of a response
 
 GLOSSARY = (
     (
@@ -52,7 +52,7 @@ GLOSSARY = (
 
 @dataclass(frozen=True)
 class Image:
-    """A picture as a data URI, or None for `source` if it was not measured."""
+    """A picture; `source` is a data URI, or None if nothing was measured."""
 
     title: str
     source: str | None
@@ -61,7 +61,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Picture:
-    """A block of pictures side by side with one caption."""
+    """Pictures side by side with one caption."""
 
     title: str
     images: tuple[Image, ...]
@@ -75,12 +75,12 @@ def write_report(
     config: Mapping[str, Any] | None = None,
     samples: Sequence[Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
         records: of one run, or of several seeds merged.
         path: the HTML file, or an existing folder that gets `report.html`.
-        config: the resolved configuration, of any depth; shown as it is.
+        config: the resolved configuration, which may be nested.
         samples: `{"method", "round", "prompt", "response", "gold", "proxy"}` each; missing keys
             read "not measured".
 
@@ -100,7 +100,7 @@ def render_page(
     config: Mapping[str, Any] | None = None,
     samples: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The page as text; same records, same text."""
+    """Return the page's HTML, which depends only on the arguments."""
     m = Measurements(records)
     return page_template("demo.html.j2").render(
         head=narrative.headline(m),
@@ -126,7 +126,7 @@ def render_page(
 
 
 def page_template(name: str) -> Template:
-    """A template of this package. Every value is escaped; a missing one is an error."""
+    """Return a template of this package. Values are escaped; a missing value is an error."""
     environment = Environment(
         loader=PackageLoader("shiftrm.report", "."),
         autoescape=True,
@@ -138,7 +138,7 @@ def page_template(name: str) -> Template:
 
 
 def pictures(m: Measurements) -> list[Picture]:
-    """The five pictures of the page."""
+    """Return the five pictures of the page."""
     variance = captions.variance_caption(m)
     curves = captions.accuracy_curve_caption(m)
     normalised = captions.normalised_caption(m)
@@ -188,7 +188,7 @@ def pictures(m: Measurements) -> list[Picture]:
 
 
 def image_of(figure: Figure | None, title: str, caption: str) -> Image:
-    """A figure as a data URI, with its caption as the text for those who cannot see it."""
+    """Return a figure as a data URI, with its caption in the alternative text."""
     if figure is None:
         return Image(title, None, "")
     data = base64.b64encode(plots.render(figure)).decode("ascii")
@@ -197,7 +197,7 @@ def image_of(figure: Figure | None, title: str, caption: str) -> Image:
 
 @dataclass(frozen=True)
 class SampleGroup:
-    """The samples of one arm that are shown, as text."""
+    """The samples shown of one arm."""
 
     name: str
     colour: str
@@ -206,13 +206,13 @@ class SampleGroup:
 
 
 def sample_groups(samples: Sequence[Mapping[str, Any]]) -> list[SampleGroup]:
-    """Samples by arm, the first few of each, the latest rounds first."""
+    """Return the first few samples of each arm, the latest rounds first."""
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         by_method.setdefault(str(sample.get("method", "unknown")), []).append(sample)
     styles = arm_styles(by_method)
     groups = []
-    # SFT first: it is what the others are to be compared with.
+    # SFT comes first, as the baseline.
     for method in sorted(in_order(by_method), key=lambda name: name != SFT):
         rows = sorted(by_method[method], key=lambda row: -_round_of(row))
         shown = tuple(_sample(row) for row in rows[:SAMPLES_PER_ARM])

@@ -1,6 +1,6 @@
-"""Records -> matplotlib figures -> PNG or SVG bytes. Deterministic, and without pyplot's state.
+"""Matplotlib figures of records, rendered to PNG or SVG. Deterministic, without pyplot's state.
 
-Every `*_figure` function gives None when its numbers were not measured.
+Every `*_figure` function returns None if its numbers were not measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shiftrm.report.analysis import normalised_differences
 from shiftrm.report.arms import DPO, FIXED, RETRAINED, SFT, ArmStyle, arm_styles, is_metarm
 from shiftrm.report.measurements import Measurements
 
-WIDTH, HEIGHT = 5.2, 3.7  # inches: one column at 1280 px, and still legible shrunk to 390 px
+WIDTH, HEIGHT = 5.2, 3.7  # inches: one column at 1280 px, legible down to 390 px
 _GREY = "#666666"
 _DOTS_PER_ROUND = 12
 
@@ -29,23 +29,25 @@ LineStyle = Literal["-", "--", "-.", ":"]
 
 
 def render(figure: Figure, *, format: Literal["svg", "png"] = "svg") -> bytes:
-    """The picture's bytes: the same figure gives the same bytes (no date, fixed ids)."""
+    """Return the picture's bytes. They depend only on the figure (no date, fixed ids)."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if format == "svg" else {"Software": None}
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "shiftrm"}):
-        # An arm may be named in a script the font lacks: a box in the legend, not a failed report.
+        # The font may lack the script of an arm's name: show boxes in the legend.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format=format, metadata=metadata, dpi=150)
     return buffer.getvalue()
 
 
 def plain_label(text: str, limit: int = 28) -> str:
-    """A label matplotlib prints literally: no mathtext, no control characters, not hidden."""
+    """Return a label that matplotlib prints literally, without control characters."""
     shown = "".join(c if c.isprintable() else "?" for c in text)
     if len(shown) > limit:
         shown = shown[: limit - 1] + "…"
-    shown = shown.replace("$", r"\$")  # a `$` would start mathtext and could fail to parse
-    return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides labels with a `_`
+    shown = shown.replace("$", r"\$")  # `$` would start mathtext
+    return (
+        f" {shown}" if shown.startswith("_") else shown
+    )  # matplotlib hides labels that start with `_`
 
 
 def new_axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
@@ -74,7 +76,7 @@ def draw_legend(figure: Figure, entries: Sequence[tuple[Line2D, str]], columns: 
 
 
 def _mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Mean over the seeds at the steps that all of them have."""
+    """Return the mean over the seeds at the steps that all of them have."""
     tables = [dict(curve) for curve in curves]
     common = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     return [(x, sum(table[x] for table in tables) / len(tables)) for x in common]
@@ -83,7 +85,7 @@ def _mean_curve(curves: Sequence[Curve]) -> Curve:
 def draw_seeds(
     axes: Axes, curves: Sequence[Curve], *, colour: str, linestyle: LineStyle = "-"
 ) -> None:
-    """The mean as a thick line; with several seeds each of them as a thin one behind it."""
+    """Draw the mean as a thick line and, if there are several seeds, each as a thin line."""
     if len(curves) > 1:
         for curve in curves:
             axes.plot(*columns_of(curve), color=colour, linewidth=0.6, alpha=0.4)
@@ -97,7 +99,7 @@ def columns_of(curve: Curve) -> tuple[list[float], list[float]]:
 def variance_figure(
     m: Measurements, arm: str = FIXED, *, style: ArmStyle | None = None, steps: str = "PPO step"
 ) -> Figure | None:
-    """Variance of reward differences by PPO step, all rounds of an arm (the paper's Figure 1)."""
+    """Plot the variance of reward differences by PPO step of an arm (the paper's Figure 1)."""
     offset, borders = 0, []
     by_seed: dict[int, Curve] = {}
     for round_ in m.rounds(arm, "ppo", "difference_variance"):
@@ -129,7 +131,9 @@ def distribution_figure(
     style: ArmStyle | None = None,
     title: str = "Reward differences of the fixed model",
 ) -> Figure | None:
-    """|r_i - r_j| of an arm's reward model, on SFT and on the latest policy's samples."""
+    """Plot
+    r_i - r_j
+     of an arm's reward model, on SFT's and the latest policy's samples."""
     last = m.last_round(arm, "difference_values_after")
     if last is None:
         return None
@@ -158,7 +162,7 @@ def _pool(by_seed: dict[int, list[float]]) -> list[float]:
 def draw_histogram(
     axes: Axes, values: list[float], bins: np.ndarray, colour: str, linestyle: LineStyle = "-"
 ) -> None:
-    """Outline and, for whole lines, a light fill; heights are the share of pairs in a bin."""
+    """Draw shares of pairs per bin as an outline; solid lines get a light fill."""
     weights = np.full(len(values), 1 / len(values))
     if linestyle == "-":
         axes.hist(values, bins=bins.tolist(), weights=weights, color=colour, alpha=0.15)
@@ -175,7 +179,7 @@ def accuracy_curve_figure(
     plain: str | None = RETRAINED,
     styles: Mapping[str, ArmStyle] | None = None,
 ) -> Figure | None:
-    """Held-out accuracy while training: vanilla against the rounds of one MetaRM arm (Figure 4)."""
+    """Plot held-out accuracy in training: vanilla and the rounds of a MetaRM arm (Figure 4)."""
     rounds = m.rounds(arm, "reward_model", "eval_accuracy")
     if not rounds:
         return None
@@ -199,7 +203,7 @@ def accuracy_curve_figure(
 
 
 def _training_range(m: Measurements) -> tuple[float, float]:
-    """One range for the pictures of all MetaRM arms."""
+    """Return one range for the pictures of all MetaRM arms."""
     values = [
         value
         for arm in [SFT, *m.policy_arms()]
@@ -223,7 +227,7 @@ def _accuracy_line(
     colour: str,
     linestyle: LineStyle,
 ) -> None:
-    """One training's curve, and a marker for the parameters that were deployed."""
+    """Draw the curve of one training, and a marker at the parameters that were deployed."""
     curves = m.curve("reward_model", *key, "eval_accuracy")
     if not curves:
         return
@@ -244,7 +248,7 @@ def _accuracy_line(
 
 
 def _blend(colour: str, white: float) -> str:
-    """A colour mixed with white: 0 leaves it, 1 gives white."""
+    """Mix a colour with white: 0 keeps the colour, 1 gives white."""
     parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(part + (255 - part) * white):02x}" for part in parts)
 
@@ -255,7 +259,7 @@ def normalised_figure(
     *,
     styles: Mapping[str, ArmStyle] | None = None,
 ) -> Figure | None:
-    """Normalised reward differences, vanilla (`retrained`) against MetaRM (Figure 5)."""
+    """Plot normalised reward differences, vanilla (`retrained`) and MetaRM (Figure 5)."""
     if arms is None:
         arms = [arm for arm in m.policy_arms() if arm == RETRAINED or is_metarm(arm)]
     found: dict[str, tuple[int, list[float]]] = {}
@@ -287,10 +291,10 @@ def kl_figure(
     styles: Mapping[str, ArmStyle] | None = None,
     dotted: Sequence[str] | None = None,
 ) -> Figure | None:
-    """Gold or proxy against KL: small dots along PPO, numbered markers at the ends of rounds.
+    """Plot gold or proxy against KL: dots along PPO, numbered markers at the ends of rounds.
 
-    `dotted` are the arms that get dots (all by default): those whose numbers along PPO are in the
-    units of the ends.
+    `dotted` are the arms that get dots (all by default): those whose values along PPO have the
+    same units as at the ends.
     """
     final = "gold_mean" if what == "gold" else "proxy_mean_standardised"
     step = "gold_mean" if what == "gold" else "proxy_mean"
@@ -327,7 +331,7 @@ def kl_figure(
 
 
 def _ppo_dots(m: Measurements, arm: str, metric: str) -> Curve:
-    """(KL, value) along PPO, averaged over blocks of steps so that every round gives few dots."""
+    """Return (KL, value) along PPO, averaged over blocks of steps."""
     dots: Curve = []
     for round_ in m.rounds(arm, "ppo", metric):
         kls = m.curve("ppo", arm, round_, "kl")
@@ -340,13 +344,13 @@ def _ppo_dots(m: Measurements, arm: str, metric: str) -> Curve:
 
 
 def _round_ends(m: Measurements, arm: str, metric: str) -> list[tuple[int, float, float]]:
-    """(round, KL, value) at the end of every round, means over the seeds."""
+    """Return (round, KL, value) at the end of every round, means over the seeds."""
     ends = []
     for round_ in m.rounds(arm, "evaluate", metric):
         kl = m.estimate("evaluate", arm, round_, "kl")
         value = m.estimate("evaluate", arm, round_, metric)
         if kl is None and arm == SFT and value is not None:
-            ends.append((round_, 0.0, value.mean))  # the reference itself: its KL is zero
+            ends.append((round_, 0.0, value.mean))  # the reference, whose KL is zero
         elif kl is not None and value is not None:
             ends.append((round_, kl.mean, value.mean))
     return ends
@@ -358,7 +362,7 @@ def policy_accuracy_figure(
     *,
     styles: Mapping[str, ArmStyle] | None = None,
 ) -> Figure | None:
-    """Accuracy on the policy's own pairs by round, for every arm."""
+    """Plot accuracy on the policy's own pairs by round, for every arm."""
     metric = f"accuracy_policy_{when}"
     arms = [arm for arm in m.policy_arms() if m.rounds(arm, "evaluate", metric)]
     if not arms:
@@ -369,7 +373,7 @@ def policy_accuracy_figure(
     entries = []
     for i, arm in enumerate(arms):
         style = styles[arm]
-        shift = 0.04 * (i - (len(arms) - 1) / 2)  # so that arms with equal values stay visible
+        shift = 0.04 * (i - (len(arms) - 1) / 2)  # keeps arms with equal values visible
         means: Curve = []
         for round_ in m.rounds(arm, "evaluate", metric):
             by_seed = m.final("evaluate", arm, round_, metric)
@@ -388,7 +392,7 @@ def policy_accuracy_figure(
 
 
 def _accuracy_range(m: Measurements, arms: list[str]) -> tuple[float, float]:
-    """One range for both pictures, so that they can be read side by side."""
+    """Return one range for both pictures."""
     values = [0.5]
     for arm in arms:
         for round_ in m.rounds(arm):

@@ -1,7 +1,6 @@
-"""Records of `shiftrm run` -> one self-contained page, and the summary for the terminal.
+"""A self-contained page and the terminal summary from the records of `shiftrm run`.
 
-The page is made from the records alone, but for a few sample responses, which are read from the
-run's folder.
+Only the sample responses are read from the run's folder.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ PAGE_FILE = "report.html"
 
 
 def is_recipe(config: Mapping[str, Any] | None) -> bool:
-    """Whether a run's configuration is a recipe's: the gold world reads no preference data."""
+    """Whether a configuration is of a recipe; the demo has no preference data."""
     data = (config or {}).get("data")
     return isinstance(data, Mapping) and "pairs" in data and isinstance(data["pairs"], Mapping)
 
@@ -55,14 +54,14 @@ def write_recipe_report(
     *,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
         records: of one run, or of several seeds merged.
         path: the HTML file, or an existing folder that gets `report.html`.
-        folder: of the (first) run, for sample responses; None shows none.
-        config: the resolved recipe; shown as it is, and says what each arm is.
-        notes: what else a reader must know, shown at the top.
+        folder: the (first) run's, for sample responses; None for no samples.
+        config: the resolved recipe, which names the kinds of the arms.
+        notes: remarks, shown at the top.
 
     Returns:
         The path of the page.
@@ -83,7 +82,7 @@ def render_recipe_page(
     samples: Sequence[SamplePrompt] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """The page as text; same records, same text."""
+    """Return the page's HTML, which depends only on the arguments."""
     m = Measurements(records)
     arms = arms_of(m, records, config)
     return page_template("recipe.html.j2").render(
@@ -120,13 +119,13 @@ def render_recipe_page(
 
 
 def _compared(m: Measurements, arms: Arms) -> str:
-    """How much there is, in words."""
+    """Describe the number of arms, rounds and seeds."""
     counts = (len(arms.trained), "arm"), (len(all_rounds(m, arms)), "round"), (len(m.seeds), "seed")
     return ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts) + "."
 
 
 def _without_passwords(value: Any) -> Any:
-    """A configuration without the user and password that a URL may hold."""
+    """Remove users and passwords of URLs from a configuration."""
     if isinstance(value, Mapping):
         return {key: _without_passwords(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

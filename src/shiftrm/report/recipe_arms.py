@@ -1,4 +1,4 @@
-"""The arms of a recipe: what each is, by the recipe or by the records, and how it is shown."""
+"""The arms of a recipe: kinds (from the recipe or the records), names and styles."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _NAMES: dict[Kind, str] = {"metarm": "MetaRM", "dpo": "DPO", "sft": "SFT", "retr
 
 @dataclass(frozen=True)
 class Arms:
-    """What a page must know of the arms.
+    """The arms of a page.
 
     Attributes:
         kinds: kind by arm, SFT included, in the order in which they are shown.
-        optimisers: how an arm's policy is trained, where the recipe says it.
+        optimisers: optimiser of each arm's policy, if the recipe names it.
         styles: colours and markers by arm.
     """
 
@@ -40,12 +40,12 @@ class Arms:
 
     @property
     def trained(self) -> list[str]:
-        """All arms but SFT."""
+        """All arms except SFT."""
         return [name for name, kind in self.kinds.items() if kind != "sft"]
 
     @property
     def adapted(self) -> list[str]:
-        """The arms with a meta step."""
+        """Arms with a meta step."""
         return [name for name, kind in self.kinds.items() if kind == "metarm"]
 
     def is_adapted(self, method: str) -> bool:
@@ -54,17 +54,17 @@ class Arms:
 
     @property
     def with_reward_model(self) -> list[str]:
-        """All arms whose policy is trained on a reward model."""
+        """Arms whose policy is trained on a reward model."""
         return [name for name in self.trained if self.kinds[name] != "dpo"]
 
     @property
     def vanilla(self) -> str | None:
-        """The arm whose reward model is kept fixed, the first one if there are several."""
+        """The first arm with a fixed reward model."""
         fixed = [name for name, kind in self.kinds.items() if kind == "fixed"]
         return FIXED if FIXED in fixed else (fixed[0] if fixed else None)
 
     def name(self, method: str) -> str:
-        """For tables and sentences: the recipe's name of it, and what it is if that is unsaid."""
+        """Return the recipe's name of the arm, with its kind if the name does not tell."""
         kind = self.kinds.get(method)
         if kind is None:
             return method
@@ -78,23 +78,23 @@ class Arms:
         return f"{method} ({_NAMES[kind]})"
 
     def short(self, method: str) -> str:
-        """For legends and terminals."""
+        """Return the name for legends and terminals."""
         kind = self.kinds.get(method)
         return _NAMES[kind] if kind in _NAMES and method == kind else method
 
     def words(self, method: str) -> str:
-        """What happens to the arm's reward model."""
+        """Describe what happens to the arm's reward model."""
         return _WORDS[self.kinds[method]]
 
 
 def arms_of(
     m: Measurements, records: Sequence[Record], config: Mapping[str, Any] | None = None
 ) -> Arms:
-    """The arms of a run.
+    """Return the arms of a run.
 
-    An arm that the recipe does not name (or without a recipe) is told by its records: meta-step
-    numbers are of MetaRM, another reward model of its own is a retrained one, and accuracies while
-    the policy trains are DPO's.
+    The kind of an arm that the recipe does not name comes from its records: MetaRM has meta-step
+    metrics, another arm with its own reward model is retrained, and DPO logs accuracies in policy
+    training.
     """
     said = _section((config or {}).get("methods"))
     default = _section((config or {}).get("policy")).get("method")
@@ -141,7 +141,7 @@ def _kind(name: str, arm: Mapping[str, Any], seen: set[tuple[str, str, str]]) ->
 
 
 def _styles(arms: Arms) -> dict[str, ArmStyle]:
-    """The demo's colours for the names it knows; "metarm" has one of them in every run, too."""
+    """Return the demo's styles for known names, including "metarm", and spare ones for others."""
     stand_in = {name: "metarm_scale_free" if name == "metarm" else name for name in arms.kinds}
     if len(set(stand_in.values())) < len(stand_in):
         stand_in = {name: name for name in arms.kinds}

@@ -1,4 +1,4 @@
-"""Over-optimisation in a recipe's records: tables of gold along policy training and best-of-n."""
+"""Tables of over-optimisation in a recipe: gold along policy training and best-of-n."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AT = "overopt_gold_at_kl_"
 
 
 def over_optimisation_table(m: Measurements, arms: Arms) -> Table:
-    """Gold along every round's policy training: its peak, its end, and at fixed KL."""
+    """Return the table of gold along policy training: at the peak, the end and fixed KL."""
     keys = [(arm, r) for arm in arms.kinds for r in m.rounds(arm, "evaluate", "overopt_peak_gold")]
     named = {name for key in keys for name in m.metrics("evaluate", *key) if _AT in name}
     at = sorted(named, key=lambda name: float(name.removeprefix(_AT)))
@@ -39,7 +39,7 @@ def over_optimisation_table(m: Measurements, arms: Arms) -> Table:
 
 
 def best_of_n_table(m: Measurements) -> Table:
-    """Proxy and gold of the best of n responses of SFT, as the first reward model picks them."""
+    """Return the table of best-of-n on SFT's responses, chosen by the first reward model."""
     curves = {
         name: m.curve("best_of_n", "sft", 0, f"bon_{name}") for name in ("kl", "proxy", "gold")
     }

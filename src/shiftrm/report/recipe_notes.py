@@ -1,4 +1,4 @@
-"""How the numbers of a recipe's page are made, and what its words mean."""
+"""Notes of a recipe's page: how numbers are computed, and what terms mean."""
 
 from shiftrm.report.analysis import KL_MEANING
 

@@ -1,6 +1,6 @@
-"""Records of a recipe -> the pictures that the demo's page has not, and all of them with captions.
+"""Pictures of a recipe's page with captions, and figures that the demo's page lacks.
 
-Every `*_figure` function gives None when its numbers were not measured.
+Every `*_figure` function returns None if its numbers were not measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["recipe_pictures", "variance_by_round_figure", "win_figure"]
 
 
 def recipe_pictures(m: Measurements, arms: Arms) -> list[Picture]:
-    """All pictures of the page, in its order."""
+    """Return all pictures of the page, in order."""
     return [
         _variance(m, arms),
         _wins(m, arms),
@@ -39,7 +39,7 @@ def recipe_pictures(m: Measurements, arms: Arms) -> list[Picture]:
 
 
 def variance_by_round_figure(m: Measurements, arms: Arms) -> Figure | None:
-    """Variance of reward differences after every round, relative to SFT responses."""
+    """Plot the variance of reward differences after every round, relative to SFT responses."""
     metric = "relative_difference_variance_after"
     found = [arm for arm in arms.with_reward_model if m.rounds(arm, "evaluate", metric)]
     if not found:
@@ -49,7 +49,7 @@ def variance_by_round_figure(m: Measurements, arms: Arms) -> Figure | None:
     entries = []
     for i, arm in enumerate(found):
         style = arms.styles[arm]
-        shift = 0.03 * (i - (len(found) - 1) / 2)  # so that equal arms stay visible
+        shift = 0.03 * (i - (len(found) - 1) / 2)  # keeps equal arms visible
         curves: dict[int, plots.Curve] = {}
         for round_ in m.rounds(arm, "evaluate", metric):
             for seed, value in m.final("evaluate", arm, round_, metric).items():
@@ -65,7 +65,7 @@ def variance_by_round_figure(m: Measurements, arms: Arms) -> Figure | None:
 
 
 def _course(m: Measurements, arm: str, metric: str) -> list[tuple[int, Estimate]]:
-    """(round, estimate) of an arm, in order."""
+    """Return (round, estimate) of an arm, in order."""
     found = [(r, m.estimate("evaluate", arm, r, metric)) for r in m.rounds(arm, "evaluate", metric)]
     return [(r, value) for r, value in found if value is not None]
 
@@ -112,7 +112,7 @@ def _variance(m: Measurements, arms: Arms) -> Picture:
 
 
 def win_figure(m: Measurements, arms: Arms, outcome: Literal["win", "lose"]) -> Figure | None:
-    """Share of wins (or losses) against SFT over the rounds, with the intervals of the wins."""
+    """Plot the share of wins (or losses) against SFT by round; wins have intervals."""
     metric = f"{outcome}_vs_sft"
     found = [arm for arm in arms.trained if m.rounds(arm, "evaluate", metric)]
     if not found:
@@ -228,7 +228,7 @@ def _normalised(m: Measurements, arms: Arms) -> Picture:
 def _against_kl(m: Measurements, arms: Arms) -> Picture:
     gold = any(m.rounds(arm, "evaluate", "gold_mean") for arm in arms.trained)
     proxy = [arm for arm in arms.trained if m.rounds(arm, "evaluate", "proxy_mean_standardised")]
-    # Our PPO alone logs rewards in the units of the ends; it is known by its raw score beside them.
+    # Only our PPO, which also logs raw scores, logs rewards in the units of the ends.
     dotted = [arm for arm in proxy if m.rounds(arm, "ppo", "score_mean")]
     caption = MISSING
     if proxy:

@@ -1,4 +1,4 @@
-"""A few responses of a run, read from its folder: one prompt, every arm's answer beside it."""
+"""Sample responses of all arms to the same prompts, read from a run's folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCORED = "scored.jsonl"
 
 @dataclass(frozen=True)
 class Answer:
-    """One arm's response, as text. `cut` where the length limit ended it."""
+    """One arm's response; `cut` if it reached the length limit."""
 
     name: str
     colour: str
@@ -36,16 +36,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A prompt with the responses to it."""
+    """A prompt with its responses."""
 
     prompt: str
     answers: tuple[Answer, ...]
 
 
 def read_samples(folder: Path, arms: Arms) -> list[SamplePrompt]:
-    """The first test prompts with SFT's and every arm's last responses.
+    """Return the first test prompts with SFT's and every arm's last responses.
 
-    A file that is missing or cannot be read leaves its arm out: a page must not fail for a sample.
+    An arm whose file is missing or unreadable is left out.
     """
     found: list[tuple[str, int, dict[str, Row]]] = []
     for arm in arms.kinds:
@@ -77,7 +77,7 @@ def _last_round(folder: Path) -> tuple[int, Path]:
 
 
 def _first_rows(path: Path) -> dict[str, Row]:
-    """The first rows by prompt; none if there is no such file or it cannot be read."""
+    """Return the first rows by prompt; none if the file is missing or unreadable."""
     if not path.is_file():
         return {}
     try:
@@ -104,7 +104,7 @@ def _answer(arms: Arms, arm: str, number: int, row: Row) -> Answer:
 
 
 def _shown(value: Any) -> str:
-    """Text as it is; a dialogue as `role: text`, a turn a paragraph. Cut where it is too long."""
+    """Return text, or a dialogue as paragraphs `role: text`, truncated if too long."""
     if isinstance(value, list):
         value = "\n\n".join(
             f"{turn.get('role', '?')}: {turn.get('content', '')}"

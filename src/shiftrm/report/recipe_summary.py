@@ -1,4 +1,4 @@
-"""The summary that a recipe's run prints at its end."""
+"""The summary printed at the end of a recipe's run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["summary"]
 
 
 def summary(records: Sequence[Record], config: Mapping[str, Any] | None = None) -> str:
-    """A compact table and a few sentences, plain text without markup or control characters."""
+    """Return a table and a few sentences as plain text without control characters."""
     m = Measurements(records)
     arms = arms_of(m, records, config)
     head = headline(m, arms, config)
@@ -64,7 +64,7 @@ _COLUMNS = {
     "self_bleu": "self-BLEU",
     "gold_mean": "gold",
 }
-"""Abbreviations for a terminal, by metric."""
+"""Short names of metrics for the terminal."""
 
 
 def _terminal_table(m: Measurements, arms: Arms) -> list[str]:

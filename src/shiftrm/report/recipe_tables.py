@@ -1,4 +1,4 @@
-"""Records of a recipe -> tables of text: the MetaRM paper's Tables 1 to 3, and all numbers."""
+"""Text tables of a recipe: the MetaRM paper's Tables 1 to 3, and all numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shiftrm.report.tables import (
     triple,
 )
 
-# Lower = more diverse (arXiv 2405.00438, Table 3). How the paper normalises is not said.
+# Lower = more diverse (arXiv 2405.00438, Table 3). The normalisation is not documented.
 PAPER_DIVERSITY = {
     "Harmless": ("0.14", "0.07", "0.47", "0.39", "0.41"),
     "Helpful": ("0.09", "0.04", "0.29", "0.31", "0.25"),
@@ -40,7 +40,7 @@ DATA_SETS = {
 def win_bounds(
     m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str
 ) -> tuple[float, float] | None:
-    """95 % bounds of the share of wins: over the seeds, or with one seed over the prompts."""
+    """Return 95 % bounds of the share of wins: over seeds, or over prompts for one seed."""
     win = estimate(m.by_seed(stage, method, rounds, f"win_vs_{opponent}"))
     if win is not None and win.half_width is not None:
         return max(0.0, win.low), min(1.0, win.high)
@@ -54,7 +54,7 @@ def win_bounds(
 def with_bounds(
     m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str
 ) -> str:
-    """`64 / 31 / 5 [54, 73]`: `triple`, and the interval of the wins where it is known."""
+    """Return `triple` with the interval of the wins if known: `64 / 31 / 5 [54, 73]`."""
     text = triple(m, stage, method, rounds, opponent)
     bounds = win_bounds(m, stage, method, rounds, opponent)
     if text == NOT_MEASURED or bounds is None:
@@ -72,12 +72,12 @@ def _interval_note(m: Measurements) -> str:
 
 
 def all_rounds(m: Measurements, arms: Arms) -> list[int]:
-    """The rounds of which something was measured on responses."""
+    """Return the rounds in which responses were measured."""
     return sorted({r for arm in arms.trained for r in m.rounds(arm)})
 
 
 def win_table(m: Measurements, arms: Arms) -> Table:
-    """Win/tie/lose against SFT by round (the paper's Table 1)."""
+    """Return win/tie/lose against SFT by round (the paper's Table 1)."""
     rounds = all_rounds(m, arms)
     rows = []
     if any(m.rounds(arm, "evaluate", "win_vs_sft") for arm in arms.trained):
@@ -94,7 +94,7 @@ def win_table(m: Measurements, arms: Arms) -> Table:
 
 
 def best_round_table(m: Measurements, arms: Arms) -> Table:
-    """The best round of every arm against the best rounds of the others (Table 2)."""
+    """Return the best round of every arm against the best rounds of others (Table 2)."""
     opponents = [SFT, *arms.trained]
     rows = []
     for arm in arms.trained:
@@ -126,7 +126,7 @@ _JUDGING = (
 
 
 def judging_table(m: Measurements, arms: Arms) -> Table:
-    """What stands behind the win rates: how many, how long, how sure the judge was."""
+    """Return the table behind the win rates: counts, lengths, consistency of the judge."""
     asked = ("win_vs_sft", "unjudged_vs_sft")
     keys = [
         (arm, r)
@@ -172,7 +172,7 @@ def _judged(m: Measurements, key: tuple[str, int], name: str) -> Estimate | None
 
 
 def blindness_table(m: Measurements, arms: Arms) -> Table:
-    """The spread of every arm's reward differences, before and after each policy training."""
+    """Return the spread of every arm's reward differences, before and after policy training."""
     metric = "relative_difference_variance"
     rounds = all_rounds(m, arms)
     rows = []
@@ -206,7 +206,7 @@ _DIVERSITY = (
 
 
 def diversity_table(m: Measurements, arms: Arms) -> Table:
-    """How alike the responses are, by arm and round (Table 3)."""
+    """Return the similarity of responses by arm and round (Table 3)."""
     keys = [(arm, r) for arm in arms.kinds for r in m.rounds(arm)]
     keys = [k for k in keys if m.final("evaluate", *k, "self_bleu")]
     metrics = [x for x in _DIVERSITY if any(m.final("evaluate", *key, x) for key in keys)]
@@ -229,7 +229,7 @@ def diversity_table(m: Measurements, arms: Arms) -> Table:
 
 
 def paper_diversity_table() -> Table:
-    """The paper's Table 3."""
+    """Return the paper's Table 3."""
     return Table(
         "For comparison: diversity in the paper",
         ("Task", "Raw data", "SFT", "PPO", "DPO", "MetaRM"),
@@ -245,7 +245,7 @@ _BY_GOLD = ("gold_mean", "accuracy_policy_before", "accuracy_policy_after")
 
 
 def metrics_table(m: Measurements, arms: Arms) -> Table:
-    """All final numbers of every arm and round."""
+    """Return all final numbers of every arm and round."""
     keys = [(arm, r) for arm in arms.kinds for r in m.rounds(arm)]
     gold = any(m.final("evaluate", *key, "gold_mean") for key in keys)
     return number_table(
@@ -263,7 +263,7 @@ def metrics_table(m: Measurements, arms: Arms) -> Table:
 
 
 def arms_table(m: Measurements, arms: Arms) -> Table:
-    """Which arms there are and what each does."""
+    """Return the table of arms with their descriptions."""
     rows = []
     for arm in arms.trained:
         optimiser = arms.optimisers.get(arm)
@@ -281,7 +281,7 @@ def arms_table(m: Measurements, arms: Arms) -> Table:
 
 
 def data_table(m: Measurements, found: Sequence[str]) -> Table:
-    """What was read, and how many rows were left out for which reason.
+    """Return the table of rows read and left out, with reasons.
 
     Args:
         found: the metrics of stage "data".
@@ -312,7 +312,7 @@ def data_table(m: Measurements, found: Sequence[str]) -> Table:
 
 
 def _count(by_seed: dict[int, float]) -> str:
-    """`12,300`, or `12,300 to 12,310` where the seeds differ."""
+    """Format a count as `12,300`, or `12,300 to 12,310` if the seeds differ."""
     low, high = (f"{int(end(by_seed.values(), default=0)):,}" for end in (min, max))
     return low if low == high else f"{low} to {high}"
 

@@ -1,4 +1,4 @@
-"""What weakens the numbers of a recipe's run, in sentences."""
+"""Warnings about the numbers of a recipe's run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from shiftrm.report.wording import ONE_SEED, listing, rounds_text
 
 __all__ = ["warnings"]
 
-TRUNCATED = 0.1  # share of responses cut off by the limit from which it is said
-LONGER = 1.3  # mean length over SFT's from which it is said
+TRUNCATED = 0.1  # warn from this share of truncated responses
+LONGER = 1.3  # warn from this mean length, relative to SFT
 UNJUDGED = 0.02
 CONSISTENT = 0.7
 
@@ -22,7 +22,7 @@ Worst = Callable[[Iterable[float]], float]
 
 
 def warnings(m: Measurements, arms: Arms, config: Mapping[str, Any] | None = None) -> list[str]:
-    """What a reader must know before believing a good-looking number."""
+    """Return the warnings."""
     texts = [ONE_SEED] if len(m.seeds) < 2 else []
     judge = (config or {}).get("judge")
     kind = judge.get("kind") if isinstance(judge, Mapping) else None
@@ -51,7 +51,7 @@ def warnings(m: Measurements, arms: Arms, config: Mapping[str, Any] | None = Non
 def _where(
     m: Measurements, arms: Arms, metric: str, wrong: Callable[[float], bool], *, worst: Worst = max
 ) -> str:
-    """`MetaRM, rounds 2 and 3 (0.31)` with the worst value, or "" if it is nowhere."""
+    """Return arms and rounds with the worst value, `MetaRM, rounds 2 and 3 (0.31)`, or ""."""
     found = []
     for arm in arms.kinds:
         values = {}

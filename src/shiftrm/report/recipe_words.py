@@ -1,4 +1,4 @@
-"""The sentences of a recipe's page, whichever way they fall."""
+"""Sentences of a recipe's page, generated from the numbers."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ NO_VERDICT = (
     "Not one verdict of the judge could be read, so which arm answers better than SFT was not "
     "measured"
 )
-STILL = 0.05  # nats a response: below, a policy is as good as SFT
+STILL = 0.05  # nats per response; below, a policy counts as SFT
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One arm against another: shares over the seeds, and whether the wins are clear.
+    """One arm against another: mean shares over seeds, and whether the result is clear.
 
     Attributes:
-        net: wins less losses.
-        clear: whether a sign test over the judged prompts says so at 5 %, and with several seeds
-            the 95 % t-interval of `net` over them leaves out zero, too.
-        seeds: how many the shares are over.
-        n: judged prompts, all seeds together.
+        net: wins minus losses.
+        clear: whether a sign test over the prompts is significant at 5 % and, for several seeds,
+            the 95 % t-interval of `net` excludes zero.
+        seeds: number of seeds.
+        n: number of judged prompts of all seeds.
     """
 
     method: str
@@ -52,14 +52,14 @@ class Contest:
 
     @property
     def numbers(self) -> str:
-        """`64 / 31 / 5 %`."""
+        """Format the shares as `64 / 31 / 5 %`."""
         return f"{' / '.join(f'{100 * share:.0f}' for share in (self.win, self.tie, self.lose))} %"
 
 
 def contest(
     m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str = SFT
 ) -> Contest | None:
-    """The contest over the given rounds (one a seed); None if it was not judged."""
+    """Return the contest over the given rounds (one per seed); None if not judged."""
     found = shares(m, stage, method, rounds, opponent)
     if found is None:
         return None
@@ -93,7 +93,7 @@ def contest(
 
 
 def headline(m: Measurements, arms: Arms, config: Mapping[str, Any] | None = None) -> Headline:
-    """Which arms win against SFT, and against the reward model kept fixed."""
+    """Say which arms win against SFT and against the fixed reward model."""
     ends = [found for arm in arms.trained if (found := _against_sft(m, arm)) is not None]
     sentences = [_contest_sentence(m, arms, found) for found in ends]
     sentences += _against_vanilla(m, arms) + _gold(m, arms)
@@ -102,14 +102,14 @@ def headline(m: Measurements, arms: Arms, config: Mapping[str, Any] | None = Non
 
 
 def why_no_wins(m: Measurements, arms: Arms) -> str:
-    """Why there are no win rates: nobody judged, or no verdict could be read."""
+    """Say why there are no win rates: no judge, or no readable verdict."""
     if any(m.rounds(arm, "evaluate", "unjudged_vs_sft") for arm in arms.trained):
         return NO_VERDICT
     return NO_JUDGE
 
 
 def _against_sft(m: Measurements, arm: str) -> Contest | None:
-    """The best round, judged on prompts it was not chosen on; else the last round."""
+    """Return the best round, judged on other prompts than chosen on, or else the last round."""
     compared = contest(m, "compare", arm, m.rounds(arm, "compare"))
     if compared is not None:
         return compared
@@ -130,7 +130,7 @@ def _title(m: Measurements, arms: Arms, ends: list[Contest]) -> str:
     parts = [f"clearly more wins than losses for {names(better) if better else 'no arm'}"]
     parts += [f"clearly fewer for {names(worse)}"] if worse else []
     parts += [f"no clear answer for {names(unclear)}"] if unclear else []
-    seeds = max(e.seeds for e in ends)  # a seed may be without a judge
+    seeds = max(e.seeds for e in ends)  # a seed may lack a judge
     start = f"Over {seeds} seeds" if seeds > 1 else "In one run (one seed)"
     return f"{start}, against SFT (win / tie / lose): {'; '.join(parts)}."
 
@@ -160,7 +160,7 @@ def _clarity(found: Contest) -> str:
 
 
 def _against_vanilla(m: Measurements, arms: Arms) -> list[str]:
-    """MetaRM's and the retrained arms' best rounds against the reward model kept fixed."""
+    """Compare the best rounds of MetaRM and retrained arms with the fixed reward model."""
     vanilla = arms.vanilla
     if vanilla is None:
         return []
@@ -176,7 +176,7 @@ def _against_vanilla(m: Measurements, arms: Arms) -> list[str]:
 
 
 def _gold(m: Measurements, arms: Arms) -> list[str]:
-    """By the second reward model, where one was given."""
+    """Describe gold, the second reward model's score, if there is one."""
     vanilla = arms.vanilla
     if vanilla is None:
         return []
@@ -197,7 +197,7 @@ def _gold(m: Measurements, arms: Arms) -> list[str]:
 
 
 def blindness(m: Measurements, arms: Arms) -> list[str]:
-    """Whether the reward model went blind: its differences before and after, relative to SFT."""
+    """Say whether the reward model went blind, from its differences relative to SFT."""
     vanilla = arms.vanilla
     texts = ["No arm keeps its reward model, so whether one goes blind was not measured."]
     if vanilla is not None:
@@ -223,7 +223,7 @@ def blindness(m: Measurements, arms: Arms) -> list[str]:
 
 
 def kl_sentence(m: Measurements, arms: Arms) -> str:
-    """How far each arm's policy has moved at its end, and whether that is comparable."""
+    """Describe each arm's final KL, and whether the KLs are comparable."""
     found = {}
     for arm in arms.trained:
         rounds = m.rounds(arm, "evaluate", "kl")

@@ -1,4 +1,4 @@
-"""A blind sheet -> one self-contained page for a rater: no network, foreign text escaped."""
+"""A blind sheet as a self-contained page for a rater; foreign text is escaped."""
 
 import base64
 import hashlib
@@ -11,11 +11,10 @@ QUESTION = "Which response is better?"
 
 
 def sheet_page(sheet: Sheet, *, question: str = QUESTION) -> str:
-    """The page as text; the same sheet, the same text.
+    """Return the page's HTML, which depends only on the sheet.
 
-    The texts stand in the page as JSON in which no character can end the element they stand in,
-    and the script puts them on the screen as text, never as markup. Only this script may run: the
-    page's policy names its hash.
+    The texts are embedded as JSON that cannot close its script element, and shown as text, not
+    markup. The content security policy allows only this script, by its hash.
     """
     script = page_template("sheet.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -36,7 +35,7 @@ def sheet_page(sheet: Sheet, *, question: str = QUESTION) -> str:
 
 
 def json_for_html(content: object) -> str:
-    """JSON that is safe within a script element, in ASCII."""
+    """Return ASCII JSON that is safe within a script element."""
     text = json.dumps(content, ensure_ascii=True)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -1,4 +1,4 @@
-"""Records -> tables of text. Pure functions: the page and the terminal only print them."""
+"""Text tables of records, for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from shiftrm.report.measurements import Estimate, Measurements, estimate
 NOT_MEASURED = "not measured"
 OPPONENTS = (SFT, FIXED, DPO)
 
-# Win/tie/lose against SFT by round, as the paper prints them (GPT-4 as judge; arXiv 2405.00438).
+# Win/tie/lose against SFT by round in the paper (GPT-4 as judge; arXiv 2405.00438).
 PAPER_ROUNDS = {
     "Harmless": ("44 / 44 / 12", "65 / 31 / 4", "69 / 28 / 3", "64 / 31 / 5"),
     "Helpful": ("39 / 52 / 9", "62 / 33 / 5", "73 / 23 / 4", "67 / 27 / 6"),
     "Summary": ("51 / 11 / 38", "55 / 15 / 30", "67 / 14 / 19", "78 / 5 / 17", "72 / 8 / 20"),
 }
-PAPER_BEST = {  # its best round against vanilla PPO and DPO
+PAPER_BEST = {  # the paper's best round against vanilla PPO and DPO
     "Harmless": ("54 / 31 / 15", "49 / 16 / 35"),
     "Helpful": ("65 / 30 / 5", "58 / 35 / 7"),
     "Summary": ("62 / 7 / 31", "59 / 6 / 35"),
@@ -30,7 +30,7 @@ PAPER_BEST = {  # its best round against vanilla PPO and DPO
 
 @dataclass(frozen=True)
 class Table:
-    """A table ready to print. The first `text_columns` columns hold words, the others numbers."""
+    """A table of text. The first `text_columns` columns hold words, the others numbers."""
 
     title: str
     columns: tuple[str, ...]
@@ -40,7 +40,7 @@ class Table:
 
 
 def number(found: Estimate | None, digits: int = 2) -> str:
-    """`4.31`, with several seeds `4.31 ± 0.22` (95 % t-interval), else "not measured"."""
+    """Format `4.31`, for several seeds `4.31 ± 0.22` (95 % t-interval), or "not measured"."""
     if found is None:
         return NOT_MEASURED
     text = fixed_point(found.mean, digits)
@@ -50,7 +50,7 @@ def number(found: Estimate | None, digits: int = 2) -> str:
 
 
 def fixed_point(value: float, digits: int = 2, *, sign: bool = False) -> str:
-    """A number with so many decimals, never "-0.00"; scientific where it is too large to read."""
+    """Format with `digits` decimals, without "-0.00"; scientific if too large to read."""
     if abs(value) >= 1e6:
         return f"{value:.2e}"
     rounded = round(value, digits) + 0.0  # turns -0.0 into 0.0
@@ -60,7 +60,7 @@ def fixed_point(value: float, digits: int = 2, *, sign: bool = False) -> str:
 def shares(
     m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str
 ) -> dict[str, Estimate] | None:
-    """Win, tie and lose, mean over the seeds, whose rounds may differ; None if one is missing."""
+    """Return win, tie and lose, means over seeds; None if one is missing."""
     found = {}
     for outcome in ("win", "tie", "lose"):
         share = estimate(m.by_seed(stage, method, rounds, f"{outcome}_vs_{opponent}"))
@@ -71,7 +71,7 @@ def shares(
 
 
 def triple(m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str) -> str:
-    """`64 / 31 / 5`: win, tie, lose in per cent; "not measured" if one is missing."""
+    """Format win, tie and lose in per cent as `64 / 31 / 5`, or "not measured"."""
     found = shares(m, stage, method, rounds, opponent)
     if found is None:
         return NOT_MEASURED
@@ -79,7 +79,7 @@ def triple(m: Measurements, stage: str, method: str, rounds: Sequence[int], oppo
 
 
 def measured(m: Measurements, method: str, round_: int, metric: str) -> str:
-    """A number of stage "evaluate" with the digits that its metric declares."""
+    """Format a number of stage "evaluate" with the digits that its metric declares."""
     return number(m.estimate("evaluate", method, round_, metric), declared(metric).digits)
 
 
@@ -93,11 +93,11 @@ def number_table(
     adapted: Callable[[str], bool],
     note: str,
 ) -> Table:
-    """One row per (arm, round), one column per metric.
+    """Return a table with a row per (arm, round) and a column per metric.
 
     Args:
-        name: the arm's name for people.
-        adapted: whether an arm has a meta step; the others have no influence of it.
+        name: display name of an arm.
+        adapted: whether an arm has a meta step, and so a meta influence.
     """
 
     def cell(arm: str, round_: int, metric: str) -> str:
@@ -105,7 +105,7 @@ def number_table(
             return _influence_cell(m, arm, round_, adapted(arm))
         text = measured(m, arm, round_, metric)
         if text == NOT_MEASURED and arm == SFT and metric.endswith("_before"):
-            return "—"  # SFT has no policy training: its numbers stand under "after"
+            return "—"  # SFT has no policy training; its numbers are recorded as "after"
         return text
 
     return Table(
@@ -126,7 +126,7 @@ def _influence_cell(m: Measurements, method: str, round_: int, adapted: bool) ->
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned lines for a terminal: the first column to the left, the others to the right."""
+    """Return aligned lines: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
@@ -135,7 +135,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def win_table(m: Measurements) -> Table:
-    """Win/tie/lose against SFT by round, one row per arm (the paper's Table 1)."""
+    """Return win/tie/lose against SFT by round, one row per arm (the paper's Table 1)."""
     rounds = m.all_rounds()
     rows = [
         (arm_name(arm), *(triple(m, "evaluate", arm, [r], SFT) for r in rounds))
@@ -153,10 +153,10 @@ def win_table(m: Measurements) -> Table:
 
 
 def paper_table(other: str = "another world and another judge") -> Table:
-    """The paper's own results for MetaRM, to hold the two tables above against.
+    """Return the paper's results for MetaRM.
 
     Args:
-        other: in which way they are not comparable.
+        other: why they are not comparable.
     """
     width = max(len(rounds) for rounds in PAPER_ROUNDS.values())
     rows = [
@@ -178,7 +178,7 @@ def paper_table(other: str = "another world and another judge") -> Table:
 
 
 def best_round_table(m: Measurements) -> Table:
-    """The best round of every arm against SFT, vanilla PPO and DPO (the paper's Table 2)."""
+    """Return every arm's best round against SFT, vanilla PPO and DPO (the paper's Table 2)."""
     rows = []
     for method in in_order(method for method in m.methods() if method != SFT):
         rounds = m.rounds(method, "compare")
@@ -206,7 +206,7 @@ def _opponent_name(opponent: str) -> str:
 def best_round_by_seed(
     m: Measurements, method: str, rounds: Sequence[int], opponents: Sequence[str]
 ) -> dict[int, int]:
-    """The round of each seed that has "compare" records."""
+    """Return the round of each seed that has "compare" records."""
     found: dict[int, int] = {}
     for round_ in rounds:
         for opponent in opponents:
@@ -220,15 +220,15 @@ METRICS = (
     "accuracy_policy_after", "relative_difference_variance_before",
     "relative_difference_variance_after", "meta_influence", "length_mean", "truncated_share",
 )  # fmt: skip
-"""The columns of "All final numbers"."""
+"""Columns of "All final numbers"."""
 
 
 SIGHT = ("accuracy_policy", "relative_difference_variance")
-"""What a reward model sees of a policy's responses, each `_before` and `_after` a round."""
+"""Metrics of a reward model on a policy's responses, each `_before` and `_after` a round."""
 
 
 def metrics_table(m: Measurements) -> Table:
-    """All final numbers of every arm and round."""
+    """Return all final numbers of every arm and round."""
     return number_table(
         m,
         "All final numbers",
@@ -243,7 +243,7 @@ def metrics_table(m: Measurements) -> Table:
 
 
 def kl_table(m: Measurements) -> Table:
-    """Achieved KL beside the gold number it was bought with."""
+    """Return KL and gold of every arm and round."""
     rounds = m.all_rounds()
     methods = [*m.policy_arms(), *(method for method in (DPO,) if method in m.methods())]
     rows = []
@@ -267,7 +267,7 @@ def kl_table(m: Measurements) -> Table:
 
 
 def blindness_table(m: Measurements) -> Table:
-    """The reward model kept fixed: what it sees before and after every round."""
+    """Return the metrics of the fixed reward model before and after every round."""
     metrics = [f"{what}_{when}" for what in SIGHT for when in ("before", "after")]
     return Table(
         f"{arm_name(FIXED)}: what the reward model still sees",
@@ -279,7 +279,7 @@ def blindness_table(m: Measurements) -> Table:
 
 
 def adaptation_table(m: Measurements) -> Table:
-    """What each adaptation changed on one and the same policy, and how to read it."""
+    """Return the changes by each adaptation on the same policy, with a reading."""
 
     def arrow(old: float | None, new: float | None, digits: int) -> str:
         if old is None or new is None:
@@ -308,7 +308,7 @@ def adaptation_table(m: Measurements) -> Table:
 
 
 def config_table(config: Mapping[str, Any]) -> Table:
-    """A configuration of any depth as dotted keys."""
+    """Return a nested configuration as a table of dotted keys."""
     rows: list[tuple[str, str]] = []
 
     def walk(prefix: str, value: Any) -> None:
@@ -324,7 +324,7 @@ def config_table(config: Mapping[str, Any]) -> Table:
 
 
 def versions_table(m: Measurements) -> Table:
-    """Which code and libraries the records came from."""
+    """Return the versions of code and libraries."""
     rows = tuple(
         (commit or "unknown", versions or "unknown", ", ".join(str(s) for s in sorted(seeds)))
         for (commit, versions), seeds in sorted(m.provenance.items())
@@ -333,7 +333,7 @@ def versions_table(m: Measurements) -> Table:
 
 
 def world_table(m: Measurements) -> Table:
-    """What the stage "world" recorded."""
+    """Return the metrics of stage "world"."""
     rows = tuple((metric, f"{found.mean:.6g}") for metric, found in m.world().items())
     return Table("The world", ("Quantity", "Value"), rows)
 

@@ -1,4 +1,4 @@
-"""A win rate as one self-contained page. Foreign text is escaped; no network."""
+"""A win rate as a self-contained HTML page. Foreign text is escaped."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from shiftrm.report.tables import NOT_MEASURED, Table
 
 __all__ = ["render_page", "write_page"]
 
-_SHOWN_EACH = 3  # comparisons of every outcome
-_TEXT_LIMIT = 2000  # characters of a text that are shown
+_SHOWN_EACH = 3  # examples per outcome
+_TEXT_LIMIT = 2000  # characters shown of a text
 _COLOURS = {"win": "#0072B2", "tie": "#999999", "lose": "#D55E00"}
 
 
@@ -33,15 +33,15 @@ class _Example:
 def write_page(
     rate: WinRate, verdicts: Sequence[Verdict], settings: Mapping[str, Any], path: str | Path
 ) -> Path:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     return atomic_write_text(path, render_page(rate, verdicts, settings))
 
 
 def render_page(rate: WinRate, verdicts: Sequence[Verdict], settings: Mapping[str, Any]) -> str:
-    """The page as text.
+    """Return the page's HTML.
 
     Args:
-        settings: how it was judged; shown as they are.
+        settings: the judge's settings to show.
     """
     return page_template("win_rate.html.j2").render(
         headline=headline(rate),
@@ -91,7 +91,7 @@ def _settings_table(settings: Mapping[str, Any]) -> Table:
 
 
 def _examples(verdicts: Sequence[Verdict]) -> list[_Example]:
-    """The first few of every outcome, those without one first."""
+    """Return the first few verdicts of every outcome, those without an outcome first."""
     found = []
     for outcome in (None, "lose", "win", "tie"):
         of_kind = [v for v in verdicts if v.outcome == outcome and v.note != "identical"]

@@ -1,4 +1,4 @@
-"""Shared sentences, and helpers that build sentences."""
+"""Shared sentences and helpers for sentences."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ ONE_SEED = (
 
 
 def listing(words: list[str]) -> str:
-    """`a`, `a and b`, `a; b and c` (semicolons: names of arms may hold commas)."""
+    """Join words as `a`, `a and b`, `a; b and c` (names of arms may contain commas)."""
     if len(words) < 2:
         return "".join(words)
     return f"{'; '.join(words[:-1])} and {words[-1]}"
 
 
 def rounds_text(rounds: list[int]) -> str:
-    """`round 2`, `rounds 1, 2 and 3`."""
+    """Format rounds as `round 2` or `rounds 1, 2 and 3`."""
     if len(rounds) == 1:
         return f"round {rounds[0]}"
     return f"rounds {', '.join(map(str, rounds[:-1]))} and {rounds[-1]}"
