@@ -45,9 +45,7 @@ def plain_label(text: str, limit: int = 28) -> str:
     if len(shown) > limit:
         shown = shown[: limit - 1] + "…"
     shown = shown.replace("$", r"\$")  # `$` would start mathtext
-    return (
-        f" {shown}" if shown.startswith("_") else shown
-    )  # matplotlib hides labels that start with `_`
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides labels with a `_`
 
 
 def new_axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
