@@ -27,8 +27,8 @@ from oodpl_tables import all_tables
 from shiftrm.config import apply_overrides, differences, from_mapping, read_yaml, to_mapping
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
-from shiftrm.oodpl.gold_config import DomainRunConfig
-from shiftrm.oodpl.gold_plan import plan
+from shiftrm.pipeline.domain_config import DomainRunConfig
+from shiftrm.pipeline.domain_plan import plan
 from shiftrm.pipeline.engine import RECORDS_FILE, run_stages
 from shiftrm.records import read_records
 from shiftrm.report.plots import render

@@ -20,8 +20,8 @@ from shiftrm.core.losses import reward_weights
 from shiftrm.data.domains import Domain, load_split
 from shiftrm.models.sampling import load_policy
 from shiftrm.oodpl.batches import Encoder, inner_batch
-from shiftrm.oodpl.gold_plan import targets
 from shiftrm.oodpl.preference import preference_accuracy
+from shiftrm.pipeline.domain_plan import targets
 from shiftrm.world.build_domains import DOMAINS, read_table
 from shiftrm.world.domain_gold import gold_of
 

@@ -12,9 +12,9 @@ from shiftrm.data.domains import write_domains
 from shiftrm.data.shp import LEAVE_OUT, read_shp, shp_domains
 from shiftrm.files import write_jsonl
 from shiftrm.models.scoring import Scorer
-from shiftrm.oodpl.gold_config import DomainRunConfig
-from shiftrm.oodpl.gold_plan import plan
 from shiftrm.oodpl.training_command import settings_of
+from shiftrm.pipeline.domain_config import DomainRunConfig
+from shiftrm.pipeline.domain_plan import plan
 from tests.pipeline.conftest import LOOP
 
 RECIPES = Path(__file__).parents[1] / "recipes"

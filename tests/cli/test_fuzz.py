@@ -363,7 +363,7 @@ def fuzz_world(tmp_path_factory, tokenizer):
     def no_stages(*_, **__):
         raise UserError("stages are not run here")
 
-    for module in ("pipeline.demo_run", "pipeline.run", "oodpl.meta_test_command"):
+    for module in ("pipeline.demo_run", "pipeline.run", "pipeline.meta_test_run"):
         patch.setattr(f"shiftrm.{module}.run_stages", no_stages)
     patch.setattr("builtins.input", lambda _: "n")
     patch.setattr(sys, "stdin", io.StringIO())

@@ -20,9 +20,9 @@ from shiftrm.data.domains import load_split
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.rendering import encode
-from shiftrm.oodpl.gold_config import METHODS, DomainRunConfig
-from shiftrm.oodpl.gold_plan import plan, sources, targets
 from shiftrm.pipeline import engine
+from shiftrm.pipeline.domain_config import METHODS, DomainRunConfig
+from shiftrm.pipeline.domain_plan import plan, sources, targets
 from shiftrm.records import Record, read_records
 from shiftrm.report.plots import render
 from shiftrm.trainers.collator import ROW

@@ -47,9 +47,11 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import os
+    import time
 
     from shiftrm.cli.checks import at_least_one, output_folder
-    from shiftrm.pipeline.demo_run import configure, run_and_report
+    from shiftrm.config import to_mapping
+    from shiftrm.pipeline.demo_run import configure, run_demo
 
     named = {"seed": args.seed, "rounds": args.rounds}
     overrides = [f"{key}={value}" for key, value in named.items() if value is not None]
@@ -58,4 +60,8 @@ def run(args: argparse.Namespace) -> None:
     workers = args.workers if args.workers is not None else os.cpu_count() or 1
     at_least_one(workers, "--workers")
     config = configure([*overrides, *args.settings])
-    run_and_report(config, output_folder(args.output), workers=workers)
+    output, started = output_folder(args.output), time.monotonic()
+    run_demo(config, output, workers=workers)
+    from shiftrm.report.runs import finish
+
+    finish(output, to_mapping(config), started=started)

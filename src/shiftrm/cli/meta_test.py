@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     output = output_folder(
         args.output, apart_from=[args.policy, args.reward, args.domains, args.judge]
     )
-    from shiftrm.oodpl.meta_test_command import meta_test
+    from shiftrm.pipeline.meta_test_run import meta_test
 
     only_on_terminals()
     print(

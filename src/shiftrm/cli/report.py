@@ -31,13 +31,13 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from shiftrm.cli.checks import output_file
-    from shiftrm.pipeline.demo_run import PAGE_FILE, report
     from shiftrm.pipeline.engine import RECORDS_FILE
     from shiftrm.pipeline.folder import CONFIG_FILE
+    from shiftrm.report.runs import PAGE_FILE, write_page
 
     runs = [Path(run) for run in args.runs]
     inputs = [run / name for run in runs for name in (RECORDS_FILE, CONFIG_FILE)]
     own = Path(args.output or runs[0] / PAGE_FILE)
     again = own in [run / PAGE_FILE for run in runs]  # a run's own page is made anew
     output = output_file(str(own), apart_from=inputs, may_exist=again)
-    print(f"Page: {report(runs, output)}")
+    print(f"Page: {write_page(runs, output)}")

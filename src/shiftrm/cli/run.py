@@ -50,12 +50,14 @@ def options_first(words: list[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
+    import time
     from pathlib import Path
 
     from shiftrm.cli.checks import output_folder
     from shiftrm.cli.settings import quieten_libraries
 
     quieten_libraries()
+    from shiftrm.config import to_mapping
     from shiftrm.pipeline.run import dry_run, read_recipe, run_recipe
 
     recipe = read_recipe(args.recipe, args.settings)
@@ -65,4 +67,8 @@ def run(args: argparse.Namespace) -> None:
     inputs = [args.recipe, recipe.model, recipe.judge.model, recipe.evaluation.gold]
     inputs += [source.source for source in vars(recipe.data).values() if hasattr(source, "source")]
     output = output_folder(args.output or str(Path("runs") / recipe.name), apart_from=inputs)
+    started = time.monotonic()
     run_recipe(recipe, output)
+    from shiftrm.report.runs import finish
+
+    finish(output, to_mapping(recipe), started=started)

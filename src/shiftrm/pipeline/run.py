@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,18 +13,15 @@ from rich.table import Table
 from shiftrm.config import apply_overrides, from_mapping, read_yaml, to_mapping
 from shiftrm.errors import UserError
 from shiftrm.pipeline.data_sets import place_of
-from shiftrm.pipeline.engine import RECORDS_FILE, Stage, run_stages
+from shiftrm.pipeline.engine import Stage, run_stages
 from shiftrm.pipeline.estimate import MEMORY_NOTE, Estimate, estimate, judging_cost
 from shiftrm.pipeline.experiment import Recipe
 from shiftrm.pipeline.folder import claim, progress
 from shiftrm.pipeline.plan import JUDGING, plan
 from shiftrm.pipeline.resources import speed, time_note
 from shiftrm.pipeline.settings import check_job, job_of, settings_of
-from shiftrm.records import read_records
 
-__all__ = ["PAGE_FILE", "dry_run", "read_recipe", "run_recipe"]
-
-PAGE_FILE = "report.html"
+__all__ = ["dry_run", "read_recipe", "run_recipe"]
 
 FREE = ("execution", *(f"judge.{name}" for name in JUDGING))
 """What may change between an interruption and the call that continues."""
@@ -110,9 +106,8 @@ def _over(old: dict[str, Any], new: dict[str, Any], *, whole: bool) -> dict[str,
     return result
 
 
-def run_recipe(recipe: Recipe, output: Path) -> Path:
-    """Run all stages that are not finished, write the page, print a summary; returns the page."""
-    started = time.monotonic()
+def run_recipe(recipe: Recipe, output: Path) -> None:
+    """Run all stages that are not finished."""
     stages = plan(recipe)
     check_settings(stages)
     check_inputs(recipe)
@@ -128,15 +123,6 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
             threads=1 if recipe.execution.in_process else None,
             on_progress=on_progress,
         )
-    from shiftrm.report.recipe import summary, write_recipe_report
-
-    records = read_records(output / RECORDS_FILE)
-    page = write_recipe_report(records, output / PAGE_FILE, output, to_mapping(recipe))
-    minutes = (time.monotonic() - started) / 60
-    console = Console(soft_wrap=True)
-    console.print(summary(records, to_mapping(recipe)), markup=False, highlight=False)
-    console.print(f"\n{minutes:.1f} minutes. Page: {page}", markup=False, highlight=False)
-    return page
 
 
 def check_inputs(recipe: Recipe) -> None:

@@ -104,7 +104,7 @@ def meta_test(
         stages.append(
             Stage(
                 name,
-                "shiftrm.oodpl.meta_test_command:meta_test_domain",
+                "shiftrm.pipeline.meta_test_run:meta_test_domain",
                 {
                     "policy": policy,
                     "reward": reward,

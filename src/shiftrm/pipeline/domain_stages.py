@@ -22,7 +22,6 @@ from shiftrm.files import Row, write_jsonl
 from shiftrm.models.sampling import load_policy
 from shiftrm.models.scoring import Scorer
 from shiftrm.oodpl.fine_tuning import FineTuningConfig, FineTuningLog
-from shiftrm.oodpl.gold_plan import sources, targets
 from shiftrm.oodpl.meta_test import (
     EvaluationConfig,
     evaluate_policy,
@@ -31,6 +30,7 @@ from shiftrm.oodpl.meta_test import (
 )
 from shiftrm.oodpl.trainer import OODPLConfig, OODPLTrainer
 from shiftrm.pipeline.demo_stages import new_reward_model, run_trainer, save, training_arguments
+from shiftrm.pipeline.domain_plan import sources, targets
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.policies.ppo import RewardFunction, StepLog
 from shiftrm.policies.ppo_config import PPOConfig

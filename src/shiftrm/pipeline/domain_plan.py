@@ -4,13 +4,13 @@ from dataclasses import asdict
 from typing import Any
 
 from shiftrm.config import to_mapping
-from shiftrm.oodpl.gold_config import DomainRunConfig
+from shiftrm.pipeline.domain_config import DomainRunConfig
 from shiftrm.pipeline.engine import Stage
 from shiftrm.world.domain_gold import HELD_OUT, SOURCES
 
 __all__ = ["beta_name", "plan", "sources", "targets"]
 
-STAGES = "shiftrm.oodpl.gold_stages"
+STAGES = "shiftrm.pipeline.domain_stages"
 SEARCH_TARGETS = 3
 
 
