@@ -1,4 +1,4 @@
-"""Preference pairs as a batch: rows with a shared prefix."""
+"""Collate preference pairs into batches of rows with a shared prefix."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from shiftrm.data.pairs import check_margin
 from shiftrm.models.prefix import SharedRows, pack
 
 ROW = "row_index"
-"""The column that says which row of the data set a pair was, for messages."""
+"""The column with the index of the pair's row in the data set, for messages."""
 
 PROMPT = "prompt_number"
-"""The column that is equal for pairs of one prompt, below 2^24, so that fp32 can hold it."""
+"""The column that numbers prompts; values stay below 2^24 so that fp32 holds them exactly."""
 
 COUNTED = "counted"
-"""In a batch that is trained on: 1 for each pair, 0 for one that only fills up the batch, [B]."""
+"""In a training batch: 1 for each pair, 0 for a pair that only pads the batch, [B]."""
 
 
 @dataclass
 class PairCollator:
-    """`chosen_ids`, `rejected_ids` (and `margin`) of several rows as tensors.
+    """Turn the `chosen_ids`, `rejected_ids` (and `margin`) of several rows into tensors.
 
-    Every tensor has a pair in each of its rows, so that batches can be cut and gathered by pair:
-    the fields of `SharedRows` (K = 2: the chosen sequence, then the rejected one), `margin` [B] and
-    row and prompt numbers [B] if the rows have them.
+    Each row of a tensor belongs to one pair, so batches can be split and gathered by pair. The
+    batch has the fields of `SharedRows` (K = 2: the chosen sequence, then the rejected one), and
+    `margin` [B] and row and prompt numbers [B] if the rows have them.
     """
 
     pad_token_id: int
@@ -49,5 +49,5 @@ class PairCollator:
 
 
 def shared_rows(batch: Mapping[str, Tensor]) -> SharedRows:
-    """The rows of a collated batch."""
+    """Return the rows of a collated batch."""
     return SharedRows(*(batch[name] for name in SharedRows._fields))

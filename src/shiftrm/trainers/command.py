@@ -1,4 +1,4 @@
-"""Training from files to a folder: what `shiftrm train` does."""
+"""Train a reward model from files; the implementation of `shiftrm train`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,27 +25,27 @@ def train(
     training: Training,
     command: str | None = None,
 ) -> str | None:
-    """Train a reward model from files; the folder appears when training has ended well.
+    """Train a reward model from files and write it to a folder.
 
-    Until then everything is in `.NAME.work` beside it. The same call continues from the last
-    complete checkpoint there.
+    Training works in `.NAME.work` beside the output folder, which is created only when training
+    succeeds. Repeating an interrupted call resumes from the last complete checkpoint.
 
     Args:
-        model: checkpoint folder or hub name to start from; a head it lacks is made anew.
-        pairs, groups: sources (`data.sources`) of preference pairs and of unlabelled responses of
-            the policy.
-        eval_pairs: sources of held-out pairs by name; the name of a single one may be empty.
+        model: checkpoint folder or hub name to start from; a missing head is initialised.
+        pairs, groups: sources (`data.sources`) of preference pairs and of unlabelled policy
+            responses.
+        eval_pairs: sources of held-out pairs by name; the name of a single source may be empty.
         output: folder to write: an ordinary sequence-classification checkpoint.
         settings: values by setting, see `trainers.settings`.
-        training: the classes that train; groups need one that takes them.
-        command: how the model card says this run can be repeated.
+        training: the configuration and trainer classes; groups need a trainer that takes them.
+        command: the command that the model card shows for repeating this run.
 
     Returns:
-        A summary in words; None on all but the main process.
+        A summary; None on all but the main process.
 
     Raises:
         UserError: bad files, unknown settings, an output folder that is not empty, a loss that is
-            not finite, or a full disk. Nothing but complete checkpoints is left behind.
+            not finite, or a full disk. Only complete checkpoints are left behind.
     """
     job = prepare(
         model,

@@ -1,4 +1,4 @@
-"""Every pair of an optimizer step counts once, however micro-batches and processes share them."""
+"""Weigh every pair of an optimizer step equally across micro-batches and processes."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -16,26 +16,26 @@ else:
 
 
 class CountsPairs(_Base):
-    """What a trainer of pairs does instead of dividing by the number of micro-batches.
+    """A trainer mixin that takes the gradient of the mean loss over all pairs of a step.
 
-    The gradient is that of the mean loss over all pairs of the step. A short last micro-batch does
-    not weigh as much as a full one, and pairs with which accelerate fills up the last batch of
-    several processes do not count (of a stream without length nobody knows which they are).
+    A pair in a short last micro-batch weighs as much as any other. Pairs that accelerate adds to
+    pad the last batch of several processes do not count, unless the data set is a stream without
+    length, where they cannot be identified.
     """
 
     _pairs_in_step = 0.0
     _pairs_waiting = 0.0
-    """Of these, `.grad` has the gradient, but no optimizer step has used it yet."""
+    """Pairs whose gradient is in `.grad` but has not been used by an optimizer step."""
 
     loss_is_scaled_for_ga = True
-    """For the Trainer, which would divide by the number of micro-batches."""
+    """Stops the Trainer from dividing by the number of micro-batches."""
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of an optimizer step, and its pairs over all processes.
+        """Return the micro-batches of an optimizer step and its pair count over all processes.
 
-        Every batch says which of its pairs count; accelerate fills the last one up with others.
+        Each batch marks which of its pairs count; accelerate pads the last batch.
         """
         samples = []
         for batch in itertools.islice(epoch_iterator, num_batches):
@@ -47,19 +47,19 @@ class CountsPairs(_Base):
         return samples, pairs
 
     def _counted(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """1 for each pair of a batch just fetched, 0 for one that fills it up, [B]."""
+        """Return 1 for each pair of the batch just fetched, 0 for padding, [B]."""
         rows = len(batch["input_ids"])
         pairs = rows if "segment_ids" in batch else rows // 2
         state = self.accelerator.gradient_state
         real = pairs
-        if state.end_of_dataloader and state.remainder > 0:  # processes in order, then what fills
+        if state.end_of_dataloader and state.remainder > 0:  # processes in order, then padding
             real = state.remainder - self.accelerator.process_index * pairs
         return (torch.arange(pairs) < real).float()
 
     def _join_waiting(self, pairs: float) -> None:
-        """Count pairs whose gradient still waits for its optimizer step into this one.
+        """Include in this step the pairs whose gradient has not been used yet.
 
-        A streamed epoch can end in the middle of a step, which the next one then completes.
+        A streamed epoch can end in the middle of a step; the next epoch then completes the step.
         """
         waiting = [p.grad for p in self.model.parameters() if p.grad is not None]
         before = self._pairs_waiting if waiting else 0.0
@@ -69,7 +69,7 @@ class CountsPairs(_Base):
                 gradient.mul_(before / self._pairs_in_step)
 
     def _share_of_step(self, losses: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What these pairs add to the mean over the step's; the mean over processes adds up."""
+        """Return these pairs' share of the step's mean loss; averaging over processes sums them."""
         if COUNTED not in inputs:
             return losses.mean()
         share = self.accelerator.num_processes / self._pairs_in_step

@@ -1,4 +1,4 @@
-"""What a trainer finds out with its first batch: noise, pooling, whether prefixes can be shared."""
+"""Check a model on the first batch: noise, pooling, whether prefixes can be shared."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,21 +15,21 @@ from shiftrm.trainers.noise import require_no_noise
 __all__ = ["first_obstacle", "inspect_model", "longest_rows"]
 
 USUAL_LENGTH = 1024
-"""How far one looks where the configuration names no length beyond it."""
+"""Tokens in the longest test pair if the configuration names no greater length."""
 
 NOT_LENGTHS = ("size", "dim", "embd", "inner", "heads", "layers", "token", "max_position", "theta")
-"""Parts of the names of numbers in a configuration that are no lengths of text."""
+"""Parts of the names of configuration numbers that are not text lengths."""
 
 
 def inspect_model(model: nn.Module, inputs: Mapping[str, Tensor], *, quiet: bool) -> None:
-    """Refuse what would train, but not to what it seems to.
+    """Refuse a model that would train silently to a wrong result.
 
     Args:
         inputs: a batch of `PairCollator` or of TRL's collator.
-        quiet: training is meant to be without noise.
+        quiet: whether training must be free of noise.
 
     Raises:
-        UserError: as `require_own_reward` and `require_no_noise`.
+        UserError: see `require_own_reward` and `require_no_noise`.
     """
     require_own_reward(model)
     if quiet:
@@ -41,18 +41,18 @@ def inspect_model(model: nn.Module, inputs: Mapping[str, Tensor], *, quiet: bool
 
 
 def first_obstacle(model: nn.Module, rows: SharedRows, *, max_length: int | None) -> str | None:
-    """Why the model cannot share prefixes, by this batch and by a pair as long as pairs may get."""
+    """Return why the model cannot share prefixes, from this batch and a pair of maximal length."""
     longest = longest_rows(model_config(model), rows, max_length)
-    # Both in any case: processes must make as many passes as each other.
+    # Always run both: every process must make the same number of passes.
     short, long = sharing_obstacle(model, rows), sharing_obstacle(model, longest)
     return short or long
 
 
 def longest_rows(config: Any, rows: SharedRows, max_length: int | None) -> SharedRows:
-    """A pair as long as pairs may get, of the batch's tokens: windows show only at length.
+    """Return a pair of maximal length from the batch's tokens, to expose attention windows.
 
-    Up to 1,024 tokens; up to `max_length` where the configuration names a length beyond that (a
-    window, the keys that a token attends to, a context that rotary positions were made for).
+    It has at most 1,024 tokens, or `max_length` if the configuration names a length beyond 1,024
+    (a window, the keys that a token attends to, the context of rotary positions).
     """
     text = config.get_text_config()
     named = [n for n in _lengths(text.to_dict()) if n >= USUAL_LENGTH]
@@ -62,14 +62,14 @@ def longest_rows(config: Any, rows: SharedRows, max_length: int | None) -> Share
     tokens = rows.input_ids[rows.segment_ids >= 0].tolist()
     tokens = (tokens * (L // len(tokens) + 1))[:L]
     P = 3 * L // 4
-    # The second one's two tokens stand far from the prefix in the row, but next to it in fact.
+    # The second sequence's two tokens are far from the prefix in the row but follow it in position.
     pair = [tokens, [*tokens[:P], tokens[0], tokens[-1]]]
     longest = pack([pair], pad_token_id=0)
     return SharedRows(*(tensor.to(rows.input_ids.device) for tensor in longest))
 
 
 def _lengths(options: Mapping[str, Any]) -> Iterator[int]:
-    """The numbers of a configuration that may be lengths of text, in tokens."""
+    """Yield the numbers of a configuration that may be text lengths, in tokens."""
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _lengths(value)

@@ -1,4 +1,4 @@
-"""The two ways to train a reward model: on pairs, and with a meta step on groups beside."""
+"""The two ways to train a reward model: on pairs, and on pairs with a meta step on groups."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ __all__ = ["Training", "pairs_only", "with_groups"]
 
 @dataclass(frozen=True)
 class Training:
-    """A configuration class, and the class of the trainer that takes it.
+    """A configuration class and its trainer class.
 
     Attributes:
         config: `RewardConfig` or a subclass.

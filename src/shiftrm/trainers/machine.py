@@ -1,4 +1,4 @@
-"""What the machine a training runs on has: an accelerator, bf16, memory for activations."""
+"""Fit training to the machine: accelerator, bf16, memory for activations."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,10 +26,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def fit_machine(args: Any) -> None:
-    """Set what TRL's defaults take for granted, an accelerator with bf16, as it is here.
+    """Adapt TRL's defaults, which assume an accelerator with bf16, to this machine.
 
     Args:
-        args: TRL's training arguments, before their own `__post_init__`; what was set stays.
+        args: TRL's training arguments before their `__post_init__`; set values are kept.
     """
     if torch.accelerator.current_accelerator() is None:
         args.use_cpu = True
@@ -38,7 +38,7 @@ def fit_machine(args: Any) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free; None where the device does not say."""
+    """Return the free memory in bytes; None if the device does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -53,7 +53,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def activation_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """What a forward pass keeps for its backward pass, weights left out."""
+    """Return the bytes a forward pass keeps for its backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
 
@@ -64,7 +64,7 @@ def activation_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) ->
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        value = run()  # held until all is counted, so that no storage is used twice
+        value = run()  # keep alive until counted, so that no storage is reused
     total = sum(kept.values())
     del value
     return total
@@ -73,15 +73,15 @@ def activation_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) ->
 def activations_fit(
     model: nn.Module, *, sequences: int, longest: int, copies: int, device: torch.device
 ) -> bool:
-    """Whether a training step has room for what its forward pass keeps, without checkpointing.
+    """Return whether the activations of a training step fit the memory without checkpointing.
 
-    One sequence is measured, shared prefixes not counted; a fifth of what is free stays free.
+    Measures one sequence, ignores shared prefixes and keeps a fifth of the free memory in reserve.
 
     Args:
-        model: with its weights where they will be.
-        sequences: in one forward and backward pass.
-        longest: sequence, in tokens.
-        copies: of the trained weights, in fp32, that come on top: gradient, optimizer, meta step.
+        model: the model, on its training device.
+        sequences: number of sequences in one forward and backward pass.
+        longest: length of the longest sequence in tokens.
+        copies: additional fp32 copies of the trained weights: gradient, optimizer, meta step.
     """
     free = free_memory(device)
     if free is None:
@@ -108,16 +108,16 @@ def activations_fit(
 
 
 class FitsMemory(_Base):
-    """What a trainer of pairs decides by the memory of the machine."""
+    """A trainer mixin that chooses activation checkpointing by the free memory."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.choose_checkpointing()
         return super().train(*args, **kwargs)
 
     def choose_checkpointing(self) -> None:
-        """Where the settings leave it open: only if activations would not fit the free memory.
+        """Turn on checkpointing if activations would not fit, unless the user chose.
 
-        Sharded models keep TRL's choice, on: what is free on one process says nothing there.
+        Sharded models keep TRL's default (on): one process's free memory does not decide there.
         """
         args = self.args
         if getattr(args, "checkpointing_given", True):
@@ -132,10 +132,10 @@ class FitsMemory(_Base):
             needed = float(self.accelerator.reduce(here, reduction="sum")) > 0
         args.activation_checkpointing = args.gradient_checkpointing = needed
         if needed and hasattr(self.model, "peft_config"):
-            self.model.enable_input_require_grads()  # as TRL does where it is on from the start
+            self.model.enable_input_require_grads()  # as TRL does if it is on from the start
 
     def _largest_pass(self) -> tuple[int, int, int]:
-        """Sequences of a training pass, the longest one's tokens, copies of the trained weights."""
+        """Return the sequences of a pass, the longest one's tokens and the copies of weights."""
         longest = self.args.max_length or 1024
         if isinstance(self.train_dataset, Dataset):
             table = self.train_dataset.with_format("arrow")[:]

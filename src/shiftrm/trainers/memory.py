@@ -1,4 +1,4 @@
-"""Running out of memory, said in one line with the setting that helps."""
+"""Report out-of-memory errors in one line, with the setting to lower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +23,11 @@ HOW_DIVIDED = (
     "activation_checkpointing",
     "activation_offloading",
 )
-"""Settings that decide how the work is divided, not what is learnt: another value may continue."""
+"""Settings that change how work is divided, not the result; they may change on resume."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is memory that ran out, on an accelerator or on the machine."""
+    """Return whether the error means out of memory, on an accelerator or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = (
@@ -41,7 +41,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(chosen: "Settings") -> Iterator[None]:
-    """Turn it into a `UserError` that names what to lower.
+    """Turn an out-of-memory error into a `UserError` that names the settings to lower.
 
     Raises:
         UserError: memory ran out inside.
@@ -78,7 +78,7 @@ def _advice(args: Any) -> str:
 
 
 def identity(chosen: "Settings") -> dict[str, Any]:
-    """The settings that must be the same for a run to be continued: all but `HOW_DIVIDED`."""
+    """Return the settings that must be equal to resume a run: all but `HOW_DIVIDED`."""
     args = chosen.args
     kept = {key: value for key, value in chosen.given.items() if key not in HOW_DIVIDED}
     if hasattr(args, "per_device_train_batch_size"):

@@ -1,4 +1,4 @@
-"""The unlabelled groups of a MetaRM run as tokens, and which of them a step sees."""
+"""Encode the unlabelled groups of a MetaRM run and draw them by step."""
 
 import functools
 import logging
@@ -17,10 +17,10 @@ TokenGroup = list[list[int]]
 
 
 class MetaGroups:
-    """Encoded groups, drawn as a function of seed and step alone.
+    """Encoded groups; the draw depends only on seed and step.
 
-    So a resumed run draws what a straight one would, and the global random state is untouched.
-    Every group is seen once before any is seen twice.
+    A resumed run draws the same groups, and the global random state is not touched. Every group
+    is drawn once before any is drawn twice.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MetaGroups:
         self._seed = seed
 
     def batch(self, step: int, size: int) -> list[TokenGroup]:
-        """The `size` groups of an optimizer step, over all processes together."""
+        """Return the `size` groups of an optimizer step, for all processes together."""
         n = len(self.groups)
         chosen = []
         for position in range(step * size, (step + 1) * size):
@@ -60,11 +60,11 @@ def _encode_groups(
     max_length: int | None,
     vocabulary: int | None,
 ) -> list[TokenGroup]:
-    """Token ids of every response of every group.
+    """Return the token ids of every response of every group.
 
-    Dropped and counted: over-long responses, groups left with fewer than two, and groups whose
-    responses are all the same tokens. Of these J is constant, so that its gradient is nothing but
-    rounding, which a normalised step would blow up (the paper says nothing about them).
+    Drops and counts over-long responses, groups left with fewer than two, and groups whose
+    responses are all the same tokens. J is constant on the last kind; its gradient is pure
+    rounding error, which a normalised step would amplify (the paper does not mention them).
     """
     encoded: list[TokenGroup] = []
     long = small = alike = 0
