@@ -1,7 +1,7 @@
-"""The command line. Importing it loads neither torch nor transformers; commands do, when they run.
+"""The command line. Importing it does not load torch or transformers; running a command may.
 
 Each command is a module with `register(subparsers)`, which declares its options, `run(args)`, and
-`again`: what the same command given again does after an interruption.
+`again`, which says what repeating the command does after an interruption.
 """
 
 import argparse
@@ -52,13 +52,13 @@ EPILOG = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are no text
+    """Run a command. Return the exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # file names may contain bytes that are not text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     words = [at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    if words and words[0] in FOLDING:  # where any setting may be a flag
+    if words and words[0] in FOLDING:  # any setting may be a flag
         words = [words[0], *FOLDING[words[0]].fold_flags(words[1:])]
     elif words[:1] == ["run"]:
         words = [words[0], *run.options_first(words[1:])]
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with reporting(words[0], speaks=speaks()), holding(words):
             args.run(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under accelerate, one process speaks for all
+        if os.environ.get("RANK", "0") == "0":  # under accelerate, one process reports for all
             print(f"shiftrm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -100,12 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def speaks() -> bool:
-    """Whether progress is said in lines: no terminal shows bars, and one process for all."""
+    """Whether this process reports progress as lines: the main one, without a terminal."""
     return not sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    """Refuse seeds that no library takes, and counts beyond what one can hold."""
+    """Reject seeds and counts that are out of range."""
     from shiftrm.config import check_seed
 
     for name, value in vars(args).items():
@@ -117,7 +117,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _output_advice(error: OSError, output: str | None) -> str | None:
-    """What to do where the output cannot be written; None for any other error."""
+    """Return advice if the output cannot be written; None for any other error."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free space, or choose another output, then give the same command again"
     name = error.filename
@@ -137,14 +137,14 @@ def _output_advice(error: OSError, output: str | None) -> str | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line, as every error, which words it does not understand."""
+    """A parser that reports unknown arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"shiftrm: error: {UserError(message)}; see `{self.prog} --help`\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with all commands."""
+    """Return the parser with all commands."""
     parser = Parser(
         prog="shiftrm",
         description="Reward models that keep telling responses apart after the policy has moved.",

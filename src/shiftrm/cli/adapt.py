@@ -1,4 +1,4 @@
-"""`shiftrm adapt`: a reward model adapted to today's policy, with its numbers before and after."""
+"""`shiftrm adapt`: adapt a reward model to the current policy, and diagnose both."""
 
 import argparse
 import shlex
@@ -41,7 +41,7 @@ SAMPLING: dict[str, tuple[Callable[[str], float], float, str, str]] = {
     "repetition_penalty": (float, 1.0, "X", "1 is none"),
     "sampling_batch_size": (int, 32, "N", "prompts a batch"),
 }
-"""Type, default, placeholder and help of the options that go with --policy."""
+"""Type, default, placeholder and help of the options for --policy."""
 
 TEXT = ("config", "method", "model", "pairs", "eval_pairs", "groups", "output", "policy", "prompts")
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.progress import bar, only_on_terminals
 
     options, chosen = settings.merged(args, OPTIONS, numbers=(*SAMPLING, "holdout"))
-    output = settings.output(options, args.config)  # before the seconds that the next imports take
+    output = settings.output(options, args.config)  # before the slow imports
     numbers = {key: _number(key, options[key]) for key in (*SAMPLING, "holdout") if key in options}
     _check_policy(options, numbers)
     settings.quieten_libraries()
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _number(name: str, given: Any) -> Any:
-    """An option as the number it is."""
+    """Parse an option as a number."""
     kind = float if name == "holdout" else SAMPLING[name][0]
     try:
         if isinstance(given, bool) or (kind is int and isinstance(given, float)):
@@ -140,7 +140,7 @@ def _number(name: str, given: Any) -> Any:
 
 
 def _check_policy(options: dict[str, Any], numbers: dict[str, Any]) -> None:
-    """--policy and --prompts go together, and the options of sampling with them."""
+    """Check that --policy and --prompts are given together, and sampling options only with them."""
     if "policy" in options and "prompts" not in options:
         raise UserError("--policy without --prompts: give the prompts that it shall answer")
     if "prompts" in options and "policy" not in options:

@@ -1,4 +1,4 @@
-"""Checks of options before the long work starts; each failure is one line."""
+"""Checks of options before long work starts. Error messages are one line."""
 
 import os
 import stat
@@ -43,7 +43,7 @@ def output_file(
         _require_kind(other, str(other), folder=False)
     _require_folder_above(path, option)
     hold(path)
-    if not may_exist and os.path.lexists(path):  # now that nobody else can be writing it
+    if not may_exist and os.path.lexists(path):  # now that no other command can be writing it
         raise UserError(f"{option}: already there; choose another file, or delete it first")
     return Path(option)
 
@@ -113,7 +113,7 @@ def _place(option: str, apart_from: Iterable[Any], beside: Sequence[str], *, fol
         if isinstance(other, str | os.PathLike) and "\0" not in str(other):
             read = str(other)
             if not os.path.lexists(read):
-                read = read.partition(":")[0]  # of FOLDER:configuration:split
+                read = read.partition(":")[0]  # the folder in FOLDER:configuration:split
             _require_apart(path, neighbours, read, option)
     return path
 
@@ -218,7 +218,7 @@ def named_paths(options: Sequence[str], flag: str = "", *, suffix: bool = False)
 
 
 def to_accelerator(model: Any) -> Any:
-    """The model on this machine's accelerator if there is one; as it is otherwise."""
+    """Return the model, moved to the accelerator if there is one."""
     import torch
 
     device = torch.accelerator.current_accelerator()

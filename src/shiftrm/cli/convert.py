@@ -1,4 +1,4 @@
-"""`shiftrm convert`: a public data set as preference pairs, prompts or demonstrations."""
+"""`shiftrm convert`: convert a public data set to preference pairs, prompts or demonstrations."""
 
 import argparse
 import os
@@ -56,7 +56,7 @@ def register(subparsers: Any) -> None:
 
 
 def words_last(words: Sequence[str]) -> list[str]:
-    """Move flags first: argparse takes positional words from one place only."""
+    """Move flags first, since argparse needs consecutive positional arguments."""
     flags: list[str] = []
     others: list[str] = []
     rest = list(words)

@@ -1,4 +1,4 @@
-"""`shiftrm demo`: iterative RLHF on the embedded gold world, and its page."""
+"""`shiftrm demo`: iterative RLHF on the built-in gold world, with a report."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""`shiftrm diagnose`: does a reward model still tell responses apart?"""
+"""`shiftrm diagnose`: check whether a reward model still tells responses apart."""
 
 import argparse
 from pathlib import Path
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 def _outputs(
     output: str | None, json_file: str | None, sources: list[str]
 ) -> tuple[Path | None, list[Path]]:
-    """The page and the JSON files to write."""
+    """Return the paths of the page and the JSON files."""
     from shiftrm.cli.checks import output_file, output_folder
 
     page: Path | None = None
@@ -120,7 +120,7 @@ def _write(found: Any, page: Path | None, json_files: list[Path]) -> None:
 
 
 def show_tables(found: Any) -> Any:
-    """Print the tables; returns the console that they are on."""
+    """Print the tables. Return the console."""
     from shiftrm.cli.evaluate.output import console
     from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables
 
@@ -133,7 +133,7 @@ def show_tables(found: Any) -> Any:
 
 
 def show(found: Any) -> None:
-    """Print the tables, the verdicts and what to do next."""
+    """Print the tables, the verdicts and the next steps."""
     from rich.text import Text
 
     from shiftrm.report.diagnosis_tables import source_names

@@ -1,4 +1,4 @@
-"""`shiftrm meta-test`: what a frozen reward model makes of a policy in domains it never saw."""
+"""`shiftrm meta-test`: optimise a policy against a frozen reward model in unseen domains."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""`shiftrm meta-train`: a reward model learnt over many domains, for one that nobody labelled."""
+"""`shiftrm meta-train`: train a reward model on many domains, for a domain without labels."""
 
 import argparse
 import os
@@ -56,7 +56,7 @@ SETTING = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
 def settings_last(words: list[str]) -> list[str]:
-    """The command's words with `key=value` at the end: argparse takes them from one place only."""
+    """Move `key=value` words last, since argparse needs consecutive positional arguments."""
     options: list[str] = []
     settings: list[str] = []
     rest = list(words)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def names(given: Any) -> list[str] | None:
-    """Names of domains: of `a,b`, or of a list in a file."""
+    """Return names of domains, from `a,b` or a list in a file."""
     if given is None:
         return None
     words = given.split(",") if isinstance(given, str) else list(given)

@@ -1,4 +1,4 @@
-"""`shiftrm optimise`: a policy optimised against a reward model, or on preference pairs."""
+"""`shiftrm optimise`: optimise a policy with a reward model or on preference pairs."""
 
 import argparse
 import shlex
@@ -57,10 +57,10 @@ METHODS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("shiftrm", "policies/configs.py", "DPOConfig"),
     ),
 }
-"""The ways to optimise a policy, and where the settings of each are declared."""
+"""Methods to optimise a policy, and where their settings are declared."""
 
 NO_SETTINGS = ("sampling",)
-"""Fields that are settings themselves, whose own fields are listed."""
+"""Fields that are settings classes, whose own fields are listed."""
 
 OPTIONS = (
     "config",
@@ -114,7 +114,7 @@ def fold_flags(arguments: Sequence[str]) -> list[str]:
 
 
 class _Help(argparse.Action):
-    """The command's help, or with a method's name that method's settings."""
+    """Show the command's help or, after a method's name, the settings of that method."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         print(parser.format_help() if values is None else method_help(values), end="")
@@ -122,7 +122,7 @@ class _Help(argparse.Action):
 
 
 def method_help(method: str) -> str:
-    """Examples and settings of a method."""
+    """Return examples and settings of a method."""
     from shiftrm.cli import option_help
     from shiftrm.policies.refused import refused
 
@@ -152,7 +152,7 @@ def method_help(method: str) -> str:
 
 
 def _require_method(name: str) -> None:
-    """Before the seconds that the next import takes."""
+    """Reject an unknown method before the slow imports."""
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{suggest(name, list(METHODS))}")
 
@@ -163,13 +163,13 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.progress import only_on_terminals
 
     first = args.settings[:1]
-    if first and "=" not in first[0]:  # METHOD; it may stand in the file instead
+    if first and "=" not in first[0]:  # METHOD; it may be in the file instead
         args.method, args.settings = first[0], args.settings[1:]
     if args.method is not None:
         _require_method(args.method)
     options, chosen = settings.merged(args, OPTIONS, needed=("method", "policy", "output"))
     _require_method(options["method"])
-    output = settings.output(options, args.config)  # before the seconds that the next import takes
+    output = settings.output(options, args.config)  # before the slow import
     settings.quieten_libraries()
     from shiftrm.pipeline.jobs import Optimise
 

@@ -1,4 +1,4 @@
-"""Settings of a configuration class in words, read from its source: importing it takes seconds."""
+"""Help of configuration classes, read from their source, since importing them is slow."""
 
 import ast
 import importlib.util
@@ -11,7 +11,7 @@ __all__ = ["Option", "options_in", "source_of", "told"]
 
 
 class Option(NamedTuple):
-    """A field of a dataclass: its default as the source has it, "" where it is made; its help."""
+    """A field of a dataclass: its default as source text ("" for a factory), and its help."""
 
     name: str
     default: str
@@ -19,7 +19,7 @@ class Option(NamedTuple):
 
 
 def source_of(package: str, file: str) -> Path:
-    """A file of an installed package, which is not imported."""
+    """Return the path of a file in a package, without importing it."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(package)
@@ -27,7 +27,7 @@ def source_of(package: str, file: str) -> Path:
 
 
 def options_in(path: Path, name: str) -> list[Option]:
-    """The fields that the class of this name in a source file declares itself."""
+    """Return the fields that a class in a source file declares itself."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     texts = dict(_constants(tree))
     [found] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
@@ -47,7 +47,7 @@ def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _told(value: ast.expr | None, texts: dict[str, str]) -> tuple[str, str]:
-    """Default and help of `field(default=..., metadata={"help": ...})`, or of `_option(...)`."""
+    """Return default and help of `field(default=..., metadata={"help": ...})` or `_option(...)`."""
     if value is None:
         return "", ""
     if not isinstance(value, ast.Call):
@@ -68,7 +68,7 @@ def _told(value: ast.expr | None, texts: dict[str, str]) -> tuple[str, str]:
 
 
 def told(options: list[Option]) -> str:
-    """One paragraph an option: `name=default`, then its help."""
+    """Format one paragraph per option: `name=default`, then its help."""
     return "\n".join(
         textwrap.fill(
             f"{option.name}={option.default}  {option.help}".rstrip(),

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, lines elsewhere (`shiftrm.progress`)."""
+"""Progress of long work: a bar on a terminal, otherwise lines (`shiftrm.progress`)."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ __all__ = ["bar", "only_on_terminals"]
 
 @contextmanager
 def bar(label: str, total: int | None) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield a function to call with (done, total); None where the total is not known yet."""
+    """Yield a function to call with (done, total); total None is unknown."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress

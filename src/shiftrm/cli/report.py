@@ -1,4 +1,4 @@
-"""`shiftrm report`: the page of one or several runs, from their records alone."""
+"""`shiftrm report`: write the page of one or several runs from their records."""
 
 import argparse
 from typing import Any
@@ -38,6 +38,6 @@ def run(args: argparse.Namespace) -> None:
     runs = [Path(run) for run in args.runs]
     inputs = [run / name for run in runs for name in (RECORDS_FILE, CONFIG_FILE)]
     own = Path(args.output or runs[0] / PAGE_FILE)
-    again = own in [run / PAGE_FILE for run in runs]  # a run's own page is made anew
+    again = own in [run / PAGE_FILE for run in runs]  # a run's own page is rewritten
     output = output_file(str(own), apart_from=inputs, may_exist=again)
     print(f"Page: {write_page(runs, output)}")

@@ -1,4 +1,4 @@
-"""`shiftrm run`: a whole recipe of iterative RLHF, from data to page."""
+"""`shiftrm run`: run a recipe of iterative RLHF, from data to report."""
 
 import argparse
 from typing import Any
@@ -37,7 +37,7 @@ def register(subparsers: Any) -> None:
 
 
 def options_first(words: list[str]) -> list[str]:
-    """The words with options before the others: argparse takes those from one place only."""
+    """Move options first, since argparse needs consecutive positional arguments."""
     options: list[str] = []
     others: list[str] = []
     rest = list(words)

@@ -1,4 +1,4 @@
-"""`shiftrm sample`: K responses per prompt of a policy, as a group file."""
+"""`shiftrm sample`: sample K responses per prompt from a policy into a group file."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""`shiftrm score`: rewards of responses in a file."""
+"""`shiftrm score`: score the responses in a file with a reward model."""
 
 import argparse
 from typing import Any
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     for row, where, _ in rows:
         try:
             json_line(row)
-        except ValueError:  # before the minutes of scoring
+        except ValueError:  # before the slow scoring
             raise UserError(
                 f"{where}: holds NaN or an infinity, which JSON cannot; write null instead"
             ) from None

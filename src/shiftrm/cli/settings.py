@@ -1,4 +1,4 @@
-"""Options and settings of the commands that train: from flags, `key=value` words and a file."""
+"""Options and settings of training commands, from flags, `key=value` words and a file."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ FILE.yaml holds the same options and settings in one flat mapping; the command l
 Checkpoints are written into .NAME.work beside the output. A command that was interrupted, killed or
 stopped by a full disk or for want of memory continues from the last one when it is given again.
 """
-"""For the --help of the commands that train policies."""
+"""Help text of the commands that train policies."""
 
 HELP = """Settings: every option of trl.RewardConfig (and so of TrainingArguments), with groups of
 MetaRMConfig (preset, meta_step, meta_learning_rate, meta_batch_size, deploy), and of
@@ -36,11 +36,11 @@ trl.ModelConfig (dtype, attn_implementation, use_peft, lora_r, lora_alpha, ...),
 --key value (--learning-rate 5e-6, --bf16, --no-bf16) or in the file. Code that comes with a model
 is run with --trust-remote-code only.
 """
-"""For the --help of these commands."""
+"""Help text of all these commands."""
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that takes settings."""
+    """Add the options of every command that takes settings."""
     parser.add_argument("--config", metavar="FILE", help="YAML with the options and settings below")
     parser.add_argument("--output", metavar="DIR", help="folder of the result (needed)")
     parser.add_argument(
@@ -49,7 +49,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the commands that train reward models."""
+    """Add the options of the commands that train reward models."""
     parser.add_argument("--model", metavar="DIR", help="checkpoint or hub name (needed)")
     parser.add_argument("--pairs", metavar="DATA", help="preference pairs (needed)")
     parser.add_argument(
@@ -62,14 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fold_flags(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Flags that are no options of the command, as the words `key=value` that they stand for.
+    """Replace flags that are not options of the command by `key=value` words.
 
-    Which settings there are is known only once torch is loaded; so the flags are collected here
-    and judged there.
+    The settings are known only once torch is loaded, so the flags are not checked here.
 
     Args:
-        arguments: the words behind the command.
-        known: names of the command's own options, as they stand in a file.
+        arguments: the arguments after the command.
+        known: names of the command's own options, as in a file.
     """
     options: list[str] = []
     words: list[str] = []
@@ -93,7 +92,7 @@ def fold_flags(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
                 values.append(rest.pop(0))
             text = values[0] if len(values) == 1 else json.dumps(values) if values else "true"
             words.append(f"{name}={text}")
-    return [*options, *words]  # argparse takes positional words from one place only
+    return [*options, *words]  # argparse needs consecutive positional arguments
 
 
 def merged(
@@ -103,15 +102,15 @@ def merged(
     numbers: Sequence[str] = (),
     needed: Sequence[str] = ("model", "pairs", "output"),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options and settings: those of the file, and over them those of the command line.
+    """Return options and settings; the command line overrides the file.
 
     Args:
         known: names of the command's options.
-        numbers: those that may be numbers in the file; all others are text.
-        needed: those that must be there.
+        numbers: options that may be numbers in the file; all others are text.
+        needed: required options.
 
     Raises:
-        UserError: no such file, a word that is no setting, or a needed option that is missing.
+        UserError: the file or a required option is missing, or a word is not a setting.
     """
     options, settings = from_file(args.config, known)
     if args.config is not None:
@@ -132,7 +131,7 @@ def merged(
 
 
 def from_file(config: str | None, known: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options (`known`) and the settings of a YAML file; none without a file."""
+    """Return options (`known`) and settings of a YAML file; none without a file."""
     options: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     if config is not None:
@@ -152,7 +151,7 @@ def add_words(
     *,
     example: str,
 ) -> None:
-    """Put the command line's options and `key=value` words over those there are, in place."""
+    """Override options and settings in place by the command line's options and words."""
     options |= {key: value for key in known if (value := getattr(args, key)) is not None}
     for word in args.settings:
         key, equals, text = word.partition("=")
@@ -164,7 +163,7 @@ def add_words(
 
 
 def output(options: Mapping[str, Any], config: str | None) -> Path:
-    """The folder of the result, apart from everything that the options name.
+    """Return the output folder, which must not overlap with any path in the options.
 
     Raises:
         UserError: as `checks.output_folder`.
@@ -180,7 +179,7 @@ def output(options: Mapping[str, Any], config: str | None) -> Path:
 
 
 def named(given: Any, option: str) -> dict[str, str]:
-    """Held-out sources by name: of `DATA`, `NAME=DATA`, or what the file says."""
+    """Return held-out sources by name, from `DATA`, `NAME=DATA` or the file."""
     if isinstance(given, dict):
         named = [(str(name), source) for name, source in given.items()]
     else:

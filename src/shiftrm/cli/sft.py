@@ -1,4 +1,4 @@
-"""`shiftrm sft`: a policy fine-tuned on demonstrations."""
+"""`shiftrm sft`: fine-tune a policy on demonstrations."""
 
 import argparse
 import shlex
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.progress import only_on_terminals
 
     options, chosen = settings.merged(args, OPTIONS, needed=("model", "demonstrations", "output"))
-    output = settings.output(options, args.config)  # before the seconds that the next import takes
+    output = settings.output(options, args.config)  # before the slow import
     settings.quieten_libraries()
     from shiftrm.pipeline.jobs import Sft
 

@@ -1,4 +1,4 @@
-"""`shiftrm train`: a reward model from preference pairs, with MetaRM where groups are given."""
+"""`shiftrm train`: train a reward model on preference pairs, with MetaRM if groups are given."""
 
 import argparse
 import shlex
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.progress import only_on_terminals
 
     options, chosen = settings.merged(args, OPTIONS)
-    output = settings.output(options, args.config)  # before the seconds that the next import takes
+    output = settings.output(options, args.config)  # before the slow import
     settings.quieten_libraries()
     from shiftrm.pipeline.jobs import TrainReward
 

@@ -1,4 +1,4 @@
-"""`shiftrm evaluate`: a module an evaluation, each with `register(subparsers)`, `run(args)`."""
+"""`shiftrm evaluate`: one module per evaluation, with `register(subparsers)` and `run(args)`."""
 
 import argparse
 from types import ModuleType

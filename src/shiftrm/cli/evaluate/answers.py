@@ -1,4 +1,4 @@
-"""`shiftrm evaluate answers`: raters' answers to a blind sheet, read back and counted."""
+"""`shiftrm evaluate answers`: read and count raters' answers to a blind sheet."""
 
 import argparse
 from typing import Any

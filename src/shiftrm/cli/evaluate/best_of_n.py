@@ -1,4 +1,4 @@
-"""`shiftrm evaluate best-of-n`: does choosing by a reward model pay, and when does it hurt?"""
+"""`shiftrm evaluate best-of-n`: gold score of the best of n samples by a reward model."""
 
 import argparse
 from pathlib import Path
@@ -148,7 +148,7 @@ def _write(
 
 
 def _fit(curve: Any) -> dict[str, Any] | None:
-    """Gao et al.'s form of gold over KL, relative to n = 1; None where there are too few points."""
+    """Fit Gao et al.'s form of gold over KL, relative to n = 1; None for too few points."""
     from dataclasses import asdict
 
     from shiftrm.measure.overoptimisation import fit

@@ -1,4 +1,4 @@
-"""`shiftrm evaluate diversity`: how alike the responses in files are."""
+"""`shiftrm evaluate diversity`: similarity of the responses in files."""
 
 import argparse
 from pathlib import Path
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     if args.embedder is not None:
         embed = load_embedder(args.embedder, batch_size=args.batch_size)
     scopes = {"both": (WITHIN, ACROSS), "within": (WITHIN,), "across": (ACROSS,)}[args.scope]
-    with bar("measuring diversity", None) as advance:  # how much there is, only the cut will tell
+    with bar("measuring diversity", None) as advance:  # the total is not yet known
         report = measure_diversity(
             files,
             embed=embed,

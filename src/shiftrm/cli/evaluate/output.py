@@ -1,11 +1,11 @@
-"""How the evaluations print tables and write their numbers."""
+"""Printing tables and writing numbers of evaluations."""
 
 from pathlib import Path
 from typing import Any
 
 
 def console() -> Any:
-    """A console that prints text unchanged, 120 columns wide where there is no terminal."""
+    """Return a console that prints text unchanged, 120 columns wide without a terminal."""
     from rich.console import Console
 
     found = Console(highlight=False, emoji=False, markup=False)

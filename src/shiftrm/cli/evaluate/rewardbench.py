@@ -125,7 +125,7 @@ def _show(version: int, found: Any, scores: Any) -> None:
 
 
 def _lines(version: int, found: Any) -> list[tuple[str, float | None, int, bool]]:
-    """Name, score, rows and whether it is a part of the overall score, line by line."""
+    """Return name, score, rows and whether it counts for the overall score, line by line."""
     from shiftrm.measure.rewardbench import PRIOR_SETS, SECTIONS
 
     lines: list[tuple[str, float | None, int, bool]] = []

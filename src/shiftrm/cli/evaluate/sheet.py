@@ -1,4 +1,4 @@
-"""`shiftrm evaluate sheet`: a blind sheet of responses for human raters."""
+"""`shiftrm evaluate sheet`: write blind sheets of responses for human raters."""
 
 import argparse
 from collections.abc import Iterable
@@ -95,11 +95,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write(output: Path, files: dict[str, str]) -> None:
-    """All of them or, where one cannot be written, none: half a sheet would block the next try."""
+    """Write all files; if one fails, remove the others, which would block the next try."""
     from shiftrm.files import atomic_write_text
 
     try:
-        for name, text in files.items():  # the key first: a sheet without it is work for nothing
+        for name, text in files.items():  # the key first: a sheet is useless without it
             atomic_write_text(output / name, text)
     except BaseException:
         for name in files:
@@ -108,10 +108,10 @@ def _write(output: Path, files: dict[str, str]) -> None:
 
 
 def sheet_folder(option: str, inputs: Iterable[str]) -> Path:
-    """The folder for a sheet; `inputs` is what the command reads.
+    """Return the folder for a sheet; `inputs` are the files that the command reads.
 
     Raises:
-        UserError: it cannot be a folder, or holds a sheet already, whose answers need its key.
+        UserError: it cannot be a folder, or already contains a sheet, whose answers need its key.
     """
     from shiftrm.cli.checks import output_folder
     from shiftrm.errors import UserError

@@ -1,4 +1,4 @@
-"""`shiftrm evaluate win-rate`: who answers better, as a judge sees it?"""
+"""`shiftrm evaluate win-rate`: win rate of one set of responses over another by a judge."""
 
 import argparse
 from pathlib import Path
@@ -43,10 +43,10 @@ _FOR_ENDPOINTS = (
     "price_out",
     "tokenizer",
 )
-"""Options that other judges do not take; None is not given."""
+"""Options that other judges do not take; None means not given."""
 
 VERDICTS, NUMBERS, PAGE = FILES = ("verdicts.jsonl", "win_rate.json", "win_rate.html")
-"""What is written into the folder, beside the cache."""
+"""Files written into the folder besides the cache."""
 
 
 def register(subparsers: Any) -> None:
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    """The folder to write: new, or one that these two files were judged in before."""
+    """Return the output folder: new, or with earlier verdicts on the same two files."""
     import json
 
     from shiftrm.cli.checks import output_file, output_folder
@@ -171,7 +171,7 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _holds_verdicts(path: Path) -> bool:
-    """Whether these are verdicts, as they stand alone where none could be read."""
+    """Whether the file contains verdicts, as it does alone if none could be read."""
     from shiftrm.errors import UserError
     from shiftrm.files import iterate_jsonl
 
@@ -224,7 +224,7 @@ def _open(args: argparse.Namespace, folder: Any) -> Any:
     if args.judge == "endpoint":
         others = [folder / name for name in FILES]
         own = args.cache or str(folder / "answers.jsonl")
-        cache = output_rows(own, apart_from=others, may_exist=True)  # the cache itself judges it
+        cache = output_rows(own, apart_from=others, may_exist=True)  # the cache checks it itself
     server = given(
         base_url=args.base_url,
         key_variable=args.key_variable,
@@ -255,13 +255,13 @@ def _parameters(words: list[str]) -> dict[str, Any]:
             raise UserError(f"--parameter {word!r}: write NAME=VALUE, such as max_tokens=2048")
         if name in owned:
             raise UserError(f"--parameter {name}: is set by the command; leave it out")
-        # One at a time, so that a name with a dot stays a name.
+        # One at a time, so that a name may contain a dot.
         found[name] = apply_overrides({}, [f"value={value}"])["value"]
     return found
 
 
 def _approved(args: argparse.Namespace, judge: Any, chosen: list[Any]) -> bool:
-    """Show the estimate; False if that is all that was wanted."""
+    """Show the estimate; return False if only the estimate was requested."""
     import sys
 
     from shiftrm.measure.judges.endpoint_judge import approve
@@ -315,7 +315,7 @@ def _judge(judge: Any, chosen: list[Any], advance: Any) -> Any:
 
 
 def _settings(args: argparse.Namespace, judge: Any, matched: int) -> dict[str, Any]:
-    """How it was judged, for the record: nothing of the key, and nothing that a rerun changes."""
+    """Return the settings of the judge, without the API key and anything a rerun changes."""
     found = {
         "ours": args.ours,
         "theirs": args.theirs,
