@@ -1,10 +1,10 @@
 """Bootstrap intervals over prompts: all responses to a prompt are drawn together."""
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import special
 
 from shiftrm.core.discrimination import Floats
 
@@ -96,6 +96,18 @@ def sign_test(wins: int, losses: int) -> float:
 
     Unlike a normal approximation, it is valid for a handful of prompts.
     """
+    from scipy import stats  # takes most of a second to import
+
     decided = wins + losses
-    tail = sum(math.comb(decided, k) for k in range(max(wins, losses), decided + 1))
-    return min(1.0, 2 * tail / 2**decided)
+    return float(stats.binomtest(wins, decided).pvalue) if decided else 1.0
+
+
+def t_quantile_95(degrees_of_freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t, for two-sided 95 % intervals.
+
+    Raises:
+        ValueError: below one degree of freedom.
+    """
+    if degrees_of_freedom < 1:
+        raise ValueError(f"a t-interval needs at least two values, got {degrees_of_freedom + 1}")
+    return float(special.stdtrit(degrees_of_freedom, 0.975))

@@ -18,16 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shiftrm.core.discrimination import Floats
-from shiftrm.core.intervals import Measured
+from shiftrm.core.intervals import Measured, t_quantile_95
 
 SELF_BLEU_ORDERS = (2, 3, 4, 5)
 DISTINCT_ORDERS = (1, 2, 3)
 
 _GROUPS = 20  # of the jackknife
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-      2.145, 2.131, 2.120, 2.110, 2.101, 2.093)  # fmt: skip
-"""97.5 % quantiles of Student's t, by degrees of freedom from 1."""
-
 Tokens = Sequence[str]
 
 
@@ -276,6 +272,6 @@ def jackknifed(
             found[name] = Measured(value)
             continue
         spread = ((values - values.mean()) ** 2).sum() * (len(groups) - 1) / len(groups)
-        half = _T[len(groups) - 2] * math.sqrt(spread)
+        half = t_quantile_95(len(groups) - 1) * math.sqrt(spread)
         found[name] = Measured(value, value - half, value + half)
     return found

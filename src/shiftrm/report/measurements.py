@@ -7,30 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from shiftrm.core.intervals import t_quantile_95
 from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
 from shiftrm.report.arms import SFT, in_order, is_policy_arm
-
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
-_T_95 = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
-    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
-    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
-)  # fmt: skip
-_Z_95 = 1.959964
-
-
-def t_quantile_95(degrees_of_freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t (to 1e-4).
-
-    Above 30 degrees of freedom, use the Cornish-Fisher expansion. Below one, raise ValueError.
-    """
-    if degrees_of_freedom < 1:
-        raise ValueError(f"a t-interval needs at least two values, got {degrees_of_freedom + 1}")
-    if degrees_of_freedom <= len(_T_95):
-        return _T_95[degrees_of_freedom - 1]
-    z, v = _Z_95, float(degrees_of_freedom)
-    return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""The program that runs one job from a file: its status, and its error as data."""
+
+import errno
+import json
+
+import pytest
+
+from shiftrm.errors import UserError
+from shiftrm.pipeline import child
+from shiftrm.pipeline.jobs import Sample, Sft, plain
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(job) -> the status, and what stands in the error file (None if there is none)."""
+
+    def start(job):
+        data = {"job": plain(job), "output": str(tmp_path / "out")}
+        (tmp_path / "job.json").write_text(json.dumps(data))
+        error = tmp_path / "error.json"
+        status = child.main(str(tmp_path / "job.json"), str(error))
+        return status, json.loads(error.read_text()) if error.exists() else None
+
+    return start
+
+
+def test_bad_input_is_handed_over_as_data(run, capsys):
+    status, said = run(Sft("no/such/model", "no-such-file.jsonl"))
+    assert status == 2
+    assert list(said) == ["message"]
+    assert "no-such-file.jsonl" in said["message"] or "no/such/model" in said["message"]
+    assert capsys.readouterr().err.splitlines()[-1] == f"shiftrm: error: {said['message']}"
+
+
+def test_a_full_disk_keeps_its_number(run, monkeypatch):
+    def full(job, output):
+        raise OSError(errno.ENOSPC, "No space left on device", str(output))
+
+    monkeypatch.setattr(child, "perform", full)
+    status, said = run(Sample("p", "q"))
+    assert (status, said["errno"]) == (2, errno.ENOSPC)
+
+
+def test_a_mistake_in_the_code_is_no_message_for_the_user(run, monkeypatch):
+    def broken(job, output):
+        raise KeyError("a")
+
+    monkeypatch.setattr(child, "perform", broken)
+    with pytest.raises(KeyError):
+        run(Sample("p", "q"))
+
+
+def test_only_the_first_process_speaks(run, monkeypatch, capsys):
+    def refused(job, output):
+        raise UserError("bad")
+
+    monkeypatch.setattr(child, "perform", refused)
+    monkeypatch.setenv("RANK", "1")
+    assert run(Sample("p", "q")) == (2, None)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_job_that_succeeds_says_so_and_leaves_no_error(run, monkeypatch, capsys):
+    monkeypatch.setattr(Sample, "run", lambda self, output: f"to {output.name}")
+    assert run(Sample("p", "q")) == (0, None)
+    assert capsys.readouterr().out == "to out\n"
