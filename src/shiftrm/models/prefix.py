@@ -1,12 +1,12 @@
-"""Sequences with a common prefix as one row: the prefix is computed once.
+"""Pack sequences with a common prefix into one row, so that the prefix is computed once.
 
 The responses to one prompt (a preference pair, or K samples of a policy) share its tokens. A row is
 
     common prefix | rest of sequence 1 | rest of sequence 2 | ... | padding
 
-where every rest sees the prefix and itself (a block mask), and its positions go on from the
-prefix's end, as if it stood there alone. The prefix is the longest one in tokens, so data sets that
-others tokenised work as they are. Imports torch only.
+Every rest attends to the prefix and itself (a block mask), and its positions continue from the end
+of the prefix. The prefix is the longest common one in tokens, so this also works for data sets that
+are already tokenised. Imports torch only.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ class SharedRows(NamedTuple):
         position_ids: each token's position in its own sequence, [B, L]; 0 at padding.
         segment_ids: 0 in the common prefix, k in the rest of the row's k-th sequence (from 1), -1
             at padding, [B, L].
-        ends: where in the row each sequence's last token stands, [B, K]; -1 where a row has fewer
-            than K sequences.
+        ends: index in the row of each sequence's last token, [B, K]; -1 where a row has fewer than
+            K sequences.
     """
 
     input_ids: Tensor
@@ -35,22 +35,22 @@ class SharedRows(NamedTuple):
 
     @property
     def exists(self) -> Tensor:
-        """Which of the B x K sequences are there, bool [B, K]."""
+        """Return which of the B x K sequences exist, bool [B, K]."""
         return self.ends >= 0
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row without padding, [B]."""
+        """Return the number of tokens of each row without padding, [B]."""
         return (self.segment_ids >= 0).sum(1)
 
     @property
     def sequence_lengths(self) -> Tensor:
-        """Tokens of each sequence, its prefix included, [B, K]; 0 where there is none."""
+        """Return the number of tokens of each sequence with its prefix, [B, K]; 0 if missing."""
         last = self.position_ids.gather(1, self.ends.clamp(min=0))
         return torch.where(self.exists, last + 1, 0)
 
     def take(self, rows: Sequence[int] | Tensor) -> "SharedRows":
-        """Some of the rows, cut to the longest of them."""
+        """Return the given rows, cut to the longest of them."""
         index = torch.as_tensor(rows, device=self.input_ids.device)
         L = int(self.lengths[index].max())
         return SharedRows(
@@ -62,7 +62,7 @@ class SharedRows(NamedTuple):
 
 
 def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Tokens that all sequences begin with; every sequence keeps at least one of its own."""
+    """Return the length of the common prefix that leaves every sequence at least one token."""
     ordered = [list(s) for s in sequences]
     first, last = min(ordered), max(ordered)  # the two that differ earliest
     shared = 0
@@ -79,12 +79,12 @@ def pack(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
 ) -> SharedRows:
-    """Token sequences as rows, one a group.
+    """Pack each group of token sequences into one row.
 
     Args:
-        groups: for each row its one or more sequences, none of them empty.
-        pad_token_id: what fills the rest of the row; any token will do, the mask hides it.
-        pad_to_multiple_of: L becomes a multiple of it.
+        groups: for each row, one or more non-empty sequences.
+        pad_token_id: fills the rest of the row; any token works, since the mask hides it.
+        pad_to_multiple_of: L is rounded up to a multiple of it.
 
     Raises:
         ValueError: a group without sequences, or an empty sequence.
@@ -120,10 +120,10 @@ def _filled(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
 
 
 def separate(rows: SharedRows, *, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """The sequences one by one again, padded on the right: the plain path.
+    """Unpack the rows into single sequences, padded on the right (the plain path).
 
     Returns:
-        `input_ids` and `attention_mask`, [N, T]: the N sequences that exist, row by row.
+        `input_ids` and `attention_mask`, [N, T], of the N sequences that exist, row by row.
     """
     row, k = rows.exists.nonzero(as_tuple=True)
     segments = rows.segment_ids[row]
@@ -139,13 +139,13 @@ def separate(rows: SharedRows, *, pad_token_id: int) -> tuple[Tensor, Tensor]:
 
 
 def visible(rows: SharedRows, *, window: int | None = None) -> Tensor:
-    """Which token sees which, bool [B, L (queries), L (keys)].
+    """Return the attention mask, bool [B, L (queries), L (keys)].
 
-    Its memory grows as B * L * L bytes; with a window, while it is made, four times that more.
+    It takes B * L * L bytes; with a window, four times that more while it is made.
 
     Args:
-        window: sliding-window layers see so many positions back, themselves included, counted in
-            the sequence and not in the row.
+        window: number of positions that a sliding-window layer sees, including the query's own,
+            counted in the sequence and not in the row.
     """
     L = rows.input_ids.shape[1]
     index = torch.arange(L, device=rows.input_ids.device)
@@ -154,12 +154,12 @@ def visible(rows: SharedRows, *, window: int | None = None) -> Tensor:
     if window is not None:
         position_ids = rows.position_ids.to(torch.int32)
         distance = position_ids[:, :, None] - position_ids[:, None, :]
-        sees &= (distance < window) | (queries == -1)  # padding must see something, whatever
+        sees &= (distance < window) | (queries == -1)  # padding must see something
     return sees
 
 
 def _mask_function(rows: SharedRows, window: int | None) -> Callable[..., Tensor]:
-    """`visible` as flex_attention's function of one query and one key."""
+    """Return `visible` as flex_attention's function of one query and one key."""
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         query, key = rows.segment_ids[b, q], rows.segment_ids[b, k]
@@ -173,8 +173,8 @@ def _mask_function(rows: SharedRows, window: int | None) -> Callable[..., Tensor
 
 
 def _one_mask(rows: SharedRows, window: int | None, implementation: str, dtype: Any) -> Any:
-    """The mask as an attention implementation of transformers wants it."""
-    if implementation == "flex_attention":  # kept as blocks; making it takes an L x L tensor once
+    """Return the mask in the format of an attention implementation of transformers."""
+    if implementation == "flex_attention":  # kept as blocks; creating it needs an L x L tensor
         from torch.nn.attention.flex_attention import create_block_mask
 
         B, L = rows.input_ids.shape
@@ -187,12 +187,11 @@ def _one_mask(rows: SharedRows, window: int | None, implementation: str, dtype: 
 
 
 def model_inputs(rows: SharedRows, config: Any, *, dtype: torch.dtype) -> dict[str, Any]:
-    """What a transformers decoder takes to compute these rows.
+    """Return the inputs of a transformers decoder for these rows.
 
     Args:
-        config: the model's configuration; it says which layers have a sliding window, and how
-            attention is computed.
-        dtype: the model's, for masks that are added.
+        config: the model's configuration, with its sliding windows and attention implementation.
+        dtype: the model's type, for additive masks.
     """
     text = config.get_text_config()
     implementation = text._attn_implementation
@@ -202,7 +201,7 @@ def model_inputs(rows: SharedRows, config: Any, *, dtype: torch.dtype) -> dict[s
     def mask(window: int | None) -> Any:
         return _one_mask(rows, window, implementation, dtype)
 
-    if layers is None:  # one kind of layer: the window, if there is one, is every layer's
+    if layers is None:  # one kind of layer: a window applies to every layer
         attention_mask = mask(window)
     elif "sliding_attention" in layers:
         attention_mask = {"full_attention": mask(None), "sliding_attention": mask(window)}
@@ -216,9 +215,9 @@ def model_inputs(rows: SharedRows, config: Any, *, dtype: torch.dtype) -> dict[s
 
 
 def obstacle(config: Any) -> str | None:
-    """Why a model of this configuration cannot share prefixes; None if nothing is known.
+    """Return why a model of this configuration cannot share prefixes; None if no reason is known.
 
-    What is not known here, a comparison with the plain path shows (`rewards.sharing_obstacle`).
+    `rewards.sharing_obstacle` detects other reasons by a comparison with the plain path.
     """
     text = config.get_text_config()
     implementation = text._attn_implementation or "eager"
@@ -240,18 +239,18 @@ def obstacle(config: Any) -> str | None:
 
 
 def like_lengths(lengths: Sequence[int], *, overhead: float, least: float = 0.0) -> list[list[int]]:
-    """Split a batch so that rows of like length are computed together.
+    """Split a batch so that rows of similar length are computed together.
 
-    The split that costs the fewest tokens: a part costs its rows, padding included, but not less
-    than `least`, plus `overhead`. A dynamic programme over the rows in order of length.
+    The split has the lowest cost in tokens: a part costs its rows with padding, at least `least`,
+    plus `overhead`. Dynamic programming over the rows in order of length finds it.
 
     Args:
-        lengths: of each row, in tokens.
-        overhead: what one more forward and backward pass costs, in tokens.
-        least: fewer tokens than these do not make a pass faster (a GPU that is not full).
+        lengths: length of each row, in tokens.
+        overhead: cost of one more forward and backward pass, in tokens.
+        least: passes with fewer tokens than this are not faster (the GPU is not full).
 
     Returns:
-        Indices of the rows of each part; together all of them.
+        The row indices of each part; together all rows.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     cost = [0.0] + [float("inf")] * len(order)
@@ -270,13 +269,13 @@ def like_lengths(lengths: Sequence[int], *, overhead: float, least: float = 0.0)
 
 
 class PassCost(NamedTuple):
-    """What a forward and backward pass costs beside its tokens, on one kind of device.
+    """The fixed cost of a forward and backward pass on one kind of device.
 
     Attributes:
-        operations: work that stands for what a pass costs whatever its size (launching kernels,
-            Python), in floating-point operations.
-        tokens: the same for reading and writing every weight and gradient once, in tokens: it grows
-            with the model as their cost does, so it is one number for all models.
+        operations: cost independent of the size of the model (launching kernels, Python), in
+            floating-point operations.
+        tokens: cost of reading and writing every weight and gradient once, in tokens. Both costs
+            grow with the model, so one number serves all models.
         least: a pass of fewer tokens does not fill the device.
     """
 
@@ -291,22 +290,22 @@ ANY_GPU = PassCost(operations=1e13, tokens=512, least=8192)
 WORTHWHILE = 0.1
 """The share of a batch's tokens, padding included, that one more part must save.
 
-Few passes matter on a machine that others use, too: threads wait for each other in every one.
+Fewer passes also help on a shared machine, because threads wait for each other in every pass.
 """
 
 
 def cheap_split(lengths: Sequence[int], *, parameters: int, device: str) -> list[list[int]]:
-    """`like_lengths` by the size of the model.
+    """Call `like_lengths` with costs for the size of the model.
 
-    Nothing is timed: the same batch must be split in the same way in an interrupted run.
+    The costs are not measured: a resumed run must split the same batch in the same way.
 
     Args:
-        lengths: of each row, in tokens.
-        parameters: how many the model has.
-        device: a kind of torch device, as "cpu" or "cuda".
+        lengths: length of each row, in tokens.
+        parameters: number of model parameters.
+        device: a kind of torch device, such as "cpu" or "cuda".
     """
     fixed = PASS_COSTS.get(device, ANY_GPU)
-    # 6: the operations a parameter and token of a forward and backward pass.
+    # 6: operations per parameter and token of a forward and backward pass.
     overhead = fixed.tokens + fixed.operations / (6 * parameters)
     whole = len(lengths) * max(lengths)
     return like_lengths(lengths, overhead=max(overhead, WORTHWHILE * whole), least=fixed.least)

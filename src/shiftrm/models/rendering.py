@@ -1,14 +1,14 @@
-"""Text to tokens and back, in one way, for training, sampling and scoring.
+"""Convert text to tokens and back, in the same way for training, sampling and scoring.
 
 A prompt is a string or a list of chat messages; a response is a string or a list of messages. A
-string that answers a chat is what the policy says after the opening of its answer, to the letter;
-messages are written by the tokenizer's template. The tokens of a prompt (`encode_prompt`) are those
-that a policy continues, and the tokens of a chat with its answer begin with them. A finished answer
-ends with the token that ended it (`stop_token_ids`), an unfinished one with its last word.
+string that answers a chat is the policy's exact text after the opening of its answer; messages are
+rendered by the tokenizer's template. The tokens of a prompt (`encode_prompt`) are those that a
+policy continues, and the tokens of a chat with its answer begin with them. A finished answer ends
+with its stop token (`stop_token_ids`), an unfinished one with its last word.
 
-Of the same rows `trl.RewardTrainer` makes the same tokens (tests hold the two together), except
-that what a template writes after the closing token is left out here, and that no EOS is doubled. A
-lone surrogate, which JSON can hold and no tokenizer takes, is read as "?".
+`trl.RewardTrainer` produces the same tokens (tests compare them), except that this module omits
+what a template writes after the closing token and does not double EOS. A lone surrogate, which JSON
+can hold but tokenizers reject, is read as "?".
 """
 
 import datetime
@@ -50,7 +50,7 @@ Messages = list[dict[str, str]]
 Text = str | Messages
 
 PINNED_DAY = datetime.datetime(2024, 7, 26)
-"""The day that templates which ask for today's date are given: Llama 3's own fallback."""
+"""The date given to templates that ask for today's date: Llama 3's own fallback."""
 
 
 def is_conversational(text: Text | None) -> bool:
@@ -59,10 +59,10 @@ def is_conversational(text: Text | None) -> bool:
 
 
 def check_text(text: Any, what: str) -> None:
-    """Refuse what is neither a string nor a non-empty list of chat messages.
+    """Check that this is a string or a non-empty list of chat messages.
 
     Args:
-        what: how the message calls it, with file and line if there are any.
+        what: its name in error messages, with file and line if any.
 
     Raises:
         UserError: another type, no messages, or a message without role or content. A message that
@@ -91,11 +91,11 @@ def check_text(text: Any, what: str) -> None:
 
 
 def check_template_options(row: dict[str, Any], where: str) -> None:
-    """Refuse a row whose columns for the chat template are of another type.
+    """Check the types of a row's columns for the chat template.
 
     Raises:
-        UserError: `tools` that are no list (or the JSON of one), `chat_template_kwargs` that are
-            no object.
+        UserError: `tools` is not a list (or the JSON of one), or `chat_template_kwargs` is not an
+            object.
     """
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):
@@ -110,7 +110,7 @@ def check_template_options(row: dict[str, Any], where: str) -> None:
 
 
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row's columns `tools` and `chat_template_kwargs` say to the chat template."""
+    """Return the chat template's options from the columns `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")
     return {
         "tools": json.loads(tools) if isinstance(tools, str) else tools,
@@ -126,21 +126,21 @@ def encode(
     finished: bool = True,
     template_options: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a prompt with its response, as the reward model sees it.
+    """Return the token ids of a prompt with its response, as the reward model sees it.
 
     Args:
         tokenizer: a Hugging Face tokenizer with an EOS token (and a template, for chats).
         prompt: string or messages; None when the response holds the whole conversation.
-        response: string (for a chat prompt: what the assistant says after the opening) or messages.
+        response: string (for a chat prompt: the assistant's text after the opening) or messages.
         finished: False for a response cut off by a length limit: it is not closed.
-        template_options: what else the chat template takes (`tools`, `chat_template_kwargs`).
+        template_options: further options of the chat template (`tools`, `chat_template_kwargs`).
 
     Returns:
         Token ids without padding. Those of a chat begin with `encode_prompt` of its prompt.
 
     Raises:
-        UserError: a prompt or response that is no text, a chat without a template or one that the
-            template refuses, or no EOS token to close a string with.
+        UserError: a prompt or response is not text, a chat has no template or the template rejects
+            it, or there is no EOS token to close a string.
     """
     if prompt is not None and prompt != []:
         check_text(prompt, "prompt")
@@ -159,15 +159,15 @@ def encode(
 def encode_prompt(
     tokenizer: Any, prompt: Text, *, template_options: dict[str, Any] | None = None
 ) -> list[int]:
-    """Token ids a policy continues: the prompt and, for a chat, the opening of its answer.
+    """Return the token ids a policy continues: the prompt and, for a chat, the answer's opening.
 
     A chat that ends with the assistant's words is continued after them.
 
     Args:
-        template_options: as `encode`.
+        template_options: as in `encode`.
 
     Raises:
-        UserError: the prompt is no text, or a chat without a template or one that it refuses.
+        UserError: the prompt is not text, or a chat has no template or the template rejects it.
     """
     check_text(prompt, "prompt")
     if isinstance(prompt, list):
@@ -176,16 +176,16 @@ def encode_prompt(
 
 
 def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
-    """The tokens that end an answer, in ascending order; the one place that says so.
+    """Return the tokens that end an answer, in ascending order.
 
-    The tokenizer's EOS, those of the policy's generation config, and the token with which the chat
-    template closes the assistant's turn (`<|im_end|>`, `<end_of_turn>`, `<|eot_id|>`, ...).
+    They are the tokenizer's EOS, those of the policy's generation config, and the token that closes
+    the assistant's turn in the chat template (`<|im_end|>`, `<end_of_turn>`, `<|eot_id|>`, ...).
 
     Args:
         generation_config: the policy's, or None.
 
     Raises:
-        UserError: the tokenizer has no EOS, with which to close a text.
+        UserError: the tokenizer has no EOS token.
     """
     configured = getattr(generation_config, "eos_token_id", None)
     if configured is None or isinstance(configured, int):
@@ -194,7 +194,7 @@ def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, 
         raise UserError("the tokenizer has no EOS token: set tokenizer.eos_token, then sample")
     named = [tokenizer.eos_token_id, turn(tokenizer).stop_id, *configured]
     found = {int(token) for token in named if token is not None}
-    return tuple(sorted(token for token in found if token >= 0))  # some configs say -1 for none
+    return tuple(sorted(token for token in found if token >= 0))  # some configs use -1 for none
 
 
 def decode_response(
@@ -204,13 +204,13 @@ def decode_response(
     *,
     finished: bool | None = None,
 ) -> str:
-    """The response's text, such that `prompt + text` reads as the sampled sequence.
+    """Return the response's text, such that `prompt + text` reads as the sampled sequence.
 
-    Special tokens inside the answer stay; the one that ended it does not. Decoded together with its
-    prompt, since decoding the response alone loses the space between the two with most tokenizers.
+    Special tokens inside the answer are kept; the one that ended it is removed. The response is
+    decoded together with its prompt, since most tokenizers lose the space between them otherwise.
 
     Args:
-        finished: whether the last token is the one that ended the response. None: if it is one of
+        finished: whether the last token ended the response. None: if it is one of
             `stop_token_ids`.
     """
     response_ids = list(response_ids)
@@ -230,11 +230,11 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def pin_template(tokenizer: Any) -> None:
-    """Make the chat template say the same on every day, in place.
+    """Make the chat template independent of today's date, in place.
 
-    Some templates write today's date into the text (`strftime_now`), so that a response would have
-    another reward tomorrow. Each such call becomes the text it gives on `PINNED_DAY`. Saved with
-    the model, the template then renders the same for whoever loads it.
+    Some templates write today's date into the text (`strftime_now`), which would change rewards
+    from day to day. Each such call is replaced by its text on `PINNED_DAY`. The template saved with
+    the model then always renders the same.
     """
 
     def pinned(template: str) -> str:
@@ -256,17 +256,17 @@ def _encode_chat(
 ) -> list[int]:
     head: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else []
     head = head or list(prompt or [])
-    if isinstance(response, list) and not head:  # a whole conversation: its last turn is the answer
+    if isinstance(response, list) and not head:  # a whole conversation; its last turn is the answer
         head, response = response[:-1], response[-1:]
-    if isinstance(response, list) and response[-1]["role"] != "assistant":  # there is no answer
+    if isinstance(response, list) and response[-1]["role"] != "assistant":  # no answer
         return _plain_ids(tokenizer, render(tokenizer, [*head, *response], options))
-    # Results of tools may stand first: then nothing was opened.
+    # Tool results may come first: then no answer was opened.
     answers = isinstance(response, str) or response[0]["role"] == "assistant"
     opening = opening_text(tokenizer, head, options) if head and answers else ""
     ends = turn(tokenizer)
     if isinstance(response, str):
         words = str(encodable(response))
-        if finished and ends.tail.strip():  # a text that brings its closing token
+        if finished and ends.tail.strip():  # the text may already have its closing token
             words = words.removesuffix(ends.tail)
         text = opening + words
     elif finished:
@@ -282,7 +282,7 @@ def _encode_chat(
 
 
 def _missing(text: str, closing: Sequence[str]) -> str:
-    """What of the closing tokens the text does not end with yet."""
+    """Return the closing tokens that the text does not yet end with."""
     for count in range(len(closing), 0, -1):
         if text.endswith("".join(closing[:count])):
             return "".join(closing[count:])
@@ -290,7 +290,7 @@ def _missing(text: str, closing: Sequence[str]) -> str:
 
 
 def _continued(tokenizer: Any, opening: str, text: str) -> list[int]:
-    """Tokens of a text, such that those of its opening stand first, as where a policy goes on."""
+    """Return the tokens of a text, beginning with its opening's tokens, as a policy continues."""
     ids = _plain_ids(tokenizer, text)
     first = _opening_ids(tokenizer, opening) if opening else []
     if ids[: len(first)] == first:
@@ -302,7 +302,7 @@ _LAST_OPENING: WeakKeyDictionary[Any, tuple[tuple[str, int], list[int]]] = WeakK
 
 
 def _opening_ids(tokenizer: Any, opening: str) -> list[int]:
-    """Tokens of an opening; the last one is kept, as the sides of a pair share theirs."""
+    """Return the tokens of an opening; the last result is cached, as both sides of a pair use it."""
     key = (opening, len(tokenizer))
     if tokenizer not in _LAST_OPENING or _LAST_OPENING[tokenizer][0] != key:
         _LAST_OPENING[tokenizer] = key, _plain_ids(tokenizer, opening)
@@ -314,9 +314,9 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _encode_string(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text, after those that the tokenizer puts before every text (BOS), once.
+    """Return the tokens of a text after the tokenizer's own prefix (BOS), which appears once.
 
-    What it puts behind every text is left out: whether an EOS belongs there, the caller knows.
+    The tokenizer's own suffix is omitted: the caller decides whether to add EOS.
     """
     text = encodable(text)
     ids = _plain_ids(tokenizer, text)

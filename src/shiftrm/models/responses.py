@@ -1,8 +1,8 @@
-"""A response as rows hold it: its text for people, its tokens where this project sampled it.
+"""A response in a row: its text, and its tokens if this project sampled it.
 
-Rows that we sample carry `prompt_ids`, `response_ids` and the name of the tokenizer they belong to.
-Whatever scores, trains on or measures such a row takes the tokens, as long as its own tokenizer is
-the same; text is for people, for other tokenizers and for files from elsewhere.
+Rows that we sample hold `prompt_ids`, `response_ids` and the name of their tokenizer. Code that
+scores, trains on or measures such a row uses the tokens if its tokenizer is the same; otherwise, or
+for files from elsewhere, it uses the text.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 PROMPT_IDS, IDS, TOKENIZER = "prompt_ids", "response_ids", "tokenizer"
-"""The columns of tokens: of the prompt, of each response, and whose they are."""
+"""The columns of tokens: of the prompt, of each response, and the tokenizer's name."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Response:
     """One response to a prompt.
 
     Attributes:
-        prompt: None where the text holds the whole conversation.
-        text: what people read, and other tokenizers; see `rendering.encode`.
-        finished: False where a length limit cut it off.
-        ids: its tokens as sampled, with the one that ended it; None for a response from elsewhere.
-        tokenizer: `tokenizer_name` of the tokenizer that the tokens belong to.
-        template_options: what else the chat template was given; see `rendering.encode`.
+        prompt: None if the text holds the whole conversation.
+        text: see `rendering.encode`.
+        finished: False if a length limit cut it off.
+        ids: its sampled tokens, with the stop token; None for a response from elsewhere.
+        tokenizer: `tokenizer_name` of the tokenizer of `ids`.
+        template_options: see `rendering.encode`.
     """
 
     prompt: Text | None
@@ -60,10 +60,10 @@ _NAMES: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def tokenizer_name(tokenizer: Any) -> str:
-    """A short name, equal for tokenizers that cut every text into the same tokens.
+    """Return a short name that is equal for tokenizers that split every text into the same tokens.
 
-    Made of vocabulary, merges and how text is split. Tokens that were added to a tokenizer, and the
-    chat template, have no part in it: `encode_response` finds out whether they agree.
+    It depends on the vocabulary, the merges and the splitting of text, not on added tokens and the
+    chat template: `encode_response` checks whether these agree.
     """
     if tokenizer not in _NAMES:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -80,11 +80,11 @@ def tokenizer_name(tokenizer: Any) -> str:
 def encode_response(
     tokenizer: Any, response: Response, *, vocabulary: int | None = None
 ) -> list[int]:
-    """Token ids of prompt and response: the sampled ones where they are this tokenizer's.
+    """Return the token ids of prompt and response, the sampled ones if they are this tokenizer's.
 
     Args:
-        vocabulary: ids that the model which reads them can take. A policy may have more, and say
-            tokens that have no text.
+        vocabulary: number of ids that the reading model accepts. A policy may have more, and sample
+            tokens without text.
 
     Raises:
         UserError: as `rendering.encode`.
@@ -105,17 +105,17 @@ def encode_response(
 
 
 def _readable(tokenizer: Any, ids: list[int], finished: bool, vocabulary: int | None) -> bool:
-    """Whether a reader knows all of the tokens, also that with which another ended the response."""
+    """Whether the reader knows all tokens, including the stop token of another tokenizer."""
     if vocabulary is not None and max(ids) >= vocabulary:
         return False
     return not finished or tokenizer.convert_ids_to_tokens(ids[-1]) is not None
 
 
 def sampled_ids(tokenizer: Any, response: Response, prompt_ids: Sequence[int]) -> list[int] | None:
-    """The tokens that were sampled, if they are this tokenizer's and still the text's.
+    """Return the sampled tokens if they are this tokenizer's and still match the text.
 
-    The tokenizer must have the same name and read in them the text that stands beside them, so a
-    row whose text was edited is read as edited.
+    The tokenizer must have the same name and decode them to the row's text, so edited text is read
+    as edited.
     """
     if not response.ids or response.tokenizer != tokenizer_name(tokenizer):
         return None
@@ -125,7 +125,7 @@ def sampled_ids(tokenizer: Any, response: Response, prompt_ids: Sequence[int]) -
 
 
 def group_responses(row: Row) -> list[Response]:
-    """The responses of a checked row `{"prompt", "responses", "finished"?, "response_ids"?}`."""
+    """Return the responses of a checked row (`prompt`, `responses`, and optional columns)."""
     responses = row["responses"]
     flags = row.get("finished") or [True] * len(responses)
     ids = row.get(IDS) or [None] * len(responses)
@@ -136,7 +136,7 @@ def group_responses(row: Row) -> list[Response]:
 
 
 def check_group(row: Row, where: str, *, least: int = 2) -> Row:
-    """Return a group's row unchanged, once its columns fit and it has `least` responses."""
+    """Check that a group's columns match and it has `least` responses; return the row unchanged."""
     require_columns(row, ("prompt", "responses"), where)
     check_prompt(row, where)
     responses = check_responses(row, where)
@@ -149,13 +149,13 @@ def check_group(row: Row, where: str, *, least: int = 2) -> Row:
 
 
 def check_prompt(row: Row, where: str) -> None:
-    """Refuse a prompt that is there but no text. None or no messages: the responses hold it all."""
+    """Check that the prompt is text; None or no messages mean that the responses hold it all."""
     if row.get("prompt") is not None and row["prompt"] != []:
         check_text(row["prompt"], f"{where}: column 'prompt'")
 
 
 def check_responses(row: Row, where: str) -> list[Text]:
-    """The responses of a row, once it is sure that each is text and that all columns fit."""
+    """Check that each response is text and that all columns match; return the responses."""
     responses, finished = row["responses"], row.get("finished")
     if not isinstance(responses, list):
         raise UserError(
@@ -176,7 +176,7 @@ def check_responses(row: Row, where: str) -> list[Text]:
 
 
 def check_ids(row: Row, where: str) -> None:
-    """Refuse columns of tokens that are not lists of whole numbers, one list a response."""
+    """Check that the token columns are lists of integers, one list per response."""
     ids, prompt_ids = row.get(IDS), row.get(PROMPT_IDS)
     if ids is not None and (not isinstance(ids, list) or len(ids) != len(row["responses"])):
         raise UserError(f"{where}: column {IDS!r} must hold one list of token ids a response")

@@ -1,6 +1,6 @@
-"""Rewards read from a model in fp32 at explicit positions, the last real token of each sequence.
+"""Read rewards from a model in fp32 at explicit positions, the last real token of each sequence.
 
-The models' own pooling looks for pad tokens instead, and reads the wrong one where pad equals EOS.
+The models' own pooling looks for pad tokens instead, which fails where pad equals EOS.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,11 +35,11 @@ def pad_right(
 
 
 def score_head(model: nn.Module) -> nn.Linear:
-    """The linear layer that turns a hidden state into a reward, inside any wrapper (DDP, PEFT).
+    """Return the linear layer that maps a hidden state to a reward, inside any wrapper (DDP, PEFT).
 
     Raises:
-        UserError: the model has none, as when a causal language model is given, or its head is
-            more than one linear layer.
+        UserError: the model has none (a causal language model, for example), or its head has more
+            than one linear layer.
     """
     head = find_head(model)
     if not isinstance(head, nn.Linear):
@@ -51,7 +51,7 @@ def score_head(model: nn.Module) -> nn.Linear:
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """The module that makes rewards of hidden states, of whatever kind; inside any wrapper.
+    """Return the module that maps hidden states to rewards, of any kind, inside any wrapper.
 
     Raises:
         UserError: the model has none.
@@ -71,7 +71,7 @@ def find_head(model: nn.Module) -> nn.Module:
 
 
 def model_config(model: nn.Module) -> Any:
-    """The configuration of a transformers model, inside any wrapper."""
+    """Return the configuration of a transformers model, inside any wrapper."""
     while not hasattr(model, "config"):
         model = model.module  # type: ignore[assignment]
     return model.config
@@ -83,13 +83,13 @@ def _head_outputs(
 ) -> Iterator[list[Tensor]]:
     """Collect the head's values in fp32, at `positions` [B, P] of each row or everywhere.
 
-    The head is applied inside its own forward hook, where its weights are at hand even when a
-    wrapper shards them. Of a head that is not a plain linear layer (LoRA's, RoBERTa's, a quantised
-    one) the own output is read. Encoders hand their head one pooled state a row, or their head
+    The head is applied inside its own forward hook, where its weights are available even when a
+    wrapper shards them. If the head is not a plain linear layer (LoRA's, RoBERTa's, a quantised
+    one), its own output is read. Encoders give their head one pooled state per row, or their head
     pools.
 
     Args:
-        states_only: collect the hidden states the head is given, [B, P, H], instead.
+        states_only: collect the head's input states, [B, P, H], instead.
     """
     collected: list[Tensor] = []
 
@@ -117,7 +117,7 @@ def _head_outputs(
 
 
 def _select(states: Tensor, positions: Tensor | None, *, name: str) -> Tensor:
-    """`states` [B, T, H] at `positions` [B, P]: [B, P, H]. A pooled state [B, H] is [B, 1, H]."""
+    """Return `states` [B, T, H] at `positions` [B, P] as [B, P, H]; a pooled [B, H] as [B, 1, H]."""
     if states.dim() == 2:
         if positions is None or positions.shape[1] != 1:
             raise UserError(
@@ -133,13 +133,13 @@ def _select(states: Tensor, positions: Tensor | None, *, name: str) -> Tensor:
 def rewards_at(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
 ) -> Tensor:
-    """Rewards at given positions of each row.
+    """Return rewards at given positions of each row.
 
     Args:
         model: a sequence-classification model with one label.
         input_ids, attention_mask: shape [B, T].
         positions: token indices into the row, shape [B, P]. An encoder that pools by itself (BERT)
-            has one reward a row: P must be 1, and the index says nothing.
+            has one reward per row: P must be 1, and the index is ignored.
 
     Returns:
         Rewards, fp32 (fp64 for an fp64 model), shape [B, P].
@@ -151,7 +151,7 @@ def rewards_at(
 
 
 def sequence_rewards(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """One reward a row, read at the last token the mask marks as real; shape [B].
+    """Return one reward per row, read at the last real token according to the mask; shape [B].
 
     The mask decides, not the token's identity: a sequence may end in pad == EOS.
     """
