@@ -1,4 +1,4 @@
-"""Short passes that check how a model reads: its own rewards, and shared prefixes."""
+"""Short forward passes that check a model's own rewards and its support of shared prefixes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,14 +24,14 @@ from shiftrm.models.rope import context_limit, frequency_limit
 __all__ = ["apart", "require_own_reward", "sharing_obstacle"]
 
 FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
-"""What rounding alone may make of hidden states, relative to their length: in half precision two
-units in the last place."""
+"""Allowed rounding error of hidden states, relative to their norm: two units in the last place of
+half precision."""
 
 NOISE = 3.0
-"""How many times the plain path's distance from itself the two paths may be apart."""
+"""Allowed distance of the two paths, in multiples of the plain path's distance from itself."""
 
 FEW = 4
-"""Number of rows that are compared; more would not change the result."""
+"""Number of compared rows; more would not change the result."""
 
 ROWS, TOKENS = 4, 8
 """Size of the batch of `require_own_reward`."""
@@ -39,19 +39,18 @@ ROWS, TOKENS = 4, 8
 
 @torch.no_grad()
 def sharing_obstacle(model: nn.Module, rows: SharedRows) -> str | None:
-    """Say why this model must not share prefixes; None if both paths agree on these rows.
+    """Return why this model must not share prefixes; None if both paths agree on these rows.
 
-    Compares the hidden states under the head, sequence by sequence: rewards of a new head are too
-    small and too alike to show an error. The allowed distance is measured: it is the plain path's
-    distance from itself when rows are reordered and padded differently. So the run's precision and
-    the place where autocast is entered do not matter. Costs a few forward passes of `FEW` rows, in
-    evaluation mode.
+    Compares the hidden states under the head for each sequence: rewards of a new head are too small
+    and too similar to show an error. The allowed distance is the plain path's distance from itself
+    when rows are reordered and padded differently, so it fits the run's precision and autocast.
+    Costs a few forward passes of `FEW` rows, in evaluation mode.
     """
     known = obstacle(model_config(model))
     if known is not None:
         return known
     rows = rows.take(rows.lengths.argsort(descending=True)[:FEW])
-    if not rotated_alike(model, rows):  # such batches are computed alone anyway
+    if not rotated_alike(model, rows):  # such batches are never shared
         limit = frequency_limit(model_config(model)) or 0
         short = rows.sequence_lengths.amax(1) <= limit
         if not bool(short.any()):
@@ -87,16 +86,16 @@ def sharing_obstacle(model: nn.Module, rows: SharedRows) -> str | None:
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest distance of two hidden states [N, H], relative to their length."""
+    """Return the largest distance of two hidden states [N, H], relative to their norm."""
     distance = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-12)
     return float(distance.max())
 
 
 def _noise(model: nn.Module, rows: SharedRows, states: Tensor) -> float:
-    """How far the plain path's states [N, H] move when the batch around a sequence changes.
+    """Return how much the plain path's states [N, H] change with the batch around a sequence.
 
-    Compared are the reverse order with other padding, and the longest sequence alone without
-    padding, for which attention has separate kernels.
+    Compares the reverse order with other padding, and the longest sequence alone without padding,
+    for which attention has separate kernels.
     """
     ids, mask = separate(rows, pad_token_id=0)
     longest = int(mask.sum(1).argmax())
@@ -109,17 +108,17 @@ def _noise(model: nn.Module, rows: SharedRows, states: Tensor) -> float:
 
 
 def _context(model: nn.Module) -> int | None:
-    """The length up to which a row may be padded without changing its result."""
+    """Return the length up to which padding a row does not change its result."""
     config = model_config(model)
     limits = (context_limit(config), frequency_limit(config))
     return min((n for n in limits if n is not None), default=None)
 
 
 def _positions_are_ignored(model: nn.Module, rows: SharedRows) -> bool:
-    """Whether the states stay the same when the sequences' positions are pulled apart.
+    """Whether the states stay the same when the sequences' positions are spread out.
 
-    If the model uses positions, its states change by more than two equal passes differ (which is
-    nothing where kernels are deterministic).
+    If the model uses positions, its states change more than between two equal passes (which agree
+    exactly if kernels are deterministic).
     """
     row = rows.take([0])
     stretched = row._replace(position_ids=_stretched(model, row.position_ids))
@@ -128,7 +127,7 @@ def _positions_are_ignored(model: nn.Module, rows: SharedRows) -> bool:
 
 
 def _stretched(model: nn.Module, position_ids: Tensor) -> Tensor:
-    """Other positions within the context: the second half moved up, or down if there is no room."""
+    """Return other positions within the context: the second half moved up, or down if no room."""
     half = (position_ids.max() + 1) // 2
     context = _context(model)
     later = position_ids >= half
@@ -155,7 +154,7 @@ def require_own_reward(model: nn.Module) -> None:
     mask = torch.ones_like(ids)
     with evaluating(model), precision_of(model) as precision:
         logits = getattr(model(input_ids=ids, attention_mask=mask, use_cache=False), "logits", None)
-        if logits is None or logits.shape != (ROWS, 1):  # no classifier of transformers
+        if logits is None or logits.shape != (ROWS, 1):  # not a transformers classifier
             return
         ours = sequence_rewards(model, ids, mask)
     theirs = logits[:, 0].to(ours.dtype)
@@ -171,7 +170,7 @@ def require_own_reward(model: nn.Module) -> None:
 
 
 def _rows(config: Any) -> Tensor | None:
-    """Token ids [ROWS, TOKENS]; None where the vocabulary has no ordinary token."""
+    """Return token ids [ROWS, TOKENS]; None if the vocabulary has no ordinary token."""
     ends = _listed(config.eos_token_id)
     special = {config.pad_token_id, config.bos_token_id, *ends}
     size = config.vocab_size
@@ -192,7 +191,7 @@ def _listed(ids: Any) -> list[int]:
 
 @contextmanager
 def precision_of(model: nn.Module) -> Iterator[list[torch.dtype]]:
-    """Record the dtype that the passes inside compute in.
+    """Record the compute dtype of the passes inside the block.
 
     It is read at the head, because forward may enter autocast.
     """

@@ -1,6 +1,6 @@
-"""A model's positions: how many it has, and rotary frequencies that depend on the batch.
+"""A model's context limit, and rotary frequencies that depend on the batch.
 
-Under longrope and dynamic NTK scaling a short sequence is rotated like the longest one of its
+With longrope and dynamic NTK scaling, a short sequence is rotated like the longest one of its
 batch, so its reward would depend on the other rows.
 """
 
@@ -16,19 +16,19 @@ __all__ = ["context_limit", "forget_longest", "frequency_class", "frequency_limi
 
 
 def context_limit(config: Any) -> int | None:
-    """The longest sequence that a model's configuration allows, in tokens; None: no limit given."""
+    """Return the maximum sequence length of a model's configuration, in tokens; None if not set."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
 
 
 def frequency_limit(config: Any) -> int | None:
-    """The length, in tokens, up to which frequencies do not change; None: they never change."""
+    """Return the length in tokens up to which frequencies are fixed; None if they never change."""
     limits = [limit for limit, _ in _changing(config)]
     return min(limits) if limits else None
 
 
 def frequency_class(config: Any, length: int) -> tuple[int, ...]:
-    """Sequences of the same class may share a batch: each would be rotated the same way alone."""
+    """Return a class; sequences of one class may share a batch, since each is rotated as if alone."""
     return tuple(
         0 if length <= limit else length if by_length else 1
         for limit, by_length in _changing(config)
@@ -36,7 +36,7 @@ def frequency_class(config: Any, length: int) -> tuple[int, ...]:
 
 
 def require_fixed_frequencies(config: Any, length: int) -> None:
-    """Refuse texts whose token probabilities would depend on the final length of the text.
+    """Reject texts whose token probabilities would depend on the final length of the text.
 
     Raises:
         UserError: `length` is beyond `frequency_limit`.
@@ -51,8 +51,8 @@ def require_fixed_frequencies(config: Any, length: int) -> None:
 
 
 def _changing(config: Any) -> Iterator[tuple[int, bool]]:
-    """For each set of frequencies, the length beyond which it changes, and whether it then changes
-    with every further token."""
+    """Yield, for each set of frequencies, the length beyond which it changes, and whether it then
+    changes with every further token."""
     text = config.get_text_config()
     for options in _parameters(getattr(text, "rope_parameters", None)):
         kind = str(options.get("rope_type", ""))
@@ -64,7 +64,7 @@ def _changing(config: Any) -> Iterator[tuple[int, bool]]:
 
 
 def _parameters(options: Any) -> Iterator[Mapping[str, Any]]:
-    """The one set of rotary parameters, or one set for each kind of layer."""
+    """Yield the set of rotary parameters, or one set for each kind of layer."""
     if not isinstance(options, Mapping):
         return
     if "rope_type" in options:
@@ -82,7 +82,7 @@ def forget_longest(model: nn.Module) -> None:
             first = getattr(module, f"{prefix}original_inv_freq", None)
             if isinstance(first, torch.Tensor):
                 now = getattr(module, f"{prefix}inv_freq")
-                # A copy: longrope writes into the one that is in use.
+                # A copy: longrope writes into the buffer in use.
                 again = first.to(now.device, copy=True)
                 module.register_buffer(f"{prefix}inv_freq", again, persistent=False)
                 setattr(module, name, module.original_max_seq_len)

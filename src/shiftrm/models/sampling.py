@@ -1,4 +1,4 @@
-"""K responses per prompt from a policy, and group files made of them."""
+"""Sample K responses per prompt from a policy, and write group files."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -62,9 +62,9 @@ __all__ = [
 
 
 def draw_seed(seed: int, place: int) -> int:
-    """The seed of the draw at some place, below 2**56.
+    """Return the seed of the draw at a place, below 2**56.
 
-    Hashed: with `seed + place` neighbouring places and neighbouring seeds would share draws.
+    It is a hash, because with `seed + place` neighbouring places and seeds would share draws.
     """
     digest = hashlib.sha256(f"{seed} {place}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
@@ -78,14 +78,14 @@ def encode_prompts(
     room: int,
     names: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Token ids of prompts that `model` can continue by `room` tokens.
+    """Return the token ids of prompts; `model` must have `room` tokens left to continue them.
 
     Args:
-        names: how errors call the prompts; "prompt 0" and so on by default.
+        names: the prompts' names in error messages; "prompt 0" and so on by default.
 
     Raises:
-        UserError: a prompt that is no text, has no tokens, or is too long; a tokenizer without
-            EOS, or without a template for a chat.
+        UserError: a prompt is not text, has no tokens, or is too long; the tokenizer has no EOS, or
+            no template for a chat.
     """
     stop_token_ids(tokenizer)
     names = names or [f"prompt {index}" for index in range(len(prompts))]
@@ -112,16 +112,16 @@ def sample_rows(
     batch_size: int,
     seed: int,
 ) -> list[Row]:
-    """`group_row`, one row a prompt, in memory.
+    """Sample responses and return one `group_row` per prompt.
 
     Args:
         prompts: strings or chat messages.
         num_responses: responses per prompt, one or more.
-        batch_size: prompts a call of `generate`. The batch from prompt i on has the random seed
-            `draw_seed(seed, i)`, so other batches are other draws.
+        batch_size: prompts per call of `generate`. The batch that begins at prompt i has the random
+            seed `draw_seed(seed, i)`, so another batch size gives other draws.
 
     Raises:
-        UserError: as `encode_prompts`; or num_responses or batch_size below one.
+        UserError: as `encode_prompts`, or num_responses or batch_size is below one.
     """
     check_counts(num_responses, batch_size)
     encoded = encode_prompts(model, tokenizer, prompts, room=config.max_new_tokens)
@@ -139,9 +139,9 @@ def sample_rows(
 
 
 def as_samples(tokenizer: Any, rows: Sequence[Row]) -> list[Sample]:
-    """Sampled responses (`sample_rows`) as tokens again: those that were sampled.
+    """Return the sampled tokens of rows from `sample_rows`.
 
-    Rows from elsewhere are encoded anew, and so are those of another tokenizer.
+    Rows from elsewhere or with another tokenizer are encoded again.
     """
     samples = []
     for row in rows:
@@ -168,17 +168,17 @@ def sample_groups(
 ) -> Path:
     """Write the rows of `sample_rows` as JSON lines; an interrupted call resumes.
 
-    Rows go to `PATH.partial` batch by batch; the finished file is renamed into place. Every batch
-    has a random seed of its own, so a resumed file equals one written in a single go.
+    Rows go to `PATH.partial` batch by batch; the finished file is renamed. Every batch has its own
+    random seed, so a resumed file equals one written without interruption.
 
     Args:
-        path: the group file to write. If it holds groups of these prompts, nothing is done.
-        num_responses: K, responses per prompt; one is a sample, and no group to adapt to.
-        progress: called with (groups done, groups in all) after every batch.
+        path: the group file to write. If it already holds groups of these prompts, nothing is done.
+        num_responses: K, responses per prompt; a single one is not a group to adapt to.
+        progress: called with (groups done, total groups) after every batch.
 
     Raises:
-        UserError: as `sample_rows`; no prompts; other groups under this name; or a partial file
-            that was begun with other settings. All before anything is written.
+        UserError: as `sample_rows`; no prompts; other groups in this file; or a partial file with
+            other settings. Nothing is written then.
     """
     path = Path(path)
     check_counts(num_responses, batch_size)
@@ -208,7 +208,7 @@ def sample_groups(
 
 
 def check_counts(num_responses: int, batch_size: int) -> None:
-    """Refuse no responses a prompt, and batches of none."""
+    """Check that the responses per prompt and the batch size are positive."""
     if num_responses < 1:
         raise UserError(f"num_responses is {num_responses}; it must be at least 1")
     if batch_size < 1:
@@ -227,7 +227,7 @@ def _sample_batches(
     seed: int,
     first: int = 0,
 ) -> Iterator[list[Row]]:
-    """The rows of one batch after the other, from prompt `first` on."""
+    """Yield the rows of each batch, starting at prompt `first`."""
     K = num_responses
     for start in range(first, len(prompts), batch_size):
         samples = generate(
@@ -245,14 +245,14 @@ def _sample_batches(
 
 
 def as_response(tokenizer: Any, prompt: Text, sample: Sample) -> Response:
-    """A sampled response with its text and its tokens."""
+    """Return a sampled response with its text and its tokens."""
     ids, done = sample.response_ids, sample.finished
     text = decode_response(tokenizer, sample.prompt_ids, ids, finished=done)
     return Response(prompt, text, done, ids, tokenizer_name(tokenizer))
 
 
 def group_row(tokenizer: Any, prompt: Text, samples: Sequence[Sample]) -> Row:
-    """The row of one prompt's samples: text for people, and the tokens that were sampled.
+    """Return the row of one prompt's samples, with text and sampled tokens.
 
     Returns:
         `{"prompt", "responses", "finished", "prompt_ids", "response_ids", "tokenizer"}`.

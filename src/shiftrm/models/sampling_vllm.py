@@ -1,8 +1,8 @@
-"""K responses per prompt from a vLLM server: the same rows and files as `sampling` makes.
+"""Sample K responses per prompt from a vLLM server, with the rows and files of `sampling`.
 
-Prompts are sent as token ids and come back as token ids, so that text becomes tokens and tokens
-text in one place, `rendering`. Source of the request: vLLM's OpenAI-compatible server, "Extra
-parameters" of the completions API, and `CompletionRequest` in vLLM's source.
+Prompts and responses travel as token ids, so that only `rendering` converts between text and
+tokens. Source of the request: vLLM's OpenAI-compatible server, "Extra parameters" of the
+completions API, and `CompletionRequest` in vLLM's source.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,17 +36,17 @@ __all__ = [
     "sample_rows_vllm",
 ]
 
-KEY_VARIABLE = "VLLM_API_KEY"  # as vLLM calls its server's own key; never another service's
-TIMEOUT = 600.0  # seconds: with many requests at once, one may wait for its turn that long
+KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's name for its server's key
+TIMEOUT = 600.0  # seconds: one of many concurrent requests may wait that long
 
 
 @dataclass(frozen=True)
 class VllmServer:
-    """A running server and the model to ask it for.
+    """A running server and the model to request from it.
 
     Attributes:
-        max_model_len: the longest prompt and response together, in tokens; None if it did not say.
-        generation_config: the policy's own, which knows more tokens that end a response.
+        max_model_len: maximum tokens of prompt and response together; None if not reported.
+        generation_config: the policy's own, which may list more stop tokens.
     """
 
     endpoint: Endpoint
@@ -56,7 +56,7 @@ class VllmServer:
 
     @property
     def config(self) -> Any:
-        """Where `sampling.encode_prompts` looks for the limit of a model."""
+        """The model configuration in which `sampling.encode_prompts` looks for the limit."""
         return SimpleNamespace(max_position_embeddings=self.max_model_len)
 
 
@@ -64,13 +64,13 @@ def connect(url: str, model: str, *, served: str | None = None) -> VllmServer:
     """Find a model on a running server.
 
     Args:
-        url: up to and with `/v1`.
-        model: folder or hub name of the policy; the server's model of this name or made of this
-            folder is taken.
-        served: the server's own name of the model, where it is another.
+        url: up to and including `/v1`.
+        model: folder or hub name of the policy; selects the server's model with this name or made
+            from this folder.
+        served: the server's name of the model, if different.
 
     Raises:
-        UserError: nobody listens, or the server has no such model; the message names what it has.
+        UserError: no server responds, or it has no such model; the message names its models.
     """
     endpoint = Endpoint(EndpointConfig(url, key_variable=KEY_VARIABLE, timeout=TIMEOUT))
     cards = endpoint.model_cards()
@@ -92,7 +92,7 @@ def connect(url: str, model: str, *, served: str | None = None) -> VllmServer:
 
 
 def _generation_config(path: str) -> Any:
-    """A policy's generation config; None where there is none at hand."""
+    """Return a policy's generation config; None if not available."""
     from transformers import GenerationConfig
 
     try:
@@ -102,10 +102,10 @@ def _generation_config(path: str) -> Any:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """A policy's tokenizer, without its weights.
+    """Load a policy's tokenizer without its weights.
 
     Raises:
-        UserError: none there, or none with an EOS token.
+        UserError: there is no tokenizer, or it has no EOS token.
     """
     from transformers import AutoTokenizer
 
@@ -121,11 +121,11 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def policy_limits(path: str | Path) -> Any:
-    """The policy as far as `encode_prompts` needs it, without its weights: lengths are checked
-    before a server is started.
+    """Return what `encode_prompts` needs of the policy, without its weights, so that lengths are
+    checked before a server is started.
 
     Raises:
-        UserError: no configuration of a model there.
+        UserError: there is no model configuration.
     """
     from transformers import AutoConfig
 
@@ -145,13 +145,13 @@ def sample_rows_vllm(
     batch_size: int = 32,
     seed: int,
 ) -> list[Row]:
-    """`sampling.sample_rows` by a server.
+    """Do `sampling.sample_rows` with a server.
 
     Args:
         tokenizer: the policy's own.
-        batch_size: prompts under way at one time; it does not change the draws.
-        seed: with the place of the prompt it decides the draws, as far as vLLM's kernels are
-            deterministic (sums in another order, in a fuller batch, can turn a close draw).
+        batch_size: number of concurrent prompts; it does not change the draws.
+        seed: decides the draws together with the prompt's position, as far as vLLM's kernels are
+            deterministic (another summation order in a larger batch can change a close draw).
 
     Raises:
         UserError: as `sampling.sample_rows`; or the server fails, or does not answer as vLLM does.
@@ -183,16 +183,16 @@ def sample_groups_vllm(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """`sampling.sample_groups` by a server: the rows of `sample_rows_vllm` as JSON lines.
+    """Do `sampling.sample_groups` with a server: write the rows of `sample_rows_vllm`.
 
-    Rows are written in the order of the prompts, each as soon as those before it are there, so an
-    interrupted call continues after the last of them.
+    Rows are written in the order of the prompts, so an interrupted call continues after the last
+    row.
 
     Args:
-        path: the group file to write. If it holds groups of these prompts, nothing is done.
+        path: the group file to write. If it already holds groups of these prompts, nothing is done.
         num_responses: K, responses per prompt.
         batch_size, seed: as in `sample_rows_vllm`.
-        progress: called with (groups done, groups in all) after every group.
+        progress: called with (groups done, total groups) after every group.
 
     Raises:
         UserError: as `sampling.sample_groups` and `sample_rows_vllm`.
@@ -232,11 +232,11 @@ def sample_groups_vllm(
 def completion_parameters(
     config: SamplingConfig, *, num_responses: int, stop: Sequence[int], seed: int
 ) -> dict[str, Any]:
-    """What a request says beside model and prompt.
+    """Return the request's parameters besides model and prompt.
 
-    What is not said here, vLLM takes from the model's generation config, as other sampling defaults
-    and further closing tokens. So everything is said: the draw ends where `sampling.generate` ends
-    it, and nothing but `config` shapes the distribution.
+    vLLM takes missing parameters (sampling defaults, more stop tokens) from the model's generation
+    config. All are therefore set here: the draw ends where `sampling.generate` ends it, and only
+    `config` determines the distribution.
 
     Args:
         stop: the ids of `rendering.stop_token_ids`.
@@ -271,9 +271,9 @@ def _rows(
     seed: int,
     first: int = 0,
 ) -> Iterator[Row]:
-    """Rows in the order of the prompts, from prompt `first` on."""
+    """Yield rows in the order of the prompts, starting at prompt `first`."""
     stop = stop_token_ids(tokenizer, server.generation_config)
-    same = num_responses if config.temperature == 0 else 1  # vLLM draws one greedy response only
+    same = num_responses if config.temperature == 0 else 1  # vLLM draws only one greedy response
 
     def ask(index: int) -> Row:
         parameters = completion_parameters(
@@ -297,7 +297,7 @@ def _rows(
 
 
 def _check_answers(server: VllmServer, answers: Sequence[Completion], expected: int) -> None:
-    """Refuse fewer answers than were asked for, and those that ended in another way."""
+    """Check the number of answers and how each of them ended."""
     if len(answers) != expected:
         raise UserError(
             f"{server.endpoint.base_url}: sent {len(answers)} responses for {expected}; "
@@ -318,10 +318,9 @@ def _row(
     answers: Sequence[Completion],
     stop: Sequence[int],
 ) -> Row:
-    """The row of one prompt.
+    """Return the row of one prompt.
 
-    Servers that do not send token ids (vLLM before 0.10.2) are believed their text, and the row
-    then has no tokens.
+    If the server does not send token ids (vLLM before 0.10.2), the row has its text and no tokens.
     """
     samples = [
         Sample(prompt_ids, *cut_at_stop(list(answer.token_ids or ()), stop)) for answer in answers

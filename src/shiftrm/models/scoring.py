@@ -1,4 +1,4 @@
-"""From a reward-model checkpoint to rewards of (prompt, response): text in, numbers out."""
+"""Compute rewards of prompts with responses from a reward-model checkpoint."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -34,10 +34,10 @@ from shiftrm.models.rope import context_limit
 
 
 def row_responses(row: Row, where: str) -> list[Response]:
-    """The responses of a row: `response`, `responses`, or `chosen` and `rejected`, in this order.
+    """Return a row's responses: `response`, `responses`, or `chosen` and `rejected`.
 
     Raises:
-        UserError: the row has none of them, or what should be text is something else.
+        UserError: the row has none of them, or a response is not text.
     """
     check_prompt(row, where)
     prompt = row.get("prompt")
@@ -62,7 +62,7 @@ def row_responses(row: Row, where: str) -> list[Response]:
 
 
 def _flag(row: dict[str, Any], column: str, where: str) -> bool:
-    """Whether a response is finished; it is where the row does not say."""
+    """Whether a response is finished; True if the row has no such column."""
     value = row.get(column)
     if value is None:
         return True
@@ -72,7 +72,7 @@ def _flag(row: dict[str, Any], column: str, where: str) -> bool:
 
 
 class Scorer:
-    """A reward model with its tokenizer: text in, rewards out.
+    """A reward model with its tokenizer, which maps text to rewards.
 
     >>> scorer = Scorer.from_pretrained("runs/demo/reward_model")   # doctest: +SKIP
     >>> scorer(["describe the garden :"], [" lovely roses bloom"])  # doctest: +SKIP
@@ -85,7 +85,7 @@ class Scorer:
         if labels != 1:
             name = getattr(getattr(model, "config", None), "name_or_path", "") or "the model"
             raise UserError(f"{name} has num_labels={labels}; a reward model has num_labels=1")
-        # Positions are explicit and the mask hides padding, so any token may pad.
+        # Positions are explicit and the mask hides padding, so any token can pad.
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         self._pad_token_id: int = eos if pad is None else pad
         if self._pad_token_id is None:
@@ -94,7 +94,7 @@ class Scorer:
             )
         config: Any = model.config
         text_config = config.get_text_config()
-        if text_config.pad_token_id is None:  # without one, transformers refuses batches
+        if text_config.pad_token_id is None:  # without one, transformers rejects batches
             text_config.pad_token_id = self._pad_token_id
         self.vocabulary = known_tokens(model)
         self.model = model.eval()
@@ -107,7 +107,8 @@ class Scorer:
         """Load a checkpoint folder or hub name, as saved by our trainers, TRL or transformers.
 
         Raises:
-            UserError: the checkpoint has no trained score head (a causal language model, say).
+            UserError: the checkpoint has no trained score head (a causal language model, for
+                example).
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import find_adapter_config_file
@@ -115,8 +116,8 @@ class Scorer:
         with explain_loading(path, "a reward model with its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(str(path))
             adapter = find_adapter_config_file(str(path)) is not None
-            if adapter:  # its base may be a policy, whose head would else have two labels
-                # In fp32, as they are trained: a base saved in bf16 would round the scores.
+            if adapter:  # its base may be a policy, whose head defaults to two labels
+                # fp32, as in training: a base saved in bf16 would round the scores.
                 model_options = {"num_labels": 1, "dtype": torch.float32, **model_options}
             with quiet_loading() if adapter else nullcontext():
                 model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -124,7 +125,7 @@ class Scorer:
                 )
         missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
         if adapter and any("modules_to_save" in name for name, _ in model.named_parameters()):
-            missing = []  # the adapter brings the head that its base lacks
+            missing = []  # the adapter has the head that its base lacks
         if missing:
             lost = unread_heads(info["unexpected_keys"])
             other = f", and its {lost[0]} is not read" if lost else ""
@@ -143,16 +144,16 @@ class Scorer:
         finished: Sequence[bool] | None = None,
         batch_size: int | None = None,
     ) -> list[float]:
-        """Rewards of responses to prompts, in the order given.
+        """Return rewards of responses to prompts, in the given order.
 
         Args:
             prompts, responses: of equal length; see `rendering.encode`.
             finished: False where a response was cut off by a length limit. Default: all finished.
-            batch_size: rows a forward pass; by default the scorer's. It changes speed and memory,
+            batch_size: rows per forward pass; by default the scorer's. It changes speed and memory,
                 not the rewards.
 
         Raises:
-            UserError: lists of other lengths, or a response that `encode` refuses.
+            UserError: lists of different lengths, or a response that `encode` rejects.
         """
         for name, texts in (("prompts", prompts), ("responses", responses)):
             if isinstance(texts, str):
@@ -167,10 +168,10 @@ class Scorer:
         return self.score(list(given), batch_size=batch_size)
 
     def score(self, responses: Sequence[Response], *, batch_size: int | None = None) -> list[float]:
-        """Rewards of responses in the order given, by their sampled tokens where they have them.
+        """Return rewards of responses in the given order, using sampled tokens where available.
 
         Raises:
-            UserError: as `encode`; a reward that is not finite.
+            UserError: as `encode`, or a reward is not finite.
         """
         sequences = [self.encode_response(r, name=f"response {i}") for i, r in enumerate(responses)]
         rewards = self.score_ids(sequences, batch_size=batch_size)
@@ -180,17 +181,17 @@ class Scorer:
     def encode(
         self, prompt: Text | None, response: Text, *, finished: bool = True, name: str = "response"
     ) -> list[int]:
-        """`encode_response` of a text that has no tokens yet."""
+        """Return `encode_response` of a text without tokens."""
         return self.encode_response(Response(prompt, response, finished), name=name)
 
     def encode_response(self, response: Response, *, name: str = "response") -> list[int]:
-        """Token ids of a response with its prompt, as `responses.encode_response` makes them.
+        """Return the token ids of a response with its prompt (`responses.encode_response`).
 
         Args:
-            name: how errors call it.
+            name: its name in error messages.
 
         Raises:
-            UserError: not text, no tokens, or more of them than the model's context holds.
+            UserError: not text, no tokens, or more tokens than the model's context holds.
         """
         try:
             sequence = encode_response(self.tokenizer, response, vocabulary=self.vocabulary)
@@ -214,13 +215,13 @@ class Scorer:
         batch_size: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[float]:
-        """Rewards of token sequences. Rows of like length share a batch, so padding stays small.
+        """Return rewards of token sequences; rows of similar length share a batch.
 
         Args:
             progress: called with (done, total) after every batch.
 
         Raises:
-            UserError: a token id without an embedding. Rewards may be NaN: see `require_finite`.
+            UserError: a token id has no embedding. Rewards may be NaN: see `require_finite`.
         """
         batch_size = self.batch_size if batch_size is None else batch_size
         if batch_size < 1:
@@ -243,10 +244,10 @@ class Scorer:
         return rewards
 
     def require_finite(self, rewards: Sequence[float], names: Sequence[str]) -> None:
-        """Refuse rewards that are no numbers, and say what may have made them.
+        """Check that all rewards are finite; the error suggests causes.
 
         Args:
-            names: how errors call what was scored.
+            names: names of the scored items in error messages.
 
         Raises:
             UserError: a reward is NaN or infinite.
@@ -263,7 +264,7 @@ class Scorer:
 
 @runtime_checkable
 class TokenReward(Protocol):
-    """A reward function that reads sampled tokens where it can, as a `Scorer` does."""
+    """A reward function that reads sampled tokens where possible, such as a `Scorer`."""
 
     def score(self, responses: Sequence[Response], /) -> list[float]: ...
 
@@ -271,10 +272,10 @@ class TokenReward(Protocol):
 def rewards_of(
     reward_fn: Callable[..., Sequence[float]], responses: Sequence[Response]
 ) -> list[float]:
-    """Rewards of responses: by their tokens if it is a `TokenReward`, by their text otherwise.
+    """Return rewards of responses, from their tokens for a `TokenReward`, else from their text.
 
     Raises:
-        UserError: not one reward a response.
+        UserError: the number of rewards differs from the number of responses.
     """
     if isinstance(reward_fn, TokenReward):
         return reward_fn.score(responses)
@@ -293,17 +294,17 @@ def rewards_of(
 
 
 def score_rows(scorer: Callable[..., Sequence[float]], rows: Sequence[Row]) -> list[list[float]]:
-    """Rewards of every response of every row, `{"prompt", "responses", "finished"}`.
+    """Return the rewards of all responses of each row, `{"prompt", "responses", "finished"}`.
 
     Args:
-        scorer: a `Scorer`, or anything that is called as one.
+        scorer: a `Scorer`, or any callable with its signature.
     """
     flat = iter(rewards_of(scorer, [r for row in rows for r in group_responses(row)]))
     return [[next(flat) for _ in row["responses"]] for row in rows]
 
 
 def mean_and_spread(rewards: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Mean and standard deviation (never 0) over all responses of all rows."""
+    """Return mean and standard deviation (never 0) over all responses of all rows."""
     flat = [r for row in rewards for r in row]
     mean = sum(flat) / len(flat)
     variance = sum((r - mean) ** 2 for r in flat) / max(1, len(flat) - 1)

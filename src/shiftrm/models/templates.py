@@ -1,7 +1,7 @@
-"""What a chat template writes around an answer: its opening, and the token that ends it.
+"""Find what a chat template writes around an answer: its opening and the token that ends it.
 
-Templates are programs, so they are asked: a conversation with a marker as the answer is rendered,
-and what stands before and after the marker is read off. Chats are rendered here and nowhere else.
+Templates are programs, so this module renders a conversation with a marker as the answer and reads
+the text before and after the marker. No other module renders chats.
 """
 
 import re
@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 PACKAGED = Path(__file__).parent / "chat_templates"
-"""Templates of this package, by name."""
+"""This package's templates by name."""
 
 Messages = list[dict[str, Any]]
 
 MARKER = "shiftrm0answer0"
-"""Stands for an answer; no template changes it (no spaces, no capitals, no markup)."""
+"""Placeholder for an answer; no template changes it (no spaces, no capitals, no markup)."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Turn:
     """How a template ends an assistant's last turn.
 
     Attributes:
-        tail: everything it writes after the answer, such as `<|im_end|>` and a line break.
-        closing: texts of the tail up to and including the token that ends the answer, one a token;
-            the tokenizer's EOS alone where the template writes no such token.
+        tail: everything the template writes after the answer, such as `<|im_end|>` and a newline.
+        closing: the tail up to and including the token that ends the answer, one text per token;
+            only the tokenizer's EOS if the template writes no such token.
         stop_id: the id of that token; None if there is neither.
-        lead: what of the first of these texts stands before its token, as a line break.
+        lead: the part of the first text before its token, such as a newline.
     """
 
     tail: str
@@ -53,7 +53,7 @@ class Turn:
 
 
 def packaged(name: str) -> str:
-    """Return the path of this package's template of that name, or else the name as it is."""
+    """Return the path of this package's template with that name, or the name unchanged."""
     path = PACKAGED / f"{name}.jinja"
     return str(path) if path.is_file() else name
 
@@ -61,15 +61,15 @@ def packaged(name: str) -> str:
 def render(
     tokenizer: Any, messages: Messages, options: dict[str, Any], *, open_answer: bool = False
 ) -> str:
-    """A conversation as text.
+    """Render a conversation as text.
 
     Args:
-        options: what else the template takes (`tools`, `enable_thinking`, ...).
+        options: further options of the template (`tools`, `enable_thinking`, ...).
         open_answer: end with the opening of the assistant's answer.
 
     Raises:
-        UserError: no template, or the template is broken or refuses this chat; content that is no
-            text; tool calls that the template leaves out.
+        UserError: no template, a broken template, or one that rejects this chat; content that is
+            not text; tool calls that the template omits.
     """
     if tokenizer.chat_template is None:
         raise UserError(
@@ -81,7 +81,7 @@ def render(
         plain = [_in_parts(message) for message in plain]
     try:
         text = _apply(tokenizer, plain, options, open_answer=open_answer)
-    except Exception as error:  # a template is somebody's program and may raise anything
+    except Exception as error:  # a template may raise anything
         problem = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"the chat template cannot render this chat ({type(error).__name__}: {problem:.200}); "
@@ -98,7 +98,7 @@ def render(
 
 
 def opening_text(tokenizer: Any, prompt: Messages, options: dict[str, Any]) -> str:
-    """What a policy continues: the prompt and the opening of its answer.
+    """Return the text a policy continues: the prompt and the opening of its answer.
 
     A prompt that ends with the assistant's words is continued, not closed.
     """
@@ -115,21 +115,21 @@ EMPTY_THOUGHT = re.compile(r"(<think>)?\s*</think>\s*$")
 
 
 def between(opening: str, written: str, words: str) -> str:
-    """What a template writes between the opening that a policy is given and the answer.
+    """Return what a template writes between the policy's opening and the answer.
 
-    Some write an empty thought there (`<think></think>`) once the answer is known to have none.
+    Some templates write an empty thought there (`<think></think>`) if the answer has none.
 
     Args:
-        written: the conversation up to the answer, as the template writes it as a whole.
-        words: the answer; no thought goes before one that brings its own reasoning.
+        written: the conversation up to the answer, rendered with the answer.
+        words: the answer; an answer with its own reasoning gets no thought before it.
     """
     added = _added(opening, written)
     return EMPTY_THOUGHT.sub("", added) if "</think>" in words else added
 
 
 def _added(opening: str, written: str) -> str:
-    """What a conversation as a whole has after the opening; where it has another opening, nothing
-    but a thought."""
+    """Return what the whole conversation has after the opening; if it has another opening, at most
+    a thought."""
     added = written[_common(opening, written) :]
     if written.startswith(opening) or EMPTY_THOUGHT.fullmatch(added):
         return added
@@ -144,26 +144,26 @@ def is_begun(prompt: Messages) -> bool:
 def answered_text(
     tokenizer: Any, opening: str, prompt: Messages, answer: Messages, options: Any
 ) -> str:
-    """Prompt and answering messages without what the template writes after the last one's words.
+    """Render prompt and answer, without what the template writes after the last message's words.
 
-    It begins with the opening, also under templates that write that in another way once the answer
-    is there (as those do that drop an earlier `<think>`).
+    The text begins with the opening, also for templates that change the opening when the answer is
+    present (for example those that drop an earlier `<think>`).
 
     Args:
-        opening: `opening_text` of the prompt; "" where nobody answers.
+        opening: `opening_text` of the prompt; "" without an answer.
     """
     if is_begun(prompt) and opening:
         return opening + _continuation(tokenizer, prompt, answer, options)
     whole = _without_tail(tokenizer, render(tokenizer, [*prompt, *answer], options))
     if whole.startswith(opening):
         return whole
-    # Not what both begin with: the answer itself may begin as the opening goes on.
+    # Not the common prefix: the answer itself may begin as the opening continues.
     written, _ = _around(tokenizer, [*prompt, {**answer[0], "content": MARKER}], options)
     return opening + whole[len(written) - len(_added(opening, written)) :]
 
 
 def _continuation(tokenizer: Any, prompt: Messages, answer: Messages, options: Any) -> str:
-    """Messages after an answer that was begun: the first goes on with it, to the letter."""
+    """Render messages after a begun answer; the first message continues it exactly."""
     first, *rest = answer
     words = text_of(first, len(prompt) + 1)
     if not rest and not _called(first):
@@ -179,10 +179,10 @@ def _without_tail(tokenizer: Any, text: str) -> str:
 def unfinished_text(
     tokenizer: Any, opening: str, prompt: Messages, answer: Messages, options: Any
 ) -> str:
-    """Prompt and answering messages whose last was cut off: its own words to the last character.
+    """Render prompt and answer when the last message was cut off; the text ends with its words.
 
     Args:
-        opening: as `answered_text`.
+        opening: as in `answered_text`.
     """
     *before, last = answer
     words = text_of(last, len(prompt) + len(answer))
@@ -197,10 +197,10 @@ def unfinished_text(
 
 
 def text_of(message: dict[str, Any], number: int) -> str:
-    """A message's content as text, parts joined; "" for one that only calls tools.
+    """Return a message's content as text, with parts joined; "" if it only calls tools.
 
     Raises:
-        UserError: a part that is no text, such as an image.
+        UserError: a part is not text, such as an image.
     """
     content = message.get("content")
     if isinstance(content, str):
@@ -221,7 +221,7 @@ def _text_parts(content: Any, number: int) -> list[dict[str, Any]]:
 
 
 def turn(tokenizer: Any) -> Turn:
-    """How this tokenizer's template ends an answer; EOS for one without a template."""
+    """Return how this tokenizer's template ends an answer; EOS without a template."""
     return _kept(tokenizer, "turn", _read_turn)
 
 
@@ -229,7 +229,7 @@ _KEPT: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def _kept(tokenizer: Any, what: str, read: Callable[[Any], Any]) -> Any:
-    """What was read off a tokenizer's template, once for each template and EOS it has had."""
+    """Return `read(tokenizer)`, cached for each template and EOS of the tokenizer."""
     found = _KEPT.setdefault(tokenizer, {})
     key = (what, str(tokenizer.chat_template), tokenizer.eos_token)
     if key not in found:
@@ -242,7 +242,7 @@ def _read_turn(tokenizer: Any) -> Turn:
     by_eos = Turn("", () if eos is None else (eos,), eos_id)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]
     tail = _after(tokenizer, chat)
-    if tail is None:  # some templates want a system message, others refuse one
+    if tail is None:  # some templates need a system message, others reject one
         chat = [{"role": "system", "content": "a"}, *chat]
         tail = _after(tokenizer, chat)
     if tail is None:
@@ -251,8 +251,8 @@ def _read_turn(tokenizer: Any) -> Turn:
     if not closing and not tail.strip():  # the next turn's opening ends this one, as in GLM
         further = _after(tokenizer, [*chat, {"role": "user", "content": "a"}]) or ""
         lead, closing = _closing(tokenizer, further)
-        closing = [] if lead.strip() else closing[:1]  # behind words it ends the next turn
-        if closing and closing[0][1] == tokenizer.bos_token:  # it begins texts, and ends none
+        closing = [] if lead.strip() else closing[:1]  # after words it ends the next turn
+        if closing and closing[0][1] == tokenizer.bos_token:  # BOS does not end a text
             closing = []
     if not closing:
         return Turn(tail, by_eos.closing, eos_id)
@@ -261,7 +261,7 @@ def _read_turn(tokenizer: Any) -> Turn:
 
 
 def _after(tokenizer: Any, chat: Messages) -> str | None:
-    """What the template writes after the marker; None where it refuses the chat."""
+    """Return what the template writes after the marker; None if it rejects the chat."""
     try:
         return _around(tokenizer, chat, {})[1]
     except UserError:
@@ -269,9 +269,9 @@ def _after(tokenizer: Any, chat: Messages) -> str | None:
 
 
 def _closing(tokenizer: Any, tail: str) -> tuple[str, list[tuple[int, str]]]:
-    """The first run of special tokens in a tail, up to an EOS, and what stands before it.
+    """Return the text before the first run of special tokens in a tail, and the run, up to an EOS.
 
-    A token counts where the tail says its text: one for unknown letters ends nothing.
+    A token counts only if its text is in the tail, so that an unknown-token does not.
     """
     special = special_ids(tokenizer)
     found: list[tuple[int, str]] = []
@@ -279,7 +279,7 @@ def _closing(tokenizer: Any, tail: str) -> tuple[str, list[tuple[int, str]]]:
         text = tokenizer.convert_ids_to_tokens(token)
         if token in special and text in tail:
             found.append((token, text))
-            if token == tokenizer.eos_token_id:  # nothing is said after it
+            if token == tokenizer.eos_token_id:  # nothing follows EOS
                 break
         elif found:
             break
@@ -287,20 +287,19 @@ def _closing(tokenizer: Any, tail: str) -> tuple[str, list[tuple[int, str]]]:
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of tokens that stand for no text of their own."""
+    """Return the ids of special tokens."""
     return frozenset(tokenizer.all_special_ids) | frozenset(
         getattr(tokenizer, "added_tokens_decoder", {})
     )
 
 
 def end_at_closing(tokenizer: Any) -> None:
-    """Make the chat template itself end a finished answer with the token that ends it, in place.
+    """Make the chat template end a finished answer with its closing token, in place.
 
-    Our rendering ends there. Saved with a reward model, the template then gives the same tokens to
-    whoever renders with it (TRL, vLLM, transformers): without this they would read the reward at
-    the line break that ChatML puts after `<|im_end|>`, or find no closing token at all. It changes
-    nothing else, except that `{% generation %}` marks go, and nothing where the template ends so by
-    itself.
+    Our rendering ends there. Other programs (TRL, vLLM, transformers) then get the same tokens from
+    the template saved with a reward model. Otherwise they would read the reward at the newline that
+    ChatML writes after `<|im_end|>`, or find no closing token. A template that already ends so is
+    not changed; otherwise only `{% generation %}` marks are also removed.
     """
     ends = turn(tokenizer)
     if ends.tail == "".join(ends.closing):
@@ -317,11 +316,11 @@ GENERATION = re.compile(r"{%([-+]?)\s*(end)?generation\s*([-+]?)%}")
 
 def _closed(template: str, ends: Turn) -> str:
     closing = "".join(ends.closing)
-    # Inside a block, transformers counts the places of these marks wrongly: better none.
+    # Inside a block, transformers computes the positions of these marks wrongly, so remove them.
     template = GENERATION.sub(
         lambda mark: f"{{%{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}%}}", template
     )
-    kept = template.removesuffix("\n")  # as jinja does with the last line break of a source
+    kept = template.removesuffix("\n")  # jinja also drops the last newline of a source
     cut = f"shiftrm_text[:{-len(ends.tail)}]" if ends.tail else "shiftrm_text"
     return (
         "{% set shiftrm_text %}{{ '' }}" + kept + "{{ '' }}{% endset %}"
@@ -333,10 +332,10 @@ def _closed(template: str, ends: Turn) -> str:
 
 
 def _around(tokenizer: Any, messages: Messages, options: dict[str, Any]) -> tuple[str, str]:
-    """What stands before and after the marker.
+    """Return the text before and after the marker.
 
     Raises:
-        UserError: the template does not write it.
+        UserError: the template does not write the marker.
     """
     text = render(tokenizer, messages, options)
     before, found, after = text.rpartition(MARKER)
@@ -346,10 +345,10 @@ def _around(tokenizer: Any, messages: Messages, options: dict[str, Any]) -> tupl
 
 
 def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
-    """The message with its content as one text; null stays, for messages that only call tools.
+    """Return the message with its content as one text; null stays if the message only calls tools.
 
-    Other fields that are null are left out: tables give every message the fields of all others, and
-    templates ask whether a field is there.
+    Other null fields are removed: tables give every message the fields of all others, and templates
+    test whether a field exists.
     """
     given = {field: value for field, value in message.items() if value is not None}
     content = message.get("content")
@@ -364,7 +363,7 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _called(message: dict[str, Any]) -> Sequence[str]:
-    """Names of the tools that a message calls."""
+    """Return the names of the tools that a message calls."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return ()
@@ -374,7 +373,7 @@ def _called(message: dict[str, Any]) -> Sequence[str]:
 
 
 def _takes_parts_only(tokenizer: Any) -> bool:
-    """Whether a template wants content as a list of parts, and loses it or fails as a string."""
+    """Whether a template needs content as a list of parts, and loses or rejects a string."""
 
     def writes(content: Any) -> bool:
         chat = [{"role": "user", "content": content}]
@@ -397,7 +396,7 @@ def _apply(
 
 
 def _common(first: str, second: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Return the length of the common prefix of two texts."""
     for place, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return place

@@ -1,4 +1,4 @@
-"""A vLLM server of our own: started for one policy, and surely ended."""
+"""Start a vLLM server for one policy, and stop it reliably."""
 
 import ctypes
 import os
@@ -19,15 +19,15 @@ from shiftrm.models.sampling_vllm import VllmServer, connect
 
 __all__ = ["find_vllm", "vllm_server"]
 
-START_LIMIT = 3600.0  # seconds: large models are read, compiled and warmed up first
-END_LIMIT = 30.0  # seconds between asking the server to end and ending it
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-_LIBC = ctypes.CDLL(None)  # here, since a process that was just forked should load nothing
-_SHOWN = 300  # characters of the log's last line that an error repeats
+START_LIMIT = 3600.0  # seconds: large models are loaded, compiled and warmed up first
+END_LIMIT = 30.0  # seconds between asking the server to stop and killing it
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+_LIBC = ctypes.CDLL(None)  # loaded here, since a newly forked process should load nothing
+_SHOWN = 300  # characters of the log's last line that an error shows
 
 
 def find_vllm() -> str:
-    """The `vllm` program; raises UserError where there is none."""
+    """Return the path of the `vllm` program; raise UserError if there is none."""
     beside = Path(sys.executable).with_name("vllm")
     found = shutil.which("vllm") or (str(beside) if beside.is_file() else None)
     if found is None:
@@ -46,18 +46,18 @@ def vllm_server(
     arguments: Sequence[str] = (),
     start_limit: float = START_LIMIT,
 ) -> Iterator[VllmServer]:
-    """Serve a policy on a free port of this machine until the block is left.
+    """Serve a policy on a free port of this machine inside the block.
 
-    The model's generation config is left aside (`--generation-config vllm`). The log is deleted in
-    the end, unless something failed.
+    The model's generation config is ignored (`--generation-config vllm`). The log is deleted at the
+    end, unless something failed.
 
     Args:
-        log: where the server's output goes meanwhile.
+        log: file for the server's output.
         arguments: further options of `vllm serve`.
         start_limit: seconds until the server must be ready.
 
     Raises:
-        UserError: vLLM is not installed, or the server ends or is not ready in time; the message
+        UserError: vLLM is not installed, or the server stops or is not ready in time; the message
             has the last line of its log.
     """
     program, log, port = find_vllm(), Path(log), _free_port()
@@ -70,7 +70,7 @@ def vllm_server(
             stdout=handle,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a group of its own, to be ended with all its workers
+            start_new_session=True,  # its own group, to stop it with all its workers
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     try:
@@ -104,7 +104,7 @@ def _wait_until_ready(
 
 
 def _healthy(port: int) -> bool:
-    """Whether /health answers; without any proxy, since the server is on this machine."""
+    """Whether /health answers; uses no proxy, since the server is local."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
@@ -114,7 +114,7 @@ def _healthy(port: int) -> bool:
 
 
 def _last_line(log: Path) -> str:
-    """What the server said last, safe to print."""
+    """Return the last line of the log, safe to print."""
     with open(log, "rb") as handle:
         handle.seek(max(0, log.stat().st_size - 4096))
         lines = handle.read().decode("utf-8", "replace").split("\n")
@@ -129,7 +129,7 @@ def _free_port() -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end, then end what is left of it and its workers."""
+    """Ask the server to stop, then kill what remains of it and its workers."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(END_LIMIT)
@@ -139,6 +139,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_with_parent() -> None:
-    """In the server, before it is one: end when the thread that started it does (Linux only), so
+    """Run in the child before exec: make it end with the thread that started it (Linux only), so
     that a killed command leaves no server on the GPU."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
