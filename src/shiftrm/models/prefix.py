@@ -272,10 +272,10 @@ class PassCost(NamedTuple):
     """The fixed cost of a forward and backward pass on one kind of device.
 
     Attributes:
-        operations: cost independent of the size of the model (launching kernels, Python), in
+        operations: cost independent of the size of the pass (launching kernels, Python), in
             floating-point operations.
-        tokens: cost of reading and writing every weight and gradient once, in tokens. Both costs
-            grow with the model, so one number serves all models.
+        tokens: cost of reading and writing every weight and gradient once, in tokens. This cost and
+            that of a token both grow with the model, so one number serves all models.
         least: a pass of fewer tokens does not fill the device.
     """
 

@@ -302,7 +302,7 @@ _LAST_OPENING: WeakKeyDictionary[Any, tuple[tuple[str, int], list[int]]] = WeakK
 
 
 def _opening_ids(tokenizer: Any, opening: str) -> list[int]:
-    """Return the tokens of an opening; the last result is cached, as both sides of a pair use it."""
+    """Return the tokens of an opening; the last result is cached for the sides of a pair."""
     key = (opening, len(tokenizer))
     if tokenizer not in _LAST_OPENING or _LAST_OPENING[tokenizer][0] != key:
         _LAST_OPENING[tokenizer] = key, _plain_ids(tokenizer, opening)

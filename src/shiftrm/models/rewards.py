@@ -117,7 +117,7 @@ def _head_outputs(
 
 
 def _select(states: Tensor, positions: Tensor | None, *, name: str) -> Tensor:
-    """Return `states` [B, T, H] at `positions` [B, P] as [B, P, H]; a pooled [B, H] as [B, 1, H]."""
+    """Return `states` [B, T, H] at `positions` [B, P]: [B, P, H]; pooled [B, H] as [B, 1, H]."""
     if states.dim() == 2:
         if positions is None or positions.shape[1] != 1:
             raise UserError(
@@ -153,7 +153,7 @@ def rewards_at(
 def sequence_rewards(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return one reward per row, read at the last real token according to the mask; shape [B].
 
-    The mask decides, not the token's identity: a sequence may end in pad == EOS.
+    The mask decides, not the token id: a sequence may end in pad == EOS.
     """
     T = input_ids.shape[1]
     last = T - 1 - attention_mask.flip(1).argmax(dim=1)
@@ -161,7 +161,7 @@ def sequence_rewards(model: nn.Module, input_ids: Tensor, attention_mask: Tensor
 
 
 def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The head's value at every token, shape [B, T]; what a critic is.
+    """Return the head's value at every token, shape [B, T], for a critic.
 
     Raises:
         UserError: the model pools by itself, as encoders do.
@@ -177,10 +177,10 @@ def _outputs(
     *,
     states_only: bool = False,
 ) -> Tensor:
-    """The head's values (`_head_outputs`), whatever else is in the batch.
+    """Return the head's values (`_head_outputs`) independently of the other rows in the batch.
 
-    One pass, but for models whose rotary positions depend on the longest row (`rope`): rows that
-    would be rotated otherwise alone have a pass of their own.
+    Makes one pass, except for models whose rotary positions depend on the longest row (`rope`):
+    rows of another frequency class get their own pass.
     """
     config = model_config(model)
     limit = frequency_limit(config)
@@ -206,7 +206,7 @@ def _outputs(
                 use_cache=False,
             )
         value = collected[0]
-        if positions is None:  # at every token: at padding there is nothing to read
+        if positions is None:  # at every token; padding has no values
             value = F.pad(value, (0, T - longest))
         found.append(value)
         order += rows
@@ -214,7 +214,7 @@ def _outputs(
 
 
 def _require_equal_passes(model: nn.Module, passes: int, limit: int) -> None:
-    """Processes that train together must make as many passes as each other."""
+    """Check that processes that train together make the same number of passes."""
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     if passes > 1 and several and torch.is_grad_enabled():
         raise UserError(
@@ -224,19 +224,19 @@ def _require_equal_passes(model: nn.Module, passes: int, limit: int) -> None:
         )
 
 
-# -- groups: several sequences a row ---------------------------------------------------------------
+# -- groups: several sequences per row -------------------------------------------------------------
 
 
 def group_rewards(model: nn.Module, rows: SharedRows, *, shared: bool, split: bool) -> Tensor:
-    """Rewards of every sequence of every row.
+    """Return rewards of every sequence of every row.
 
     Args:
         model: a sequence-classification model with one label.
         rows: B rows of up to K sequences.
-        shared: compute common prefixes once. The model must be one that can
-            (`sharing_obstacle`); if not, every sequence is a row of its own.
-        split: rows of like length are computed together, in several passes where that saves
-            padding. Not for several processes, which must make as many passes as the others.
+        shared: compute common prefixes once; the model must support it (`sharing_obstacle`). If
+            False, every sequence is its own row.
+        split: compute rows of similar length together, in several passes if that saves padding. Not
+            for several processes, which must make the same number of passes.
 
     Returns:
         Rewards, fp32 (fp64 for an fp64 model), [B, K]; 0 where there is no sequence.
@@ -262,7 +262,7 @@ def _part_rewards(model: nn.Module, rows: SharedRows, *, shared: bool) -> Tensor
 
 
 def rotated_alike(model: nn.Module, rows: SharedRows) -> bool:
-    """Whether all sequences of these rows would have the same rotary positions alone."""
+    """Whether all sequences of these rows are in the same frequency class."""
     config = model_config(model)
     if frequency_limit(config) is None:
         return True
@@ -271,17 +271,17 @@ def rotated_alike(model: nn.Module, rows: SharedRows) -> bool:
 
 
 def shared_states(model: nn.Module, rows: SharedRows) -> Tensor:
-    """Hidden states under the head at the end of every sequence, by shared prefixes; [N, H]."""
+    """Return hidden states under the head at each sequence's end, by shared prefixes; [N, H]."""
     return _shared_values(model, rows, states_only=True)[rows.exists]
 
 
 def plain_states(model: nn.Module, rows: SharedRows) -> Tensor:
-    """`shared_states`, every sequence a row of its own."""
+    """Return `shared_states` computed with every sequence as its own row."""
     return hidden_states(model, *separate(rows, pad_token_id=0))
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states under the head at the last token of each row; the rows are padded right."""
+    """Return hidden states under the head at the last token of each row, padded on the right."""
     last = attention_mask.sum(1, keepdim=True) - 1
     return _outputs(model, input_ids, attention_mask, last, states_only=True)[:, 0]
 

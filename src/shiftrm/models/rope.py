@@ -28,7 +28,7 @@ def frequency_limit(config: Any) -> int | None:
 
 
 def frequency_class(config: Any, length: int) -> tuple[int, ...]:
-    """Return a class; sequences of one class may share a batch, since each is rotated as if alone."""
+    """Return a class; sequences of one class may share a batch: each is rotated as if alone."""
     return tuple(
         0 if length <= limit else length if by_length else 1
         for limit, by_length in _changing(config)

@@ -271,7 +271,7 @@ def _after(tokenizer: Any, chat: Messages) -> str | None:
 def _closing(tokenizer: Any, tail: str) -> tuple[str, list[tuple[int, str]]]:
     """Return the text before the first run of special tokens in a tail, and the run, up to an EOS.
 
-    A token counts only if its text is in the tail, so that an unknown-token does not.
+    A token counts only if its text is in the tail, so the unknown token does not.
     """
     special = special_ids(tokenizer)
     found: list[tuple[int, str]] = []
