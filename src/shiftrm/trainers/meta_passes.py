@@ -1,4 +1,4 @@
-"""The passes of a MetaRM step: J and L, their gradients and curvature, on one process or many."""
+"""Compute J and L of a MetaRM step, their gradients and curvature, on one or more processes."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,9 +24,9 @@ else:
 
 
 class MetaPasses(_Base):
-    """What `MetaRMTrainer` computes with; when, is the trainer's own file.
+    """A trainer mixin with the computations of `MetaRMTrainer`.
 
-    Every method leaves the parameters, and `.grad` but for `_add_to_gradients`, as they were.
+    No method changes the parameters; only `_add_to_gradients` changes `.grad`.
     """
 
     _groups: MetaGroups
@@ -39,10 +39,10 @@ class MetaPasses(_Base):
     # -- grad J ------------------------------------------------------------------------------
 
     def _objective_gradient(self, model: nn.Module) -> tuple[float, list[Tensor]]:
-        """J and its gradient over the global meta batch, in micro-batches.
+        """Return J and its gradient over the global meta batch, computed in micro-batches.
 
-        The sum over processes is taken by hand under DDP, which under gradient accumulation would
-        not synchronise here; FSDP2 has averaged by then.
+        Under DDP, which does not synchronise here during gradient accumulation, this method sums
+        over processes itself; FSDP2 has already averaged.
         """
         total = 0.0
         sharded = is_sharded(model)
@@ -62,12 +62,12 @@ class MetaPasses(_Base):
     def _part_of_objective(
         self, model: nn.Module, weight: float, groups: Sequence[TokenGroup]
     ) -> Tensor:
-        """What these groups add to J of the global meta batch, a scalar."""
+        """Return these groups' share of J of the global meta batch, a scalar."""
         with self.compute_loss_context_manager():
             return weight * self._objective(model, groups).sum() / self.meta_batch_size
 
     def _objective(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:
-        """J of each group (Eq. 2 by default), shape [B]."""
+        """Return J of each group (Eq. 2 by default), shape [B]."""
         rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
         rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
         with self._draws_given_back():
@@ -81,10 +81,10 @@ class MetaPasses(_Base):
         return value
 
     def _micro_batches(self) -> list[tuple[float, list[TokenGroup]]]:
-        """This process's share of the step's groups, in micro-batches with their weight.
+        """Return this process's share of the step's groups as weighted micro-batches.
 
-        A process with fewer than others repeats a group with weight 0, because all must run as
-        many passes: they communicate in FSDP2, and in DDP where the model has buffers.
+        A process with fewer groups repeats one with weight 0, because all must run the same number
+        of passes: passes communicate in FSDP2, and in DDP if the model has buffers.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         groups = self._groups.batch(self._step(), self.meta_batch_size)[rank::world]
@@ -94,7 +94,7 @@ class MetaPasses(_Base):
         return own + [(0.0, groups[:1])] * (most - len(own))
 
     def _micro_batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """What a micro-batch adds to L of the optimizer step, as in training."""
+        """Return a micro-batch's share of L of the optimizer step, as in training."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager(), self._draws_given_back():
             losses, *_ = self._pair_losses(model, inputs)
@@ -103,9 +103,9 @@ class MetaPasses(_Base):
     def _pair_gradient(
         self, model: nn.Module, inputs: dict[str, Tensor], *, averaged: bool
     ) -> list[Tensor]:
-        """grad L of a micro-batch, where the parameters stand, averaged over processes or not.
+        """Return grad L of a micro-batch at the current parameters.
 
-        FSDP2 has averaged in any case.
+        FSDP2 always averages it over the processes.
         """
         with self._gradients_set_aside(), _unsynchronised(model):
             gradients_in_shards(model)
@@ -130,7 +130,7 @@ class MetaPasses(_Base):
     def _midpoint_change(
         self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
     ) -> list[Tensor]:
-        """grad L(theta') - grad L(theta) of one micro-batch, averaged over the processes."""
+        """Return grad L(theta') - grad L(theta) of one micro-batch, averaged over processes."""
         if self.meta_curvature != "exact":
             return self._change_by_differences(model, inputs, directions)
         with _unsynchronised(model):
@@ -145,7 +145,7 @@ class MetaPasses(_Base):
     def _change_by_differences(
         self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The same by gradients alone; averaged inside: all processes then try the same steps."""
+        """Return the same from gradients alone, averaged so that all processes try equal steps."""
         change, self._radius["L"] = midpoint_change_by_differences(
             lambda: self._pair_gradient(model, inputs, averaged=True),
             self._trainable(),
@@ -159,7 +159,7 @@ class MetaPasses(_Base):
     def _objective_product(
         self, model: nn.Module, vectors: Sequence[Tensor], signs: Sequence[Tensor]
     ) -> list[Tensor]:
-        """H_J v over the global meta batch; `signs` are those of the step's grad J."""
+        """Return H_J v over the global meta batch; `signs` are those of the step's grad J."""
         parameters = self._trainable()
         if self.meta_curvature != "exact":
 
@@ -192,16 +192,16 @@ class MetaPasses(_Base):
         self._metrics["train"][name].append(value)
 
     def _trainable(self) -> list[nn.Parameter]:
-        reshard(self.model)  # an evaluation may have left gathered copies in the shards' place
+        reshard(self.model)  # an evaluation may have left gathered copies
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _gradients(self) -> list[Tensor]:
-        """The parameters' gradients; zeros where there is none."""
+        """Return the parameters' gradients; zeros for parameters without one."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trainable()]
 
     @contextmanager
     def _gradients_set_aside(self) -> Iterator[None]:
-        """Inside, `.grad` is empty; outside it is what it was, whatever was accumulated."""
+        """Empty `.grad` inside the context and restore it on exit."""
         parameters = self._trainable()
         held = [p.grad for p in parameters]
         for p in parameters:
@@ -214,10 +214,10 @@ class MetaPasses(_Base):
 
     @contextmanager
     def _draws_given_back(self) -> Iterator[None]:
-        """Random numbers drawn inside are drawn again by whoever draws next.
+        """Restore the random state on exit.
 
-        Should a model draw any (it is made not to), gradients that are compared are then those of
-        one function, and what is measured beside a step does not change the step.
+        Should a model draw random numbers despite our settings, compared gradients still belong to
+        one function, and diagnostics do not change the step.
         """
         device = self.args.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device]):
@@ -235,7 +235,7 @@ class MetaPasses(_Base):
         return int(self.state.global_step)
 
     def _add_to_gradients(self, changes: Sequence[Tensor]) -> None:
-        """Into `.grad`; in bf16 rounded at random, so that small changes count on average."""
+        """Add changes to `.grad`, rounded stochastically in bf16 so that small ones count."""
         for p in self._trainable():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -244,6 +244,6 @@ class MetaPasses(_Base):
 
 
 def _unsynchronised(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes inside leave DDP's gradients local to the process."""
+    """Keep DDP's gradients local to the process in backward passes inside the context."""
     no_sync: Any = getattr(model, "no_sync", nullcontext)
     return no_sync()

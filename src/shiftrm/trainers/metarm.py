@@ -42,20 +42,20 @@ __all__ = ["PRESETS", "MetaRMConfig", "MetaRMTrainer"]
 logger = logging.getLogger(__name__)
 
 META_STATE_FILE = "meta_state.safetensors"
-"""Beside a checkpoint's optimizer state: Adam's moments of grad J (meta_step "adaptive")."""
+"""The checkpoint file with Adam's moments of grad J (meta_step "adaptive")."""
 
 
 @dataclass
 class MetaStepState:
-    """What the micro-batches of one optimizer step share.
+    """State shared by the micro-batches of one optimizer step.
 
     Attributes:
-        directions: grad J as a step, one tensor a parameter.
-        objective_gradient: grad J itself, kept for the exact order only.
-        skipped: grad J was not finite; the directions are zero.
+        directions: the step made from grad J, one tensor per parameter.
+        objective_gradient: grad J itself, kept only for the exact order.
+        skipped: whether grad J was not finite; the directions are then zero.
         change: sum over micro-batches of grad L(theta') - grad L(theta) (meta_shift "midpoint").
-        signs: of the differences of rewards in J, at theta, micro-batch by micro-batch.
-        waiting: `.grad` before the step, where a streamed epoch left some; else None.
+        signs: signs of the reward differences in J at theta, by micro-batch.
+        waiting: `.grad` left before the step by a streamed epoch, or None.
     """
 
     directions: list[Tensor]
@@ -67,14 +67,15 @@ class MetaStepState:
 
 
 class MetaRMTrainer(MetaPasses, RewardTrainer):
-    """Trains a reward model on pairs so that it stays sharp on responses nobody labelled.
+    """Trains a reward model on pairs and keeps it discriminating on unlabelled responses.
 
-    Each optimizer step: grad J once, over a global meta batch of groups; all micro-batches of pairs
-    then see the same theta'; their gradient is applied to theta (arXiv 2405.00438, Algorithm 1).
+    Each optimizer step computes grad J once, over a global meta batch of groups, evaluates all
+    micro-batches of pairs at the same theta' and applies their gradient to theta (arXiv 2405.00438,
+    Algorithm 1).
 
     Args:
         meta_dataset: groups `{"prompt", "responses", "finished"?}`, strings or chat messages: K
-            responses of the *current* policy to one prompt. Or the file that holds them.
+            responses of the *current* policy to one prompt. Or a file of groups.
         Everything else: as in `RewardTrainer`, with `args` a `MetaRMConfig`.
 
     Raises:
@@ -128,14 +129,14 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         return max(sequences, of_group), longest, copies + 3  # grad J, theta, the direction
 
     def _second(self) -> bool:
-        """Whether Hessian-vector products are taken."""
+        """Return whether the step uses Hessian-vector products."""
         return self.meta_shift == "midpoint" or self.args.meta_order == "exact"
 
     def _choose_shift(self) -> None:
-        """How theta' is reached and curvature taken, unless the settings say.
+        """Choose how to reach theta' and compute curvature, unless the settings do.
 
-        Under autocast fp32 parameters still move in place: what a step below a few percent of
-        influence then changes is rounding, but no more than in any bf16 gradient, and the midpoint
+        Under autocast fp32 parameters still move in place. A step with an influence below a few
+        percent then drowns in rounding, but no more than any bf16 gradient does, and the midpoint
         would cost several gradients a step (docs/bf16-meta-step.md).
         """
         self.meta_shift = self.args.meta_shift
@@ -158,7 +159,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
                 + ("meta_order='first' and fp32 weights" if sharded else "meta_curvature='exact'")
             )
         autocast_type = torch.bfloat16 if self.args.bf16 else torch.float32
-        # fp32 at best: that is what norms and softmax work in, whatever the weights are.
+        # At most fp32: norms and softmax use it whatever the weights are.
         self._compute_type = coarsest_type(self.model.parameters(), autocast_type=autocast_type)
         if self._jumps and self.meta_shift == "in_place" and not self._is_fp32():
             logger.warning("meta_influence is not measured in bf16: %s", self._jumps)
@@ -198,16 +199,16 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
     def _influence_at_theta(
         self, model: nn.Module, inputs: dict[str, Tensor]
     ) -> list[Tensor] | None:
-        """grad L(theta) of this micro-batch, for comparison with the one that the step will take.
+        """Return grad L(theta) of this micro-batch, for comparison with the step's gradient.
 
-        In bf16 the two would differ by rounding alone; the change is then measured itself, and
-        nothing is left to compare.
+        Returns None in bf16, where the two would differ by rounding and the change is measured
+        directly.
         """
         state = self._step_state
         if state is None or state.skipped or self.args.meta_learning_rate == 0:
             self._log_meta("meta_influence", 0.0)  # theta' is theta, bit for bit
             return None
-        # With the last micro-batch the shifted gradient will be an average over processes.
+        # At the last micro-batch the shifted gradient is averaged over processes.
         averaged = self.accelerator.sync_gradients
         if self._is_fp32():
             return self._pair_gradient(model, inputs, averaged=averaged)
@@ -242,14 +243,14 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         )
 
     def _gradients_of_first(self) -> list[Tensor]:
-        """After the first micro-batch of a step: what it alone has added to `.grad`."""
+        """Return what the first micro-batch of a step alone added to `.grad`."""
         gradients, state = self._gradients(), self._step_state
         if state is None or state.waiting is None:
             return gradients
         return [g - w for g, w in zip(gradients, state.waiting, strict=True)]
 
     def _look_ahead(self, model: nn.Module) -> None:
-        """To theta', until `_return_to_theta`; where it would round away the parameters stay."""
+        """Move to theta' until `_return_to_theta`; stay at theta if rounding would lose the step."""
         state = self._step_state
         if state is None or self.meta_shift != "in_place":
             return
@@ -274,7 +275,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
     # -- what bf16 and the exact order add to the gradient ---------------------------------------
 
     def _add_midpoint_change(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
-        """grad L(theta') - grad L(theta) of one micro-batch, summed up until the last one.
+        """Accumulate grad L(theta') - grad L(theta) of one micro-batch.
 
         `.grad` holds grad L(theta) of the micro-batches so far; see `meta.midpoint_change`.
         """
@@ -289,7 +290,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         state.change = state.change or change
 
     def _finish_gradient(self, model: nn.Module) -> None:
-        """At theta, `.grad` whole and averaged: add what is not in it yet."""
+        """Add the remaining terms to the complete, averaged `.grad` at theta."""
         state = self._step_state
         if state is None:
             return
@@ -318,7 +319,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         return output
 
     def adapt_(self) -> None:
-        """One further ascent in place: theta becomes theta' for the next meta batch (Eq. 3).
+        """Ascend once more in place: theta becomes theta' for the next meta batch (Eq. 3).
 
         Logs J of that batch before and after. If grad J is not finite, theta stays, with a warning.
         """
@@ -336,10 +337,10 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
             self.log({"deploy_objective_before": before[0], "deploy_objective_after": after})
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is saved or evaluated at theta'.
+        """Return to theta before saving or evaluating.
 
-        Steps end at theta anyway; a streamed epoch can end in the middle of one. Its next
-        micro-batch then looks ahead again, from the same theta on the same groups.
+        A streamed epoch can end in the middle of a step. The next micro-batch then looks ahead
+        again, from the same theta on the same groups.
         """
         if self._step_state is not None and self._step_state.change:
             self._add_to_gradients(self._step_state.change)
@@ -358,7 +359,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
                 save_file(moments, folder / META_STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """With the optimizer's state comes the meta step's own, so that resuming is exact."""
+        """Also load the state of the meta step, so that resuming is exact."""
         super()._load_optimizer_and_scheduler(checkpoint)
         path = Path(checkpoint or "") / META_STATE_FILE
         if checkpoint is not None and path.is_file():
@@ -370,7 +371,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
     # -- diagnostics -------------------------------------------------------------------------
 
     def _diagnosing(self) -> bool:
-        """At the first step and before every logging step: it costs a forward and a gradient."""
+        """Return True at the first step and before logging; diagnostics cost a forward and a gradient."""
         every = max(1, int(self.state.logging_steps or 1))
         return self._step() == 0 or (self._step() + 1) % every == 0
 

@@ -10,18 +10,18 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.trainers.reward_config import RewardConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Algorithm 1 to the letter; eta = alpha is said by meta_learning_rate=None.
+    # Algorithm 1 as published; meta_learning_rate=None means eta = alpha.
     "paper": {"meta_step": "sgd", "meta_learning_rate": None, "deploy": "base"},
-    # Ours: a step of fixed length, and the shifted parameters are what is deployed.
+    # Ours: a step of fixed length; the shifted parameters are deployed.
     "scale_free": {"meta_step": "normalized", "meta_learning_rate": 0.5, "deploy": "adapted"},
-    # Ours: the other reading of the paper's text, an Adam optimizer for the meta process.
+    # Ours: another reading of the paper, with an Adam optimizer for the meta process.
     "adaptive": {"meta_step": "adaptive", "meta_learning_rate": None, "deploy": "base"},
 }
 
 
 @dataclass
 class MetaRMConfig(RewardConfig):
-    """`RewardConfig` and the meta step. Fields left at None are filled in by the preset."""
+    """`RewardConfig` with the meta step; the preset fills in fields left at None."""
 
     preset: str = field(
         default="paper",
@@ -102,7 +102,7 @@ class MetaRMConfig(RewardConfig):
             raise UserError(f"meta_batch_size is {self.meta_batch_size}; it must be at least 1")
 
     def fit_lora(self) -> None:
-        """As `RewardConfig.fit_lora`, and eta with it where it is alpha."""
+        """As `RewardConfig.fit_lora`; also update eta where it equals alpha."""
         super().fit_lora()
         if self.eta_is_alpha:
             self.meta_learning_rate = self.learning_rate

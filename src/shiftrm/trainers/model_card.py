@@ -1,4 +1,4 @@
-"""What a training did, for its user: a few sentences, and the README.md beside the weights."""
+"""Describe a training run: the printed summary and the README.md beside the weights."""
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
@@ -57,20 +57,20 @@ class DataSet:
 
 @dataclass
 class Adapted:
-    """What card and summary say of an adaptation."""
+    """The adaptation's part of the card and the summary."""
 
     how: str
-    """The groups, and what of them was held out."""
+    """The groups, and how many were held out."""
 
     verdict: str
 
     measured: str
-    """Before and after, as Markdown."""
+    """Measurements before and after, as Markdown."""
 
 
 @dataclass
 class Outcome:
-    """Everything the card and the summary say."""
+    """The content of the card and the summary."""
 
     model: str
     output: str
@@ -79,24 +79,24 @@ class Outcome:
     seed: int
     command: str | None
     before: dict[str, dict[str, float]] | None
-    """Metrics by held-out set; None where the model could not be evaluated before training."""
+    """Metrics by held-out set; None if the model could not be evaluated before training."""
     after: dict[str, dict[str, float]]
     steps: int
     loss: float | None
-    """Mean training loss over all steps, also those before an interruption."""
+    """Mean training loss over all steps, including those before an interruption."""
     pairs: int
     heldout: dict[str, int]
     dropped: dict[str, dict[str, int]]
-    """By data set and reason."""
+    """Counts of dropped rows by data set and reason."""
     processes: int
     lora: bool
     meta: dict[str, float] = field(default_factory=dict)
     adapted: Adapted | None = None
-    """None where the model was trained, not adapted."""
+    """None if the model was trained, not adapted."""
 
 
 def measurements(trainer: Any, result: Any) -> dict[str, Any]:
-    """The fields of `Outcome` that a trainer knows after training."""
+    """Return the fields of `Outcome` that a trainer knows after training."""
     logs = trainer.state.log_history
     sets = trainer.eval_dataset
     sets = sets if isinstance(sets, dict) else {} if sets is None else {"": sets}
@@ -117,7 +117,7 @@ def measurements(trainer: Any, result: Any) -> dict[str, Any]:
 
 
 def summary(outcome: Outcome) -> str:
-    """The end of `shiftrm train` and `shiftrm adapt`."""
+    """Return the closing message of `shiftrm train` and `shiftrm adapt`."""
     count = sum(sum(reasons.values()) for reasons in outcome.dropped.values())
     loss = "" if outcome.loss is None else f", mean loss {outcome.loss:.4f}"
     lines = [
@@ -135,7 +135,7 @@ def summary(outcome: Outcome) -> str:
 
 
 def _accuracy_words(before: float | None, metrics: Mapping[str, float]) -> str:
-    """The accuracy with its interval and what that says, as a diagnosis does."""
+    """Return the accuracy with its interval and interpretation, worded as in a diagnosis."""
     value = metrics["accuracy"]
     text = f"{value:.3f}" if before is None else f"{before:.3f} before, {value:.3f} after"
     low, high = metrics.get("accuracy_low"), metrics.get("accuracy_high")
@@ -155,7 +155,7 @@ def _verb(outcome: Outcome) -> str:
 
 
 def _mean_loss(logs: list[dict[str, Any]], steps: int, reported: float) -> float | None:
-    """The mean over all steps; transformers' own forgets those before an interruption."""
+    """Return the mean over all steps; transformers' own omits those before an interruption."""
     losses = [(log["step"], log["loss"]) for log in logs if "loss" in log]
     if not losses:
         return reported or None
@@ -192,7 +192,7 @@ def _meta_words(outcome: Outcome) -> list[str]:
 
 
 def model_card(outcome: Outcome) -> str:
-    """README.md: what the model was made of, how, and what it measures. Needs no network."""
+    """Return the README.md: the model's inputs, training and metrics. Needs no network."""
     sections = [
         _front_matter(outcome),
         f"# Reward model {'' if outcome.adapted is None else 'adapted '}from {outcome.model}",
@@ -232,7 +232,7 @@ def _front_matter(outcome: Outcome) -> str:
 
 
 def on_hub(source: str) -> bool:
-    """Whether a name is one of the hub's, not a file or folder here."""
+    """Return whether a name is a hub name, not a local file or folder."""
     return bool(HUB_NAME.fullmatch(source.split(":")[0])) and not Path(source).exists()
 
 
@@ -287,7 +287,7 @@ def _meta_section(outcome: Outcome) -> list[str]:
 
 
 def versions(*, lora: bool) -> str:
-    """The libraries that a model was made with."""
+    """Return the versions of the libraries that made the model."""
     names = ["torch", "transformers", "trl", "accelerate", "datasets"]
     names += ["peft"] if lora else []
     found = [f"{name} {importlib.metadata.version(name)}" for name in names]
@@ -295,7 +295,7 @@ def versions(*, lora: bool) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table, its cells on one line each."""
+    """Return a Markdown table with each cell on one line."""
     lines: list[Sequence[Any]] = [header, ("---",) * len(header), *rows]
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |"

@@ -1,4 +1,4 @@
-"""Training without noise: dropout, router jitter and whatever else draws random numbers."""
+"""Turn off training noise: dropout, router jitter and other random draws."""
 
 import copy
 from types import MethodType
@@ -15,11 +15,11 @@ from shiftrm.models.rewards import hidden_states
 __all__ = ["require_no_noise", "switch_off_dropout"]
 
 ROUNDING = 1e-3
-"""How far apart two equal passes may be, by kernels that add up in any order."""
+"""Largest difference between equal passes of kernels with nondeterministic summation order."""
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to zero, wherever a layer keeps it, and every jitter off.
+    """Set every dropout rate to zero, wherever a layer stores it, and turn off every jitter.
 
     TRL's `disable_dropout` reaches `nn.Dropout` modules only. `attention_dropout` of Llama-like
     models is a float passed to the attention function, Falcon's layers read `hidden_dropout` from
@@ -32,8 +32,8 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         _zero_rates(module)
         if any(_is_rate(n, v, "jitter", "noise") for n, v in vars(module).items()):
-            # A rate may say more than how much noise there is: PhiMoE's also decides which experts
-            # compete, in evaluation, too. So it stays, and the module is told not to train.
+            # A rate may control more than noise: PhiMoE's also decides which experts compete, even
+            # in evaluation. So keep the rate and hold the module in evaluation mode.
             module.train = MethodType(_stay_in_evaluation, module)  # type: ignore[method-assign]
             module.train(module.training)
         config = vars(module).get("config")
@@ -55,7 +55,7 @@ def _is_rate(name: str, value: Any, *words: str) -> bool:
 
 
 def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
-    """`module.train` of a module that must never make noise; what is inside it follows `mode`."""
+    """Replace `module.train` so that the module stays in evaluation; its children follow `mode`."""
     nn.Module.train(module, mode)
     module.training = False
     return module
@@ -63,12 +63,12 @@ def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def require_no_noise(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
-    """Two passes in training mode must be equal; rows [B, T] padded on the right.
+    """Check that two passes in training mode are equal; rows [B, T] are padded on the right.
 
-    Passes that draw the same random numbers show how far apart kernels alone make them.
+    Passes with the same random numbers show how much the kernels alone differ.
 
     Raises:
-        UserError: passes that draw other numbers are further apart, or states are not finite.
+        UserError: passes with other random numbers differ more, or states are not finite.
     """
     devices = [input_ids.device] if input_ids.device.type == "cuda" else []
     was_training = model.training

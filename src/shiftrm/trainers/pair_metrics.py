@@ -1,4 +1,4 @@
-"""What a trainer logs about its pairs, computed once over all of them."""
+"""Metrics that a trainer logs about its pairs, computed over all of them at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +15,14 @@ from shiftrm.core.intervals import measured, weighted_mean
 def like_trl(
     compute_metrics: Callable[..., dict[str, float]], block: int
 ) -> Callable[..., dict[str, float]]:
-    """A user's `compute_metrics`, given what TRL's reward trainer gives it.
+    """Wrap a user's `compute_metrics` so that it gets the same input as from TRL's reward trainer.
 
-    Predictions of P pairs have shape [2P, 1]: of every batch the chosen rewards, then the rejected
-    ones. (TRL 1.16 leaves some of a short last batch out; here none is missing.)
+    Predictions of P pairs have shape [2P, 1]: for each batch the chosen rewards, then the rejected
+    ones. (TRL 1.16 omits part of a short last batch; we do not.)
 
     Args:
         compute_metrics: as `Trainer` takes it.
-        block: pairs in a batch of one process.
+        block: pairs per batch of one process.
     """
 
     def compute(prediction: EvalPrediction, **options: Any) -> dict[str, float]:
@@ -45,7 +45,7 @@ def _numpy(rewards: Any) -> np.ndarray:
 
 
 def _sides(rewards: np.ndarray, block: int) -> list[np.ndarray]:
-    """[P, 2] as columns [b, 1]: of every block the chosen ones, then the rejected ones."""
+    """Split [P, 2] into columns [b, 1]: for each block the chosen, then the rejected rewards."""
     starts = range(0, len(rewards), block)
     return [rewards[i : i + block, side, None] for i in starts for side in (0, 1)]
 
@@ -62,8 +62,7 @@ def _interval(right: np.ndarray, prompts: list[float]) -> dict[str, float]:
 class PairStatistics:
     """Rewards and lengths of the pairs seen since the last log, over all processes.
 
-    Aggregates are taken over pairs, not over batches, so that a last batch of another size, or one
-    that processes share unequally, counts for as much as it holds.
+    Aggregates are over pairs, not over batches, so uneven batches are weighted correctly.
     """
 
     def __init__(self) -> None:
@@ -83,9 +82,9 @@ class PairStatistics:
         Args:
             rewards: of chosen and rejected, [B, 2].
             lengths: of the sequences in tokens, [B, 2].
-            losses: one a pair, [B].
-            prompts: equal for pairs of one prompt, -1 where that is not known, [B].
-            counted: False where a pair only fills up the batch, [B].
+            losses: one per pair, [B].
+            prompts: prompt numbers, -1 if unknown, [B].
+            counted: False for pairs that only pad the batch, [B].
             gather: joins the rows of all processes.
         """
         columns = [rewards, lengths, losses[:, None], prompts[:, None], counted[:, None]]
@@ -94,7 +93,7 @@ class PairStatistics:
         self._rows.append(table[table[:, -1] > 0, :-1])
 
     def take(self, *, intervals: bool = False) -> dict[str, float]:
-        """The metrics, empty if there were no pairs; forgets them.
+        """Return the metrics (empty if there were no pairs) and reset the statistics.
 
         loss: mean; min_reward, mean_reward, max_reward, accuracy, margin: as TRL names them;
         std_reward; auc: how often a random chosen response has a higher reward than a random
@@ -102,8 +101,8 @@ class PairStatistics:
         length_correlation: of reward and length in tokens.
 
         Args:
-            intervals: also accuracy_low and accuracy_high, the ends of its 95 % interval (prompts
-                resampled), and how many prompts there were.
+            intervals: also return accuracy_low and accuracy_high, the 95 % interval of the accuracy
+                (prompts resampled), and the number of prompts.
         """
         if not self._rows:
             return {}

@@ -1,4 +1,4 @@
-"""How far a training is, in words, where no progress bar can be."""
+"""Print training progress as text where no progress bar can be shown."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ from transformers import TrainerCallback
 from shiftrm import progress
 
 SHOWN = ("loss", "accuracy", "meta_influence")
-"""Metrics that progress in words names."""
+"""Metrics shown in progress lines."""
 
 
 def say(line: str) -> None:
-    """Print a line of progress; a work folder's log gets it, too."""
+    """Print a progress line and append it to the work folder's log."""
     print(line, flush=True)
     running = progress.current()
     if running is not None:
@@ -21,18 +21,18 @@ def say(line: str) -> None:
 
 
 def log_progress_to(work: Path | None) -> None:
-    """From now on, what the running command says of its progress goes to this folder, too."""
+    """Also write the running command's progress to this folder from now on."""
     running = progress.current()
     if running is not None:
         running.log_to(work)
 
 
 class ProgressInWords(TrainerCallback):
-    """A line for every log where there is no progress bar; and, for `shiftrm.progress`, counts.
+    """Print a line for every log, and report counts to `shiftrm.progress`.
 
     Args:
-        shown: which metrics the lines name.
-        speaks: False where a bar is shown: then there are counts only.
+        shown: metrics to include in the lines.
+        speaks: False if a progress bar is shown; then only counts are reported.
     """
 
     def __init__(self, shown: Sequence[str] = SHOWN, *, speaks: bool = True) -> None:
