@@ -250,7 +250,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         return [g - w for g, w in zip(gradients, state.waiting, strict=True)]
 
     def _look_ahead(self, model: nn.Module) -> None:
-        """Move to theta' until `_return_to_theta`; stay at theta if rounding would lose the step."""
+        """Move to theta' until `_return_to_theta`, unless rounding would lose the step."""
         state = self._step_state
         if state is None or self.meta_shift != "in_place":
             return
@@ -371,7 +371,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
     # -- diagnostics -------------------------------------------------------------------------
 
     def _diagnosing(self) -> bool:
-        """Return True at the first step and before logging; diagnostics cost a forward and a gradient."""
+        """Return True only at the first step and before logging, because diagnostics are costly."""
         every = max(1, int(self.state.logging_steps or 1))
         return self._step() == 0 or (self._step() + 1) % every == 0
 
