@@ -46,26 +46,26 @@ logger = logging.getLogger(__name__)
 class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     """`trl.RewardTrainer` with these differences; every argument keeps its meaning.
 
-    - The tokens that the two sides of a pair begin with are computed once (`shared_prefixes`). The
-      first batch is also computed the plain way; if the states differ, nothing is shared.
+    - The common prefix of a pair's two sides is computed once (`shared_prefixes`). The first batch
+      is also computed without sharing; if the states differ, sharing is off.
     - Rewards are read in fp32 at each sequence's last token, not at the last one that is not pad.
-    - Text becomes tokens through `shiftrm.models.rendering`, which scoring uses, too. A chat
-      template that asks for today's date is given a fixed day, one that writes more after the token
-      that closes an answer (ChatML's line break) ends with that token, and it is saved so.
+    - Text is tokenised by `shiftrm.models.rendering`, as in scoring. A chat template that asks for
+      today's date gets a fixed day. A template that writes more after the token that closes an
+      answer (ChatML's line break) is cut there. The template is saved in this form.
     - Pairs that are too long, or identical once tokenised, are dropped and counted in the log and
       in `dropped_pairs`. A row may say that a side was cut off by a length limit
       (`chosen_finished`, `rejected_finished`: false); it is then not closed with EOS.
-    - `disable_dropout` (on by default) reaches the attention modules' own rates, too.
+    - `disable_dropout` (on by default) also covers the rates of attention modules.
     - A model given by name keeps its score head; one without gets a small one, seeded by `seed`.
     - Non-finite gradients stop the run before they reach the weights, and the message says where.
-    - Logged beside TRL's metrics: std_reward, auc, ece, length_correlation. Aggregates are taken
-      over pairs and processes, also in evaluation, whatever the size of the last batch.
-    - FSDP2 runs on CPUs, too, and what is saved under it is whole (`trainers/sharding.py`).
+    - Additional metrics: std_reward, auc, ece, length_correlation. Aggregates are over all pairs
+      and processes, also in evaluation, whatever the size of the last batch.
+    - FSDP2 also runs on CPUs and saves complete models (`trainers/sharding.py`).
     - `predict` returns rewards of shape [B, 2], chosen and rejected, and
-      `preprocess_logits_for_metrics` is given them so; `compute_metrics` gets TRL's [2B, 1].
-    - `train_dataset` and `eval_dataset` may be names of files (or of the hub's data sets), too.
+      `preprocess_logits_for_metrics` gets this shape; `compute_metrics` gets TRL's [2B, 1].
+    - `train_dataset` and `eval_dataset` may also be names of files or hub data sets.
     - Every pair of an optimizer step counts once (`trainers/counting.py`).
-    - Checkpointing of activations is on where they would not fit the memory (`RewardConfig`).
+    - Activation checkpointing is on if activations would not fit the memory (`RewardConfig`).
     """
 
     compute_metrics: Any
@@ -93,7 +93,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         if isinstance(model, str):
             model = _load(model, args, keywords.pop("quantization_config", None))
         model_init_kwargs = args.model_init_kwargs
-        args.model_init_kwargs = None  # they are used up; TRL would warn that it ignores them
+        args.model_init_kwargs = None  # already used; TRL would warn that it ignores them
         if args.torch_compile:
             raise UserError(
                 "torch_compile=True: rewards are read by a hook, which torch.compile does not "
@@ -120,14 +120,14 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
             switch_off_dropout(self.model)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """With FSDP2 on CPUs, too, where accelerate would run DDP instead."""
+        """Also set up FSDP2 on CPUs, where accelerate would run DDP instead."""
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = set_up_fsdp(self.accelerator, self.args.fsdp_plugin_args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """One ordinary checkpoint folder, whole also where parameters are sharded.
+        """Save an ordinary checkpoint folder with complete weights, even if they are sharded.
 
-        Under FSDP2 with SHARDED_STATE_DICT, accelerate's default, transformers would write none.
+        Under FSDP2 with SHARDED_STATE_DICT, accelerate's default, transformers would save nothing.
         """
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
@@ -137,10 +137,10 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         super().save_model(output_dir, _internal_call)
 
     def _keep_pad_apart_from_eos(self) -> None:
-        """A pad token that is no EOS, for those who will read the saved model.
+        """Choose a pad token other than EOS, for users of the saved model.
 
-        Our positions are explicit, but transformers' own pooling (and so TRL's reward functions and
-        vLLM) takes the last token that is not pad: with pad == EOS, TRL's choice for a tokenizer
+        Our positions are explicit, but transformers' pooling (and so TRL's reward functions and
+        vLLM) takes the last token that is not pad. With pad == EOS, TRL's choice for a tokenizer
         without pad, that is the token before the one that was trained.
         """
         tokenizer = self.processing_class
@@ -159,7 +159,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         )
 
     def _send_telemetry(self) -> None:
-        """TRL reports to its makers that a trainer was made; ours does not."""
+        """Do nothing; TRL's method reports the use of a trainer to its makers."""
 
     # -- loss --------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     def _pair_losses(
         self, model: nn.Module, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of each pair [B]; rewards and lengths in tokens of its two sequences, [B, 2]."""
+        """Return each pair's loss [B], and rewards and token lengths of its sequences, [B, 2]."""
         if self.model.training and not self._inspected:
             args = self.args
             quiet = args.disable_dropout and not args.neftune_noise_alpha
@@ -198,7 +198,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         if "segment_ids" in inputs:
             rows = shared_rows(inputs)
             rewards, lengths = self._group_rewards(model, rows), rows.sequence_lengths
-        else:  # a collator of the user's: TRL's batches, the chosen sequences and then the rejected
+        else:  # a user's collator: TRL's batches, the chosen sequences and then the rejected
             mask = inputs["attention_mask"]
             rewards = sequence_rewards(model, inputs["input_ids"], mask).view(2, -1).T
             lengths = mask.sum(1).view(2, -1).T
@@ -210,14 +210,14 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         return losses, rewards, lengths
 
     def _group_rewards(self, model: nn.Module, rows: SharedRows) -> Tensor:
-        """Rewards [B, K], with shared prefixes if the model can."""
+        """Return rewards [B, K], with shared prefixes if the model supports them."""
         if self._sharing is None:
             self._sharing = self._decide_sharing(model, rows)
         alone = self.accelerator.num_processes == 1
         return group_rewards(model, rows, shared=self._sharing, split=alone)
 
     def _decide_sharing(self, model: nn.Module, rows: SharedRows) -> bool:
-        """Compare the first batch with the plain path; all processes decide alike."""
+        """Compare sharing with the plain path on the first batch; all processes decide alike."""
         if not getattr(self.args, "shared_prefixes", True):
             return False
         reason = first_obstacle(model, rows, max_length=self.args.max_length)
@@ -238,7 +238,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     # -- stopping before the weights are spoiled -----------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called before every optimizer step: a norm that is not finite must not become weights."""
+        """Stop at a non-finite gradient norm; called before every optimizer step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         suspects, self._suspects = self._suspects, []
 
@@ -260,13 +260,13 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             seen = self._statistics.take()
-            if "loss" not in logs:  # what sums a run up
+            if "loss" not in logs:  # the summary of a run
                 seen.pop("loss", None)
             logs.update(seen)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The Trainer's, with aggregates over all pairs instead of means of batches."""
+        """As in Trainer, with aggregates over all pairs instead of means of batches."""
         held, self._statistics = self._statistics, PairStatistics()
         theirs = self.compute_metrics
         if theirs is not None:
@@ -328,7 +328,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         return dataset
 
     def _require_known_ids(self, dataset: Any, name: str, *, in_memory: bool) -> None:
-        """Refuse tokens without an embedding; of a stream the model itself will."""
+        """Refuse tokens without an embedding; in a stream the model itself will fail."""
         if in_memory:
             for side in ("chosen_ids", "rejected_ids"):
                 for ids in dataset.with_format("arrow", columns=[side]).iter(1000):
@@ -374,7 +374,7 @@ def _encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> 
 
 
 def _read(given: Any) -> Any:
-    """The pairs of a source (`data.sources`), by name or one by one; anything else as it is."""
+    """Return the pairs of a source (`data.sources`), or of several by name; else the argument."""
     if isinstance(given, Mapping) and not isinstance(given, DatasetDict):
         return {name: _read(value) for name, value in given.items()}
     if isinstance(given, str | Path):
@@ -386,12 +386,12 @@ def _load(path: str, args: Any, quantization_config: Any) -> Any:
     options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    set_seed(args.seed)  # as TRL: of whatever else the checkpoint lacks
+    set_seed(args.seed)  # as in TRL, for any other weights missing from the checkpoint
     return load_reward_model(path, seed=args.seed, **options)
 
 
 def _filters(max_length: int | None) -> dict[str, Any]:
-    """Which pairs stay, by the reason for dropping the others."""
+    """Return the conditions for keeping a pair, by the reason for dropping the others."""
     filters = {}
     if max_length is not None:
         filters[f"longer than max_length={max_length} tokens"] = lambda row: (

@@ -1,4 +1,4 @@
-"""The settings of reward-model training that TRL does not have, or has other defaults for."""
+"""Settings of reward-model training that TRL lacks or sets to other defaults."""
 
 from dataclasses import dataclass, field
 
@@ -8,19 +8,19 @@ from shiftrm.errors import UserError
 from shiftrm.trainers.machine import fit_machine
 
 LEARNING_RATE = 1e-5
-"""Where all weights are trained: InstructGPT's 6B reward model 9e-6, Llama 2's 1e-5 (5e-6 at 70B),
-TRL's example 1e-5. TRL's default of 1e-4, which its example gives to LoRA, is ten times that."""
+"""The default if all weights are trained. InstructGPT's 6B reward model used 9e-6, Llama 2's 1e-5
+(5e-6 at 70B), TRL's example 1e-5. TRL's default of 1e-4 is what its example uses for LoRA."""
 
 LEARNING_RATE_LORA = 1e-4
 
 
 @dataclass
 class RewardConfig(trl.RewardConfig):
-    """`trl.RewardConfig`, every field with its meaning, and how pairs are computed.
+    """`trl.RewardConfig` with fields for how pairs are computed.
 
-    Three defaults differ: they fit the machine and the way of training. `bf16` is on where an
-    accelerator has it; without an accelerator `use_cpu` is on. `RewardTrainer` takes a plain
-    `trl.RewardConfig`, too, as it is; prefixes are then shared.
+    TRL's fields keep their meaning. Three defaults depend on the machine and the way of training.
+    `bf16` is on if the accelerator supports it; without an accelerator `use_cpu` is on.
+    `RewardTrainer` also takes a plain `trl.RewardConfig` unchanged; prefixes are then shared.
 
     Attributes:
         learning_rate_given, checkpointing_given: whether they were set; if not, the trainer decides
@@ -67,6 +67,6 @@ class RewardConfig(trl.RewardConfig):
         super().__post_init__()
 
     def fit_lora(self) -> None:
-        """Only adapters are trained: their learning rate, unless one was given."""
+        """Use the learning rate for adapters, unless one was given."""
         if not self.learning_rate_given:
             self.learning_rate = LEARNING_RATE_LORA

@@ -1,8 +1,8 @@
-"""Training settings said in words: judged against the fields of the configuration classes.
+"""Check training settings against the fields of the configuration classes.
 
 The fields of a command's configuration class (`RewardConfig`, `MetaRMConfig`, those of
-`trainers.policy.configs`) and of `trl.ModelConfig` are the one place where a setting is declared; a
-flag, a `key=value` word and a key of a YAML file all end here.
+`trainers.policy.configs`) and of `trl.ModelConfig` are the only place where a setting is declared.
+Flags, `key=value` words and keys of a YAML file all end here.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ REFUSED = {
     "model_name_or_path": "give the model as an option",
     "lora_task_type": "this command knows its task",
 }
-"""Fields that are not the user's in any command, and what to do instead."""
+"""Fields that the user cannot set in any command, and what to do instead."""
 
 LEAST = {
     "gradient_accumulation_steps": 1,
@@ -58,7 +58,7 @@ LEAST = {
     "max_prompt_length": 1,
     "kl_samples": 0,
 }
-"""The smallest value of settings that transformers checks late or not at all."""
+"""The minimum of settings that transformers checks late or not at all."""
 
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
@@ -71,7 +71,7 @@ OPTIONS = {
     "sft": ("model", "demonstrations"),
     "optimise": ("policy", "reference", "reward", "watch", "prompts", "pairs"),
 }
-"""Options beside the settings, by command: what a mistyped setting may have meant, too."""
+"""Options that are not settings, by command; also suggested for a mistyped setting."""
 
 NULL = ("", "~", "null", "none", "None")
 
@@ -80,7 +80,7 @@ NEED_PEFT = ("lora_", "use_rslora", "use_dora")
 
 @dataclasses.dataclass
 class Settings:
-    """What training needs beside model and data."""
+    """The settings of a training run."""
 
     args: Any
     """An object of the command's configuration class."""
@@ -89,17 +89,17 @@ class Settings:
     """How the model is loaded, and LoRA."""
 
     given: dict[str, Any]
-    """What the user set, as plain values: two ways of saying the same are equal here."""
+    """What the user set, as plain values; equivalent spellings are equal here."""
 
     ours: dict[str, Any]
     """The defaults of this command on this machine."""
 
     task_type: str = "SEQ_CLS"
-    """PEFT's word for what the model does."""
+    """PEFT's task type of the model."""
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """Keyword arguments of `from_pretrained`."""
+        """Return the keyword arguments of `from_pretrained`."""
         named = {
             "dtype": self.model.dtype,
             "attn_implementation": self.model.attn_implementation,
@@ -110,8 +110,8 @@ class Settings:
 
     @property
     def trainer_options(self) -> dict[str, Any]:
-        """LoRA and quantisation, as trainers take them."""
-        self.model.lora_task_type = self.task_type  # of a classifier, PEFT trains the head too
+        """Return LoRA and quantisation options as trainers take them."""
+        self.model.lora_task_type = self.task_type  # for a classifier, PEFT also trains the head
         options = {
             "peft_config": get_peft_config(self.model),
             "quantization_config": get_quantization_config(self.model),
@@ -119,7 +119,7 @@ class Settings:
         return {key: value for key, value in options.items() if value is not None}
 
     def beyond_defaults(self) -> dict[str, Any]:
-        """Every setting with another value than its class would give it, presets' included."""
+        """Return every setting that differs from its class's default, including presets."""
         default = type(self.args)(**self.ours)
         said = {*self.given, *(key for key in ("use_cpu", "bf16") if key in self.ours)}
         values = {f.name: getattr(self.args, f.name) for f in dataclasses.fields(self.args)}
@@ -141,18 +141,18 @@ def resolve(
     refused: Mapping[str, str] | None = None,
     elsewhere: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Build the configurations from what was said.
+    """Build the configurations from the given values.
 
     Args:
-        given: values by setting; strings are read as YAML where the setting is no text.
+        given: values by setting; strings are read as YAML unless the setting is text.
         config: the command's configuration class, a dataclass.
         work: the folder that training writes into.
         command_name: for errors; a key of `OPTIONS`.
-        refused: fields that are not the user's in this command, beside `REFUSED`, and why.
+        refused: fields besides `REFUSED` that the user cannot set in this command, and why.
         elsewhere: settings that the class does not have, and when they can be given.
 
     Raises:
-        UserError: an unknown setting (the nearest is suggested), or a value that cannot be.
+        UserError: an unknown setting (the nearest is suggested) or an invalid value.
     """
     refused = REFUSED | dict(refused or {})
     hints = typing.get_type_hints(config) | typing.get_type_hints(ModelConfig)
@@ -186,12 +186,12 @@ def resolve(
 
 
 def command_defaults(work: Path) -> dict[str, Any]:
-    """Training arguments as the commands set them on this machine, unless the user says."""
+    """Return the commands' default training arguments on this machine."""
     ours: dict[str, Any] = {
         "output_dir": str(work),
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
-        "save_total_limit": 2,  # of an 8B model a checkpoint with Adam's moments is 100 GB
+        "save_total_limit": 2,  # a checkpoint of an 8B model with Adam's moments is 100 GB
     }
     if torch.accelerator.current_accelerator() is None:
         ours["use_cpu"] = True
@@ -201,7 +201,7 @@ def command_defaults(work: Path) -> dict[str, Any]:
 
 
 def _positive(key: str, value: Any, known: list[str]) -> tuple[str, Any]:
-    """`--no-bf16`, the usual way to switch off, as `bf16=false`."""
+    """Return a setting with a `no_` prefix, as from `--no-bf16`, as `bf16=false`."""
     if key not in known and key.startswith("no_") and key[3:] in known and value == "true":
         return key[3:], "false"
     return key, value
@@ -215,7 +215,7 @@ def _hint(key: str, known: list[str], command_name: str) -> str:
 
 
 def value_of(key: str, given: Any, hint: Any) -> Any:
-    """The value of a setting; text is read as YAML, numbers and switches are checked."""
+    """Return the value of a setting; text is read as YAML, numbers and switches are checked."""
     kinds = set(typing.get_args(hint)) or {hint}
     text = shortened(given if isinstance(given, str) else str(given))
     if key == "report_to" and given in ("none", "None", "null", None):
@@ -229,7 +229,7 @@ def value_of(key: str, given: Any, hint: Any) -> Any:
     if number is not None and number < LEAST.get(key, -math.inf):
         raise UserError(f"{key} is {text}; it must be at least {LEAST[key]:g}")
     if key == "max_steps" and number is not None and (number == 0 or number < -1):
-        # Of 0 transformers would train whole epochs.
+        # With 0, transformers would train whole epochs.
         raise UserError(f"max_steps is {text}; give at least 1, or leave it out")
     if not kinds <= {bool, int, float, NoneType}:  # choices, lists: transformers judges them
         return _choice(value, given, kinds)
@@ -252,7 +252,7 @@ def value_of(key: str, given: Any, hint: Any) -> Any:
 
 
 def _choice(value: Any, given: Any, kinds: set[Any]) -> Any:
-    """A list, a mapping or a number as such; a word as it was written (`no` is no switch here)."""
+    """Return a list, mapping or number as parsed, a word as written (`no` is not a switch here)."""
     if isinstance(value, bool) and bool not in kinds:
         return given if isinstance(given, str) else {True: "yes", False: "no"}[value]
     return value
@@ -263,7 +263,7 @@ def _whole(number: float | None) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """The finite number this is; YAML reads 5e-6 as text."""
+    """Return the value as a finite number, or None; YAML reads 5e-6 as text."""
     try:
         number = None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

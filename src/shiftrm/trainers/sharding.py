@@ -1,13 +1,13 @@
-"""Parameters sharded over processes by FSDP2, and what a meta step has to know about them.
+"""Support for parameters sharded over processes by FSDP2.
 
 Four facts about FSDP2 (`torch.distributed.fsdp.fully_shard`) decide how our trainers treat it:
 
-- Parameters are DTensors whose shards the optimizer owns. A forward pass works on gathered copies,
-  and after a forward without gradients the outermost modules keep theirs: an edit of the shards is
-  then ignored until `reshard`.
+- Parameters are DTensors whose shards the optimizer owns. A forward pass uses gathered copies, and
+  after a forward without gradients the outermost modules keep theirs: an edit of the shards is then
+  ignored until `reshard`.
 - Gradients reach `.grad`, as shards, only through `.backward()`, and only while gradients are
   synchronised (`gradients_in_shards`); they are then averages over the processes.
-- Forward and backward passes communicate, so every process must run as many of them.
+- Forward and backward passes communicate, so every process must run the same number of them.
 - A norm or a file needs all shards (`whole`).
 """
 
@@ -26,15 +26,15 @@ from shiftrm.errors import UserError
 
 
 def set_up_fsdp(accelerator: Accelerator, plugin_arguments: dict[str, Any] | None) -> bool:
-    """Make FSDP2 work on CPUs as it does on GPUs; refuse what our trainers cannot run under.
+    """Make FSDP2 work on CPUs as on GPUs, and refuse modes that our trainers do not support.
 
-    accelerate (1.15) looks at an FSDP configuration only where it has found several GPUs
-    (`AcceleratorState.__init__`). On CPUs it drops the configuration without a word and runs DDP.
-    What that branch would have set is set here, in accelerate's own state, so that everything
-    after it (wrapping, accumulation, clipping, checkpoints) is accelerate's one FSDP2 path.
+    accelerate (1.15) reads an FSDP configuration only if it finds several GPUs
+    (`AcceleratorState.__init__`). On CPUs it silently drops the configuration and runs DDP. This
+    function sets what that branch would have set in accelerate's state, so that wrapping,
+    accumulation, clipping and checkpoints follow accelerate's FSDP2 path.
 
     Args:
-        accelerator: freshly made.
+        accelerator: newly created.
         plugin_arguments: `TrainingArguments.fsdp_plugin_args`; None if the configuration, if any,
             came from `accelerate launch`.
 
@@ -42,7 +42,7 @@ def set_up_fsdp(accelerator: Accelerator, plugin_arguments: dict[str, Any] | Non
         Whether parameters will be sharded.
 
     Raises:
-        UserError: FSDP1; a wrapping by size, which may part the score head from the outermost
+        UserError: FSDP1, or wrapping by size, which may separate the score head from the outermost
             group, in whose forward pass the rewards are read.
     """
     state: Any = accelerator.state
@@ -73,7 +73,7 @@ def set_up_fsdp(accelerator: Accelerator, plugin_arguments: dict[str, Any] | Non
 def _configured_plugin(
     plugin_arguments: dict[str, Any] | None,
 ) -> FullyShardedDataParallelPlugin | None:
-    """From the training arguments, or else from the environment `accelerate launch` made."""
+    """Return the plugin from the training arguments or the environment of `accelerate launch`."""
     if plugin_arguments is not None:
         return FullyShardedDataParallelPlugin(**plugin_arguments)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -82,7 +82,7 @@ def _configured_plugin(
 
 
 def refuse_deepspeed(args: Any) -> None:
-    """Raises UserError if DeepSpeed is configured, in the arguments or by the launcher."""
+    """Raise UserError if DeepSpeed is configured, in the arguments or by the launcher."""
     if getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "deepspeed", None):
         raise UserError(
             "the reward trainers do not run under DeepSpeed: it reduces and steps inside its own "
@@ -92,7 +92,7 @@ def refuse_deepspeed(args: Any) -> None:
 
 
 def refuse_model_parallelism(accelerator: Accelerator, model: nn.Module) -> None:
-    """Raises UserError if processes share the work on one row: only data parallelism is proven."""
+    """Raise UserError if processes share the work on one row; only data parallelism is tested."""
     config: Any = accelerator.parallelism_config
     for kind in ("tp", "cp", "sp"):
         if config is not None and getattr(config, f"{kind}_enabled", False):
@@ -108,14 +108,14 @@ def refuse_model_parallelism(accelerator: Accelerator, model: nn.Module) -> None
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards the model; False before training has prepared it."""
+    """Return whether FSDP2 shards the model; False before training has prepared it."""
     return isinstance(model, FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of gathered copies: the parameters are the shards, and the next pass gathers anew.
+    """Release gathered copies so that the parameters are the shards and the next pass gathers anew.
 
-    To be called between passes; without FSDP2 it does nothing.
+    Call it between passes; without FSDP2 it does nothing.
     """
     if is_sharded(model):
         for module in model.modules():
@@ -130,24 +130,24 @@ def reset_after_failure(model: nn.Module) -> None:
 
 
 def gradients_in_shards(model: nn.Module) -> None:
-    """From the next backward on, gradients reach `.grad`, averaged over the processes.
+    """Make FSDP2 write averaged gradients to `.grad` from the next backward pass on.
 
-    Under gradient accumulation FSDP2 otherwise keeps them, whole, out of reach. This lasts until
-    Trainer enters its next `no_sync`, with the next micro-batch; there is nothing to undo.
+    Under gradient accumulation FSDP2 otherwise keeps them unsharded and inaccessible. The effect
+    lasts until Trainer's next `no_sync`, at the next micro-batch; nothing has to be undone.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(True)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All shards together; every process must call it. An ordinary tensor is itself."""
+    """Return the full tensor, or an ordinary tensor unchanged; every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_on_main(named: dict[str, Tensor], *, is_main: bool) -> dict[str, Tensor]:
-    """`whole` of each, in CPU memory, on the main process; nothing elsewhere.
+    """Return `whole` of each in CPU memory on the main process, an empty dict elsewhere.
 
-    One tensor at a time, so that no device holds more than one of them whole.
+    Gathers one tensor at a time, so that no device holds more than one full tensor.
     """
     collected = {}
     for name, tensor in named.items():
@@ -158,7 +158,7 @@ def whole_on_main(named: dict[str, Tensor], *, is_main: bool) -> dict[str, Tenso
 
 
 def sharded_like(tensors: Iterable[Tensor], parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Whole tensors, the same on each process, placed and sharded as the parameters are."""
+    """Return full tensors, equal on all processes, placed and sharded like the parameters."""
     placed: list[Tensor] = []
     for tensor, p in zip(tensors, parameters, strict=True):
         if isinstance(p, DTensor):

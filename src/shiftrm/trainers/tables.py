@@ -1,4 +1,4 @@
-"""Rows as the tables that trainers take."""
+"""Convert rows to the tables that trainers take."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ __all__ = ["table"]
 
 
 def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
-    """The columns that training reads, as one table.
+    """Return a table of the columns that training reads.
 
     Args:
         source: for errors.
@@ -22,6 +22,6 @@ def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
     kept = [{c: encodable(row[c]) for c in columns if c in row} for row in rows]
     try:
         return Dataset.from_list(kept)
-    except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's: say, mixed messages
+    except (TypeError, ValueError, NotImplementedError) as error:  # from Arrow
         words = str(error).partition("\n")[0]
         raise UserError(f"{source}: the rows do not fit one table ({words})") from None

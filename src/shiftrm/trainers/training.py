@@ -1,7 +1,7 @@
-"""One training from files to a folder: what `shiftrm train` and `shiftrm adapt` share.
+"""Train from files to a folder; shared by `shiftrm train` and `shiftrm adapt`.
 
-`prepare` checks what it can before anything is written, `open_work` makes the folder beside the
-output ours, `train_in_work` leaves the result in it, and `publish` gives the result its name.
+`prepare` checks the options before anything is written, `open_work` claims the work folder beside
+the output, `train_in_work` writes the result into it, and `publish` renames it to the output.
 """
 
 import dataclasses
@@ -44,15 +44,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """A training whose options were checked.
+    """A training run with checked options.
 
     Attributes:
         model: checkpoint folder or hub name to start from.
-        output, target: the folder to write, as the user calls it and in full.
-        work: the folder beside it that is used until the result is whole.
-        tables: pairs, "pairs" and "eval NAME".
+        output, target: the folder to write, as the user gave it and as an absolute path.
+        work: the folder beside it that is used until the result is complete.
+        tables: the pairs, by "pairs" and "eval NAME".
         data: the inputs, for the card.
-        command: how the card says this run can be repeated.
+        command: the command that the card shows for repeating this run.
     """
 
     model: str
@@ -67,11 +67,11 @@ class Job:
 
     @property
     def finished(self) -> Path:
-        """Where the result is until it is published."""
+        """Return the folder of the result before it is published."""
         return self.work / work_folder.FINISHED
 
     def add_data(self, name: str, source: str, rows: list[Row]) -> None:
-        """Name one more input on the card and in the record of the run."""
+        """Add an input to the card and the run record."""
         self.data.append(DataSet(name, source, len(rows), fingerprint(source, rows)))
 
 
@@ -86,15 +86,15 @@ def prepare(
     command: str | None,
     command_name: str = "train",
 ) -> Job:
-    """Check options and read the pairs; nothing is written.
+    """Check options and read the pairs, without writing anything.
 
     Args:
         model, pairs, output, eval_pairs, settings, command: as in `command.train`.
-        training: what is trained, and by which class.
+        training: the configuration and trainer classes.
         command_name: for errors.
 
     Raises:
-        UserError: as `command.train`, as far as model and groups need not be read for it.
+        UserError: as `command.train`, except for errors that need the model or groups to be read.
     """
     job = begin(
         model,
@@ -128,7 +128,7 @@ def prepare(
 
 
 def _key(row: Row) -> str:
-    """Equal for rows with the same texts."""
+    """Return a key that is equal for rows with the same texts."""
     return json.dumps([row.get("prompt"), row["chosen"], row["rejected"]], sort_keys=True)
 
 
@@ -145,13 +145,13 @@ def begin(
     command_name: str,
     **judging: Any,
 ) -> Job:
-    """A job without data: output, settings and model are checked, as far as that is quick.
+    """Return a job without data after quick checks of output, settings and model.
 
     Args:
         config, judging: as `settings.resolve` takes them.
 
     Raises:
-        UserError: an output that is there, unknown settings, no such model or template, an adapter.
+        UserError: an existing output, unknown settings, a missing model or template, an adapter.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: already there and not empty; choose another --output")
@@ -174,12 +174,12 @@ def begin(
 def train_in_work(
     job: Job, groups: list[Row] | None, checkpoint: Path | None, *, evaluate: bool = True
 ) -> Outcome:
-    """Train, and write the result to `job.finished`; when this returns, the trainer is gone.
+    """Train and write the result to `job.finished`; the trainer is freed on return.
 
     Args:
         groups: unlabelled responses, if the training takes them.
-        checkpoint: to continue from.
-        evaluate: whether the trainer measures the held-out pairs before and after.
+        checkpoint: the checkpoint to resume from.
+        evaluate: whether the trainer evaluates the held-out pairs before and after.
     """
     used = job.chosen.beyond_defaults()
     with task("loading the model and the data", None):
@@ -189,7 +189,7 @@ def train_in_work(
         print(_opening(trainer), flush=True)
     try:
         before, result, after = _run(trainer, checkpoint, evaluate=evaluate)
-    except (ImportError, NotImplementedError) as error:  # an optimizer or kernel that is not there
+    except (ImportError, NotImplementedError) as error:  # a missing optimizer or kernel
         raise user_error(job.model, error, job.chosen) from error
     outcome = Outcome(
         model=job.model,
@@ -204,7 +204,7 @@ def train_in_work(
     )
     write_model(trainer, job.finished)
     if trainer.accelerator.is_main_process:
-        start: Row = {"step": 0}  # the trainer's own account begins when training does
+        start: Row = {"step": 0}  # the trainer's log begins with training
         for name, metrics in (before or {}).items():
             prefix = f"eval_{name}_" if name else "eval_"
             start |= {f"{prefix}{key}": value for key, value in metrics.items()}
@@ -238,7 +238,7 @@ def _trainer(job: Job, groups: list[Row] | None) -> RewardTrainer:
 
 
 def _opening(trainer: RewardTrainer) -> str:
-    """What is trained, and how, in one line."""
+    """Return one line on what is trained and how."""
     args, parameters = trainer.args, list(trainer.model.parameters())
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -252,10 +252,10 @@ def _opening(trainer: RewardTrainer) -> str:
 
 
 def add_callbacks(trainer: Any, shown: Sequence[str] = SHOWN) -> None:
-    """Progress in words where there is no bar, and marks in complete checkpoints.
+    """Add callbacks that print progress without a bar and mark complete checkpoints.
 
     Args:
-        shown: which metrics the words name.
+        shown: metrics to include in progress lines.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressInWords(shown, speaks=trainer.args.disable_tqdm))
@@ -263,7 +263,7 @@ def add_callbacks(trainer: Any, shown: Sequence[str] = SHOWN) -> None:
 
 
 def user_error(model: str, error: Exception, chosen: Settings) -> Exception:
-    """What libraries raise where model and settings do not fit, as one line; or the same again."""
+    """Return a one-line error for libraries' complaints about model or settings, or the error."""
     words = first_line(error)
     if isinstance(error, OSError | SafetensorError) and not work_folder.is_disk_full(error):
         return UserError(f"{model}: cannot be loaded ({words})")
@@ -289,7 +289,7 @@ def user_error(model: str, error: Exception, chosen: Settings) -> Exception:
 def _run(
     trainer: RewardTrainer, checkpoint: Path | None, *, evaluate: bool
 ) -> tuple[dict[str, Any] | None, Any, dict[str, Any]]:
-    """Evaluate, train (from a checkpoint, if there is one) and evaluate again."""
+    """Evaluate, train (from the checkpoint, if given) and evaluate again."""
     before = None
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # by train() only
     if evaluate and not sharded:
@@ -301,7 +301,7 @@ def _run(
 
 
 def _evaluations(trainer: RewardTrainer) -> dict[str, Any]:
-    """The metrics of each held-out set, by its name, without prefix."""
+    """Return the metrics of each held-out set by name, without prefix."""
     sets = trainer.eval_dataset
     if sets is None:
         return {}
@@ -319,12 +319,12 @@ def _evaluations(trainer: RewardTrainer) -> dict[str, Any]:
 
 
 def write_model(trainer: Any, finished: Path) -> None:
-    """Write the model whole, with its tokenizer."""
+    """Write the complete model and its tokenizer."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     merged = hasattr(model, "merge_and_unload") and not getattr(model, "quantization_method", None)
     if merged and not sharded:
-        # Loaded alone, an adapter's head does not fit a policy, whose configuration has two labels.
+        # The adapter's head alone does not fit a policy, whose configuration has two labels.
         trainer.save_model(str(finished / "adapter"))
         if trainer.args.should_save:
             model.merge_and_unload().save_pretrained(finished)
@@ -335,13 +335,13 @@ def write_model(trainer: Any, finished: Path) -> None:
 
 
 def publish(job: Job, card: str) -> None:
-    """Add the card, and give the result its name; for the main process."""
+    """Add the card and rename the result to the output; for the main process."""
     publish_folder(job.finished, job.work, job.target, card)
 
 
 def publish_folder(finished: Path, work: Path, target: Path, card: str) -> None:
-    """`publish`, of any training that worked in `work`."""
-    log_progress_to(None)  # the folder is about to go
+    """As `publish`, for any training that worked in `work`."""
+    log_progress_to(None)  # the folder is about to be removed
     atomic_write_text(finished / "README.md", card)
     if (work / "runs").is_dir():  # what report_to=tensorboard wrote
         (work / "runs").rename(finished / "runs")
@@ -353,10 +353,10 @@ def publish_folder(finished: Path, work: Path, target: Path, card: str) -> None:
 
 @contextmanager
 def open_work(job: Job, more: Mapping[str, Any] | None = None) -> Iterator[Path | None]:
-    """`hold_work` of a job, in which memory that runs out is one line, too.
+    """Hold the work folder of a job; out-of-memory errors also become one line.
 
     Args:
-        more: what else must be the same for an interrupted run to be continued.
+        more: additional entries that must match to resume an interrupted run.
     """
     record = _run_record(job) | dict(more or {})
     with hold_work(job.work, record) as checkpoint, explain_out_of_memory(job.chosen):
@@ -365,17 +365,17 @@ def open_work(job: Job, more: Mapping[str, Any] | None = None) -> Iterator[Path 
 
 @contextmanager
 def hold_work(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
-    """Yield the checkpoint to continue from, in a folder that is ours.
+    """Claim the work folder and yield the checkpoint to resume from.
 
-    Whatever happens inside, only complete checkpoints and sampled groups stay, and errors say where
-    they are.
+    After a failure inside, only complete checkpoints and sampled groups are kept, and the error
+    says where they are.
 
     Args:
-        record: what must be the same for an interrupted run to be continued.
+        record: entries that must match to resume an interrupted run.
     """
     work_folder.check(work, record)
     processes = PartialState()
-    processes.wait_for_everyone()  # nobody may write while another still checks
+    processes.wait_for_everyone()  # no process may write while another still checks
     try:
         if processes.is_main_process:
             work_folder.claim(work, record)
@@ -401,7 +401,7 @@ def hold_work(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
 
 
 def _run_record(job: Job) -> dict[str, Any]:
-    """What must be the same for an interrupted training to be continued."""
+    """Return the entries that must match to resume an interrupted run."""
     return {
         "model": job.model,
         "settings": identity(job.chosen),
@@ -411,7 +411,7 @@ def _run_record(job: Job) -> dict[str, Any]:
 
 
 def exists(model: str) -> bool:
-    """A local folder, or a name that only the hub can judge (`owner/name`).
+    """Return True for a local folder or a possible hub name (`owner/name`).
 
     Raises:
         UserError: the folder holds GGUF files.

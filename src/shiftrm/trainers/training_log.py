@@ -1,4 +1,4 @@
-"""`training_log.jsonl`, in every folder that a training publishes: what was logged, by step."""
+"""Write `training_log.jsonl`, the logged metrics by step, into every published folder."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,14 +12,14 @@ __all__ = ["TRAINING_LOG", "training_log", "write_training_log"]
 TRAINING_LOG = "training_log.jsonl"
 
 ONCE = "train_runtime"
-"""In the trainer's last entry, which sums the run up and belongs to no step."""
+"""A key of the trainer's last entry, which summarises the run and belongs to no step."""
 
 
 def training_log(history: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """`{"step": n, metric: value, ...}`, one row a step; numbers only, and only finite ones.
+    """Return one row `{"step": n, metric: value, ...}` per step, with finite numbers only.
 
     Args:
-        history: entries with `step` and metrics; several of one step become one row.
+        history: entries with `step` and metrics; entries of one step are merged.
     """
     rows: dict[int, Row] = {}
     for entry in history:
@@ -31,7 +31,7 @@ def training_log(history: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def write_training_log(folder: Path, history: Iterable[Mapping[str, Any]]) -> None:
-    """`training_log` into a folder; an empty file where nothing was logged."""
+    """Write `training_log` into a folder; the file is empty if nothing was logged."""
     write_jsonl(folder / TRAINING_LOG, training_log(history))
 
 

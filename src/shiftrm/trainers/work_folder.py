@@ -1,4 +1,4 @@
-"""The folder a training works in until its result is whole: begun, continued, or refused."""
+"""The folder that a training works in until its result is complete."""
 
 import errno
 import json
@@ -23,27 +23,27 @@ __all__ = [
 ]
 
 RUN_FILE = "run.json"
-"""By which settings and data the folder was begun."""
+"""The settings and data of the run that created the folder."""
 
 FINISHED = "finished"
-"""The result while it is being written; then it is renamed."""
+"""The result while it is written; it is renamed at the end."""
 
 SAMPLES = "groups.jsonl"
-"""Groups sampled from a policy before training; with the suffix `.partial` while they are."""
+"""Groups sampled from a policy before training; suffixed `.partial` during sampling."""
 
 MARK = "complete"
-"""In a checkpoint: every file of it is written."""
+"""A file that marks a checkpoint as completely written."""
 
 
 def check(work: Path, run: dict[str, Any]) -> None:
-    """Refuse a folder of another run; changes nothing.
+    """Refuse the folder of another run, without changing anything.
 
     Args:
-        run: model, settings, data and processes, as plain data; and under "sampling" how groups
-            are sampled, which alone must be the same where there is no checkpoint yet.
+        run: model, settings, data and processes, as plain data; "sampling" holds how groups are
+            sampled, and only this must match if there is no checkpoint yet.
 
     Raises:
-        UserError: the folder is another run's, or no run's; the message says what differs.
+        UserError: the folder belongs to another run or to none; the message says what differs.
     """
     if not work.exists():
         return
@@ -56,7 +56,7 @@ def check(work: Path, run: dict[str, Any]) -> None:
         old = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: broken; delete {work} to start anew") from None
-    if last_checkpoint(work) is None and has_samples(work):  # they fit any training
+    if last_checkpoint(work) is None and has_samples(work):  # samples fit any training
         old, run = {"sampling": old.get("sampling")}, {"sampling": run.get("sampling")}
     found = differences(old, run)
     if found:
@@ -69,7 +69,7 @@ def check(work: Path, run: dict[str, Any]) -> None:
 
 
 def claim(work: Path, run: dict[str, Any]) -> None:
-    """Make the folder this run's, without what an interruption left half-written."""
+    """Claim the folder for this run and remove partly written files."""
     work.mkdir(parents=True, exist_ok=True)
     text = json.dumps(run, indent=1)
     if not (work / RUN_FILE).exists() or (work / RUN_FILE).read_text(encoding="utf-8") != text:
@@ -78,7 +78,7 @@ def claim(work: Path, run: dict[str, Any]) -> None:
 
 
 def release(work: Path) -> None:
-    """After a failure: keep complete checkpoints and samples; nothing at all if there are none."""
+    """Keep complete checkpoints and samples after a failure; without any, remove the folder."""
     if last_checkpoint(work) is None and not has_samples(work):
         shutil.rmtree(work, ignore_errors=True)
     else:
@@ -86,8 +86,8 @@ def release(work: Path) -> None:
 
 
 def has_samples(work: Path) -> bool:
-    """Whether there is a group sampled from a policy."""
-    partial = work / f"{SAMPLES}.partial"  # its first line says by which settings
+    """Return whether the folder holds a group sampled from a policy."""
+    partial = work / f"{SAMPLES}.partial"  # its first line holds the settings
     return (work / SAMPLES).exists() or (partial.exists() and partial.read_bytes().count(b"\n") > 1)
 
 
@@ -98,19 +98,19 @@ def _remove_half_written(work: Path) -> None:
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The complete checkpoint of the latest step."""
+    """Return the complete checkpoint of the latest step."""
     found = [mark.parent for mark in work.glob(f"checkpoint-*/{MARK}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def resumable(work: Path) -> Path | None:
-    """The last checkpoint, if training can go on from it (save_only_model keeps weights alone)."""
+    """Return the last checkpoint if it can be resumed (save_only_model saves only weights)."""
     found = last_checkpoint(work)
     return found if found is not None and not (found / MARK).read_text() else None
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether this is a full disk, in the words of Python, safetensors or torch.save."""
+    """Return whether the error means a full disk, from Python, safetensors or torch.save."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     said = ("No space left on device", "os error 28", "Disk quota", "inline_container.cc")
@@ -118,7 +118,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 class MarkCompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint once all of it is written: the trainer writes its files one by one."""
+    """Marks a checkpoint as complete after the trainer has written all of its files."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
