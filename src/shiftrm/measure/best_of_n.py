@@ -1,9 +1,9 @@
-"""Best-of-n: what a proxy picks out of n samples, measured by proxy and by gold.
+"""Best-of-n: proxy and gold of the sample that the proxy chooses out of n.
 
-From N >= n samples a prompt with both scores, the expectation over all subsets of n has a closed
-form: sorted by proxy, sample i is the best of a random subset of n drawn without replacement with
-probability C(i - 1, n - 1) / C(N, n). This is the unbiased estimator of Nakano et al. 2021 (WebGPT,
-arXiv 2112.09332, appendix I), which Gao et al. 2023 (arXiv 2210.10760) use as well.
+With N >= n samples per prompt, the expectation over all subsets of size n has a closed form:
+sorted by proxy, sample i is the best of a random subset with probability
+C(i - 1, n - 1) / C(N, n). This is the unbiased estimator of Nakano et al. 2021 (WebGPT, arXiv
+2112.09332, appendix I), also used by Gao et al. 2023 (arXiv 2210.10760).
 """
 
 import math
@@ -16,15 +16,15 @@ from shiftrm.core.discrimination import Floats, Numbers
 from shiftrm.core.intervals import RESAMPLES, Measured, measured, weighted_mean
 from shiftrm.measure.diagnosis.thresholds import FEW_PROMPTS
 
-_CHUNK = 2**20  # samples sorted at a time: about 50 MB of scratch, whatever the file's size
+_CHUNK = 2**20  # samples sorted at a time, in about 50 MB
 
 
 @dataclass(frozen=True)
 class BestOfN:
-    """Best-of-n at one n, means over prompts with intervals over prompts.
+    """Best-of-n for one n, means over prompts with intervals.
 
     Attributes:
-        n: how many samples the proxy chooses from.
+        n: number of samples to choose from.
         kl: analytic KL of the best-of-n policy to the one sampled, in nats.
         proxy, gold: expected scores of the sample with the highest proxy.
     """
@@ -37,15 +37,15 @@ class BestOfN:
 
 @dataclass(frozen=True)
 class BestOfNCurve:
-    """Best-of-n along n.
+    """Best-of-n for several n.
 
     Attributes:
-        prompts: how many there are.
-        samples: of the prompt that has fewest.
+        prompts: number of prompts.
+        samples: minimum number of samples of a prompt.
         points: by n, ascending.
-        peak: the n among them with the highest mean gold.
-        drop: gold at the peak minus gold at the largest n, prompts resampled for both together. The
-            peak is chosen on the same samples, which flatters it a little.
+        peak: the n with the highest mean gold.
+        drop: gold at the peak minus gold at the largest n, with paired resampling of prompts. It is
+            slightly biased upwards, since the peak is chosen on the same samples.
         proxy_rise: proxy at the largest n minus proxy at the peak.
     """
 
@@ -58,9 +58,9 @@ class BestOfNCurve:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of the best-of-n policy to the policy sampled, in nats: log n - (n - 1) / n.
+    """Return the KL of best-of-n to the sampled policy in nats: log n - (n - 1) / n.
 
-    Exact when no two samples tie, otherwise an upper bound (Beirami et al. 2024, arXiv 2401.01879).
+    It is exact without ties, otherwise an upper bound (Beirami et al. 2024, arXiv 2401.01879).
 
     Raises:
         ValueError: n < 1.
@@ -71,9 +71,9 @@ def best_of_n_kl(n: int) -> float:
 
 
 def best_of_n_weights(samples: int, n: int) -> Floats:
-    """Probability that the sample of rank i, from the lowest, is the best of n: (samples,).
+    """Return the probability that the sample of rank i (lowest first) is the best of n: (samples,).
 
-    C(i - 1, n - 1) / C(N, n), in log space, since C(16384, 1000) overflows. Sums to 1.
+    C(i - 1, n - 1) / C(N, n), in log space, since C(16384, 1000) overflows. They sum to 1.
 
     Raises:
         ValueError: n < 1 or n > samples.
@@ -82,22 +82,22 @@ def best_of_n_weights(samples: int, n: int) -> Floats:
         raise ValueError(f"n is {n}; it must be from 1 to the number of samples, {samples}")
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, samples + 1)))])
 
-    below = np.arange(n - 1, samples)  # i - 1, of the ranks that can be the best of n
+    below = np.arange(n - 1, samples)  # i - 1 for ranks that can be the best of n
     log_choose = log_factorial[below] - log_factorial[n - 1] - log_factorial[below - (n - 1)]
     log_total = log_factorial[samples] - log_factorial[n] - log_factorial[samples - n]
     weights = np.zeros(samples)
     weights[n - 1 :] = np.exp(log_choose - log_total)  # C(i - 1, n - 1) / C(N, n)
-    return weights / weights.sum()  # the rounding of the logs, about 1e-12
+    return weights / weights.sum()  # corrects rounding of about 1e-12
 
 
 def best_of_n(proxy: Floats, gold: Floats, *, n: Sequence[int]) -> tuple[Floats, Floats]:
-    """Expected proxy and gold of the best of n by proxy, prompt by prompt.
+    """Compute expected proxy and gold of the best of n by proxy, per prompt.
 
-    Samples that tie in the proxy share their probability equally, as a fair draw among them would.
+    Samples with equal proxy share their probability equally.
 
     Args:
         proxy, gold: scores, of shape (prompts, samples) or (samples,).
-        n: how many samples the proxy chooses from; each from 1 to samples.
+        n: numbers of samples to choose from; each from 1 to samples.
 
     Returns:
         Expected proxy and expected gold, of shape (prompts, len(n)).
@@ -125,10 +125,10 @@ def best_of_n(proxy: Floats, gold: Floats, *, n: Sequence[int]) -> tuple[Floats,
 
 
 def _mean_over_ties(ranked: Floats, values: Floats) -> Floats:
-    """Values, each replaced by the mean over the samples of its row with the same proxy."""
+    """Replace each value by the mean over the samples of its row with the same proxy."""
     if not (ranked[:, 1:] == ranked[:, :-1]).any():
         return values
-    new = np.ones(ranked.shape, dtype=bool)  # a row's first entry always begins a group
+    new = np.ones(ranked.shape, dtype=bool)  # a row's first entry starts a group
     new[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
     group = np.cumsum(new.ravel()) - 1
     means = np.bincount(group, values.ravel()) / np.bincount(group)
@@ -136,7 +136,7 @@ def _mean_over_ties(ranked: Floats, values: Floats) -> Floats:
 
 
 def powers_of_two(samples: int) -> list[int]:
-    """1, 2, 4, ... up to the number of samples, and that number itself."""
+    """Return 1, 2, 4, ... up to the number of samples, and that number itself."""
     found = [2**k for k in range(samples.bit_length()) if 2**k <= samples]
     return found if found[-1] == samples else [*found, samples]
 
@@ -150,12 +150,12 @@ def best_of_n_curve(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> BestOfNCurve:
-    """Best-of-n for several n: per prompt, then the mean, with bootstrap intervals over prompts.
+    """Compute best-of-n for several n, means over prompts with bootstrap intervals.
 
     Args:
-        proxies, golds: one sequence of scores a prompt; prompts may have different numbers.
-        n: which; by default powers of two up to the fewest samples of a prompt, and that number.
-        prompts: what tells prompts apart; by default each row is one.
+        proxies, golds: one sequence of scores per prompt, of any length.
+        n: by default `powers_of_two` of the minimum number of samples of a prompt.
+        prompts: identifies the prompt of each row; by default, every row is one.
         seed, resamples: of the bootstrap.
 
     Raises:
@@ -171,7 +171,7 @@ def best_of_n_curve(
     if not ns or ns[0] < 1 or ns[-1] > fewest:
         raise ValueError(f"n is {ns}; each must be from 1 to {fewest}, the fewest samples")
     values = np.empty((2, len(sizes), len(ns)))
-    for size in np.unique(sizes):  # prompts with as many samples at once, a chunk at a time
+    for size in np.unique(sizes):  # chunks of prompts with the same number of samples
         rows = np.flatnonzero(sizes == size)
         step = max(1, _CHUNK // int(size))
         for start in range(0, len(rows), step):
@@ -185,7 +185,7 @@ def best_of_n_curve(
         result = measured(
             lambda weights: weighted_mean(per_prompt, weights), keys, seed=seed, resamples=resamples
         )
-        assert result is not None  # there are prompts, and all values are finite
+        assert result is not None  # there are prompts with finite values
         return result
 
     proxy, gold = values
@@ -205,7 +205,7 @@ def best_of_n_curve(
 
 
 def describe(curve: BestOfNCurve) -> str:
-    """Where gold peaks, and whether more samples hurt, in words."""
+    """Describe where gold peaks, and whether more samples hurt."""
     first, last = curve.points[0], curve.points[-1]
     peak = next(point for point in curve.points if point.n == curve.peak)
     if len(curve.points) == 1:

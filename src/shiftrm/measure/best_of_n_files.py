@@ -1,7 +1,7 @@
-"""Samples of a policy from a file, with proxy and gold scores: given, or made by reward models.
+"""Samples of a policy from a file, with proxy and gold scores from columns or reward models.
 
-A file may hold a thousand prompts with 16,384 samples each, so it is read row by row and only the
-scores are kept.
+Files may be large (a thousand prompts with 16,384 samples), so they are read row by row, and only
+the scores are kept.
 """
 
 import json
@@ -21,9 +21,9 @@ from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer, row_responses
 
 Scores = Callable[[Sequence[tuple[str, Row]]], list[Floats | None]]
-"""From rows, each with where it stands, to the scores of each row's samples; None: left out."""
+"""Maps rows with their locations to scores of each row's samples; None leaves a row out."""
 
-_SAMPLES_A_CALL = 1024  # scored between two moves of the progress bar
+_SAMPLES_A_CALL = 1024  # samples between updates of the progress bar
 
 
 @dataclass
@@ -31,8 +31,8 @@ class ScoredSamples:
     """Scores by prompt.
 
     Attributes:
-        proxy, gold: one array a prompt, of as many samples each.
-        left_out: rows in which a sample is longer than a model's context.
+        proxy, gold: one array per prompt, of equal length.
+        left_out: number of rows with a sample longer than a model's context.
     """
 
     proxy: list[Floats] = field(default_factory=list)
@@ -41,7 +41,7 @@ class ScoredSamples:
 
 
 def column_scores(name: str) -> Scores:
-    """Scores that stand in the file: a list of numbers a row (or one, where a row is a sample)."""
+    """Return scores from a column: a list per row, or one number if a row is a sample."""
 
     def scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
         return [_numbers(row[name], f"{where}: column {name!r}") for where, row in rows]
@@ -50,10 +50,10 @@ def column_scores(name: str) -> Scores:
 
 
 def gold_world_scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
-    """The gold world's true reward.
+    """Return the gold world's true rewards.
 
     Raises:
-        UserError: a prompt that is not of its language.
+        UserError: a prompt that is not in its language.
     """
     from shiftrm.world.gold import gold_reward
 
@@ -72,10 +72,10 @@ def gold_world_scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
 
 
 def model_scores(scorer: Scorer, name: str, *, batch_size: int = 64) -> Scores:
-    """Rewards of a model; equal samples of a row get equal rewards.
+    """Return rewards of a model; equal samples of a row get equal rewards.
 
     Args:
-        name: how errors call the model.
+        name: name of the model in errors.
     """
     limit = context_limit(scorer.model.config)
 
@@ -110,14 +110,14 @@ def _encode(scorer: Scorer, text: Response, where: str) -> tuple[int, ...]:
 
 
 def count_samples(source: str, *, columns: Sequence[str], texts: bool) -> int:
-    """How many samples a file holds, once every row is known to be whole.
+    """Count the samples of a file, and check every row.
 
     Args:
-        columns: of scores that every row must have.
-        texts: whether a model will read the samples, so that they must be there.
+        columns: scores that every row must have.
+        texts: whether the samples are required, for a model to read.
 
     Raises:
-        UserError: no rows, a row that lacks something, or lists of different length.
+        UserError: no rows, an incomplete row, or lists of different length.
     """
     total = 0
     for where, row in iterate_rows(source, required=("prompt",)):
@@ -149,7 +149,7 @@ def score_samples(
     progress: Callable[[int, int], None] | None = None,
     total: int = 0,
 ) -> ScoredSamples:
-    """Proxy and gold of every sample; rows with the same prompt are put together.
+    """Return proxy and gold of every sample; rows with the same prompt are merged.
 
     Args:
         source: rows as `count_samples` accepts them.
@@ -157,7 +157,7 @@ def score_samples(
         progress: called with (samples done, total).
 
     Raises:
-        UserError: what the scores refuse, or no row that fits both models.
+        UserError: as the scores raise, or no row fits both models.
     """
     by_prompt: dict[str, tuple[list[Floats], list[Floats]]] = {}
     left_out, done = 0, 0
@@ -205,7 +205,7 @@ def _numbers(value: Any, what: str) -> Floats:
     for number in values:
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise UserError(f"{what} holds {number!r:.40}; expected numbers")
-        if not abs(number) <= sys.float_info.max:  # whole numbers of JSON have no limit
+        if not abs(number) <= sys.float_info.max:  # JSON integers are unbounded
             raise UserError(f"{what} holds {number!r:.40}; expected finite numbers")
     if not values:
         raise UserError(f"{what} is an empty list; remove the row")

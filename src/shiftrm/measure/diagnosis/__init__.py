@@ -1,1 +1,1 @@
-"""What a reward model still tells apart: the checks behind `shiftrm diagnose`."""
+"""Checks of how well a reward model tells responses apart, for `shiftrm diagnose`."""

@@ -1,4 +1,4 @@
-"""Two reward models on one file, such as before and after an adaptation: sharper or only louder?"""
+"""Comparison of two reward models on a file, such as before and after an adaptation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict
 
 @dataclass(frozen=True)
 class ModelChange:
-    """What changed from one model to the next on one file.
+    """Changes between two models on a file.
 
     Attributes:
         name: the file.
         before, after: the models.
-        accuracy_change: with its interval, prompts resampled for both models together; None
-            without labels.
+        accuracy_change: with its interval from paired resampling of prompts; None without
+            labels.
         variance_factor: variance of reward differences, after over before, in raw units.
         relative_factor: the same after dividing each by that on the reference file; None for the
             reference itself.
         reading: "sharper", "louder, not sharper", "duller", "no clear change in accuracy", or,
-            without labels, "louder" / "quieter" / "as loud" with the remark that labels would tell.
+            without labels, "louder" / "quieter" / "as loud" and that labels would tell.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ModelChange:
 def compare(
     files: Sequence[ScoredFile], diagnoses: Sequence[Diagnosis], *, seed: int = 0
 ) -> list[ModelChange]:
-    """Every further model against the first one, file by file.
+    """Compare every further model with the first, file by file.
 
     Args:
         files, diagnoses: of all models, in the same order.
@@ -80,7 +80,7 @@ def _compare(
 def _accuracy_change(
     old: Sequence[ScoredPair], new: Sequence[ScoredPair], *, seed: int
 ) -> Measured | None:
-    """None without labels, or where the models could not read the same rows."""
+    """Return None without labels, or if the models scored different rows."""
     if not old or [p.prompt for p in old] != [p.prompt for p in new]:
         return None
     change = _right(new) - _right(old)

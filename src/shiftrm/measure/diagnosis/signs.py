@@ -1,4 +1,4 @@
-"""What else the numbers of a file warn of: repetition, length, saturation, exploitation."""
+"""Warning signs in the numbers of a file: repetition, length, saturation, exploitation."""
 
 from shiftrm.measure.diagnosis.diagnosis import Diagnosis
 from shiftrm.measure.diagnosis.thresholds import (
@@ -20,14 +20,14 @@ LENGTH_ADVICE = (
 )
 
 Signs = list[tuple[str, str]]
-"""What was seen, and what to do about it (empty: nothing)."""
+"""(what was seen, what to do about it or "")."""
 
 
 def warning_signs(diagnosis: Diagnosis, *, blind: bool, follows_length: bool) -> Signs:
-    """All signs in the numbers of one file.
+    """Return all warning signs in the numbers of a file.
 
     Args:
-        blind, follows_length: what the verdict says already; signs of the same are left out.
+        blind, follows_length: what the verdict already says, which is not repeated.
     """
     return [
         *_policy_signs(diagnosis),
@@ -38,7 +38,7 @@ def warning_signs(diagnosis: Diagnosis, *, blind: bool, follows_length: bool) ->
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """`31 %`."""
+    """Format a share as `31 %`."""
     return f"{100 * share:.{digits}f} %"
 
 

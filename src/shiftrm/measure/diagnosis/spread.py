@@ -1,4 +1,4 @@
-"""How far apart the rewards of responses to one prompt lie. Every prompt counts the same."""
+"""Spread of the rewards of responses to one prompt. Every prompt has equal weight."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -17,33 +17,33 @@ from shiftrm.core.intervals import (
 )
 from shiftrm.measure.diagnosis.scored import NOISE, ScoredGroup, differences, distinct
 
-COIN_BAND = 0.01  # a stated probability within 0.5 +- this is a coin
-SATURATED = 0.99  # at a higher stated probability a pair has hardly any gradient left
+COIN_BAND = 0.01  # a stated probability within 0.5 +- this counts as a coin toss
+SATURATED = 0.99  # pairs with a higher stated probability have hardly any gradient
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far apart the rewards of responses to one prompt lie.
+    """Spread of the rewards of responses to one prompt.
 
     Attributes:
-        prompts, responses: how many.
+        prompts, responses: their numbers.
         reward_mean, reward_std: over all responses.
         duplicate_share: share of responses that equal an earlier one to the same prompt.
         collapsed_share: share of prompts whose responses are all the same.
-        comparisons: pairs of distinct responses to one prompt; the rest rests on them.
+        comparisons: pairs of distinct responses to one prompt, on which the rest is based.
         difference_mean: mean |r_i - r_j|.
         difference_variance: mean (r_i - r_j)^2, the paper's Figure 1. Twice the variance within
             prompts.
         within_std: standard deviation within prompts.
-        within_share: share of the rewards' variance that lies within prompts, the rest lying
-            between them; None for one prompt or equal rewards. See `within_share`.
-        relative_std: its root: deviation within prompts over that of all rewards.
+        within_share: share of the rewards' variance that is within prompts, not between them; None
+            for one prompt or equal rewards. See `within_share`.
+        relative_std: its square root: deviation within prompts over that of all rewards.
         difference_quantiles: of |r_i - r_j|, by probability.
         equal_share, noise_share, coin_share, saturated_share: shares of comparisons with exactly
             equal rewards, |difference| < 1e-6, a stated probability within 0.49 to 0.51, and one
             above 0.99.
-        difference_loss: J (Eq. 2), on the groups as they are, duplicates too, as in training.
+        difference_loss: J (Eq. 2) on the groups with duplicates, as in training.
         difference_loss_lowest, difference_loss_highest: (K-1)/(2K) and (K-1)/K.
     """
 
@@ -70,7 +70,7 @@ class Spread:
 
 
 def spread(groups: Sequence[ScoredGroup], *, seed: int = 0, resamples: int = RESAMPLES) -> Spread:
-    """The spread of rewards within and between prompts; see `Spread`.
+    """Compute the spread of rewards within and between prompts; see `Spread`.
 
     Raises:
         ValueError: no groups, or one with fewer than two responses.
@@ -123,10 +123,10 @@ def variance_ratio(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Measured | None:
-    """Variance of reward differences over that of the reference, with an interval.
+    """Return the variance of reward differences over that of the reference, with an interval.
 
     The two files are resampled independently. None if the reference's rewards are all equal, or
-    one of the files has no two distinct responses to a prompt.
+    a file has no two distinct responses to a prompt.
     """
     (ours, prompts), (theirs, other_prompts) = _squared(groups), _squared(reference)
     if not ours.size or not theirs.size or theirs.mean() == 0:
@@ -147,7 +147,7 @@ def variance_ratio(
 
 
 def _squared(groups: Sequence[ScoredGroup]) -> tuple[Floats, list[Hashable]]:
-    """Mean (r_i - r_j)^2 of every group that has distinct responses, with its prompt."""
+    """Return mean (r_i - r_j)^2 and prompt of every group that has distinct responses."""
     compared = [group for group in map(distinct, groups) if len(group.responses) > 1]
     squared = np.array([np.square(d).mean() for d in differences(compared)])
     return squared, [group.prompt for group in compared]
@@ -156,10 +156,10 @@ def _squared(groups: Sequence[ScoredGroup]) -> tuple[Floats, list[Hashable]]:
 def _within_share(
     groups: Sequence[ScoredGroup], squared: Floats, *, seed: int, resamples: int
 ) -> Measured | None:
-    """Share of the variance that lies within prompts, from a one-way random-effects model.
+    """Return the share of variance within prompts, from a one-way random-effects model.
 
-    Within: w = mean of the unbiased variances. Between: the variance of the prompts' means minus
-    what w alone would make it, mean(w_g / K_g), or 0 where that is negative. Share: w / (w + b).
+    Within: w = mean of the unbiased variances. Between: b = variance of the prompts' means minus
+    mean(w_g / K_g), or 0 if that is negative. Share: w / (w + b).
     One minus it is the intraclass correlation.
     """
     prompts = [group.prompt for group in groups]
@@ -168,7 +168,7 @@ def _within_share(
         return None
     sizes = np.array([len(group.responses) for group in groups])
     means = np.array([np.mean([r.reward for r in group.responses]) for group in groups])
-    within = squared / 2  # the mean of (r_i - r_j)^2 is twice the unbiased variance
+    within = squared / 2  # mean (r_i - r_j)^2 is twice the unbiased variance
 
     def share(weights: Floats) -> float:
         total = weights.sum()
@@ -194,7 +194,7 @@ def _mean(
 
 
 def _stated(difference: Floats) -> Floats:
-    """The probability that a Bradley-Terry model states by a difference >= 0."""
+    """Return the Bradley-Terry probability of a difference >= 0."""
     return 1.0 / (1.0 + np.exp(-difference))
 
 
@@ -207,7 +207,7 @@ def _share(pairs: list[Floats], condition: Callable[[Floats], NDArray[np.bool_]]
 
 
 def _quantiles(pairs: list[Floats]) -> dict[str, float]:
-    """Of all differences together, by probability."""
+    """Return quantiles of all differences, by probability."""
     if not pairs:
         return {}
     together = np.concatenate(pairs)

@@ -1,8 +1,8 @@
-"""Does the reward model still tell responses apart? The numbers of a file, in words.
+"""Verdicts on whether a reward model still tells responses apart.
 
-With labels the accuracy decides. Without them there is only spread, which can show that a model no
-longer sees (equal rewards order nothing) but never that it sees: rewards may lie far apart in the
-wrong order. The best word an unlabelled file can get is therefore "tells apart".
+With labels, the accuracy decides. Without labels, only the spread is known. It can show that a
+model does not see (equal rewards) but not that it sees, since different rewards may be in the
+wrong order. The best verdict on an unlabelled file is therefore "tells apart".
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ _RELABEL = (
 
 @dataclass(frozen=True)
 class DiagnosisVerdict:
-    """A word, the sentence with the number that decided, what else to know, what to do next."""
+    """A verdict: a word, the reason with the number that decided, warnings, and next steps."""
 
     word: str
     sentence: str
@@ -60,7 +60,7 @@ class DiagnosisVerdict:
 
 @dataclass(frozen=True)
 class Overall:
-    """The verdict over all files of one model: the worst word, and one sentence."""
+    """The verdict on all files of a model: the worst word, and one sentence."""
 
     model: str
     word: str
@@ -68,10 +68,10 @@ class Overall:
 
 
 def verdicts(diagnoses: Sequence[Diagnosis]) -> list[DiagnosisVerdict]:
-    """One verdict a file, in the same order.
+    """Return one verdict per file, in the same order.
 
-    Files with labels come first: where they show that a model sees although its differences are
-    small, small differences are no mark of blindness on its other files.
+    Labelled files are judged first: if they show that a model sees despite small differences, small
+    differences on its other files do not count as blindness.
     """
     found = {i: _verdict(d) for i, d in enumerate(diagnoses) if d.labels is not None}
     small = {
@@ -96,14 +96,14 @@ def _verdict(diagnosis: Diagnosis, *, small_but_sees: bool = False) -> Diagnosis
 
 
 def _limits_of_spread(word: str, s: Spread) -> str:
-    """What an unlabelled file cannot say. Of equal rewards there is nothing more to say."""
+    """Say what an unlabelled file cannot show; nothing for equal rewards."""
     if word == UNCLEAR or (s.noise_share or 0.0) >= EQUAL_SHARE:
         return ""
     return f" {SMALL_MAY_BE_RIGHT if word == BLIND else NOT_SIGHT}"
 
 
 def overall(found: Sequence[tuple[Diagnosis, DiagnosisVerdict]]) -> list[Overall]:
-    """One verdict a model: its worst file decides, since that is where training would go wrong."""
+    """Return one verdict per model, from its worst file, where training would go wrong."""
     models = dict.fromkeys(diagnosis.model for diagnosis, _ in found)
     return [_overall(model, [(d, v) for d, v in found if d.model == model]) for model in models]
 
@@ -195,7 +195,7 @@ def _by_labels(found: Labels) -> _Decision:
 
 
 def accuracy_verdict(accuracy: Measured) -> tuple[str, str]:
-    """What an accuracy with an interval says: a word, and why; no reason where it just sees."""
+    """Return the word for an accuracy with its interval, and the reason ("" if it just sees)."""
     assert accuracy.low is not None
     assert accuracy.high is not None
     if accuracy.high < 0.5:
@@ -210,8 +210,7 @@ def accuracy_verdict(accuracy: Measured) -> tuple[str, str]:
 
 
 def _right_by_length_alone(found: Labels) -> bool:
-    """Below one half where the better response is the shorter one and above where it is the longer
-    one, or the other way round."""
+    """Whether accuracy is clearly below 1/2 on one side of the lengths and above on the other."""
     one, other = found.accuracy_shorter, found.accuracy_longer
     if min(found.pairs_shorter, found.pairs_longer) < FEW_PROMPTS or one is None or other is None:
         return False
