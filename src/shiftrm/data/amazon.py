@@ -1,28 +1,28 @@
-"""Amazon reviews as domains of controlled sentiment: one category, one domain.
+"""Amazon reviews as domains of controlled sentiment, one domain per category.
 
-Two public schemas:
+Two public schemas are read:
 
-- *Amazon Reviews 2023*, one JSONL file a category ("Books.jsonl"): `rating` 1-5, `title` (of the
-  review), `text`, `asin`, `parent_asin` (the product, all its variants), and more;
+- *Amazon Reviews 2023*, one JSONL file per category ("Books.jsonl"): `rating` 1-5, `title` (of the
+  review), `text`, `asin`, `parent_asin` (the product with all its variants), and more;
 - *amazon_polarity*: `label` 0/1, `title`, `content`; no category and no product.
 
-The OODPL paper writes positive reviews for categories never seen, but does not say how its pairs
-are formed. All of this is ours:
+The OODPL paper writes positive reviews for unseen categories, but does not say how its pairs are
+formed. The following is ours:
 
-- **text**: the review's text without its title (titles mostly give the verdict away); HTML tags,
-  entities and Amazon's `[[VIDEOID:...]]` marks are resolved, white space becomes single spaces;
+- **text**: the review's text without its title (titles mostly reveal the verdict), HTML tags and
+  Amazon's `[[VIDEOID:...]]` marks, with entities resolved and single spaces;
 - **sentiment**: 4 and 5 stars (label 1) are positive, 1 and 2 (label 0) negative, 3 is dropped;
-- **cut**: the first `prompt_words` words (8) are the beginning; the continuation is a space and the
-  next `response_words` words (64) at most, `finished` where nothing was cut off. Words stand
-  between white space. Reviews with fewer than `prompt_words + 4` words are dropped;
+- **cut**: the first `prompt_words` words (8) are the beginning; the continuation is a space and at
+  most the next `response_words` words (64), `finished` if nothing was cut off. Words are separated
+  by white space. Reviews with fewer than `prompt_words + 4` words are dropped;
 - **pairs**: a positive and a negative review of one product (`parent_asin`, else `asin`), matched
-  in a drawn order, each review in one pair, at most `pairs_per_product`. In amazon_polarity any two
-  match. The prompt is the beginning of one of the two, drawn by a fair coin, and the continuations
-  of both are compared: a continuation fits its own beginning better, and the coin keeps that from
-  telling which is preferred;
-- **splits** are by product (in amazon_polarity by pair and by review): a tenth to evaluate on, the
+  in random order, each review in one pair, at most `pairs_per_product`. In amazon_polarity any two
+  match. The prompt is the beginning of one of the two, chosen by a fair coin, and the continuations
+  of both are compared. A continuation fits its own beginning better; the coin makes this
+  independent of the preference;
+- **splits** are by product (in amazon_polarity by pair and by review): a tenth for evaluation, the
   rest halved into the query's pairs and the support. Support rows are reviews of both sentiments,
-  each as its own beginning and continuation: fine-tuning data of mixed quality.
+  each split into its own beginning and continuation: fine-tuning data of mixed quality.
 """
 
 import html
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 POLARITY = "fancyzhx/amazon_polarity"
-"""Its name on the hub. The 2023 reviews must be downloaded: their hub page loads by a script."""
+"""Its hub name. The 2023 reviews must be downloaded, because their hub page needs a script."""
 
 TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 MARK = re.compile(r"\[\[(?:VIDEOID|ASIN|STAR_RATING)[^\]]*\]\]")
@@ -60,16 +60,16 @@ SHORTEST_RESPONSE = 4
 
 @dataclass(frozen=True)
 class CutOptions:
-    """How reviews become rows.
+    """How to make rows from reviews.
 
     Raises:
-        UserError: a value out of range, on construction.
+        UserError: on construction, if a value is out of range.
     """
 
     prompt_words: int = 8
     response_words: int = 64
     pairs_per_product: int = 5
-    support_share: float = 0.5  # of the products that are not evaluated on
+    support_share: float = 0.5  # of the products not used for evaluation
     eval_share: float = 0.1
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class CutOptions:
 
 @dataclass(frozen=True)
 class Review:
-    """One kept review. `product` is "" in amazon_polarity, where it is not known."""
+    """One kept review. `product` is "" in amazon_polarity, where it is unknown."""
 
     positive: bool
     beginning: str
@@ -97,16 +97,16 @@ class Review:
 
 
 def clean_text(text: str) -> str:
-    """A review's text without HTML and marks, with single spaces. Emoji and scripts stay."""
+    """Return a review's text without HTML and marks, with single spaces; keep all characters."""
     text = MARK.sub(" ", TAG.sub(" ", text))
-    # Entities last, and tags again: what was escaped twice, "&lt;br /&gt;", is a tag as well.
+    # Resolve entities last, then tags again: an escaped "&lt;br /&gt;" is a tag as well.
     return " ".join(TAG.sub(" ", html.unescape(text)).split())
 
 
 def review_2023(
     row: Row, where: str, options: CutOptions, dropped: Counter[str] | None = None
 ) -> Review | None:
-    """Map one row of Amazon Reviews 2023, or say in `dropped` why not.
+    """Map one row of Amazon Reviews 2023, or count in `dropped` why not.
 
     Reasons: `rating_out_of_range` (not 1 to 5), `neutral` (3 stars), `no_product`, `empty_text`,
     `too_short`.
@@ -157,21 +157,21 @@ def amazon_domains(
     """Make one domain of each category; the order of the rows does not matter.
 
     Args:
-        categories: name -> `(where, row)`, as the readers of files give them. A category whose
-            first row has a `label` is read as amazon_polarity, any other as Amazon Reviews 2023.
-        options: how reviews are cut and paired; None takes the defaults.
-        seed: decides what is paired, which beginning is the prompt, and what goes where.
+        categories: name -> `(where, row)`, from the file readers. A category whose first row has a
+            `label` is read as amazon_polarity, any other as Amazon Reviews 2023.
+        options: how reviews are cut and paired; None uses the defaults.
+        seed: decides the pairs, which beginning is the prompt, and the splits.
 
     Returns:
-        Domains in the order given, and how many reviews were dropped for which reason: those of
-        the mappings, `loaded.BROKEN` (not of the schema), `duplicate` (same text and sentiment),
+        Domains in the given order, and the number of dropped reviews by reason: those of the
+        mappings, `loaded.BROKEN` (wrong schema), `duplicate` (same text and sentiment),
         `contradiction` (one text with both sentiments), `unpaired` (query or evaluation reviews
-        without a counterpart) and `equal_continuations`; and `prompt_also_in_training`, which
-        counts evaluation pairs and prompts: two reviews that begin alike.
+        without a counterpart) and `equal_continuations`; and `prompt_also_in_training`, the number
+        of evaluation pairs and prompts with a beginning that is also in training.
 
     Raises:
-        UserError: a category of which no support rows or no pairs are left; where rows of it are
-            not of the schema and none is, what is wrong with the first one.
+        UserError: a category has no support rows or no pairs left. If no row has the right schema,
+            the message says what is wrong with the first one.
     """
     options = CutOptions() if options is None else options
     dropped: Counter[str] = Counter()
@@ -185,7 +185,7 @@ def amazon_domains(
 
 
 def read_amazon(sources: Mapping[str, str]) -> dict[str, Iterator[tuple[str, Row]]]:
-    """Category -> rows, for `amazon_domains`.
+    """Return the rows of each category, for `amazon_domains`.
 
     Args:
         sources: category -> a file or hub name, e.g. `{"Books": "raw/Books.jsonl"}`.
@@ -194,7 +194,7 @@ def read_amazon(sources: Mapping[str, str]) -> dict[str, Iterator[tuple[str, Row
 
 
 def category_of(path: str | Path) -> str:
-    """The category that a file of Amazon Reviews 2023 is named after."""
+    """Return the category from the name of an Amazon Reviews 2023 file."""
     return Path(path).name.split(".")[0]
 
 
@@ -252,7 +252,7 @@ def _reviews(
 
 
 def _unique(reviews: Iterable[Review], dropped: Counter[str]) -> list[Review]:
-    """Each text once, in an order that the rows' order does not decide."""
+    """Return each text once, in an order independent of the order of the rows."""
     by_text: dict[tuple[str, str], list[Review]] = defaultdict(list)
     for review in reviews:
         by_text[review.beginning, review.continuation].append(review)
@@ -272,7 +272,7 @@ def _domain(
 ) -> Domain:
     parts: dict[str, list[Review]] = {"eval": [], "support": [], "query": []}
     for review in reviews:
-        # One draw a product, so that all its reviews go to one part, in every category.
+        # One draw per product, so that all its reviews go to one part, in every category.
         unit = review.product or f"{review.beginning}{review.continuation}"
         draw = hashed_uniform(seed, "part", unit)
         rest = (draw - options.eval_share) / (1.0 - options.eval_share)
@@ -300,7 +300,7 @@ def _domain(
 def _pairs(
     reviews: list[Review], name: str, options: CutOptions, seed: int, dropped: Counter[str]
 ) -> list[Row]:
-    """Positive against negative reviews of a product; see the module's text."""
+    """Pair positive with negative reviews of a product; see the module docstring."""
     by_product: dict[str, list[Review]] = defaultdict(list)
     for review in reviews:
         by_product[review.product].append(review)

@@ -1,6 +1,6 @@
-"""Domains: what a method that learns over many domains reads of each, checked on reading.
+"""Data of many domains, checked on reading.
 
-On disk a domain is a folder; DIR holds one for each:
+On disk a domain is a folder inside DIR:
 
     DIR/<domain>/finetune.jsonl     {"prompt", "response", "finished"?}: support, to fine-tune on
     DIR/<domain>/pairs.jsonl        {"prompt", "chosen", "rejected", ...}: query, to learn from
@@ -8,9 +8,9 @@ On disk a domain is a folder; DIR holds one for each:
     DIR/<domain>/prompts.jsonl      {"prompt"}: to sample responses for
     DIR/splits.json                 {"source": [...], "held_out": [...], "validation": [...]}
 
-`finetune.jsonl` must be there, and `pairs.jsonl` in a source domain; a missing file of the others
-means none. Sources are meta-trained on, validation domains are watched meanwhile, held-out domains
-are for the meta-test: their `pairs.jsonl`, if any, is for the baseline that may see it.
+`finetune.jsonl` is required, as is `pairs.jsonl` in a source domain; the other files are optional.
+Source domains are for meta-training, validation domains monitor it, and held-out domains are for
+the meta-test: their `pairs.jsonl`, if any, is for the baseline that may see it.
 """
 
 import json
@@ -56,7 +56,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class DomainSplit:
-    """Which domains are trained on, watched, and held out for the meta-test."""
+    """The domains for training, for validation, and held out for the meta-test."""
 
     source: tuple[Domain, ...]
     held_out: tuple[Domain, ...]
@@ -64,7 +64,7 @@ class DomainSplit:
 
     @property
     def all(self) -> tuple[Domain, ...]:
-        """Every domain, each once."""
+        """Return every domain once."""
         return (*self.source, *self.validation, *self.held_out)
 
 
@@ -81,12 +81,12 @@ def load_split(
 
     Args:
         folder: DIR of the layout above.
-        source, held_out, validation: names; None takes `splits.json`'s, and without that file
-            `source` is every domain that is not named elsewhere.
-        support_batch, query_batch: the rows that one step takes of a source domain.
+        source, held_out, validation: names; None uses those of `splits.json`. Without that file,
+            `source` is every domain not named elsewhere.
+        support_batch, query_batch: the rows of a source domain that one step uses.
 
     Raises:
-        UserError: what `load_domain`, `split_domains`, `check_batches` or `check_leaks` refuse.
+        UserError: as `load_domain`, `split_domains`, `check_batches` or `check_leaks`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -114,7 +114,7 @@ def load_split(
 
 
 def _refuse_halves(folder: Path, known: set[str]) -> None:
-    """A domain without its support would otherwise just not be there."""
+    """Reject a domain without its support, which would otherwise be silently missing."""
     for name in (PAIRS, EVAL_PAIRS, PROMPTS):
         for path in sorted(folder.glob(f"*/{name}")):
             if path.parent.name not in known:
@@ -174,11 +174,11 @@ def split_domains(
 
 
 def check_batches(split: DomainSplit, *, support_batch: int, query_batch: int) -> None:
-    """Refuse a domain with fewer rows than one step takes.
+    """Reject a domain with fewer rows than one step uses.
 
     Args:
-        support_batch: support rows a step takes, of any domain.
-        query_batch: query pairs a step takes, of a source domain.
+        support_batch: support rows per step, of any domain.
+        query_batch: query pairs per step, of a source domain.
 
     Raises:
         UserError: the first domain that is too small.
@@ -194,7 +194,7 @@ def check_batches(split: DomainSplit, *, support_batch: int, query_batch: int) -
 
 
 def check_leaks(split: DomainSplit) -> None:
-    """Refuse an evaluation prompt that some domain trains on; spaces make no difference.
+    """Reject an evaluation prompt that a domain trains on; differences in spaces are ignored.
 
     Raises:
         UserError: names the domain, the prompt and the domain that trains on it.
@@ -210,7 +210,7 @@ def check_leaks(split: DomainSplit) -> None:
 
 
 def drop_leaks(domains: Sequence[Domain]) -> tuple[list[Domain], int]:
-    """Leave out evaluation pairs and prompts that `check_leaks` would refuse, and count them."""
+    """Drop evaluation pairs and prompts that `check_leaks` would reject, and count them."""
     trained = _trained_prompts(domains)
     kept = [
         replace(
@@ -240,11 +240,11 @@ def write_domains(
     """Write domains in the layout above; `splits.json` comes last and marks them complete.
 
     Args:
-        source: names; None takes every domain that is not named elsewhere.
+        source: names; None uses every domain not named elsewhere.
 
     Raises:
-        UserError: a split that `split_domains` or `check_leaks` refuses, a domain without support
-            rows, a source without pairs, a name that cannot be a folder name, or a folder that
+        UserError: a split that `split_domains` or `check_leaks` rejects, a domain without support
+            rows, a source without pairs, a name that is not a valid folder name, or a folder that
             already exists. Nothing is written then.
     """
     folder = Path(folder)
@@ -335,7 +335,7 @@ def _support_rows(path: Path) -> list[Row]:
 
 
 def _pair_rows(path: Path) -> list[Row]:
-    """Pairs as `read_pairs` checks them, and each with a prompt; none if there is no file."""
+    """Read pairs with `read_pairs` and check that each has a prompt; none without a file."""
     if not path.exists():
         return []
     rows = read_pairs(path)
@@ -363,7 +363,7 @@ def _prompts(path: Path) -> list[Text]:
 
 
 def _trained_prompts(domains: Iterable[Domain]) -> dict[str, str]:
-    """Prompt (as `prompt_key` reads it) -> the first domain that trains on it."""
+    """Map each training prompt (its `prompt_key`) to the first domain that trains on it."""
     trained: dict[str, str] = {}
     for domain in domains:
         for row in (*domain.support, *domain.query):
@@ -372,14 +372,14 @@ def _trained_prompts(domains: Iterable[Domain]) -> dict[str, str]:
 
 
 def prompt_key(prompt: Text) -> str:
-    """A prompt as leaks are judged: text without regard to spaces, chats as JSON."""
+    """Return the prompt's key for leak checks: text with normalised spaces, or a chat as JSON."""
     if isinstance(prompt, str):
         return " ".join(prompt.split())
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
 def hashed_uniform(seed: int, *parts: str) -> float:
-    """A number in [0, 1) that only the seed and the texts decide, whatever came before."""
+    """Return a number in [0, 1) that depends only on the seed and the texts."""
     digest = sha256("\0".join((str(seed), *parts)).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2.0**64
 

@@ -3,17 +3,18 @@
 Columns read: `post_id`, `domain` ("askculinary_train"), `history` (the post), `human_ref_A` and
 `human_ref_B` (two comments), `labels` (1 = A preferred), `score_A`, `score_B`, `score_ratio`.
 
-From the data set's authors: keep pairs whose score ratio is at least 2, and at most 5 pairs a post.
-The OODPL paper trains and tests on these domains but does not say how it makes rows of them; ours:
+As the data set's authors recommend, keep pairs whose score ratio is at least 2, and at most 5 pairs
+per post. The OODPL paper trains and tests on these domains but does not say how it makes rows. The
+following is ours:
 
 - the prompt is the post, an empty line and "Answer:"; a response is a space and the comment;
-- which pairs of a post are kept is drawn, by a hash of the seed and the pair;
-- the train split's posts are halved, by a hash of the seed and the post: one half's pairs are the
-  query, the other half's comments, both sides of each pair and each comment once, are the support.
-  So the fine-tuning data is of mixed quality, and no comment is both weighted and compared;
+- a hash of the seed and the pair decides which pairs of a post are kept;
+- a hash of the seed and the post halves the train split's posts: one half's pairs are the query;
+  the other half's comments, from both sides of the pairs and each once, are the support. So the
+  fine-tuning data is of mixed quality, and no comment is both weighted and compared;
 - `eval_split` ("test") gives the evaluation pairs and prompts; the remaining split is dropped. Rows
-  whose domain names no split are split by post, a tenth for evaluation;
-- a post found on both sides (the same id, or the same text under another id) is evaluated on only.
+  whose domain does not name a split are split by post, a tenth for evaluation;
+- a post on both sides (the same id, or the same text under another id) is used for evaluation only.
 """
 
 from collections import Counter, defaultdict
@@ -58,18 +59,18 @@ SUBREDDITS: tuple[str, ...] = (
     "asksciencefiction", "asksocialscience", "askvet", "changemyview", "explainlikeimfive",
     "legaladvice",
 )  # fmt: skip
-"""The domains, in the order of the alphabet."""
+"""The domains in alphabetical order."""
 
 LEAVE_OUT: tuple[tuple[str, ...], ...] = tuple(
     SUBREDDITS[start : start + 3] for start in range(0, len(SUBREDDITS), 3)
 )
-"""Six leave-three-out splits: which domains are held out. The first is the paper's example."""
+"""The held-out domains of six leave-three-out splits. The first is the paper's example."""
 
 SPLITS = ("train", "validation", "test")
 GONE = frozenset({"[removed]", "[deleted]"})
 PROMPT = "{post}\n\nAnswer:"
 EVAL_SHARE = 0.1
-"""Share of posts to evaluate on where the rows name no split."""
+"""Share of posts for evaluation if the rows do not name a split."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class PostPair:
     """One kept row: two comments on a post, the preferred one first."""
 
     domain: str
-    split: str  # one of SPLITS, or "" where the row names none
+    split: str  # one of SPLITS, or "" if the row does not name one
     post: str
     prompt: str
     chosen: str
@@ -87,15 +88,15 @@ class PostPair:
 def shp_pair(
     row: Row, where: str, *, score_ratio: float = 2.0, dropped: Counter[str] | None = None
 ) -> PostPair | None:
-    """Map one row, or say in `dropped` why not.
+    """Map one row, or count in `dropped` why not.
 
     Reasons: `empty_post`, `removed_comment`, `empty_comment`, `equal_texts`, `equal_scores`,
     `low_score_ratio`, `label_against_scores`.
 
     Args:
-        where: how messages call the row.
-        score_ratio: the least ratio of the two scores.
-        dropped: counts by reason, added to.
+        where: the row's name in error messages.
+        score_ratio: the minimum ratio of the two scores.
+        dropped: counts by reason, updated in place.
 
     Raises:
         UserError: a missing column or a value of the wrong type.
@@ -144,24 +145,24 @@ def shp_domains(
     domains: Sequence[str] | None = None,
     seed: int = 0,
 ) -> tuple[list[Domain], dict[str, int]]:
-    """Make domains of SHP's rows; the order of the rows does not matter.
+    """Make domains from SHP's rows; the order of the rows does not matter.
 
     Args:
-        rows: `(where, row)`, as the readers of files give them.
-        score_ratio, pairs_per_post: what is kept of a post, see `shp_pair` and above.
-        support_share: share of the training posts whose comments are fine-tuned on.
-        eval_split: the split to evaluate on, "validation" or "test".
+        rows: `(where, row)`, from the file readers.
+        score_ratio, pairs_per_post: which pairs of a post are kept; see `shp_pair` and above.
+        support_share: share of the training posts whose comments are used for fine-tuning.
+        eval_split: the split for evaluation, "validation" or "test".
         domains: subreddits to keep; None keeps all.
         seed: decides which posts are support and which pairs of a post are kept.
 
     Returns:
-        Domains by name, and how many rows were dropped for which reason: those of `shp_pair`,
-        `loaded.BROKEN` (not of the schema), `other_domain`, `other_split`, `duplicate`,
+        Domains by name, and the number of dropped rows by reason: those of `shp_pair`,
+        `loaded.BROKEN` (wrong schema), `other_domain`, `other_split`, `duplicate`,
         `over_pairs_per_post`, `post_also_in_evaluation`. Rows kept + rows dropped = rows read.
 
     Raises:
-        UserError: options out of range, no row of the schema (with what is wrong with the first
-            one), or a domain that is asked for but has no row.
+        UserError: options out of range, no row with the right schema (the message says what is
+            wrong with the first one), or a requested domain without rows.
     """
     _check_options(pairs_per_post, support_share, eval_split)
     dropped: Counter[str] = Counter()
@@ -207,11 +208,10 @@ def shp_domains(
 
 
 def read_shp(sources: Sequence[str] = HUB_NAMES) -> Iterator[tuple[str, Row]]:
-    """Rows of SHP from local files or the hub, one source after the other.
+    """Yield rows of SHP from local files or the hub, source by source.
 
     Args:
-        sources: whatever `iterate_rows` reads, of any subreddits and splits: a row says where it
-            belongs.
+        sources: sources for `iterate_rows`, of any subreddits and splits; each row names its own.
     """
     for source in sources:
         yield from iterate_rows(source)
@@ -220,7 +220,7 @@ def read_shp(sources: Sequence[str] = HUB_NAMES) -> Iterator[tuple[str, Row]]:
 def _split(
     pairs: Iterable[PostPair], eval_split: str, seed: int, dropped: Counter[str]
 ) -> tuple[list[PostPair], list[PostPair]]:
-    """Training and evaluation pairs that share no post, by id or by text."""
+    """Return training and evaluation pairs that share no post, by id or by text."""
     train: list[PostPair] = []
     evaluation: list[PostPair] = []
     for pair in pairs:
@@ -239,7 +239,7 @@ def _split(
 def _limit(
     pairs: Iterable[PostPair], pairs_per_post: int, seed: int, dropped: Counter[str]
 ) -> list[PostPair]:
-    """At most so many pairs of a post, in an order that the rows' order does not decide."""
+    """Return a limited number of pairs per post, in an order independent of the rows' order."""
     by_post: dict[str, list[PostPair]] = defaultdict(list)
     for pair in pairs:
         by_post[prompt_key(pair.prompt)].append(pair)
@@ -282,7 +282,7 @@ def _pair_row(pair: PostPair) -> Row:
 
 
 def _domain_and_split(name: str) -> tuple[str, str]:
-    """`"askculinary_train"` -> `("askculinary", "train")`; a name without a split has ""."""
+    """Split `"askculinary_train"` into `("askculinary", "train")`; the split may be ""."""
     domain, _, split = name.rpartition("_")
     return (domain, split) if split in SPLITS and domain else (name, "")
 

@@ -1,6 +1,6 @@
-"""Rows from wherever a user keeps them: JSONL, JSON, Parquet, CSV, or anything `datasets` loads.
+"""Read rows from JSONL, JSON, Parquet, CSV, or anything `datasets` loads.
 
-One function reads them all, so that every command takes every format and errors name the row.
+One function reads all formats, so every command accepts every format and errors name the row.
 """
 
 import codecs
@@ -30,12 +30,12 @@ of objects, or an object that holds one. In CSV, lists and messages are written 
 """For the --help of commands that read data."""
 
 PARQUET_EXPORT = "refs/convert/parquet"
-"""Where the hub keeps a copy, made by itself, of data sets that load by a script of their own."""
+"""Where the hub keeps its automatic copy of data sets that need their own loading script."""
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 TEXT_COLUMNS = ("prompt", "response", "chosen", "rejected", "completion", "messages")
-"""Columns that hold text or chat messages; in a CSV cell, messages are written as JSON."""
+"""Columns that hold text or chat messages; in a CSV cell, messages are JSON."""
 
 JSON_COLUMNS = (
     "responses",
@@ -52,7 +52,7 @@ JSON_COLUMNS = (
 
 
 INNER_LISTS = ("conversations", "completions", "summaries", "replies")
-"""Lists of objects inside one row of a public data set: no rows themselves."""
+"""Lists of objects inside one row of a public data set, which are not rows."""
 
 
 def iterate_rows(
@@ -66,23 +66,23 @@ def iterate_rows(
     """Yield `(where, row)` for every row of a source; `~` is the home folder.
 
     Args:
-        source: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file (no suffix at all:
-            JSONL), a folder of such files (in the order of their names, each read by itself, so
-            that their columns may differ; names such as `test-00.jsonl` say which split a file is
-            of, as in `datasets`), a folder that `datasets` loads (written by `save_to_disk`, say),
-            or a hub name `owner/name[:config[:split]]`.
+        source: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file (without suffix: JSONL),
+            a folder of such files (read separately in order of their names, so their columns may
+            differ; names such as `test-00.jsonl` name the file's split, as in `datasets`), a folder
+            that `datasets` loads (such as one from `save_to_disk`), or a hub name
+            `owner/name[:config[:split]]`.
         required: columns every row must have.
-        split: which split of a folder or hub name, unless the source says one.
-        data_dir: the one folder of a folder or hub name to read.
-        data_file: the one file of a hub name to read.
+        split: which split of a folder or hub name, unless the source names one.
+        data_dir: the only subfolder of a folder or hub name to read.
+        data_file: the only file of a hub name to read.
 
     Yields:
         `where` for error messages (`file:line` for JSONL and CSV, `file: row N` for JSON and
         Parquet, `name[split] row N` through `datasets`; rows count from 1) and the row. Columnar
-        formats fill missing entries with null; here they are absent again, also inside messages.
+        formats fill missing entries with null; these are removed, also inside messages.
 
     Raises:
-        UserError: there is no such source, it cannot be read, or a row lacks a column.
+        UserError: the source does not exist or cannot be read, or a row lacks a column.
     """
     for where, row in _reader(source, split, _only(data_dir=data_dir, data_files=data_file)):
         require_columns(row, required, where)
@@ -141,7 +141,7 @@ def _iterate_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _iterate_json(path: Path) -> Iterator[tuple[str, Row]]:
-    """A list of objects, an object that holds one under any key, or JSON lines by another name."""
+    """Read a list of objects, an object that holds one under any key, or JSON lines."""
     raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if not raw.strip():
         return
@@ -186,7 +186,7 @@ def _rows_of(content: Any, path: Path) -> list[Any]:
 
 
 def _holds_rows(value: Any) -> bool:
-    """A list of objects that are no chat messages."""
+    """Whether this is a list of objects that are not chat messages."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -198,7 +198,7 @@ def _holds_rows(value: Any) -> bool:
 
 
 def _iterate_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(2**31 - 1)  # transcripts are longer than its 128 KiB
+    csv.field_size_limit(2**31 - 1)  # transcripts exceed the default 128 KiB
     with open(path, "rb") as handle:
         reader = csv.reader(_decoded_lines(handle, path), strict=True)
         try:
@@ -236,11 +236,11 @@ def _check_header(header: list[str], path: Path) -> None:
         if name in header[: number - 1]:
             raise UserError(f"{path}:1: two columns are called {name!r}; rename one")
         if not name:
-            header[number - 1] = f"column_{number}"  # the index that pandas writes
+            header[number - 1] = f"column_{number}"  # pandas writes its index so
 
 
 def _cell(column: str, text: str, where: str) -> Any:
-    """The value of a cell; None for an empty cell of a column that cannot be empty."""
+    """Return a cell's value; None for an empty cell of a column that cannot be empty."""
     if column in JSON_COLUMNS:
         if not text.strip():
             return None
@@ -289,7 +289,7 @@ def _iterate_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 def _iterate_datasets(
     name: str, config: str | None, split: str, parts: dict[str, str]
 ) -> Iterator[tuple[str, Row]]:
-    """Rows through `datasets`: a folder of data files or of `save_to_disk`, or a hub name."""
+    """Yield rows through `datasets`: a folder of data files or of `save_to_disk`, or a hub name."""
     table = _load(name, config, split, parts)
     called = "/".join((name, *parts.values()))
     for number, row in enumerate(table, start=1):
@@ -303,7 +303,7 @@ def _load(name: str, config: str | None, split: str, parts: dict[str, str]) -> A
         datasets.disable_progress_bars()
     try:
         if not is_saved(Path(name)):
-            with _quiet(datasets.utils.logging):  # it logs what it raises, on lines of its own
+            with _quiet(datasets.utils.logging):  # it also logs what it raises
                 return _load_published(name, config, split, parts)
         table = datasets.load_from_disk(name)
     except ConnectionError as error:
@@ -313,8 +313,8 @@ def _load(name: str, config: str | None, split: str, parts: dict[str, str]) -> A
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # whatever it is, it is about these files
-        reason = _line(error.__cause__ or error)  # what is wrong with the file, if that is it
+    except Exception as error:  # any error here is about these files
+        reason = _line(error.__cause__ or error)  # the cause may say what is wrong with the file
         raise UserError(f"{name}: cannot be loaded as a data set ({reason})") from None
     splits = list(table) if isinstance(table, dict) else ["train"]
     if split not in splits:
@@ -330,7 +330,7 @@ def _load_published(name: str, config: str | None, split: str, parts: dict[str, 
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-    # There a configuration is a folder.
+    # A configuration is a folder there.
     folder = {"data_dir": config} if config else {}
     return datasets.load_dataset(name, split=split, revision=PARQUET_EXPORT, **folder | parts)
 
@@ -346,14 +346,14 @@ def _quiet(logging: Any) -> Iterator[None]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A row as it was before a columnar format gave every row the same keys, in JSON's types."""
+    """Return a row in JSON types, without the nulls that a columnar format adds."""
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
         return [_without_nulls(v) for v in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    return str(value)  # dates, decimals, bytes: columns of the user's own
+    return str(value)  # dates, decimals, bytes in the user's own columns
 
 
 def _line(error: BaseException) -> str:
@@ -361,7 +361,7 @@ def _line(error: BaseException) -> str:
 
 
 def fingerprint(source: str | Path, rows: list[Row]) -> str:
-    """SHA-256 that tells one data set from another: of the file's bytes, or else of the rows."""
+    """Return a SHA-256 that identifies a data set, from the file's bytes or else from the rows."""
     if Path(source).is_file():
         with open(source, "rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()

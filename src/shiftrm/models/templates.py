@@ -287,7 +287,7 @@ def _closing(tokenizer: Any, tail: str) -> tuple[str, list[tuple[int, str]]]:
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids of special tokens."""
+    """Return the ids of special and added tokens."""
     return frozenset(tokenizer.all_special_ids) | frozenset(
         getattr(tokenizer, "added_tokens_decoder", {})
     )
