@@ -1,1 +1,1 @@
-"""OODPL (Jia, arXiv 2402.14760): one reward model meta-trained over many domains."""
+"""OODPL (Jia, arXiv 2402.14760): a reward model meta-trained over many domains."""

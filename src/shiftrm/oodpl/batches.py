@@ -1,7 +1,7 @@
-"""A domain's rows as tokens, and tokens as the batches that `hypergradient` takes.
+"""Encode a domain's rows as tokens and collate them into the batches of `hypergradient`.
 
-The policy reads a prompt with a response in its own tokens and says log pi(y|x) of the response's;
-the reward model reads the same text in the tokens of its tokenizer, which may be another one.
+The policy reads prompt and response in its own tokens and returns log pi(y|x); the reward model
+reads the same text in the tokens of its own tokenizer, which may differ.
 """
 
 from collections import Counter
@@ -35,14 +35,14 @@ __all__ = [
 
 
 class Tokens(NamedTuple):
-    """A prompt with a response: the response's tokens are those from `start` on."""
+    """A prompt with a response, whose tokens begin at `start`."""
 
     ids: list[int]
     start: int
 
 
 class Example(NamedTuple):
-    """A support row; `row` is its place in the domain's file, for messages."""
+    """A support row; `row` is its index in the domain's file, for messages."""
 
     policy: Tokens
     reward_ids: list[int]
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedDomain:
-    """A domain's rows in tokens; `dropped` counts those that were too long."""
+    """A domain's rows as tokens; `dropped` counts rows that were too long."""
 
     name: str
     support: list[Example]
@@ -70,10 +70,10 @@ class EncodedDomain:
 def encode_for_policy(
     tokenizer: Any, prompt: Text, response: Text, *, finished: bool = True
 ) -> Tokens:
-    """Token ids of a prompt with its response, and where the response begins.
+    """Return the token ids of a prompt with its response, and where the response begins.
 
-    It begins where the tokens leave those of the prompt alone: a tokenizer may join the prompt's
-    end and the response's beginning in one token, which then counts as the response's.
+    The response begins where the tokens first differ from those of the prompt alone. If a token
+    joins the prompt's end and the response's beginning, it counts as part of the response.
 
     Raises:
         UserError: no response token is left, or as `rendering.encode`.
@@ -82,17 +82,17 @@ def encode_for_policy(
     opening = encode_prompt(tokenizer, prompt)
     shared = [a == b for a, b in zip(ids, opening, strict=False)]
     start = shared.index(False) if False in shared else len(shared)
-    if len(ids) - max(start, 1) < 1:  # token 0 has nothing before it that could predict it
+    if len(ids) - max(start, 1) < 1:  # nothing predicts token 0
         raise UserError("the response has no token of its own; remove the row")
     return Tokens(ids, start)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Tokenizers of policy and reward model, and the longest sequence that both may read.
+    """The tokenizers of policy and reward model, and the maximum length for both.
 
     Attributes:
-        reward_tokenizer: None where only the policy reads.
+        reward_tokenizer: None if only the policy reads.
         max_length: tokens of prompt and response; longer rows are dropped. None: no limit.
     """
 
@@ -101,7 +101,7 @@ class Encoder:
     max_length: int | None = None
 
     def example(self, row: Row, index: int) -> Example | None:
-        """A support row; None if it is too long."""
+        """Return a support row, or None if it is too long."""
         finished = row.get("finished", True)
         tokens = encode_for_policy(
             self.policy_tokenizer, row["prompt"], row["response"], finished=finished
@@ -115,7 +115,7 @@ class Encoder:
         return Example(tokens, reward_ids, index) if fits else None
 
     def pair(self, row: Row, index: int) -> Pair | None:
-        """A preference pair; None if a side is too long."""
+        """Return a preference pair, or None if a side is too long."""
         sides = [
             encode_for_policy(
                 self.policy_tokenizer,
@@ -128,7 +128,7 @@ class Encoder:
         return Pair(*sides) if all(self._fits(side.ids) for side in sides) else None
 
     def domain(self, domain: Domain, *, query: bool, eval_pairs: bool) -> EncodedDomain:
-        """Support rows, and the pairs that are asked for.
+        """Return the support rows and the requested pairs.
 
         Raises:
             UserError: a row without text or response tokens; names domain, file and row.
@@ -166,7 +166,7 @@ class Encoder:
 def encode_domains(
     encoder: Encoder, domains: Sequence[Domain], *, support_batch: int, query_batch: int
 ) -> list[EncodedDomain]:
-    """Domains in tokens, those with a query batch refused where too little is left of them.
+    """Return domains as tokens; with a query batch, refuse domains with too few rows left.
 
     Args:
         support_batch, query_batch: rows that one step takes; a query_batch of 0 encodes no query.
@@ -192,7 +192,7 @@ def encode_domains(
 
 
 def sequences(rows: Sequence[Tokens], *, pad_token_id: int) -> Sequences:
-    """Rows as one batch, padded on the right; shape [B, T]."""
+    """Return rows as one batch [B, T], padded on the right."""
     ids, mask = pad_right([row.ids for row in rows], pad_token_id=pad_token_id)
     starts = torch.tensor([row.start for row in rows])
     response = (torch.arange(ids.shape[1])[None] >= starts[:, None]) & mask.bool()
@@ -202,14 +202,14 @@ def sequences(rows: Sequence[Tokens], *, pad_token_id: int) -> Sequences:
 def inner_batch(
     examples: Sequence[Example], *, policy_pad_id: int, reward_pad_id: int
 ) -> InnerBatch:
-    """Support rows of one inner step."""
+    """Return the support rows of one inner step as a batch."""
     policy = sequences([e.policy for e in examples], pad_token_id=policy_pad_id)
     ids, mask = pad_right([e.reward_ids for e in examples], pad_token_id=reward_pad_id)
     return InnerBatch(policy, ids, mask)
 
 
 def outer_batch(pairs: Sequence[Pair], *, policy_pad_id: int) -> OuterBatch:
-    """Preference pairs of one outer step."""
+    """Return the preference pairs of one outer step as a batch."""
     return OuterBatch(
         sequences([p.chosen for p in pairs], pad_token_id=policy_pad_id),
         sequences([p.rejected for p in pairs], pad_token_id=policy_pad_id),

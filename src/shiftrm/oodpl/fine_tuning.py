@@ -1,7 +1,7 @@
-"""Fine-tuning a policy on a domain's own data, each example weighted by a frozen reward model.
+"""Fine-tune a policy on a domain's data, with examples weighted by a frozen reward model.
 
-The meta-test's first way: what the inner loop of meta-training does in D steps, done at length.
-With all weights equal it is plain fine-tuning, the baseline.
+The first method of the meta-test: the inner loop of meta-training with more than D steps. With
+equal weights it is plain fine-tuning, the baseline.
 """
 
 import math
@@ -66,7 +66,7 @@ class FineTuningConfig:
 
 @dataclass(frozen=True)
 class FineTuningLog:
-    """One update: its loss before it, and how evenly the batch was weighted (1: all equal)."""
+    """One update: the loss before it, and how evenly the batch was weighted (1: all equal)."""
 
     step: int
     loss: float
@@ -85,8 +85,8 @@ def fine_tune(
     """Minimise `-mean(w log pi(y|x))` over a domain's rows, in place; dropout is off.
 
     `w = exp(r/beta)` as in the paper (Jia, arXiv 2402.14760); AdamW, more than D steps and weights
-    divided by their batch mean are ours. There is no further KL penalty: how far the policy goes is
-    bounded by beta and the number of updates.
+    divided by their batch mean are ours. There is no KL penalty: beta and the number of updates
+    limit how far the policy moves.
 
     Args:
         support: `{"prompt", "response", "finished"?}`.
@@ -136,7 +136,7 @@ def fine_tune(
 
 
 def _rewards(reward_fn: RewardFunction | None, support: Sequence[Row]) -> list[float]:
-    """Zeros where there is no reward model: every weight is then 1."""
+    """Return the rewards; without a reward model zeros, so that every weight is 1."""
     if reward_fn is None:
         return [0.0] * len(support)
     return [
@@ -160,7 +160,7 @@ def _weights(
             bad = ~torch.isfinite(torch.exp(rewards_B / config.beta))
         row = rows[int(bad.nonzero()[0])] + 1 if bool(bad.any()) else rows[0] + 1
         raise UserError(f"fine-tuning row {row}: {str(error).partition(': ')[2]}") from None
-    if not bool(weights.any()):  # nothing would be learnt
+    if not bool(weights.any()):  # nothing would be learned
         raise UserError(
             f"fine-tuning row {rows[0] + 1}: its weight exp(r/beta) and those of its whole batch "
             f"are 0 in float32 (reward {float(rewards_B[0]):g}, beta {config.beta:g}); use "
@@ -177,7 +177,7 @@ def _optimizer(policy: nn.Module, config: FineTuningConfig) -> torch.optim.Optim
 
 
 def _endless(count: int, seed: int) -> Any:
-    """Indices in shuffled order, again and again."""
+    """Yield indices in shuffled order, endlessly."""
     rng = random.Random(f"fine-tuning/{seed}")
     while True:
         yield from rng.sample(range(count), count)
