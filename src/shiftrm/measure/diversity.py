@@ -1,4 +1,4 @@
-"""How alike the responses of a set are: Self-BLEU, embeddings, distinct n-grams, compression.
+"""Similarity of a set of responses: Self-BLEU, embeddings, distinct n-grams, compression.
 
 The MetaRM paper (arXiv 2405.00438) measures diversity as "Self-BLEU averaged over n = 2..5 plus
 embedding similarity, both normalised, summed, lower = more diverse", and does not say how it
@@ -28,7 +28,7 @@ Tokens = Sequence[str]
 
 
 def tokenise(texts: Sequence[str], tokenizer: str = "13a") -> list[list[str]]:
-    """Words as sacrebleu's BLEU sees them.
+    """Return the words of sacrebleu's BLEU.
 
     Args:
         tokenizer: sacrebleu's name of it: "13a" (words and punctuation), "intl" (the same by
@@ -41,7 +41,7 @@ def tokenise(texts: Sequence[str], tokenizer: str = "13a") -> list[list[str]]:
 
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"tokenizer is {tokenizer!r}; known: {', '.join(TOKENIZERS)}")
-    # The `rstrip` and the split are what BLEU itself does before and after.
+    # BLEU itself does the `rstrip` and the split before and after.
     cut = BLEU(tokenize=tokenizer).tokenizer
     return [cut(text.rstrip()).split() for text in texts]
 
@@ -50,7 +50,7 @@ TOKENIZERS = ("13a", "intl", "char", "zh", "none")
 
 
 class Ngrams:
-    """All n-grams of a set of responses up to a length, counted once and asked for many subsets."""
+    """All n-grams of a set of responses up to a length, counted once for many subsets."""
 
     def __init__(self, tokens: Sequence[Tokens], longest: int) -> None:
         self.lengths = np.array([len(words) for words in tokens], dtype=np.int64)
@@ -70,7 +70,7 @@ class Ngrams:
             self._tables.append(_table(gram, owner[start], len(tokens)))
 
     def of(self, n: int, kept: NDArray[np.bool_]) -> tuple[NDArray[np.int64], ...]:
-        """n-gram, response and count, sorted by n-gram and count, of the responses kept."""
+        """Return n-gram, response and count of the responses kept, sorted by n-gram and count."""
         gram, owner, count = self._tables[n - 1]
         there = kept[owner]
         return gram[there], owner[there], count[there]
@@ -91,7 +91,7 @@ def self_bleu(
     orders: Sequence[int] = SELF_BLEU_ORDERS,
     kept: NDArray[np.int64] | None = None,
 ) -> dict[int, Floats]:
-    """Self-BLEU of every response: its BLEU with all others as references, in [0, 1].
+    """Compute Self-BLEU of every response: BLEU with all others as references, in [0, 1].
 
     Zhu et al. 2018 (Texygen, arXiv 1802.01886); the mean over responses is the set's Self-BLEU. The
     numbers are sacrebleu's `BLEU(max_ngram_order=n, effective_order=True).sentence_score` against
@@ -104,8 +104,8 @@ def self_bleu(
         orders: the maximal n-gram lengths.
         kept: which responses make up the set; by default all.
 
-    Returns:
-        By order, one value for every response kept.
+        Returns:
+            By order, one value for every response kept.
 
     Raises:
         ValueError: fewer than two responses, or one without tokens.
@@ -132,7 +132,7 @@ def self_bleu(
 
 
 def _matches(ngrams: Ngrams, n: int, which: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many n-grams of each response are in another one, clipped to the highest count there."""
+    """Count each response's n-grams in others, clipped to the highest count there."""
     mask = np.zeros(len(ngrams.lengths), dtype=bool)
     mask[which] = True
     gram, owner, count = ngrams.of(n, mask)
@@ -148,7 +148,7 @@ def _matches(ngrams: Ngrams, n: int, which: NDArray[np.int64]) -> NDArray[np.int
 
 
 def _closest_lengths(lengths: Sequence[int]) -> list[int]:
-    """For every length the nearest one among the others; of two equally near, the shorter."""
+    """Return the nearest other length for every length; of two equally near, the shorter."""
     count = Counter(lengths)
     ordered = sorted(count)
     found = []
@@ -165,7 +165,7 @@ def _closest_lengths(lengths: Sequence[int]) -> list[int]:
 def distinct_n(
     tokens: Sequence[Tokens] | Ngrams, n: int, *, kept: NDArray[np.int64] | None = None
 ) -> float:
-    """Different n-grams over all n-grams of the set (Li et al. 2016, arXiv 1510.03055).
+    """Return distinct n-grams over all n-grams of the set (Li et al. 2016, arXiv 1510.03055).
 
     In (0, 1], higher = more diverse; NaN where no response has n tokens.
     """
@@ -178,7 +178,7 @@ def distinct_n(
 
 
 def compression_ratio(texts: Sequence[str]) -> float:
-    """Bytes of all texts over bytes after gzip (Shaib et al. 2024, arXiv 2403.00553).
+    """Return bytes of all texts over bytes after gzip (Shaib et al. 2024, arXiv 2403.00553).
 
     Higher = more repetition. gzip looks back 32 kB, so repetition further apart goes unseen. Below
     about 1 for a few short texts, since the gzip header counts.
@@ -188,7 +188,7 @@ def compression_ratio(texts: Sequence[str]) -> float:
 
 
 def mean_cosine(vectors: Floats) -> float:
-    """Mean cosine over all pairs i != j of rows, in [-1, 1], in one pass.
+    """Return the mean cosine over all pairs i != j of rows, in [-1, 1].
 
     Sum over i != j of e_i . e_j = |sum of e|^2 - N for unit vectors e.
 
@@ -213,7 +213,7 @@ def set_diversity(
     *,
     kept: NDArray[np.int64] | None = None,
 ) -> dict[str, float]:
-    """All numbers of one set of responses.
+    """Compute all numbers of a set of responses.
 
     Args:
         texts, tokens, vectors: of at least two responses, none empty; n-grams up to 5.
@@ -241,22 +241,22 @@ def set_diversity(
 
 
 def similarity(self_bleu: float, cosine: float) -> float:
-    """The paper's sum by our normalisation: both in [0, 1], so in [0, 2]; lower = more diverse."""
+    """Return the paper's sum in our normalisation, in [0, 2]; lower = more diverse."""
     return self_bleu + max(0.0, cosine)
 
 
 def jackknifed(
     statistic: Callable[[NDArray[np.int64]], dict[str, float]], size: int, *, seed: int
 ) -> dict[str, Measured]:
-    """Numbers of a whole set with 95 % intervals, by leaving out a twentieth of it at a time.
+    """Compute numbers of a set with 95 % intervals by a jackknife over twentieths.
 
-    A bootstrap would draw responses twice, and each copy would match itself; leaving out does not.
+    A bootstrap would draw copies of a response, which match each other.
     The variance is (G - 1) / G times the sum of squares around the mean over the G groups (Shao and
     Tu 1995, section 2.3), the interval Student's with G - 1 degrees of freedom.
 
     Args:
-        statistic: from the indices that are kept to numbers by name.
-        size: how many there are; below 10 there are no intervals.
+        statistic: maps the indices that are kept to numbers by name.
+        size: size of the set; below 10, there are no intervals.
         seed: of the division into groups.
     """
     whole = statistic(np.arange(size))

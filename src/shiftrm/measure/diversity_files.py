@@ -1,9 +1,8 @@
-"""Diversity of responses in files, within prompts and across them, side by side.
+"""Diversity of responses in files, within and across prompts.
 
-Within prompts: how alike the K responses to one prompt are, per prompt, then the mean, with
-bootstrap intervals over prompts. Across prompts: how alike one response each to different prompts
-are, over the whole set; this is what a set with one response a prompt, as in the MetaRM paper,
-measures. (The two questions are those of Kirk et al. 2024, arXiv 2310.06452.)
+Within prompts: similarity of the K responses to a prompt, averaged over prompts, with bootstrap
+intervals. Across prompts: similarity of a set with one response per prompt, as in the MetaRM paper.
+Both are from Kirk et al. 2024 (arXiv 2310.06452).
 """
 
 import json
@@ -32,8 +31,8 @@ from shiftrm.models.scoring import row_responses
 
 WITHIN, ACROSS = "within prompts", "across prompts"
 
-_LONG_WORD = 15.0  # mean characters a token from which the script seems to have no spaces
-_TEXTS_A_CALL = 512  # embedded between two moves of the progress bar
+_LONG_WORD = 15.0  # mean characters per token from which the script seems to lack spaces
+_TEXTS_A_CALL = 512  # texts embedded between updates of the progress bar
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ResponseFile:
 
     Attributes:
         groups: by prompt (as JSON); prompts whose responses are all empty are left out.
-        empty: how many responses were left out since nothing but spaces is in them.
+        empty: number of responses left out as empty or only spaces.
     """
 
     name: str
@@ -53,11 +52,11 @@ class ResponseFile:
 
 @dataclass(frozen=True)
 class Diversity:
-    """Numbers of one file in one scope.
+    """Numbers of a file in a scope.
 
     Attributes:
         name, scope: of the file; `WITHIN` or `ACROSS`.
-        prompts, responses: how many were compared, after cutting all files to one size.
+        prompts, responses: numbers compared, after cutting all files to one size.
         values: by metric, see `diversity.set_diversity`; across, with intervals of a jackknife.
     """
 
@@ -88,7 +87,7 @@ class DiversityReport:
 
 
 def read_responses(source: str, name: str) -> ResponseFile:
-    """Read rows `{"prompt", "responses"}` or `{"prompt", "response"}`; equal prompts are merged.
+    """Read rows `{"prompt", "responses"}` or `{"prompt", "response"}`, and merge equal prompts.
 
     Raises:
         UserError: no rows, a row without responses, or no response that is not empty.
@@ -120,7 +119,7 @@ def _responses(row: Row, where: str) -> list[str]:
 
 
 def _plain(text: Text) -> str:
-    """A response's text; of messages, what each says."""
+    """Return a response's text, or the contents of its messages."""
     if isinstance(text, str):
         return text
     parts = []
@@ -140,17 +139,17 @@ def measure_diversity(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> DiversityReport:
-    """Diversity of every file, cut to as many prompts and responses as all of them have.
+    """Measure the diversity of every file, cut to prompts and responses that all files have.
 
-    Where all files share the prompts of the smallest one, exactly those are compared, otherwise as
-    many from each. A scope for which a file has too little is left out, and said so.
+    If all files contain the prompts of the smallest one, these are compared, otherwise as many from
+    each. A scope for which a file is too small is left out with a remark.
 
     Args:
-        embed: texts to vectors; None: no embedding similarity and no sum.
-        scopes: which; within prompts the first K responses to a prompt are taken, K being the
-            fewest (two or more) that any prompt has; across prompts the first one.
+        embed: maps texts to vectors; None for no embedding similarity and no sum.
+        scopes: within prompts, the first K responses to a prompt are used, where K is the minimum
+            of any prompt (at least two); across prompts, the first one.
         tokenizer: see `diversity.tokenise`.
-        max_prompts: more than these are drawn by seed.
+        max_prompts: if there are more, so many are drawn at random.
         seed: of that draw, of the bootstrap and of the jackknife.
         progress: called with (done, total), in responses.
 
@@ -190,7 +189,7 @@ def measure_diversity(
 
 
 class _Count:
-    """The embedder, if there is one, and the progress of all sets together, in responses."""
+    """The embedder, if any, and the progress over all sets, in responses."""
 
     def __init__(
         self, embed: Embedder | None, progress: Callable[[int, int], None] | None, total: int
@@ -198,7 +197,7 @@ class _Count:
         self._embed, self._progress, self._total, self._done = embed, progress, total, 0
 
     def vectors(self, texts: Sequence[str]) -> Floats | None:
-        """Of all texts; None without an embedder."""
+        """Return the vectors of all texts; None without an embedder."""
         if self._embed is None:
             return None
         found = []
@@ -208,7 +207,7 @@ class _Count:
         return np.concatenate(found)
 
     def measured(self, count: int) -> None:
-        """So many responses are done; with an embedder they were counted there."""
+        """Count measured responses, unless the embedder has counted them."""
         if self._embed is None:
             self._add(count)
 
@@ -219,7 +218,7 @@ class _Count:
 
 
 def _sets(chosen: Sequence[dict[str, tuple[str, ...]]], scope: str) -> list[list[tuple[str, ...]]]:
-    """The sets of each file: K responses of each prompt, or the first one of each prompt."""
+    """Return the sets of each file: K responses of each prompt, or the first of each."""
     if scope == ACROSS:
         return [[texts[:1] for texts in groups.values()] for groups in chosen]
     sizes = {len(texts) for groups in chosen for texts in groups.values() if len(texts) > 1}
@@ -230,7 +229,7 @@ def _sets(chosen: Sequence[dict[str, tuple[str, ...]]], scope: str) -> list[list
 def _same_prompts(
     files: Sequence[ResponseFile], max_prompts: int | None, seed: int
 ) -> list[dict[str, tuple[str, ...]]]:
-    """The prompts of each file that are compared."""
+    """Return the prompts of each file that are compared."""
     smallest = min(files, key=lambda file: len(file.groups))
     shared = [p for p in smallest.groups if all(p in file.groups for file in files)]
     count = min(len(smallest.groups), max_prompts or len(smallest.groups))
@@ -289,14 +288,14 @@ def _across(
     count.measured(len(texts))
     for metric, value in values.items():
         if metric.startswith(("self_bleu", "distinct")) and value.low is not None:
-            # They are shares, which Student's interval does not know.
+            # Clip to [0, 1], since they are shares.
             ends = (max(0.0, value.low), min(1.0, value.high or 1.0))
             values[metric] = Measured(value.value, *ends)
     return Diversity(name, ACROSS, len(texts), len(texts), values)
 
 
 def _tokens(texts: Sequence[str], tokenizer: str) -> list[list[str]]:
-    # A text of invisible characters alone may leave no token; it is then one token of its own.
+    # A text of invisible characters may have no token; it then counts as one token.
     return [words or [text] for words, text in zip(tokenise(texts, tokenizer), texts, strict=True)]
 
 
@@ -311,7 +310,7 @@ def _mean_length(groups: dict[str, tuple[str, ...]], tokenizer: str) -> float:
 
 
 def _comparisons(report: DiversityReport) -> list[str]:
-    """Every further file against the first one, by the sum or, without vectors, by Self-BLEU."""
+    """Compare every further file with the first, by the sum or, without vectors, by Self-BLEU."""
     lines = []
     for scope in (WITHIN, ACROSS):
         found = [d for d in report.diversities if d.scope == scope]
@@ -330,7 +329,7 @@ def _comparisons(report: DiversityReport) -> list[str]:
 
 
 def _word(before: Measured, after: Measured, prompts: int) -> str:
-    """Clear only where the intervals do not touch, which asks for more than a test of 5 %."""
+    """Compare two values; clear only if intervals do not overlap (stricter than a 5 % test)."""
     ends = (before.low, before.high, after.low, after.high)
     if prompts >= FEW_PROMPTS and all(end is not None for end in ends):
         if after.low > before.high:  # type: ignore[operator]
@@ -375,7 +374,7 @@ def _cautions(
 
 
 def flat(report: DiversityReport, name: str) -> dict[str, float]:
-    """One file's numbers as `metric_within` and `metric_across`, for records."""
+    """Return a file's numbers as `metric_within` and `metric_across`, for records."""
     suffix = {WITHIN: "within", ACROSS: "across"}
     return {
         f"{metric}_{suffix[d.scope]}": value.value

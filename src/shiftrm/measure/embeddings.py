@@ -1,4 +1,4 @@
-"""Texts to vectors: by sentence-transformers, or by a transformers folder and mean pooling."""
+"""Text embeddings by sentence-transformers, or by a transformers model with mean pooling."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from shiftrm.models.loading import check_vocabulary
 from shiftrm.models.rope import context_limit
 
 Embedder = Callable[[Sequence[str]], Floats]
-"""From texts to vectors of length 1: (texts, d)."""
+"""Maps texts to vectors of length 1: (texts, d)."""
 
 _PLAIN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 def load_embedder(path: str, *, batch_size: int = 64) -> Embedder:
-    """An embedding model from a folder or the hub.
+    """Load an embedding model from a folder or the hub.
 
     With sentence-transformers installed, it loads what is in its format. Without it, a folder of a
     plain transformers model is mean-pooled, and so is a folder in its format that does no more than
@@ -29,7 +29,7 @@ def load_embedder(path: str, *, batch_size: int = 64) -> Embedder:
 
     Args:
         path: a folder, or a hub name.
-        batch_size: texts a forward pass.
+        batch_size: texts per forward pass.
 
     Raises:
         UserError: no such model, or one that needs sentence-transformers, which is missing.
@@ -77,7 +77,7 @@ def _mean_pooled(folder: Path) -> bool:
                 modes = [name for name, on in pooling.items() if name[:8] == "pooling_" and on]
                 if modes != ["pooling_mode_mean_tokens"]:
                     return False
-            if kind == "Transformer" and module["path"]:  # the weights are not in the folder itself
+            if kind == "Transformer" and module["path"]:  # the weights are elsewhere
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -92,7 +92,7 @@ def _mean_pooling(path: str, batch_size: int) -> Embedder:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        with quiet_loading():  # a head that is not needed is no news
+        with quiet_loading():  # do not report an unneeded head
             model = AutoModel.from_pretrained(path).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _cannot_load(path, error) from None
@@ -129,12 +129,12 @@ def _mean_pooling(path: str, batch_size: int) -> Embedder:
 
 
 def _limit(path: str, tokenizer: Any, model: Any) -> int | None:
-    """Tokens after which a text is cut: what the folder says, or the model's context."""
+    """Return the maximum tokens of a text: the folder's setting, or the model's context."""
     limits = [tokenizer.model_max_length]
     file = Path(path) / "sentence_bert_config.json"
     if file.is_file():
         limits.append(json.loads(file.read_text(encoding="utf-8")).get("max_seq_length"))
-    # Where positions begin after the padding token's, as RoBERTa's do, the last ones are none.
+    # RoBERTa's positions start after the padding token, so fewer are usable.
     context = context_limit(model.config)
     if context is not None:
         roberta = getattr(model.config, "model_type", "") in ("roberta", "xlm-roberta", "mpnet")

@@ -1,4 +1,4 @@
-"""Over-optimisation: proxy and gold along a path of growing KL, such as a PPO run or best-of-n.
+"""Over-optimisation: proxy and gold along growing KL, such as in a PPO run or best-of-n.
 
 After Gao, Schulman and Hilton 2023, "Scaling laws for reward model overoptimization"
 (arXiv 2210.10760).
@@ -19,7 +19,7 @@ Form = Literal["bon", "rl"]
 
 @dataclass(frozen=True)
 class Path:
-    """Points in the order they were reached; all of one length, finite.
+    """Finite points in the order of training, in columns of equal length.
 
     Attributes:
         kl: to the first policy, in nats.
@@ -33,15 +33,15 @@ class Path:
 
 @dataclass(frozen=True)
 class Overoptimisation:
-    """What a path shows.
+    """Over-optimisation along a path.
 
     Attributes:
-        points: how many it has.
+        points: number of points.
         peak_gold, peak_kl: highest gold, and the KL there.
         final_gold, final_kl, final_proxy: at the end of the path.
         drop: peak_gold - final_gold, at least 0.
         proxy_rise: proxy at the end minus proxy at the peak of gold.
-        gold_at: gold at fixed KL, None where the path never reaches it.
+        gold_at: gold at fixed KL; None if the path never reaches it.
     """
 
     points: int
@@ -63,8 +63,7 @@ class Fit:
         form: "bon": R(d) = d (alpha - beta d); "rl": R(d) = d (alpha - beta log d).
         alpha, beta: its coefficients.
         r_squared: share of the variance of R that it explains.
-        peak_kl: KL where the form peaks; None where it has no peak (beta <= 0), or one so far out
-            that it is no number.
+        peak_kl: KL at the peak; None if there is no peak (beta <= 0) or it overflows.
     """
 
     form: Form
@@ -84,7 +83,7 @@ def path_from_records(
     proxy: str = "proxy_mean",
     gold: str = "gold_mean",
 ) -> Path:
-    """The path of one run from its records, by round and step; steps that lack a number left out.
+    """Return a run's path by round and step from its records; incomplete steps are left out.
 
     Args:
         method, seed, round, stage: which records; without a round, all rounds one after another.
@@ -110,7 +109,7 @@ def path_from_rows(
     proxy: str = "proxy_mean",
     gold: str = "gold_mean",
 ) -> Path:
-    """The path from log rows such as those of `training_log.jsonl`, in their order.
+    """Return the path from log rows such as those of `training_log.jsonl`, in their order.
 
     Rows that lack one of the three numbers, or hold one that is not finite, are left out.
     """
@@ -125,7 +124,7 @@ def path_from_rows(
 
 
 def smoothed(path: Path, window: int) -> Path:
-    """Running means over `window` points, so that the peak is not merely the luckiest batch.
+    """Return running means over `window` points, so that the peak is not a lucky batch.
 
     Only whole windows are kept: the path gets window - 1 points shorter.
 
@@ -144,12 +143,12 @@ def smoothed(path: Path, window: int) -> Path:
 
 
 def overoptimisation(path: Path, *, at_kl: Sequence[float] = ()) -> Overoptimisation:
-    """Peak, end and drop of gold along a path, and gold at fixed KL.
+    """Compute peak, end and drop of gold along a path, and gold at fixed KL.
 
     Args:
         path: at least one point. The peak of noisy points is biased upwards: see `smoothed`.
-        at_kl: where gold is wanted, by linear interpolation between neighbouring points, at the
-            first time the path gets there (KL need not grow at every step of PPO).
+        at_kl: KLs at which to interpolate gold linearly, where the path first reaches them (in PPO,
+            KL may fall between steps).
 
     Raises:
         ValueError: no points, or columns of different length.
@@ -174,7 +173,7 @@ def overoptimisation(path: Path, *, at_kl: Sequence[float] = ()) -> Overoptimisa
 
 
 def value_at(kl: Sequence[float], values: Sequence[float], where: float) -> float | None:
-    """The value where the path first reaches a KL; None if it never does."""
+    """Return the value where the path first reaches a KL; None if it never does."""
     if kl and kl[0] == where:
         return values[0]
     for i in range(1, len(kl)):
@@ -186,7 +185,7 @@ def value_at(kl: Sequence[float], values: Sequence[float], where: float) -> floa
 
 
 def fit(kl: Numbers, gold: Numbers, *, form: Form) -> Fit | None:
-    """Gao et al.'s forms (their Eq. 1), by ordinary least squares; both are linear in alpha, beta.
+    """Fit a form of Gao et al. (their Eq. 1), linear in alpha and beta, by least squares.
 
     Args:
         kl: in nats, at least 0.
@@ -234,7 +233,7 @@ def _peak_kl(alpha: float, beta: float, form: Form) -> float | None:
 
 
 def describe(found: Overoptimisation) -> str:
-    """The path in words."""
+    """Describe the path."""
     if found.drop == 0:
         return (
             f"Gold is highest at the end (KL {found.final_kl:.2f}): {found.final_gold:.2f}; no "

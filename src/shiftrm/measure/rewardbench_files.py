@@ -1,4 +1,4 @@
-"""RewardBench's files, read, checked and scored by a reward model as reward-bench does it."""
+"""RewardBench's files, read, checked and scored by a reward model as in reward-bench."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer
 
 MAX_LENGTH = 2048
-"""Tokens after which reward-bench cuts (`--max_length` of its scripts)."""
+"""Maximum tokens in reward-bench (`--max_length` of its scripts)."""
 
 HUB_SPLITS = {"allenai/reward-bench": "filtered", "allenai/reward-bench-2": "test"}
 """The splits that are scored, unless the source names another."""
@@ -42,12 +42,12 @@ class BenchFile:
 
 @dataclass(frozen=True)
 class BenchScores:
-    """What a model gave to a file.
+    """Scores of a file by a model.
 
     Attributes:
         rows: scores, in the order of the file.
-        responses: how many were scored.
-        truncated: how many of them were cut to the length limit.
+        responses: number scored.
+        truncated: number truncated to the length limit.
         limit: that limit, in tokens.
     """
 
@@ -64,8 +64,8 @@ def read_rewardbench(source: str) -> BenchFile:
         source: what `sources.iterate_rows` reads; of the two sets on the hub, their scored split.
 
     Raises:
-        UserError: no rows, a missing column, rows of both versions, or a row that is not whole;
-            the message names the row.
+        UserError: no rows, a missing column, rows of both versions, or an incomplete row; the
+            message names the row.
     """
     split = HUB_SPLITS.get(source.partition(":")[0], "train")
     version, rows = 0, []
@@ -135,7 +135,7 @@ def score_rewardbench(
     max_length: int = MAX_LENGTH,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchScores:
-    """Scores of every response.
+    """Score every response.
 
     As in reward-bench, a prompt that is text becomes the user's turn of the tokenizer's chat
     template, and what is too long is cut: version 1 from the left, version 2 on the tokenizer's
@@ -144,7 +144,7 @@ def score_rewardbench(
     tokenised without a second BOS.
 
     Args:
-        batch_size: rows a forward pass.
+        batch_size: rows per forward pass.
         max_length: tokens; the model's context if that is shorter.
         progress: called with (done, total), in responses.
 
@@ -154,7 +154,7 @@ def score_rewardbench(
     context = context_limit(scorer.model.config)
     limit = min(max_length, context or max_length)
     side = "left" if data.version == 1 else getattr(scorer.tokenizer, "truncation_side", "right")
-    index: dict[tuple[int, ...], int] = {}  # what is the same to the model gets the same score
+    index: dict[tuple[int, ...], int] = {}  # equal inputs get equal scores
     found, truncated = [], 0
     for row in data.rows:
         entries = []

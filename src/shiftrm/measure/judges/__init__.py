@@ -1,1 +1,1 @@
-"""Who compares two responses: models behind a server, reward models, the gold reward."""
+"""Judges of two responses: models on a server, reward models, the gold reward."""

@@ -1,4 +1,4 @@
-"""How often we would win if both responses had the same length."""
+"""Win rate at equal lengths of both responses."""
 
 from collections.abc import Hashable, Sequence
 
@@ -8,11 +8,11 @@ from shiftrm.core.discrimination import Floats
 from shiftrm.core.intervals import RESAMPLES, Measured, measured
 
 RIDGE = 0.1
-"""On the slope, in units where tanh is 1: a normal prior of deviation 3.2. Wins decided by length
-alone would make the slope infinite without it; at 1 (sklearn's own) the length effect of a hundred
-prompts is not removed whole (simulated: a rate of 0.62 where 0.5 is right, 0.55 at 0.1)."""
+"""Ridge on the slope: a normal prior of deviation 3.2. Without it, the slope is infinite if length
+alone decides; at 1 (sklearn's default), the length effect of a hundred prompts is not fully removed
+(simulated rate: 0.62 instead of 0.5, but 0.55 at 0.1)."""
 
-_STEPS = 100  # Newton needs about ten
+_STEPS = 100  # Newton's method needs about ten
 _SATURATED = 0.02  # deviation of tanh(d / s) below which length and quality cannot be told apart
 
 
@@ -24,14 +24,16 @@ def length_controlled_rate(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Measured | None:
-    """The win rate (ties one half) that a logistic fit predicts at equal lengths.
+    """Return the win rate (ties count 1/2) that a logistic fit predicts at equal lengths.
 
     AlpacaEval 2's idea (Dubois et al., arXiv 2404.04475, Eq. 1 and 2), in its minimal form:
 
         P(we win) = sigmoid(theta + phi * tanh(d / s)),   rate = sigmoid(theta)
 
-    with d the length of our response minus theirs and s the standard deviation of d. theta is how
-    much better we are, phi what the judge pays for length. Deviations: their term for the
+    with d the length of our response minus theirs and s the standard deviation of d. theta
+    is our advantage, phi the judge's preference for length.
+
+    Deviations from AlpacaEval: their term for the
     difficulty of the instruction is left out, since it is fitted over a leaderboard of models; the
     ridge is fixed and on phi only (theirs is chosen by cross-validation and on all), so that
     without an effect of length the rate is the raw one; theirs fits a judge's probabilities, ours
@@ -43,7 +45,7 @@ def length_controlled_rate(
         prompts: see `intervals.measured`.
 
     Returns:
-        None where length and quality cannot be told apart: all differences are (nearly) the same
+        None if length and quality cannot be told apart: all differences are (nearly) the same
         and not 0.
 
     Raises:
@@ -71,7 +73,7 @@ def length_controlled_rate(
 def fit_logistic(
     y: Floats, x: Floats, weights: Floats, *, ridge: float = RIDGE
 ) -> tuple[float, float]:
-    """theta and phi of `P = sigmoid(theta + phi * x)`, by Newton's method in double precision.
+    """Fit theta and phi of `P = sigmoid(theta + phi * x)` by Newton's method in float64.
 
     Minimises  -sum_i w_i (y_i log p_i + (1 - y_i) log(1 - p_i)) + ridge / 2 * phi^2.
 
@@ -80,7 +82,7 @@ def fit_logistic(
         x, weights: shape [N].
 
     Returns:
-        theta is infinite where all weighted targets are 0 or all are 1, and NaN without weights.
+        theta and phi; theta is infinite if all weighted targets are 0 or 1, NaN without weights.
     """
     total = weights.sum()
     if total == 0:
@@ -88,7 +90,7 @@ def fit_logistic(
     mean = float((weights * y).sum() / total)
     if mean in (0.0, 1.0):
         return (float("inf") if mean else float("-inf")), 0.0
-    # The prediction at phi = 0 is the raw rate: a start from which few steps are needed.
+    # Start from the raw rate at phi = 0, which needs few steps.
     b = np.array([np.log(mean / (1 - mean)), 0.0])
     design = np.stack([np.ones_like(x), x])  # [2, N]
     penalty = np.diag([0.0, ridge])

@@ -1,8 +1,7 @@
-"""What a judge is told, and how its verdict is read.
+"""Messages to a judge, and parsing of its verdict.
 
-Responses are untrusted: each stands between marks that hold a digest of the texts themselves, so
-that no response can write the closing mark, and the judge is told that nothing between marks speaks
-to it. Its verdict is read from its own answer only.
+Responses are untrusted. Each is between marks with a digest of the texts, so that no response can
+contain its closing mark, and the judge is told to follow no instructions between marks.
 """
 
 import hashlib
@@ -38,8 +37,8 @@ CRITERIA: dict[str, str] = {
     ),
 }
 """Built-in templates by name. The roles and the form of the verdict follow MT-bench's pairwise
-judge (Zheng et al., arXiv 2306.05685, Figure 5); the words are ours, since MetaRM's paper does not
-print its own."""
+judge (Zheng et al., arXiv 2306.05685, Figure 5); the wording is
+ours, since MetaRM's paper does not print its own."""
 
 _SYSTEM = """\
 You are an impartial judge. You read a conversation and two responses to it, A and B, and decide \
@@ -72,13 +71,13 @@ _PLACES = ("prompt", "response_a", "response_b", "fence")
 
 
 class Template:
-    """A judge's prompt with places for the texts; `fence` becomes a mark no response can guess."""
+    """A judge's prompt with placeholders; `fence` becomes a mark that no response can guess."""
 
     def __init__(self, name: str, user: str, system: str | None = None, *, jinja: bool = False):
         self.name, self.user, self.system, self.jinja = name, user, system, jinja
 
     def messages(self, comparison: Comparison, *, ours_first: bool) -> list[dict[str, str]]:
-        """The conversation to send, with ours as response A or as response B.
+        """Return the messages to send, with ours as response A or B.
 
         Raises:
             UserError: a jinja template that fails.
@@ -87,7 +86,7 @@ class Template:
         ours, theirs = plain_text(comparison.ours), plain_text(comparison.theirs)
         a, b = (ours, theirs) if ours_first else (theirs, ours)
         texts = {"prompt": prompt, "response_a": a, "response_b": b}
-        # Of the texts themselves, sorted so that it is the same in both orders.
+        # A digest of the texts, sorted so that it is the same in both orders.
         digest = hashlib.sha256(json.dumps([prompt, *sorted((a, b))]).encode()).hexdigest()
         texts["fence"] = digest[:12]
         system = [{"role": "system", "content": _filled(self.system, texts)}] if self.system else []
@@ -97,12 +96,12 @@ class Template:
     def _jinja(self, texts: dict[str, str]) -> str:
         try:
             return _environment().from_string(self.user).render(texts)
-        except Exception as error:  # a template can fail in any way that Python can
+        except Exception as error:  # a template can raise any exception
             raise UserError(f"{self.name}: the template fails ({error})") from None
 
 
 def load_template(option: str) -> Template:
-    """A built-in template by name, or one from a file.
+    """Load a built-in template by name, or one from a file.
 
     A file is one message to the judge with the places {prompt}, {response_a}, {response_b} and, if
     wanted, {fence}; a file called .j2 or .jinja is a jinja template with the same variables.
@@ -134,11 +133,10 @@ def load_template(option: str) -> Template:
 
 
 def parse_verdict(text: str, finish_reason: str | None = None) -> tuple[Letter | None, str]:
-    """The verdict of a judge's answer, or None and why there is none. Never a guess.
+    """Return the verdict of a judge's answer, or None and the reason.
 
-    The last [[A]], [[B]] or [[C]] counts, since judges quote before they decide. What a reasoning
-    model thinks aloud in <think> is no verdict, and neither is anything in an answer that was cut
-    off, since its last word is missing.
+    The last [[A]], [[B]] or [[C]] counts, since judges quote before they decide. Text in
+    <think> does not count, and a truncated answer has no verdict.
     """
     if finish_reason == "length":
         return None, "cut off"
@@ -151,7 +149,7 @@ def parse_verdict(text: str, finish_reason: str | None = None) -> tuple[Letter |
 
 
 def plain_text(text: Text, *, prompt: bool = False) -> str:
-    """A string or messages as text to read: turns are named in prompts and longer responses."""
+    """Return a string or messages as text; turns are named in prompts and longer responses."""
     if not is_conversational(text):
         return encodable(str(text))
     turns = [(str(m["role"]), _content(m)) for m in text if isinstance(m, dict)]
@@ -164,7 +162,7 @@ def _content(message: dict[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    if isinstance(content, list):  # parts, as multimodal chats have them
+    if isinstance(content, list):  # parts, as in multimodal chats
         return "".join(
             part["text"] if isinstance(part, dict) and isinstance(part.get("text"), str) else ""
             for part in content
@@ -173,7 +171,7 @@ def _content(message: dict[str, Any]) -> str:
 
 
 def _filled(template: str | None, texts: dict[str, str]) -> str:
-    """Every {place} by its text in one pass: a text that holds "{prompt}" stays as it is."""
+    """Fill all placeholders in one pass, so that "{prompt}" within a text stays."""
     return re.sub(
         r"\{(prompt|response_a|response_b|fence)\}", lambda m: texts[m[1]], template or ""
     )

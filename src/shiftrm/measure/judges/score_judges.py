@@ -1,4 +1,4 @@
-"""Judges that give every response a number: a reward model, and the gold world's true reward."""
+"""Judges that score every response: a reward model, and the gold world's true reward."""
 
 import math
 from collections.abc import Sequence
@@ -59,9 +59,9 @@ class RewardModelJudge:
 
     Args:
         scorer: the model with its tokenizer.
-        name: how reports call it.
+        name: name in reports.
         tie_margin: differences up to this are a tie, in units of the reward.
-        batch_size: rows a forward pass.
+        batch_size: rows per forward pass.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class RewardModelJudge:
         """See `Judge`.
 
         Raises:
-            UserError: text that cannot be rendered, or a reward that is no number.
+            UserError: text that cannot be rendered, or a reward that is not a number.
         """
         encoded = [self._encode(comparison) for comparison in comparisons]
         fitting = [ids for ids in encoded if ids is not None]
-        # Equal sequences are scored once, so that equal responses are a tie to the last digit.
+        # Score equal sequences once, so that equal responses tie exactly.
         index = {
             sequence: i for i, sequence in enumerate(dict.fromkeys(s for p in fitting for s in p))
         }

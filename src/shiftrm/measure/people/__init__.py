@@ -1,1 +1,1 @@
-"""Blinded comparisons by people: the sheet, its key and what the answers say."""
+"""Blinded comparisons by human raters: sheets, keys and results."""

@@ -1,4 +1,4 @@
-"""Raters' answers, read back with the key: every row is checked, every missing answer counted."""
+"""Raters' answers, read with the key. Every row is checked, and missing answers are counted."""
 
 import csv
 import io
@@ -20,14 +20,13 @@ CHOICES: dict[str, Choice] = {"a": "A", "b": "B", "tie": "tie"}
 
 @dataclass(frozen=True)
 class HumanAnswer:
-    """What one rater said about one pair of responses.
+    """A rater's answer on a pair of responses.
 
     Attributes:
         pair: its id.
         prompt: equal for equal prompts.
-        choice: the response that was called better, as it stood on the sheet, or "tie"; None where
-            there is no answer.
-        ours: where our response stood.
+        choice: the better response as labelled on the sheet, or "tie"; None without an answer.
+        ours: the label of our response on the sheet.
     """
 
     pair: str
@@ -39,17 +38,17 @@ class HumanAnswer:
 
     @property
     def outcome(self) -> Outcome | None:
-        """For our response."""
+        """Outcome for our response."""
         if self.choice is None or self.choice == "tie":
             return self.choice
         return "win" if self.choice == self.ours else "lose"
 
 
 def read_answers(files: Sequence[str | Path], key: Key) -> list[HumanAnswer]:
-    """The answers of all raters, one entry for each item of each rater's sheet.
+    """Read the answers of all raters, one for each item of each rater's sheet.
 
-    A file is what the page saves (JSON or CSV) or the sheet as a spreadsheet saved it, also with
-    semicolons. A rater is called by the column `rater`, or else by the file's name.
+    A file is saved by the page (JSON or CSV) or by a spreadsheet, also with semicolons. The rater's
+    name is in the column `rater`, or else is the file's name.
 
     Returns:
         In the order of the files, each rater's in the order of the sheet. Items without an answer,
@@ -90,7 +89,7 @@ def read_answers(files: Sequence[str | Path], key: Key) -> list[HumanAnswer]:
 
 
 def _refuse_two_sheets(answers: Sequence[HumanAnswer]) -> None:
-    """One rater, one sheet: two would count the same person as two."""
+    """Reject several sheets of a rater, who would count twice."""
     seen: set[tuple[str, str]] = set()
     for answer in answers:
         if (answer.rater, answer.pair) in seen:
@@ -102,7 +101,7 @@ def _refuse_two_sheets(answers: Sequence[HumanAnswer]) -> None:
 
 
 def _item(row: Row, where: str, key: Key) -> tuple[str, int]:
-    """The sheet and the item (from 1) that a row is about."""
+    """Return sheet and item (from 1) of a row."""
     require_columns(row, ("sheet", "item", "answer"), where)
     sheet = _text(row, "sheet")
     if sheet not in key.sheets:
@@ -110,7 +109,7 @@ def _item(row: Row, where: str, key: Key) -> tuple[str, int]:
             f"{where}: sheet {sheet!r} is not the key's, which has {', '.join(key.sheets)}; give "
             "the key.json that was written with this sheet"
         )
-    text = _text(row, "item").removesuffix(".0")  # what a spreadsheet makes of a whole number
+    text = _text(row, "item").removesuffix(".0")  # spreadsheets may write integers so
     last = len(key.sheets[sheet])
     if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= last:
         raise UserError(f"{where}: item {text!r} is not on the sheet; its items are 1 to {last}")
@@ -132,7 +131,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of a file of answers; lines that a spreadsheet left empty are passed over."""
+    """Return the rows of a file of answers, without empty lines from spreadsheets."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     with open(path, "rb") as handle:
@@ -143,7 +142,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _semicolon_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """CSV as spreadsheets write it where the comma is the decimal sign."""
+    """Read CSV with semicolons, from spreadsheets in locales with decimal commas."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:

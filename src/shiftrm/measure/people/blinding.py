@@ -1,7 +1,7 @@
-"""Blind sheets for human raters: in which order, and whose response is A.
+"""Blind sheets for human raters: order of items, and positions of responses.
 
-Which prompts is drawn as for any judge (`judge.draw`). How a sheet looks is written in
-`report/sheet.py`, and how answers are read back in `human_answers.py`.
+Prompts are drawn as for any judge (`judges.comparing.draw`). `report/sheet.py` renders a sheet, and
+`people/answers.py` reads the answers.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from shiftrm.models.rendering import Text
 
 Side = Literal["A", "B"]
 OUTCOMES: tuple[Outcome, ...] = ("win", "tie", "lose")
-"""For our response."""
+"""Outcomes for our response."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """What a rater sees of a pair: the prompt's turns (role, text) and two responses."""
+    """A pair as shown to a rater: the prompt's turns (role, text) and two responses."""
 
     turns: tuple[tuple[str, str], ...]
     a: str
@@ -34,8 +34,8 @@ class Sheet:
     """A sheet for one rater.
 
     Attributes:
-        id: from what is shown alone, so it cannot say whose response is whose. It begins with a
-            letter that no spreadsheet takes for a number.
+        id: from the shown content only, so it does not reveal whose response is whose. It begins
+            with a letter, so that no spreadsheet reads it as a number.
         items: as shown, in order.
     """
 
@@ -45,36 +45,35 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Placement:
-    """What the key holds of an item: which pair it is, and where our response stands."""
+    """An item in the key: its pair, and the label of our response."""
 
     pair: int
     ours: Side
 
 
 def pair_id(pair: Comparison) -> str:
-    """A short name of a prompt with its two responses: the start of the SHA-256 of their JSON."""
+    """Return the id of a prompt with two responses: the start of the SHA-256 of their JSON."""
     text = json.dumps([pair.prompt, pair.ours, pair.theirs], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def distinct(pairs: Sequence[Comparison]) -> list[Comparison]:
-    """Every pair once: nobody is asked the same twice."""
+    """Return the distinct pairs."""
     return list({pair_id(pair): pair for pair in pairs}.values())
 
 
 def place(count: int, *, raters: int, seed: int) -> list[list[Placement]]:
-    """The order and the sides of every rater's sheet.
+    """Draw the order and the positions of every rater's sheet.
 
-    Our response is A in half of the items (one more or less for an odd number), so that a liking
-    for the first response favours nobody. Raters come in twos: the second of two sees each pair
-    the other way round, in an order of its own.
+    Our response is A in half of the items (up to rounding), so that a preference for the first
+    response cancels. Every second rater sees each pair swapped, in another order.
 
     Args:
         count: pairs; every rater gets all of them.
         seed: keep it from the raters.
 
     Returns:
-        One list of placements a rater.
+        One list of placements per rater.
     """
     sheets: list[list[Placement]] = []
     ours_first: dict[int, bool] = {}
@@ -97,8 +96,7 @@ def place(count: int, *, raters: int, seed: int) -> list[list[Placement]]:
 def make_sheet(
     pairs: Sequence[Comparison], placements: Sequence[Placement], *, rater: int
 ) -> Sheet:
-    """What one rater sees. The same texts at the same places make the same sheet, whoever wrote
-    them."""
+    """Return a rater's sheet, which depends only on the texts and their positions."""
     items = []
     for placement in placements:
         pair = pairs[placement.pair]
@@ -110,19 +108,19 @@ def make_sheet(
 
 
 def shown_turns(text: Text) -> tuple[tuple[str, str], ...]:
-    """A prompt as turns of (role, text); a plain string is one turn without a role."""
+    """Return a prompt as turns of (role, text); a string is one turn without a role."""
     if isinstance(text, str):
         return (("", _shown(text)),)
     return tuple((_shown(str(message.get("role", ""))), _content(message)) for message in text)
 
 
 def shown_text(text: Text) -> str:
-    """A response as one text."""
+    """Return a response as one text."""
     return "\n\n".join(shown for _, shown in shown_turns(text))
 
 
 def _content(message: dict[str, Any]) -> str:
-    """The text of a chat message; parts that are no text, and calls of tools, as JSON."""
+    """Return the text of a chat message, with non-text parts and tool calls as JSON."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [content]
     texts = [
@@ -141,6 +139,5 @@ UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 def _shown(text: str) -> str:
-    """Without the space at both ends, which would tell samplers apart; what has no form on a page
-    or in UTF-8 (control characters, lone surrogates) as U+FFFD."""
+    """Strip whitespace, which could reveal the sampler, and replace unprintable text by U+FFFD."""
     return UNSHOWABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n")).strip()

@@ -1,4 +1,4 @@
-"""The files of a human evaluation: sheets for spreadsheets, the key, a judge's verdicts."""
+"""Files of a human evaluation: sheets for spreadsheets, the key, a judge's verdicts."""
 
 import csv
 import io
@@ -15,20 +15,19 @@ from shiftrm.measure.people.blinding import OUTCOMES, Placement, Sheet, Side, pa
 
 COLUMNS = ("sheet", "item", "prompt", "response_a", "response_b", "answer", "comment", "rater")
 
-CELL_LIMIT = 32767  # characters that Excel and LibreOffice's import take in a cell
+CELL_LIMIT = 32767  # maximum characters of a cell in Excel and LibreOffice's import
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")  # noqa: RUF001 - wide forms too
-"""How a cell begins that a spreadsheet would compute (OWASP, "CSV injection")."""
+"""First characters of cells that spreadsheets evaluate (OWASP, "CSV injection")."""
 
 
 # -- The sheet as a table --------------------------------------------------------------------
 
 
 def sheet_csv(sheet: Sheet) -> str:
-    """The sheet for a spreadsheet, to be filled in: A, B or tie under `answer`.
+    """Return the sheet as CSV; raters fill in A, B or tie under `answer`.
 
-    With a byte-order mark, without which Excel reads UTF-8 as something else; no cell is taken
-    for a formula.
+    It has a byte-order mark, since Excel needs it for UTF-8. No cell is read as a formula.
     """
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
@@ -41,12 +40,12 @@ def sheet_csv(sheet: Sheet) -> str:
 
 
 def defused(cell: str) -> str:
-    """A cell that no spreadsheet computes: an apostrophe before what begins like a formula."""
+    """Put an apostrophe before a cell that begins like a formula."""
     return "'" + cell if cell.startswith(FORMULA) else cell
 
 
 def too_long_for_cells(sheet: Sheet) -> int:
-    """How many items a spreadsheet would cut off."""
+    """Count the items that a spreadsheet would truncate."""
     return sum(
         max(len(item.a), len(item.b), sum(len(text) for _, text in item.turns)) > CELL_LIMIT
         for item in sheet.items
@@ -58,7 +57,7 @@ def too_long_for_cells(sheet: Sheet) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """Which response is whose.
+    """The key: whose response is which.
 
     Attributes:
         pairs: the pairs by their id.
@@ -76,7 +75,7 @@ def key_text(
     *,
     settings: dict[str, Any],
 ) -> str:
-    """`key.json`; `settings` says how the sheets came to be, for the reader alone."""
+    """Return the content of `key.json`; `settings` are only for information."""
     names = [pair_id(pair) for pair in pairs]
     content = {
         "note": "Keep this from the raters: it says which response is whose.",
@@ -131,9 +130,9 @@ def _key(content: dict[str, Any]) -> Key:
 
 
 def read_verdicts(source: str | Path, key: Key) -> dict[str, Outcome | None]:
-    """A judge's outcomes by pair id, from the rows of `shiftrm evaluate win-rate`.
+    """Read a judge's outcomes by pair id, from the rows of `shiftrm evaluate win-rate`.
 
-    Verdicts on pairs that are not on the sheet are passed over.
+    Verdicts on pairs that are not on the sheet are ignored.
 
     Raises:
         UserError: a malformed file, another outcome than win, tie, lose or null, or no verdict on
