@@ -104,8 +104,8 @@ def self_bleu(
         orders: the maximal n-gram lengths.
         kept: which responses make up the set; by default all.
 
-        Returns:
-            By order, one value for every response kept.
+    Returns:
+        By order, one value for every response kept.
 
     Raises:
         ValueError: fewer than two responses, or one without tokens.

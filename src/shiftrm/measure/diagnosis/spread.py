@@ -159,8 +159,8 @@ def _within_share(
     """Return the share of variance within prompts, from a one-way random-effects model.
 
     Within: w = mean of the unbiased variances. Between: b = variance of the prompts' means minus
-    mean(w_g / K_g), or 0 if that is negative. Share: w / (w + b).
-    One minus it is the intraclass correlation.
+    mean(w_g / K_g), or 0 if that is negative. Share: w / (w + b), which is 1
+    minus the intraclass correlation.
     """
     prompts = [group.prompt for group in groups]
     rewards = [response.reward for group in groups for response in group.responses]

@@ -30,14 +30,13 @@ def length_controlled_rate(
 
         P(we win) = sigmoid(theta + phi * tanh(d / s)),   rate = sigmoid(theta)
 
-    with d the length of our response minus theirs and s the standard deviation of d. theta
-    is our advantage, phi the judge's preference for length.
+    with d the length of our response minus theirs and s the standard deviation of d. theta is
+    our advantage, phi the judge's preference for length. s is the same in all bootstrap samples.
 
-    Deviations from AlpacaEval: their term for the
-    difficulty of the instruction is left out, since it is fitted over a leaderboard of models; the
-    ridge is fixed and on phi only (theirs is chosen by cross-validation and on all), so that
-    without an effect of length the rate is the raw one; theirs fits a judge's probabilities, ours
-    the outcomes 1, 1/2 and 0. s stays the same in all draws of the bootstrap.
+    Deviations from AlpacaEval: there is no term for the difficulty of the instruction, which is
+    fitted over a leaderboard of models; the ridge is fixed and on phi only (theirs is on all and
+    chosen by cross-validation), so that the rate is the raw one without an effect of length; and
+    the fit is to outcomes 1, 1/2 and 0 (theirs is to a judge's probabilities).
 
     Args:
         scores: 1 where we win, 1/2 at a tie, 0 where we lose. Shape [N].

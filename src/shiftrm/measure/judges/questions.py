@@ -37,8 +37,8 @@ CRITERIA: dict[str, str] = {
     ),
 }
 """Built-in templates by name. The roles and the form of the verdict follow MT-bench's pairwise
-judge (Zheng et al., arXiv 2306.05685, Figure 5); the wording is
-ours, since MetaRM's paper does not print its own."""
+judge (Zheng et al., arXiv 2306.05685, Figure 5); the wording is ours, since
+MetaRM's paper does not print its own."""
 
 _SYSTEM = """\
 You are an impartial judge. You read a conversation and two responses to it, A and B, and decide \
