@@ -1,1 +1,1 @@
-"""Ways to adapt a reward model to the responses of today's policy."""
+"""Methods for adapting a reward model to the responses of the current policy."""

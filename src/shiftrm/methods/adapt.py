@@ -1,4 +1,4 @@
-"""Adapting a reward model to today's policy, from files to a folder: what `shiftrm adapt` does."""
+"""Adapt a reward model to the current policy; the implementation of `shiftrm adapt`."""
 
 import gc
 import os
@@ -31,18 +31,18 @@ from shiftrm.trainers.work_folder import SAMPLES
 __all__ = ["HOLDOUT", "Adaptation", "PolicySamples", "Request", "adapt", "verdict_words"]
 
 HOLDOUT = 0.2
-"""Share of the prompts of the groups that the meta step never sees."""
+"""Share of the groups' prompts that is held out from the meta step."""
 
 HELD_OUT = "heldout-groups.jsonl"
-"""In the output folder, beside the weights."""
+"""A file in the output folder, beside the weights."""
 
 Present = Callable[[Findings, Path, Mapping[str, Any]], str]
-"""`present(found, folder, more)` writes the findings into the folder; returns them as Markdown."""
+"""`present(found, folder, more)` writes the findings to the folder and returns them as Markdown."""
 
 
 @dataclass(frozen=True)
 class PolicySamples:
-    """Groups to be sampled: from which policy, to which prompts, and how."""
+    """Which groups to sample: policy, prompts and sampling settings."""
 
     policy: str
     prompts: str
@@ -61,7 +61,7 @@ class PolicySamples:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What came of it: the numbers before and after, and a summary in words."""
+    """The result: the numbers before and after, and a summary."""
 
     findings: Findings
     summary: str
@@ -69,13 +69,13 @@ class Adaptation:
 
 @dataclass
 class _Groups:
-    """Where the groups come from, and which are held out.
+    """The source of the groups and the held-out prompts.
 
     Attributes:
-        name: of the file, for people.
-        file: None where they are still to be sampled.
+        name: of the file, for messages.
+        file: None if the groups are still to be sampled.
         keys: the prompt of every group, in order.
-        out: prompts held out; empty where other groups were given to measure on.
+        out: prompts held out; empty if other groups were given for evaluation.
         names, prompts: of a prompt file, for sampling.
     """
 
@@ -87,7 +87,7 @@ class _Groups:
     prompts: list[Text]
 
     def split(self, file: DataFile) -> tuple[list[Row], DataFile | None]:
-        """The rows to adapt to, and the file of those held out."""
+        """Return the rows to adapt to and the file of those held out."""
         placed = list(zip(file.rows, self.keys, strict=True))
         kept = [row for (_, row), key in placed if key not in self.out]
         out = tuple(entry for entry, key in placed if key in self.out)
@@ -96,7 +96,7 @@ class _Groups:
 
 @dataclass(frozen=True)
 class Request:
-    """What to adapt, to what, and what to measure it on.
+    """What to adapt, on which data, and what to measure it on.
 
     Attributes:
         model: a trained reward model: checkpoint folder or hub name.
@@ -104,11 +104,11 @@ class Request:
         output: folder to write: checkpoint, card, page, numbers and the groups measured on.
         settings: values by setting, see `trainers.settings`; they win over the method's.
         method: a name in `methods.method.METHODS`, or `package.module:attribute`.
-        groups, samples: responses of today's policy, or how to sample them; one of the two.
-        eval_pairs, eval_groups: sources to measure on, by name; that of a single one may be empty.
-        holdout: share of the prompts of the groups that is held out to measure on; 0.2 by default.
-            Not with eval_groups.
-        command: how the model card says this run can be repeated.
+        groups, samples: responses of the current policy, or how to sample them; exactly one.
+        eval_pairs, eval_groups: sources to measure on, by name; a single source's may be empty.
+        holdout: share of the groups' prompts that is held out for measuring; 0.2 by default. Not
+            with eval_groups.
+        command: the command that the model card shows for repeating this run.
     """
 
     model: str
@@ -125,21 +125,21 @@ class Request:
 
 
 def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptation | None:
-    """Adapt a reward model to responses of today's policy, and measure it before and after.
+    """Adapt a reward model to responses of the current policy and measure it before and after.
 
-    Training is that of `command.train` with groups. The folder appears when everything has ended
-    well; until then samples and checkpoints are in `.NAME.work` beside it, and the same call
-    continues from them.
+    Training is that of `command.train` with groups. The output folder is created only on success;
+    until then samples and checkpoints are in `.NAME.work` beside it, and repeating an interrupted
+    call resumes from them.
 
     Args:
         present: writes the findings, see `Present`.
         bar: shows progress.
 
     Returns:
-        None on all but the main process.
+        The result; None on all but the main process.
 
     Raises:
-        UserError: as `command.train`; and a model without a trained score head, neither or both of
+        UserError: as `command.train`; also a model without a trained score head, neither or both of
             groups and samples, too few prompts to hold some out, or rows that cannot be scored.
     """
     method, training = _method(request.method)
@@ -191,7 +191,7 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
 
 
 def _method(name: str) -> tuple[Method, Training]:
-    """The method and what it trains; refused if it cannot adapt a model to unlabelled groups."""
+    """Return the method and its classes; refuse one that cannot adapt to unlabelled groups."""
     method = METHODS.get(name)
     if method.training is None:
         raise UserError(f"--method {name}: keeps the reward model as it is; nothing to adapt")
@@ -227,7 +227,7 @@ def _check_choices(request: Request) -> None:
 def _read(
     job: Job, groups: str | None, samples: PolicySamples | None, *, share: float | None
 ) -> _Groups:
-    """Groups or prompts, and which prompts are held out (none if share is None)."""
+    """Return groups or prompts, and the prompts held out (none if share is None)."""
     if samples is None:
         assert groups is not None
         source, names, prompts = groups, list[str](), list[Text]()
@@ -250,7 +250,7 @@ def _read(
 def _record(
     job: Job, share: float, samples: PolicySamples | None, eval_groups: Mapping[str, str] | None
 ) -> dict[str, Any]:
-    """What must be the same for an interrupted adaptation to be continued, beside the training."""
+    """Return entries besides the training's that must match to resume an adaptation."""
     sampling = None
     if samples is not None:
         [prompts] = [data.sha256[:16] for data in job.data if data.name == "prompts"]
@@ -261,7 +261,7 @@ def _record(
 def _files(
     job: Job, eval_pairs: Mapping[str, str], eval_groups: Mapping[str, str]
 ) -> list[DataFile]:
-    """What to measure on beside the groups held out; the reference, labelled pairs, first."""
+    """Return what to measure on besides the held-out groups; the reference pairs come first."""
     files = [read_data(source, name or "held-out pairs") for name, source in eval_pairs.items()]
     for name, source in eval_groups.items():
         file = read_data(source, name or "held-out groups")
@@ -275,7 +275,7 @@ def _files(
 
 
 def _check_model(model: str, files: list[DataFile]) -> None:
-    """Refuse before hours of work what is no reward model, and rows that it cannot score."""
+    """Refuse early a model that is not a reward model, and rows that it cannot score."""
     try:
         with task("loading the reward model", None):
             scorer = Scorer.from_pretrained(model)
@@ -291,14 +291,14 @@ def _check_model(model: str, files: list[DataFile]) -> None:
 
 
 def _sample(job: Job, samples: PolicySamples, source: _Groups, *, bar: Bar) -> DataFile:
-    """The groups, sampled into the work folder or found there."""
+    """Return the groups, sampled into the work folder or found there."""
     path = job.work / SAMPLES
     if not path.exists():
         with task("loading the policy", None):
             model, tokenizer = load_policy(samples.policy)
         model.to(PartialState().device)
         room = samples.config.max_new_tokens
-        # Once more below, but only here do errors know the row.
+        # Repeated below, but only here can errors name the row.
         encode_prompts(model, tokenizer, source.prompts, room=room, names=source.names)
         if PartialState().is_main_process:
             warn_of_joined_ends(tokenizer, source.prompts, source=samples.prompts)
@@ -318,19 +318,19 @@ def _sample(job: Job, samples: PolicySamples, source: _Groups, *, bar: Bar) -> D
         _free_memory()
     file = read_data(str(path), SAMPLES)
     job.add_data("groups", str(path), [row for _, row in file.rows])
-    job.data[-1].source = SAMPLES  # as it will be called in the output
+    job.data[-1].source = SAMPLES  # its name in the output
     return file
 
 
 def _free_memory() -> None:
-    """Give the accelerator back what a model that is gone has held."""
+    """Release the accelerator memory of a deleted model."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 
 
 def _measure(job: Job, files: list[DataFile], *, bar: Bar) -> Findings:
-    """The diagnosis of the model before and after, on what it was not trained on."""
+    """Diagnose the model before and after, on data it was not trained on."""
 
     def load(path: str) -> Scorer:
         scorer = Scorer.from_pretrained(path)
@@ -346,7 +346,7 @@ def _measure(job: Job, files: list[DataFile], *, bar: Bar) -> Findings:
 def _how(
     source: _Groups, samples: PolicySamples | None, kept: int, out: int, files: list[DataFile]
 ) -> str:
-    """Which groups the model was adapted to, and what was held out of them."""
+    """Describe the groups the model was adapted to and those held out."""
     origin = (
         f"{source.name}"
         if samples is None
@@ -375,7 +375,7 @@ def _how(
 
 
 def _write_groups(job: Job, out: DataFile | None) -> None:
-    """Write the groups held out and those sampled into the folder that is still being made."""
+    """Write the held-out and the sampled groups into the unfinished result folder."""
     if out is not None:
         write_jsonl(job.finished / HELD_OUT, (row for _, row in out.rows))
     if (job.work / SAMPLES).exists():
@@ -383,7 +383,7 @@ def _write_groups(job: Job, out: DataFile | None) -> None:
 
 
 def verdict_words(found: Findings) -> str:
-    """`Before and after: louder, not sharper.`, then the numbers behind it, a line each."""
+    """Return `Before and after: louder, not sharper.` and its numbers, one per line."""
     assert found.change is not None
     change = found.change
     return "\n".join(

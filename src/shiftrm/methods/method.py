@@ -1,7 +1,7 @@
-"""Ways to adapt a reward model, by name: what the command, the pipeline and the page know of each.
+"""Methods for adapting a reward model, by name.
 
-To add one, write a file in `methods/registered`, or name `package.module:attribute` where a method
-is named.
+To add a method, write a file in `methods/registered`, or give `package.module:attribute` as its
+name.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ Need = Literal["pairs", "groups", "labels"]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to get the reward model of a round.
+    """A method of getting a round's reward model.
 
     Attributes:
-        label: on the page.
-        short: in legends and terminal tables.
+        label: name on the page.
+        short: name in legends and terminal tables.
         colour, marker: in plots: hex code, and Matplotlib's letter.
         needs: what it is trained on.
         training: returns the configuration class and the trainer class; a function, because both

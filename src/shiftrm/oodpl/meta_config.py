@@ -1,4 +1,4 @@
-"""The settings of OODPL meta-training: one typed place, with help and check for each."""
+"""Settings of OODPL meta-training, with help texts and checks."""
 
 import math
 from dataclasses import dataclass, field
@@ -19,16 +19,16 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass
 class OODPLConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and the bilevel method's settings.
+    """`transformers.TrainingArguments` with the bilevel method's settings.
 
     The paper (Jia, arXiv 2402.14760): K outer steps of SGD (`max_steps`, `optim="sgd"`,
     `learning_rate`), D inner steps of plain SGD from the reference policy, weights exp(r/beta).
-    Ours: AdamW outside, normalised weights, several tasks a step, mixtures, the mean over tokens,
-    the cheaper curvatures and truncation. The paper's values could not be read; the defaults are
+    Ours: AdamW outside, normalised weights, several tasks per step, mixtures, the mean over tokens,
+    the cheaper curvatures and truncation. The paper's values were not available; the defaults are
     ours.
 
     Raises:
-        UserError: a value that cannot be; names the field.
+        UserError: an invalid value; names the field.
     """
 
     max_steps: int = _option(1000, "K: outer steps, that is updates of the reward model.")
@@ -91,7 +91,7 @@ class OODPLConfig(TrainingArguments):
         self._refuse()
 
     def _refuse(self) -> None:
-        """What would be recorded but not used, or not work."""
+        """Refuse settings that would be recorded but not used, or would not work."""
         if self.per_device_train_batch_size != 1:
             raise UserError(
                 "per_device_train_batch_size: a step is made of tasks here; set "

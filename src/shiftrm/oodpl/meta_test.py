@@ -1,9 +1,9 @@
-"""Meta-test: a frozen reward model guides a policy in a domain it never saw, and what comes of it.
+"""Meta-test: guide a policy in an unseen domain by a frozen reward model, and measure the result.
 
-Three ways, all from the reference policy: reward-weighted fine-tuning on the domain's own data, PPO
-with a KL penalty on its prompts, and RLOO likewise (`transfer.rloo`). The paper (Jia, arXiv
-2402.14760) says "regularised policy optimization with the learned reward model"; the ways, and the
-judges, are ours.
+There are three methods, all starting from the reference policy: reward-weighted fine-tuning on the
+domain's data, and PPO or RLOO (`transfer.rloo`) with a KL penalty on its prompts. The paper (Jia,
+arXiv 2402.14760) says "regularised policy optimization with the learned reward model"; the methods
+and the judges are ours.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Scaled = TypeVar("Scaled", PPOConfig, "RLOOSettings")
-"""Settings with a reward's mean and spread, `sampling` and `seed`."""
+"""Settings with a reward's mean and standard deviation, `sampling` and `seed`."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A policy in a domain.
+    """The measurements of a policy in a domain.
 
     Attributes:
         numbers: `accuracy_sum`, `accuracy_mean` (A_PL, log pi the sum over tokens as in the paper,
             or their mean), `judged` (mean reward under the judge), `proxy` (under the reward model
             that guided it), `kl` to the reference in nats, `length_mean` in tokens,
-            `truncated_share`. What could not be measured is left out.
+            `truncated_share`. Unavailable measurements are left out.
         rows: the sampled responses, `{"prompt", "responses", "finished", "judged"?}`.
-        pairs, responses: on how many the numbers rest.
+        pairs, responses: how many the numbers are based on.
     """
 
     numbers: dict[str, float]
@@ -78,7 +78,7 @@ def guide_by_weights(
     reward_fn: RewardFunction | None,
     on_step: Callable[[FineTuningLog], None] | None = None,
 ) -> None:
-    """Reward-weighted fine-tuning on the domain's support, in place; plain without a reward_fn."""
+    """Fine-tune on the domain's support in place, weighted by `reward_fn` if given."""
     try:
         fine_tune(policy, tokenizer, domain.support, config, reward_fn=reward_fn, on_step=on_step)
     except UserError as error:
@@ -95,7 +95,7 @@ def guide_by_ppo(
     reward_fn: RewardFunction,
     on_step: Callable[[StepLog], None] | None = None,
 ) -> None:
-    """PPO with KL to the reference on the prompts of the domain's support, in place.
+    """Run PPO with KL to the reference on the prompts of the domain's support, in place.
 
     Rewards are standardised, see `with_scale`. The evaluation prompts are not used.
     """
@@ -124,7 +124,7 @@ def guide_by_ppo(
 
 
 def support_prompts(domain: Domain) -> list[Text]:
-    """The prompts of the domain's support, each once."""
+    """Return the distinct prompts of the domain's support."""
     return list({prompt_key(row["prompt"]): row["prompt"] for row in domain.support}.values())
 
 
@@ -137,9 +137,9 @@ def with_scale(
     *,
     batch_size: int,
 ) -> Scaled:
-    """`reward_mean` and `reward_std` where they are not said: over the reference's responses.
+    """Fill in unset `reward_mean` and `reward_std` from the reference's responses.
 
-    So a KL coefficient means the same under any reward model.
+    A KL coefficient then means the same under any reward model.
     """
     if config.reward_mean is not None and config.reward_std is not None:
         return config
@@ -172,7 +172,7 @@ def evaluate_policy(
     """Measure a policy on a domain's evaluation pairs and prompts.
 
     Args:
-        judge: the gold reward where there is one, or an evaluation reward model that guided no one.
+        judge: the gold reward if there is one, or a reward model used only for evaluation.
         proxy: the reward model that guided the policy.
 
     Raises:

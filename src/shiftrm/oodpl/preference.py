@@ -1,4 +1,4 @@
-"""What a policy prefers: its accuracy on preference pairs, and how far it is from the reference."""
+"""Measure a policy's accuracy on preference pairs and its KL to the reference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class PreferenceAccuracy:
     Attributes:
         accuracy: share of pairs with log pi(y|x) > log pi(y'|x); a tie is not a preference.
         loss: mean of l_PL = -log sigmoid(log pi(y|x) - log pi(y'|x)).
-        pairs: on how many.
+        pairs: number of pairs.
     """
 
     accuracy: float
@@ -41,16 +41,16 @@ def preference_accuracy(
     reduction: TokenReduction = "sum",
     batch_size: int = 128,
 ) -> PreferenceAccuracy:
-    """A_PL, the preference-learning accuracy of the OODPL paper, of a policy.
+    """Return a policy's A_PL, the preference-learning accuracy of the OODPL paper.
 
     Args:
         pairs: `{"prompt", "chosen", "rejected"}`, with `chosen_finished` and `rejected_finished`
-            where a side was cut off; or the same as tokens.
+            if a side was cut off; or the same as tokens.
         reduction: see `losses.response_log_likelihood`; the paper's text implies "sum".
         batch_size: pairs in one pass; changes memory, not the result.
 
     Raises:
-        UserError: no pairs, or a row that is no pair.
+        UserError: no pairs, or a row that is not a pair.
 
     Source: Jia, arXiv 2402.14760.
     """
@@ -78,9 +78,9 @@ def preference_accuracy(
 
 
 def sampled_kl(policy: Any, reference: Any, samples: Sequence[Sample]) -> float:
-    """Sequence KL of the policy to the reference in nats, mean over samples of the policy.
+    """Return the policy's mean sequence KL to the reference in nats, over samples of the policy.
 
-    As `ppo_math.exact_token_kl`, which says what it is where sampling modifies the policy.
+    See `ppo_math.exact_token_kl` for its meaning if sampling modifies the policy.
     """
     if not samples:
         raise UserError("there are no samples to estimate the KL on")

@@ -1,7 +1,7 @@
-"""Meta-test by RLOO: TRL's trainer against a frozen reward model, with KL to the reference.
+"""Meta-test by RLOO: TRL's trainer with a frozen reward model and KL to the reference.
 
-RLOO (Ahmadian et al., arXiv 2402.14740) takes the other responses to a prompt as the baseline of
-each, so that it needs no critic; the KL penalty is part of a sequence's reward.
+RLOO (Ahmadian et al., arXiv 2402.14740) uses the other responses to a prompt as each response's
+baseline, so it needs no critic; the KL penalty is part of a sequence's reward.
 """
 
 import math
@@ -36,7 +36,7 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class RLOOSettings:
-    """Settings of `guide_by_rloo`; what PPO has too is called as in `PPOConfig`."""
+    """Settings of `guide_by_rloo`; settings shared with PPO are named as in `PPOConfig`."""
 
     steps: int = _option(100, "batches of roll-outs")
     prompts_per_step: int = _option(16, "prompts of one batch")
@@ -93,7 +93,7 @@ class RLOOLog:
         step: from 1.
         score_mean: raw reward.
         kl: sequence KL to the reference in nats, as `StepLog.kl` (on some of the roll-outs); None
-            where kl_coefficient is 0 and no reference is asked.
+            if kl_coefficient is 0, where the reference is not evaluated.
     """
 
     step: int
@@ -111,10 +111,10 @@ def guide_by_rloo(
     reward_fn: RewardFunction,
     on_step: Callable[[RLOOLog], None] | None = None,
 ) -> None:
-    """RLOO with KL to the reference on the prompts of the domain's support, in place.
+    """Run RLOO with KL to the reference on the prompts of the domain's support, in place.
 
-    Rewards are standardised as for `guide_by_ppo`: by their mean and spread over the reference's
-    responses, unless the configuration says them. The evaluation prompts are not used.
+    Rewards are standardised as for `guide_by_ppo`: by mean and standard deviation over the
+    reference's responses, unless the configuration sets them. Evaluation prompts are not used.
 
     Raises:
         UserError: a reward or gradient that is not finite, a prompt that leaves no room for a
@@ -144,7 +144,7 @@ def _train(
     reward_fn: RewardFunction,
     on_step: Callable[[RLOOLog], None] | None,
 ) -> None:
-    # TRL deals whole batches of different prompts: with too few, every prompt comes more often.
+    # TRL draws full batches of different prompts; with too few, repeat every prompt.
     copies = -(-config.prompts_per_step // len(prompts))
     reward = _Standardised(reward_fn, config)
     own_forwards = [model.__dict__.get("forward") for model in (policy, reference)]
@@ -200,10 +200,10 @@ def _arguments(config: RLOOSettings, policy: Any, folder: Path) -> RLOOConfig:
 
 
 class _Standardised:
-    """`(reward - reward_mean) / reward_std`, less the penalty of what was cut off.
+    """`(reward - reward_mean) / reward_std`, minus a penalty for truncated responses.
 
     Attributes:
-        raw_mean: of the last batch, before either.
+        raw_mean: mean raw reward of the last batch.
     """
 
     def __init__(self, reward_fn: RewardFunction, config: RLOOSettings) -> None:
@@ -216,7 +216,7 @@ class _Standardised:
         return self.score(list(map(Response, prompts, responses, finished)))
 
     def score(self, responses: Sequence[Response], /) -> list[float]:
-        """By the sampled tokens where the reward function reads them."""
+        """Score the sampled tokens if the reward function reads tokens."""
         config = self._config
         mean, std = config.reward_mean or 0.0, config.reward_std or 1.0
         raw = rewards_of(self._reward_fn, responses)
@@ -228,7 +228,7 @@ class _Standardised:
 
 
 class _Reporting(TrainerCallback):
-    """TRL's log of a batch -> `RLOOLog`."""
+    """Turn TRL's log of a batch into an `RLOOLog`."""
 
     def __init__(self, reward: _Standardised, on_step: Callable[[RLOOLog], None] | None) -> None:
         self._reward, self._on_step, self._step = reward, on_step, 0
@@ -241,7 +241,7 @@ class _Reporting(TrainerCallback):
 
 
 def _give_back(model: torch.nn.Module, own_forward: Any) -> None:
-    """TRL gives models a forward pass of its own, with which nobody else reckons."""
+    """Restore the forward pass that TRL replaced."""
     model.eval()
     if own_forward is None:
         model.__dict__.pop("forward", None)

@@ -1,4 +1,4 @@
-"""What `OODPLTrainer` needs before its first step: models, tokenizers and domains in tokens."""
+"""Prepare the models, tokenizers and encoded domains of `OODPLTrainer`."""
 
 import logging
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def policy_of(policy: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def length_limit(args: OODPLConfig, *models: Any) -> int | None:
-    """The shortest of max_length and the models' contexts."""
+    """Return the smallest of max_length and the models' context lengths."""
     contexts = [context_limit(model_config(m)) for m in models]
     return min((n for n in (args.max_length, *contexts) if n is not None), default=None)
 
@@ -66,7 +66,7 @@ def length_limit(args: OODPLConfig, *models: Any) -> int | None:
 def watched_domains(
     encoder: Encoder, split: DomainSplit, args: OODPLConfig, sources: list[EncodedDomain]
 ) -> list[EncodedDomain]:
-    """Validation domains, or else the sources, as far as they have evaluation pairs."""
+    """Return the validation domains, or else the sources, that have evaluation pairs."""
     if split.validation:
         found = encode_domains(
             encoder, split.validation, support_batch=args.support_batch_size, query_batch=0
@@ -93,7 +93,7 @@ def say_dropped(domains: Sequence[EncodedDomain], limit: int | None) -> None:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Positions and masks are explicit, so any token may pad."""
+    """Return a pad token; any token works, because positions and masks are explicit."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise UserError("a tokenizer has neither a pad nor an EOS token: set tokenizer.eos_token")

@@ -1,4 +1,4 @@
-"""What the tasks of one outer step measured, added up over tasks and processes."""
+"""Sum the measurements of one outer step over tasks and processes."""
 
 import math
 
@@ -27,14 +27,14 @@ class StepStatistics:
     """Sums of a step; those of several processes are added as one tensor.
 
     Args:
-        sums: where to begin, for instance what all processes have together.
+        sums: initial sums, for instance those of all processes together.
     """
 
     def __init__(self, sums: Tensor | None = None) -> None:
         self.sums = torch.zeros(len(_NAMES), dtype=torch.float64) if sums is None else sums
 
     def add(self, found: Hypergradient) -> None:
-        """The numbers of one task."""
+        """Add the numbers of one task."""
         rewards = torch.cat(found.rewards).double()
         shares = [
             size / len(weights)
@@ -52,12 +52,12 @@ class StepStatistics:
         )
 
     def add_cosine(self, cosine: float) -> None:
-        """Left out where a gradient is zero and has no direction."""
+        """Add a cosine, unless a gradient is zero and has no direction."""
         if math.isfinite(cosine):
             self._add(cosines=1, cosine=cosine)
 
     def means(self) -> dict[str, float]:
-        """Means over tasks; mean and standard deviation of the reward over all examples."""
+        """Return means over tasks, and the reward's mean and standard deviation over examples."""
         total = dict(zip(_NAMES, self.sums.tolist(), strict=True))
         by_task = ("loss", "accuracy", "effective_sample_share", "inner_loss")
         found = {name: total[name] / total["tasks"] for name in by_task}

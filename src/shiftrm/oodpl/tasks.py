@@ -1,8 +1,8 @@
-"""Tasks of the bilevel method: which domains and rows an outer step sees, and nothing else.
+"""Draw the tasks of the bilevel method: the domains and rows of each outer step.
 
 A task is one domain (the paper) or a mixture of several (ours): D support batches for the inner
-steps and one query batch. It is a pure function of (seed, step, index), so that a run can be
-resumed, or split over processes, and sees the same tasks.
+steps and one query batch. It is a pure function of (seed, step, index), so a run that is resumed or
+split over processes sees the same tasks.
 """
 
 import random
@@ -17,12 +17,12 @@ __all__ = ["Task", "TaskPlan", "draw_rows"]
 
 
 class Task(NamedTuple):
-    """What one hypergradient is taken of.
+    """The data of one hypergradient.
 
     Attributes:
         domains: their names, one or several.
         inner_batches, outer_batch: as `hypergradient` takes them.
-        rows: domain and row in its file of every example of every inner batch, for messages.
+        rows: domain and file row of every example of every inner batch, for messages.
     """
 
     domains: tuple[str, ...]
@@ -38,7 +38,7 @@ class TaskPlan(NamedTuple):
         seed: of all draws.
         inner_steps: D.
         support_batch, query_batch: rows of an inner batch, pairs of the outer one.
-        mixture: domains of one task; their rows come in turn, in equal shares.
+        mixture: number of domains per task; their rows alternate, in equal shares.
         policy_pad_id, reward_pad_id: tokens to pad with.
     """
 
@@ -51,9 +51,9 @@ class TaskPlan(NamedTuple):
     reward_pad_id: int
 
     def draw(self, domains: Sequence[EncodedDomain], *, step: int, index: int) -> Task:
-        """Task `index` of outer step `step`.
+        """Return task `index` of outer step `step`.
 
-        The domains of one step are dealt from one shuffled deck: none comes twice before all did.
+        The domains of one step are drawn without repetition until all have been drawn.
         """
         deck = random.Random(f"oodpl/{self.seed}/{step}").sample(range(len(domains)), len(domains))
         first = index * self.mixture
@@ -73,7 +73,7 @@ class TaskPlan(NamedTuple):
     def support_of(
         self, domain: EncodedDomain, *, role: str
     ) -> tuple[list[InnerBatch], list[list[tuple[str, int]]]]:
-        """D support batches of one domain, to adapt to it for an evaluation; and their rows."""
+        """Return D support batches of one domain, for evaluation after adapting, and their rows."""
         rng = random.Random(f"oodpl/{self.seed}/{role}/{domain.name}")
         drawn = draw_rows(rng, [domain.support], steps=self.inner_steps, batch=self.support_batch)
         return (
@@ -90,10 +90,10 @@ class TaskPlan(NamedTuple):
 def draw_rows(
     rng: random.Random, parts: Sequence[Sequence[Any]], *, steps: int, batch: int
 ) -> list[list[tuple[int, Any]]]:
-    """`steps` batches of rows, each with the number of the part it is from.
+    """Return `steps` batches of rows, each row with the number of its part.
 
-    Row i of a batch is of part `i % len(parts)`. No row comes twice in a batch, nor in the whole
-    draw where a part has enough rows for that.
+    Row i of a batch is from part `i % len(parts)`. No row is repeated within a batch, nor in the
+    whole draw if a part has enough rows.
     """
     shares = [len(range(k, batch, len(parts))) for k in range(len(parts))]
     streams: list[list[Any]] = []

@@ -1,4 +1,4 @@
-"""OODPL meta-training: a reward model learnt over many domains, for one that nobody labelled."""
+"""OODPL meta-training: train a reward model over many domains for an unlabelled one."""
 
 import logging
 import math
@@ -48,22 +48,23 @@ __all__ = ["OODPLConfig", "OODPLTrainer"]
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 64
-"""Rows in one pass of an evaluation, unless micro_batch_size says otherwise."""
+"""Rows in one evaluation pass, unless micro_batch_size is set."""
 
 
 class OODPLTrainer(Trainer):
     """Meta-trains a reward model over source domains (Jia, arXiv 2402.14760).
 
     Each outer step draws `domains_per_step` tasks, takes the hypergradient of each (inner loop from
-    the reference policy on the task's fine-tuning rows, preference loss on its pairs) and hands
-    their mean to the ordinary optimizer. `hypergradient` puts the policy back after every task.
+    the reference policy on the task's fine-tuning rows, preference loss on its pairs) and passes
+    their mean to the optimizer. `hypergradient` restores the policy after every task.
 
     From the paper: the two losses, D plain SGD steps inside, differentiation through all of them, a
     domain drawn at each of the K outer steps. Ours: everything else that `OODPLConfig` lists, and
     that the domains of one step are dealt without repetition.
 
     Every task is a pure function of (seed, step, index): a resumed run continues bit for bit, and
-    processes share the tasks of a step; gradients are summed by hand, DDP's hooks see no backward.
+    processes share the tasks of a step. The trainer sums gradients itself, because DDP's hooks see
+    no backward pass.
 
     Args:
         model: the reward model: a sequence classifier with one label, or the folder of one, or of
@@ -71,7 +72,7 @@ class OODPLTrainer(Trainer):
         policy: the reference policy, or its folder. Its trainable parameters are adapted: all, or
             those of LoRA.
         split: domains; held-out ones are never read.
-        processing_class, policy_processing_class: tokenizers; needed where models are not folders.
+        processing_class, policy_processing_class: tokenizers; needed if models are not folders.
 
     Logged: `loss` (outer), `accuracy` (A_PL on the query pairs at theta_D),
     `effective_sample_share` (of the weights: 1 if all are equal), `reward_mean`, `reward_std`,
@@ -137,7 +138,7 @@ class OODPLTrainer(Trainer):
                 f"domains_per_step is {args.domains_per_step} on "
                 f"{self.accelerator.num_processes} processes; each process needs a task"
             )
-        if args.activation_checkpointing:  # of the reward model, Trainer sees to it
+        if args.activation_checkpointing:  # Trainer handles the reward model
             kwargs = dict(args.activation_checkpointing_kwargs or {})
             layers = {k: kwargs.pop(k) for k in ("every_n_layers", "offload") if k in kwargs}
             self.policy.activation_checkpointing_enable(
@@ -151,7 +152,7 @@ class OODPLTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Puts the mean hypergradient of the step's tasks into `.grad`; returns the outer loss."""
+        """Write the mean hypergradient of the step's tasks to `.grad`; return the outer loss."""
         reward_model = self.accelerator.unwrap_model(model)
         parameters = {n: p for n, p in reward_model.named_parameters() if p.requires_grad}
         total = {n: torch.zeros_like(p, dtype=_at_least_fp32(p)) for n, p in parameters.items()}
@@ -183,7 +184,7 @@ class OODPLTrainer(Trainer):
         return torch.tensor(loss, device=self.args.device)
 
     def _tasks(self) -> list[Task]:
-        """This process's tasks of the step."""
+        """Return this process's tasks of the step."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         return [
             self._plan.draw(self._sources, step=self._step(), index=index)
@@ -220,7 +221,7 @@ class OODPLTrainer(Trainer):
         )
 
     def _cosine(self, reward_model: nn.Module, task: Task, found: Hypergradient) -> float:
-        """Of the gradient that is trained with against the exact one; of "none", if it is exact."""
+        """Return the cosine of the training gradient with the exact one (or, if exact, "none")."""
         exact = self.args.curvature == "exact" and self.args.last_steps is None
         changed = {"curvature": "none" if exact else "exact", "last_steps": None}
         other = self._hypergradient(reward_model, task, **changed)
@@ -231,7 +232,7 @@ class OODPLTrainer(Trainer):
     def _failure(
         self, error: ValueError, when: str, rows: Sequence[Sequence[tuple[str, int]]]
     ) -> str:
-        """The message with domain and row in place of inner batch and example."""
+        """Return the message with domain and row instead of inner batch and example."""
         message = str(error)
         place = re.search(r"inner batch (\d+), example (\d+)", message)
         if place is None:
@@ -241,7 +242,7 @@ class OODPLTrainer(Trainer):
         return f"{when}, domain {name!r}, fine-tuning row {row + 1}: {rest}"
 
     def _raise_together(self, failure: str | None) -> None:
-        """One process's failure is every process's: none waits for gradients that never come."""
+        """Raise on every process if one failed, so that none waits for missing gradients."""
         failed = torch.tensor(float(failure is not None), device=self.args.device)
         if not float(self._sum(failed)):
             return
@@ -265,7 +266,7 @@ class OODPLTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """A_PL and outer loss on every watched domain, after D inner steps on its support.
+        """Return A_PL and outer loss on every watched domain, after D inner steps on its support.
 
         The support batches are the same at every evaluation. `..._reference_accuracy` is A_PL of
         the policy before any step.
@@ -330,20 +331,20 @@ class OODPLTrainer(Trainer):
             self._seen.setdefault(name, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the means since the last log of training."""
+        """Log, adding the means since the last training log."""
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self._seen.items()}
             self._seen.clear()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: passes depend on tasks, not on a batch of inputs."""
+        """Return 0: operations are not counted, as passes depend on tasks, not on inputs."""
         return 0
 
     # -- small helpers -----------------------------------------------------------------------
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        """Over processes."""
+        """Return the sum over processes."""
         if self.accelerator.num_processes == 1:
             return tensor
         return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum").to(tensor)
@@ -353,7 +354,7 @@ class OODPLTrainer(Trainer):
 
 
 class _OuterSteps(Dataset):
-    """As many rows as there are steps; what a step sees is drawn by `TaskPlan`."""
+    """A data set with one row per step; `TaskPlan` draws the step's data."""
 
     def __init__(self, count: int) -> None:
         self.count = count

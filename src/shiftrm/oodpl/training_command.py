@@ -1,4 +1,4 @@
-"""OODPL meta-training from a folder of domains to a folder: what `shiftrm meta-train` does."""
+"""Meta-train by OODPL from a folder of domains; the implementation of `shiftrm meta-train`."""
 
 import dataclasses
 import os
@@ -40,10 +40,10 @@ def meta_train(
     settings: Mapping[str, Any],
     command: str | None = None,
 ) -> str | None:
-    """Meta-train a reward model on a folder of domains; the result appears when it is whole.
+    """Meta-train a reward model on a folder of domains.
 
-    Until then everything is in `.NAME.work` beside it, and the same call continues from the last
-    complete checkpoint there, as `trainers.command.train`.
+    Training works in `.NAME.work` beside the output folder and resumes from there, as in
+    `trainers.command.train`.
 
     Args:
         model: the reward model to start from, or a policy, whose backbone gets a new head.
@@ -51,13 +51,13 @@ def meta_train(
         domains: a folder in the layout of `shiftrm.data.domains`.
         held_out, validation: names; None takes those of `splits.json`.
         settings: values by field of `OODPLConfig`.
-        command: how the model card says this run can be repeated.
+        command: the command that the model card shows for repeating this run.
 
     Returns:
-        A summary in words; None on all but the main process.
+        A summary; None on all but the main process.
 
     Raises:
-        UserError: bad data or settings, an output that is there, weights that are not finite.
+        UserError: bad data or settings, an existing output, weights that are not finite.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: already there and not empty; choose another --output")
@@ -106,10 +106,10 @@ def meta_train(
 
 
 def settings_of(given: Mapping[str, Any], *, work: Path) -> OODPLConfig:
-    """`OODPLConfig` from what was said; strings are read as YAML where the setting is no text.
+    """Return the `OODPLConfig`; strings are read as YAML unless the setting is text.
 
     Raises:
-        UserError: an unknown setting (the nearest is suggested), or a value that cannot be.
+        UserError: an unknown setting (the nearest is suggested) or an invalid value.
     """
     hints = typing.get_type_hints(OODPLConfig)
     known = [f.name for f in dataclasses.fields(OODPLConfig) if f.init and f.name not in REFUSED]
@@ -129,7 +129,7 @@ def settings_of(given: Mapping[str, Any], *, work: Path) -> OODPLConfig:
 
 
 def _data(split: DomainSplit) -> dict[str, Any]:
-    """Of every domain that is read, a fingerprint; roles by name."""
+    """Return a fingerprint of every domain that is read, and the roles by name."""
     found: dict[str, Any] = {}
     for role in ("source", "validation"):
         for domain in getattr(split, role):
