@@ -97,7 +97,7 @@ class Review:
 
 
 def clean_text(text: str) -> str:
-    """Return a review's text without HTML and marks, with single spaces; keep all characters."""
+    """Return a review's text without HTML and marks, with single spaces; emoji are kept."""
     text = MARK.sub(" ", TAG.sub(" ", text))
     # Resolve entities last, then tags again: an escaped "&lt;br /&gt;" is a tag as well.
     return " ".join(TAG.sub(" ", html.unescape(text)).split())

@@ -236,7 +236,7 @@ def _check_header(header: list[str], path: Path) -> None:
         if name in header[: number - 1]:
             raise UserError(f"{path}:1: two columns are called {name!r}; rename one")
         if not name:
-            header[number - 1] = f"column_{number}"  # pandas writes its index so
+            header[number - 1] = f"column_{number}"  # pandas writes an index without a name
 
 
 def _cell(column: str, text: str, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Writes the gold world as the ordinary files of a run, and labels preference pairs in it."""
+"""Write the gold world as the ordinary files of a run, and label preference pairs in it."""
 
 import math
 import random
@@ -28,10 +28,10 @@ README = "README.txt"
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Everything that decides the files of a world.
+    """Everything that determines the files of a world.
 
     Raises:
-        UserError: a value of the wrong type or out of range, on construction.
+        UserError: on construction, if a value has the wrong type or is out of range.
     """
 
     seed: int = 0
@@ -52,7 +52,7 @@ class WorldConfig:
                     f"world configuration: {field.name} is {value!r}; "
                     f"give a whole number of at least {least}"
                 )
-        # Rotary position embeddings turn pairs of dimensions of a head.
+        # Rotary position embeddings rotate pairs of dimensions of a head.
         if self.hidden_size % (2 * self.heads):
             raise UserError(
                 f"world configuration: hidden_size {self.hidden_size} with {self.heads} heads; "
@@ -74,24 +74,24 @@ def write_world(directory: str | Path, config: WorldConfig) -> Path:
     - `prompts_train.jsonl`, `prompts_eval.jsonl`: `{prompt, domain}`;
     - `README.txt`: what the folder holds.
 
-    There are only 48 different prompts. The prompt files are independent draws with repetition
-    from the same 48, so the evaluation prompts are **not** unseen prompts: what evaluation holds
-    out are responses, not prompts. The files exist separately because real runs have two.
+    There are only 48 different prompts. Both prompt files are independent draws with repetition
+    from them, so the evaluation prompts are **not** unseen: evaluation holds out responses, not
+    prompts. There are two files because real runs have two.
 
     Raises:
-        UserError: one of these files is already there.
+        UserError: one of these files already exists.
     """
     directory = Path(directory)
     make_room(directory, (BASE_MODEL, SFT, PROMPTS_TRAIN, PROMPTS_EVAL, README))
     write_base_model(directory / BASE_MODEL, config)
-    # A stream of its own for every file: changing the size of one leaves the others as they were.
+    # Every file has its own random stream: changing the size of one does not change the others.
     write_jsonl(directory / SFT, _sft_rows(_stream(config, SFT), config.sft_examples))
     for name, count in (
         (PROMPTS_TRAIN, config.train_prompts),
         (PROMPTS_EVAL, config.eval_prompts),
     ):
         write_jsonl(directory / name, _prompt_rows(_stream(config, name), count))
-    atomic_write_text(directory / README, _readme(config))  # last: it marks a complete world
+    atomic_write_text(directory / README, _readme(config))  # last, since it marks a complete world
     return directory
 
 
@@ -113,10 +113,10 @@ def _prompt_rows(rng: random.Random, count: int) -> Iterator[Row]:
 
 
 def make_room(directory: Path, names: Sequence[str]) -> None:
-    """Make the folder of a world, if nothing of these names is in it yet.
+    """Create the folder of a world, if it does not contain any of these names.
 
     Raises:
-        UserError: something is.
+        UserError: it contains one of them.
     """
     for name in names:
         if (directory / name).exists():
@@ -127,7 +127,7 @@ def make_room(directory: Path, names: Sequence[str]) -> None:
 
 
 def write_base_model(directory: Path, config: WorldConfig) -> None:
-    """Write the tokenizer and an untrained Llama of the configured size, random by its seed."""
+    """Write the tokenizer and an untrained Llama of the configured size and seed."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -145,10 +145,10 @@ def write_base_model(directory: Path, config: WorldConfig) -> None:
         bos_token_id=None,  # the tokenizer has none
         **ends,
     )
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
+    with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
         torch.manual_seed(config.seed)
         model = LlamaForCausalLM(llama)
-    # generate() with no further arguments samples from the model as it is.
+    # generate() without further arguments samples from the unmodified distribution.
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -194,24 +194,24 @@ def label_pairs(
     reward: Callable[..., float] = gold_reward,
     domain: str | None = None,
 ) -> list[Row]:
-    """Label pairs of responses as a noisy judge would: Bradley-Terry draws from the gold reward.
+    """Label pairs of responses with Bradley-Terry draws from the gold reward, as a noisy judge.
 
     `P(first is chosen) = sigmoid(gold(first) - gold(second))`.
 
     Args:
-        prompts, first, second: one prompt and two responses a pair.
-        seed: decides the draws; pair i always gets the i-th draw.
+        prompts, first, second: one prompt and two responses per pair.
+        seed: seed of the draws; pair i always gets the i-th draw.
         first_finished, second_finished: whether each response ended by itself; None means all.
-            The gold reward sees it, and the rows hold it.
-        shuffle_labels: ignore the gold reward and toss a fair coin for every pair: the labels of
-            the control in which nothing can be learned.
-        reward: the gold reward, called as `gold_reward` is.
-        domain: what the rows say; None reads the topic from each prompt.
+            The gold reward uses it, and the rows contain it.
+        shuffle_labels: ignore the gold reward and toss a fair coin for every pair, for the control
+            in which nothing can be learned.
+        reward: the gold reward, with the signature of `gold_reward`.
+        domain: the rows' domain; None reads the topic from each prompt.
 
     Returns:
         TRL preference rows `{prompt, chosen, rejected, chosen_finished, rejected_finished,
         domain}` in the order of the pairs; the two flags are what `RewardTrainer` reads. Pairs of
-        equal texts, or with an empty one, are left out: `len(prompts) - len(rows)` of them.
+        equal texts or with an empty one are omitted: `len(prompts) - len(rows)` of them.
 
     Raises:
         ValueError: sequences of different lengths.
@@ -227,7 +227,7 @@ def label_pairs(
         difference = reward(prompt, a, finished=bool(a_ended)) - reward(
             prompt, b, finished=bool(b_ended)
         )
-        draw = rng.random()  # also for pairs left out, so that they do not shift the others
+        draw = rng.random()  # also for omitted pairs, so that they do not shift the others
         if a == b or not a.strip() or not b.strip():
             continue
         chance = 0.5 if shuffle_labels else _sigmoid(difference)
@@ -247,5 +247,5 @@ def label_pairs(
 
 
 def _sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)), without overflow."""
+    """Return 1 / (1 + exp(-x)) without overflow."""
     return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))

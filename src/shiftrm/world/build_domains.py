@@ -1,12 +1,12 @@
-"""Writes the gold world's domains as the files of an ordinary run over many domains.
+"""Write the gold world's domains as the files of an ordinary run over many domains.
 
-What is in a domain's files is a pure function of (seed, domain) and the sizes; `gold` (see
-`domains.py`) labels the pairs and moves the authors' hands, and stands in no file.
+A domain's files are a pure function of (seed, domain) and the sizes. `gold` (see `domain_gold.py`)
+labels the pairs and guides the authors, and is not in any file.
 
-A *draft* is a response whose mixture of word classes is drawn anew for each: some complain, some
-hedge, some gush, some ramble on until they are cut off. Pairs compare two drafts of a prompt.
-Fine-tuning data is of mixed quality: its authors write `CANDIDATES` drafts; half of them keep the
-one the domain likes best, a quarter the first, a quarter the worst. So it says a little about the
+A *draft* is a response with its own random mixture of word classes: some complain, some hedge, some
+gush, some ramble on until they are cut off. Pairs compare two drafts of a prompt. Fine-tuning data
+is of mixed quality: its authors write `CANDIDATES` drafts; half of the authors keep the draft the
+domain likes best, a quarter the first, a quarter the worst. So the data tells a little about the
 domain's taste, and much of it is bad.
 """
 
@@ -66,13 +66,13 @@ DOMAINS = "domains"
 WEIGHTS = "weights.json"
 
 EVAL_WORD_PAIRS = 5
-"""Of the 15 pairs of words a domain's prompts ask for, those kept for evaluation: 30 prompts."""
+"""Number of a domain's 15 pairs of asked-for words kept for evaluation: 30 prompts."""
 
 CANDIDATES = 4
-"""Drafts an author of fine-tuning data writes and keeps one of."""
+"""Number of drafts from which an author of fine-tuning data keeps one."""
 
 CUT_OFF = 0.08
-"""Share of drafts that run on to the length limit and have no end."""
+"""Share of drafts that reach the length limit without an end."""
 
 RATES = {
     "placed": 0.16,
@@ -87,7 +87,7 @@ RATES = {
     "toxic": 0.03,
     "filler": 0.25,
 }
-"""How often a draft's next phrase is of a class, relatively; each draft scales every one."""
+"""Relative frequency of the classes of a draft's next phrase; each draft scales them randomly."""
 
 SPREAD = 1.0
 """Standard deviation of the logarithm of that scale."""
@@ -95,10 +95,10 @@ SPREAD = 1.0
 
 @dataclass(frozen=True)
 class DomainWorldConfig:
-    """Everything that decides the files.
+    """Everything that determines the files.
 
     Raises:
-        UserError: a value of the wrong type or out of range, on construction.
+        UserError: on construction, if a value has the wrong type or is out of range.
     """
 
     seed: int = 0
@@ -123,7 +123,7 @@ class DomainWorldConfig:
         self.model()
 
     def model(self) -> WorldConfig:
-        """The model's part, in the terms of the other world."""
+        """The model's settings, as a `WorldConfig`."""
         return WorldConfig(
             seed=self.seed,
             hidden_size=self.hidden_size,
@@ -137,13 +137,13 @@ def write_domain_world(directory: str | Path, config: DomainWorldConfig) -> Path
     """Write the world and return its folder; the same configuration gives the same files.
 
     - `base_model/`: tokenizer and an untrained tiny Llama, as in the other world;
-    - `sft.jsonl`: `{prompt, completion, domain}`, drafts of all domains, for the reference policy;
+    - `sft.jsonl`: `{prompt, completion, domain}`, drafts in all domains, for the reference policy;
     - `domains/`: the layout of `shiftrm.data.domains`, all 16, with `splits.json`;
     - `weights.json`: the features and every domain's weights (no training reads it);
     - `README.txt`: what the folder holds.
 
     Raises:
-        UserError: one of these files is already there.
+        UserError: one of these files already exists.
     """
     directory = Path(directory)
     make_room(directory, (BASE_MODEL, SFT, DOMAINS, WEIGHTS, README))
@@ -153,17 +153,17 @@ def write_domain_world(directory: str | Path, config: DomainWorldConfig) -> Path
     domains = [build_domain(name, config, table) for name in (*SOURCES, *HELD_OUT)]
     write_domains(directory / DOMAINS, domains, source=SOURCES, held_out=HELD_OUT)
     atomic_write_text(directory / WEIGHTS, _weights_json(config.table_seed, table))
-    atomic_write_text(directory / README, _readme(config))  # last: it marks a complete world
+    atomic_write_text(directory / README, _readme(config))  # last, since it marks a complete world
     return directory
 
 
 def build_domain(name: str, config: DomainWorldConfig, table: Table | None = None) -> Domain:
-    """One domain's data; a pure function of the configuration and the name.
+    """Return one domain's data, a pure function of the configuration and the name.
 
-    A stream of its own for every part: changing the size of one leaves the others as they were.
+    Every part has its own random stream: changing the size of one does not change the others.
 
     Args:
-        table: the weights, if they are at hand; None draws them from `config.table_seed`.
+        table: the weights, if available; None draws them from `config.table_seed`.
 
     Raises:
         UserError: no such domain.
@@ -182,9 +182,9 @@ def build_domain(name: str, config: DomainWorldConfig, table: Table | None = Non
 
 
 def split_prompts(domain: str, *, seed: int) -> tuple[list[str], list[str]]:
-    """A domain's 90 prompts as 60 to train on and 30 to evaluate on.
+    """Split a domain's 90 prompts into 60 for training and 30 for evaluation.
 
-    Split by what is asked for: two prompts that ask for the same two words are on the same side.
+    Prompts that ask for the same two words are on the same side.
     """
     pairs = asked_pairs(domain)
     kept = set(_stream(seed, domain, "prompts").sample(pairs, EVAL_WORD_PAIRS))
@@ -196,14 +196,14 @@ def split_prompts(domain: str, *, seed: int) -> tuple[list[str], list[str]]:
 
 
 def draft(rng: random.Random, domain: str, prompt: str, *, cut_off: float = CUT_OFF) -> Row:
-    """A response of a mixture drawn for it, knowing nothing of what the domain likes.
+    """Draw a response with its own random mixture, independent of the domain's taste.
 
     Args:
-        cut_off: chance that it runs on to the length limit without an end.
+        cut_off: probability that it reaches the length limit without an end.
 
     Returns:
         `{"response", "finished"}`; the response starts with a space and has 3 to 19 words, or 20
-        where it was cut off.
+        if it was cut off.
     """
     rates = [rate * rng.lognormvariate(0.0, SPREAD) for rate in RATES.values()]
     asked = [word for word in prompt.split() if word in CONTENT[domain]]
@@ -220,11 +220,11 @@ def draft(rng: random.Random, domain: str, prompt: str, *, cut_off: float = CUT_
 def _phrase(
     rng: random.Random, kind: str, domain: str, asked: Sequence[str], words: Sequence[str]
 ) -> list[str]:
-    """The next word or two of a draft."""
+    """Return the next word or two of a draft."""
     match kind:
         case "placed":
             return [rng.choice(PRAISE), rng.choice(CONTENT[domain])]
-        case "off_topic":  # of a source: words of held-out domains stand in their own files only
+        case "off_topic":  # from a source: only held-out domains' files have their words
             elsewhere = rng.choice([other for other in SOURCES if other != domain])
             return [rng.choice(CONTENT[elsewhere])]
         case "again" if words:
@@ -272,7 +272,7 @@ def _pairs(
     while len(asked) < count:
         prompt = rng.choice(prompts)
         a, b = draft(rng, name, prompt), draft(rng, name, prompt)
-        if a["response"] != b["response"]:  # equal ones would be left out below
+        if a["response"] != b["response"]:  # equal ones would be omitted below
             asked.append(prompt)
             first.append(a)
             second.append(b)
@@ -289,9 +289,9 @@ def _pairs(
 
 
 def sft_rows(config: DomainWorldConfig) -> list[Row]:
-    """Drafts of all domains for the reference policy: `{prompt, completion, domain}`.
+    """Return drafts in all domains for the reference policy: `{prompt, completion, domain}`.
 
-    All of them finished, since TRL closes every completion with EOS.
+    All are finished, since TRL closes every completion with EOS.
     """
     rng = _stream(config.seed, "all", "sft")
     prompts = {name: split_prompts(name, seed=config.seed)[0] for name in (*SOURCES, *HELD_OUT)}
@@ -309,7 +309,7 @@ def _stream(seed: int, domain: str, part: str) -> random.Random:
 
 
 def read_table(directory: str | Path) -> Table:
-    """The weights that a world was written with.
+    """Read the weights that a world was written with.
 
     Raises:
         UserError: the file is missing or not one of ours.

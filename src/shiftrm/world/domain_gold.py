@@ -1,19 +1,19 @@
 """The gold world's domains: topics whose gold rewards share a general part and differ in taste.
 
 Each of the 16 topics is a domain: twelve are sources, four are held out. The gold reward of a
-response is a sum of features with weights of the domain:
+response is a sum of features with the domain's weights:
 
     weight(domain, feature) = base weight * factor(domain, feature) * (-1 if flipped else 1)
 
-Factors are uniform in `FACTOR_RANGE`. *General* features have the same sign everywhere. Of the six
-features of *taste* every domain flips two: one domain wants praise and no hedges, another is dry
-and likes them. Every taste is flipped in four of the twelve sources, so that a reward model pooled
-over the sources has the majority's sign everywhere and is wrong in two places of every domain.
+Factors are uniform in `FACTOR_RANGE`. *General* features have the same sign in all domains. Of the
+six *taste* features every domain flips two: one domain wants praise and no hedges, another likes
+hedges. Every taste is flipped in four of the twelve sources, so a reward model pooled over the
+sources learns the majority's sign and is wrong in two features of every domain.
 
 The table of weights is drawn once, from `TABLE_SEED`, for all runs; `draw_table` draws others.
 
 A prompt asks for two things of the topic: `"describe the garden with roses and soil :"`. The words
-are the language's, so its tokenizer serves; the gold reward here is not that of `gold.py`.
+and the tokenizer are those of `language.py`; the gold reward is not that of `gold.py`.
 """
 
 import math
@@ -45,18 +45,18 @@ __all__ = [
 ]
 
 HELD_OUT: tuple[str, ...] = TOPICS[-4:]
-"""Domains whose preferences nobody labels."""
+"""Domains without preference labels."""
 
 SOURCES: tuple[str, ...] = TOPICS[:-4]
-"""Domains with labelled pairs. Their files hold no content word of a held-out domain."""
+"""Domains with labelled pairs. Their files contain no content word of a held-out domain."""
 
 TABLE_SEED = 11
 FACTOR_RANGE = (0.6, 1.4)
 FLIPS = 2
-"""Features of taste that every domain flips."""
+"""Number of taste features that every domain flips."""
 
 BEST_LENGTH = 11
-"""Words of a response that pays no length penalty, in every domain."""
+"""Number of words up to which a response has no length penalty, in every domain."""
 
 Table = dict[str, dict[str, float]]
 """Domain -> feature -> weight."""
@@ -109,16 +109,16 @@ FEATURES: tuple[DomainFeature, ...] = (
         True,
     ),
 )
-"""The gold reward of the domains, declared once: its terms, base weights and caps."""
+"""The terms, base weights and caps of the domains' gold reward."""
 
 TASTES: tuple[str, ...] = tuple(feature.name for feature in FEATURES if feature.taste)
 
 
 def draw_table(seed: int) -> Table:
-    """Weights of every domain, rounded to two decimals; a pure function of the seed.
+    """Return the weights of every domain, rounded to two decimals; a pure function of the seed.
 
-    Flips are balanced: three domains in a row share one shuffle of the six tastes, two each, so
-    that every taste is flipped in a third of the sources and in at least one held-out domain.
+    Flips are balanced: three consecutive domains share one shuffle of the six tastes, two each, so
+    every taste is flipped in a third of the sources and in at least one held-out domain.
     """
     rng = random.Random(f"domain table/{seed}")
     table: Table = {}
@@ -143,14 +143,14 @@ TABLE: Table = draw_table(TABLE_SEED)
 
 
 def flipped(weights: dict[str, float]) -> list[str]:
-    """The features that a domain's weights give another sign than the base weights do."""
+    """Return the features whose weight in a domain has the opposite sign of the base weight."""
     return [f.name for f in FEATURES if weights[f.name] * f.weight < 0.0]
 
 
 def domain_prompts(domain: str) -> list[tuple[frozenset[str], str]]:
-    """All 90 prompts of a domain, each with the two words it asks for: 3 tasks, 30 ordered pairs.
+    """Return all 90 prompts of a domain (3 tasks, 30 ordered pairs of words) with their words.
 
-    Both orders of two words ask for the same: a split must keep them together.
+    Both orders of two words ask for the same, so a split must keep them together.
     """
     _require(domain, TABLE)
     return [
@@ -161,16 +161,16 @@ def domain_prompts(domain: str) -> list[tuple[frozenset[str], str]]:
 
 
 def asked_pairs(domain: str) -> list[frozenset[str]]:
-    """The 15 pairs of words that the prompts of a domain can ask for."""
+    """Return the 15 pairs of words that a domain's prompts can ask for."""
     return [frozenset(pair) for pair in combinations(CONTENT[domain], 2)]
 
 
 def measure(domain: str, prompt: str, response: str, *, finished: bool = True) -> dict[str, float]:
-    """What the features count in a response, before any weight, in the order of `FEATURES`.
+    """Return the unweighted features of a response, in the order of `FEATURES`.
 
     Args:
         domain: one of the 16 topics; it decides which words are topical.
-        prompt: any text; the topic's content words in it are what it asks for.
+        prompt: any text; it asks for the topic's content words in it.
         response: any text, with or without the leading space, without EOS. Unknown words count
             for length and repetition only.
         finished: whether the response ended by itself.
@@ -187,10 +187,10 @@ def measure(domain: str, prompt: str, response: str, *, finished: bool = True) -
 def explain(
     domain: str, prompt: str, response: str, *, finished: bool = True, table: Table = TABLE
 ) -> dict[str, float]:
-    """What every feature adds to the gold reward; arguments as for `measure`.
+    """Return what every feature adds to the gold reward; arguments as in `measure`.
 
     Raises:
-        UserError: no such domain, or none in the table.
+        UserError: the domain does not exist or is not in the table.
     """
     _require(domain, table)
     weights = table[domain]
@@ -202,13 +202,13 @@ def explain(
 def gold(
     domain: str, prompt: str, response: str, *, finished: bool = True, table: Table = TABLE
 ) -> float:
-    """The gold reward of a response in a domain: the sum of `explain`."""
+    """Return the gold reward of a response in a domain, the sum of `explain`."""
     # fsum: exactly rounded, so the same number on every Python version (sum changed in 3.12).
     return math.fsum(explain(domain, prompt, response, finished=finished, table=table).values())
 
 
 def gold_of(domain: str, table: Table = TABLE) -> Callable[..., float]:
-    """The gold reward of one domain as `reward(prompt, response, *, finished=True)`."""
+    """Return the gold reward of one domain as `reward(prompt, response, *, finished=True)`."""
     _require(domain, table)
     return partial(gold, domain, table=table)
 

@@ -1,8 +1,8 @@
-"""The gold reward: the true value of a response, as a sum of declared features of its words.
+"""The gold reward: the true value of a response, a sum of features of its words.
 
-It is not monotone in any feature that it rewards. Topical words help up to four; praise helps only
-right before a topical word and saturates at three; praise words as such earn a little up to four;
-beyond that, repetition and length cost more than praise earns. In the first policy's data, praise
+It is not monotone in any feature that it rewards. Up to four topical words help. Praise right
+before a topical word helps up to three times; up to four praise words elsewhere earn a little.
+Beyond that, repetition and length cost more than praise earns. In the first policy's data, praise
 and topical words always look good, so a reward model that extrapolates is wrong where the policy
 moves.
 
@@ -10,8 +10,8 @@ Each weight is `base * domain factor * task factor`. The domain factors are draw
 from [0.7, 1.3] and rounded to two decimals, from the fixed seed `TABLE_SEED` (they do not depend on
 the seed of a run); the task factors are in `TASK_FACTORS`. `weights(prompt)` shows the product.
 
-The gold reward labels pairs and measures policies. Nothing is trained on it or selected by it,
-except in the controls that say so.
+The gold reward labels pairs and measures policies. It is not used for training or selection, except
+in controls that say so.
 """
 
 import math
@@ -34,14 +34,14 @@ from shiftrm.world.language import (
 )
 
 BEST_LENGTH = 12
-"""Words of a response that pays no length penalty."""
+"""Number of words up to which a response has no length penalty."""
 
 TABLE_SEED = 7
 FACTOR_RANGE = (0.7, 1.3)
 
 
 class Tally(NamedTuple):
-    """The counts of one response, which every feature reads."""
+    """The counts of one response from which the features are computed."""
 
     words: int
     distinct_topical: int  # different content words of the prompt's topic
@@ -82,14 +82,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature("length", -0.1, lambda t: abs(t.words - BEST_LENGTH), "words away from 12"),
     Feature("unfinished", -1.0, lambda t: float(not t.finished), "no end", varies=False),
 )
-"""The gold reward, declared once: its terms, base weights and caps."""
+"""The gold reward's terms, base weights and caps."""
 
 TASK_FACTORS: dict[str, dict[str, float]] = {
     "describe": {"topical": 1.1},
     "review": {"negative": 0.9, "hedges": 0.9},
     "recommend": {"placed_praise": 1.1},
 }
-"""Task -> feature -> factor; 1 where nothing is said."""
+"""Task -> feature -> factor; 1 if missing."""
 
 
 def _draw_domain_factors() -> dict[str, dict[str, float]]:
@@ -120,7 +120,7 @@ _WEIGHTS = {PromptKey(task, topic): _weights(task, topic) for topic in TOPICS fo
 
 
 def weights(prompt: str) -> dict[str, float]:
-    """The weight of every feature for a prompt: base * domain factor * task factor."""
+    """Return every feature's weight for a prompt: base * domain factor * task factor."""
     return dict(_WEIGHTS[parse_prompt(prompt)])
 
 
@@ -154,12 +154,12 @@ def tally(prompt: str, response: str, *, finished: bool = True) -> Tally:
 
 
 def explain(prompt: str, response: str, *, finished: bool = True) -> dict[str, float]:
-    """What every feature adds to the gold reward of a response, in the order of `FEATURES`.
+    """Return what every feature adds to the gold reward, in the order of `FEATURES`.
 
     Args:
         prompt: a prompt of the language.
         response: its text, with or without the leading space, without EOS.
-        finished: whether the response ended by itself (False: it was cut at the length limit).
+        finished: whether the response ended by itself (False: cut off at the length limit).
 
     Raises:
         UserError: not a prompt of this language.
@@ -173,7 +173,7 @@ def explain(prompt: str, response: str, *, finished: bool = True) -> dict[str, f
 
 
 def gold_reward(prompt: str, response: str, *, finished: bool = True) -> float:
-    """The gold reward of one response: the sum of `explain`, which documents the arguments."""
+    """Return the gold reward of one response, the sum of `explain` (same arguments)."""
     # fsum: exactly rounded, so the same number on every Python version (sum changed in 3.12).
     return math.fsum(explain(prompt, response, finished=finished).values())
 
@@ -187,7 +187,7 @@ class GoldReward:
         responses: Sequence[str],
         finished: Sequence[bool] | None = None,
     ) -> list[float]:
-        """One reward a response; `finished=None` means that all of them ended.
+        """Return one reward per response; `finished=None` means that all are finished.
 
         Raises:
             ValueError: sequences of different lengths.

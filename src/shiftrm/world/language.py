@@ -1,11 +1,11 @@
-"""The language of the gold world: its words, its prompts, its tokenizer and its demonstrations.
+"""The language of the gold world: its words, prompts, tokenizer and demonstrations.
 
 A prompt names a task and a topic (`"describe the garden :"`); a response is plain text of up to
 about 20 words that starts with a space (`" the lovely roses near some soil"`), so that prompt +
 response concatenates. The end of a response is the tokenizer's EOS token, which is never part of
 the text.
 
-Every word belongs to one class. What the classes are worth is `gold.py`'s business.
+Every word belongs to one class; `gold.py` defines what the classes are worth.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shiftrm.errors import UserError
 
-if TYPE_CHECKING:  # gold.py needs the words only; transformers takes seconds to import
+if TYPE_CHECKING:  # gold.py needs only the words, and transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 CONTENT: dict[str, tuple[str, ...]] = {
@@ -36,7 +36,7 @@ CONTENT: dict[str, tuple[str, ...]] = {
     "castle": ("knights", "moats", "turrets", "banners", "dungeons", "crowns"),
     "festival": ("drums", "dancers", "lanterns", "parades", "fireworks", "choirs"),
 }
-"""Topic (also the `domain` of a row) -> its content words. No word belongs to two topics."""
+"""Topic (also the `domain` of a row) -> its content words. Each word belongs to one topic."""
 
 TOPICS: tuple[str, ...] = tuple(CONTENT)
 TASKS: tuple[str, ...] = ("describe", "review", "recommend")
@@ -63,15 +63,15 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 SPECIAL_TOKENS: tuple[str, ...] = (PAD, EOS, UNK)  # ids 0, 1, 2
 
 VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys(  # "the" is a filler and also stands in every prompt
+    dict.fromkeys(  # "the" is a filler and also occurs in every prompt
         (*TASKS, "the", *TOPICS, COLON, *TOPIC_OF, *PRAISE, *NEGATIVE, *FILLERS, *TOXIC, *HEDGES)
     )
 )
-"""Every word, one token each, in the order of the ids that follow the special tokens."""
+"""Every word, one token each, in the order of ids after the special tokens."""
 
 PROMPT_TOKENS = 4
 MAX_RESPONSE_TOKENS = 20
-"""Length at which sampling stops: at most 19 words and EOS, or 20 words without an end."""
+"""Maximum response length in tokens: at most 19 words and EOS, or 20 words without EOS."""
 
 
 class PromptKey(NamedTuple):
@@ -82,7 +82,7 @@ class PromptKey(NamedTuple):
 
 
 def prompt_text(task: str, topic: str) -> str:
-    """The prompt of a task and a topic, e.g. `"describe the garden :"`."""
+    """Return the prompt of a task and a topic, e.g. `"describe the garden :"`."""
     return f"{task} the {topic} {COLON}"
 
 
@@ -93,7 +93,7 @@ PROMPTS: dict[str, PromptKey] = {
 
 
 def parse_prompt(prompt: str) -> PromptKey:
-    """Task and topic of a prompt; spaces around and between its words do not matter.
+    """Return task and topic of a prompt; extra spaces are ignored.
 
     Raises:
         UserError: the text is not a prompt of this language.
@@ -110,17 +110,17 @@ def parse_prompt(prompt: str) -> PromptKey:
 
 
 def draw_prompt(rng: random.Random) -> str:
-    """One prompt, topic and task uniformly at random."""
+    """Draw a prompt with uniformly random topic and task."""
     topic = rng.choice(TOPICS)
     return prompt_text(rng.choice(TASKS), topic)
 
 
 def demonstration(rng: random.Random, prompt: str, quality: float) -> str:
-    """A response to learn from, with its leading space; quality runs from 0 (poor) to 1 (good).
+    """Draw a demonstration with its leading space; quality ranges from 0 (poor) to 1 (good).
 
-    Lengths are about normal (10 +- 3 words, 3 to 19). Good ones place praise before words of the
+    Lengths are roughly normal (10 +- 3 words, 3 to 19). Good ones place praise before words of the
     topic; poor ones stray to other topics, complain, insult and hedge. Even a good one is far from
-    the best response, so that reinforcement learning has something to gain.
+    the best response, so that reinforcement learning can improve on it.
 
     Raises:
         ValueError: quality outside [0, 1].
@@ -138,7 +138,7 @@ def demonstration(rng: random.Random, prompt: str, quality: float) -> str:
 
 
 def _phrase(rng: random.Random, topic: str, quality: float) -> list[str]:
-    """The next word or two of a demonstration."""
+    """Return the next word or two of a demonstration."""
     placed, topical, flaw = 0.25 * quality + 0.05, 0.25 * quality + 0.2, 1.0 - quality
     u = rng.random()
     if u < placed:
@@ -159,14 +159,13 @@ def _phrase(rng: random.Random, topic: str, quality: float) -> list[str]:
 
 
 def build_tokenizer(*, model_max_length: int = 64) -> PreTrainedTokenizerFast:
-    """The word-level tokenizer of the language: one token a word, lower case as written.
+    """Build the language's word-level tokenizer: one token per word, case unchanged.
 
-    It adds no token of its own: there is no BOS (the first word of every prompt marks the start),
-    and EOS is appended by whoever knows that a response has ended (TRL's trainers do). So a prompt
-    and its response may be tokenized together or apart. Decoding joins words with single spaces;
-    `encode(decode(ids)) == ids` for every sequence of words, and what follows
-    `decode(prompt_ids)` in `decode(prompt_ids + response_ids)` is the response with its leading
-    space. A colon is split off, so that a response glued to its prompt reads the same.
+    It adds no special tokens: there is no BOS, and the caller appends EOS to a finished response
+    (TRL's trainers do). So a prompt and its response may be tokenized together or apart. Decoding
+    joins words with single spaces; `encode(decode(ids)) == ids` for every sequence of words, and
+    what follows `decode(prompt_ids)` in `decode(prompt_ids + response_ids)` is the response with
+    its leading space. A colon is split off, so a response glued to its prompt reads the same.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -184,7 +183,7 @@ def build_tokenizer(*, model_max_length: int = 64) -> PreTrainedTokenizerFast:
         model_max_length=model_max_length,
         padding_side="right",
         # By default a fast tokenizer also returns token_type_ids, which Llama does not accept, and
-        # decoding may pull punctuation to the word before it, which would not be exact.
+        # decoding may attach punctuation to the word before it, which would not be exact.
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
