@@ -221,7 +221,7 @@ class OODPLTrainer(Trainer):
         )
 
     def _cosine(self, reward_model: nn.Module, task: Task, found: Hypergradient) -> float:
-        """Return the cosine of the training gradient with the exact one (or, if exact, "none")."""
+        """Return the cosine with the exact gradient, or if training is exact, with "none"."""
         exact = self.args.curvature == "exact" and self.args.last_steps is None
         changed = {"curvature": "none" if exact else "exact", "last_steps": None}
         other = self._hypergradient(reward_model, task, **changed)

@@ -145,7 +145,7 @@ class MetaPasses(_Base):
     def _change_by_differences(
         self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Return the same from gradients alone, averaged so that all processes try equal steps."""
+        """As `_midpoint_change`, from gradients averaged so that all processes try equal steps."""
         change, self._radius["L"] = midpoint_change_by_differences(
             lambda: self._pair_gradient(model, inputs, averaged=True),
             self._trainable(),

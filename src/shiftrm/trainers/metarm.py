@@ -319,9 +319,9 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         return output
 
     def adapt_(self) -> None:
-        """Ascend once more in place: theta becomes theta' for the next meta batch (Eq. 3).
+        """Move theta to theta' of the next meta batch, in place (Eq. 3).
 
-        Logs J of that batch before and after. If grad J is not finite, theta stays, with a warning.
+        Logs J of that batch before and after. If grad J is not finite, warns and keeps theta.
         """
         directions = self._begin_step(self.model_wrapped).directions
         before = self._metrics["train"].pop("meta_objective", [])

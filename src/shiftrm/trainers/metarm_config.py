@@ -1,4 +1,4 @@
-"""The settings of MetaRM training: one typed place, with presets."""
+"""Settings and presets of MetaRM training."""
 
 from dataclasses import dataclass, field
 from typing import Any, get_args

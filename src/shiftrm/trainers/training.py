@@ -263,7 +263,7 @@ def add_callbacks(trainer: Any, shown: Sequence[str] = SHOWN) -> None:
 
 
 def user_error(model: str, error: Exception, chosen: Settings) -> Exception:
-    """Return a one-line error for libraries' complaints about model or settings, or the error."""
+    """Return a one-line error if a library rejected the model or settings, else the error."""
     words = first_line(error)
     if isinstance(error, OSError | SafetensorError) and not work_folder.is_disk_full(error):
         return UserError(f"{model}: cannot be loaded ({words})")
