@@ -143,12 +143,26 @@ def understood(words, where):
         status, said = spoken(words)
     assert status == 0, f"{where}: {' '.join(words)}\n{said}"
     if "--config" not in words:
-        from shiftrm.pipeline.settings import check_words
+        from shiftrm.pipeline.settings import check_job
 
+        given = dict(w.split("=", 1) for w in words[1:] if "=" in w and w[0] != "-")
         try:
-            check_words(words, [word for word in words[1:] if "=" in word and word[0] != "-"])
+            check_job(job_of(words), given)
         except UserError as error:
             pytest.fail(f"{where}: {error}")
+
+
+def job_of(words):
+    """The job of a command, as far as its settings depend on it."""
+    from shiftrm.pipeline.jobs import Optimise, Sft, TrainReward
+
+    if words[0] == "train":
+        groups = "groups.jsonl" if "--groups" in words else None
+        method = words[words.index("--method") + 1] if "--method" in words else None
+        return TrainReward("model", "pairs.jsonl", groups=groups, adaptation=method)
+    if words[0] == "optimise":
+        return Optimise(words[1], "policy")
+    return Sft("model", "demonstrations.jsonl") if words[0] == "sft" else None
 
 
 @pytest.fixture(scope="module")

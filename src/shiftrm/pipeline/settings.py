@@ -48,8 +48,9 @@ def check_job(job: Any, way: Mapping[str, Any], *, processes: int = 1) -> None:
         resolve(settings, job.training().config, work=work, command_name="train")
         return
     method = job.method if isinstance(job, Optimise) else "sft"
-    if method in ("rloo", "grpo"):  # whose batch is that of all processes
-        settings["gradient_accumulation_steps"] *= processes
+    steps = settings.get("gradient_accumulation_steps")
+    if method in ("rloo", "grpo") and steps is not None:  # whose batch is that of all processes
+        settings["gradient_accumulation_steps"] = int(steps) * processes
     chosen = resolve(
         settings,
         SFTConfig if method == "sft" else METHODS[method],
