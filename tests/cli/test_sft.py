@@ -194,7 +194,7 @@ def test_tensorboard_files_are_in_the_output(shiftrm, demos):
         (["--model", "rm"], "rm: is a reward model (LlamaForSequenceClassification); --model"),
         (["learning_rat=1"], "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
         (["demonstration=x"], "unknown setting 'demonstration'; did you mean 'demonstrations'?"),
-        (["truncation_mode=keep_end"], "is dropped and counted, not truncated"),
+        (["truncation_mode=keep_end"], "are dropped and counted, not truncated"),
         (["push_to_hub=true"], "unknown setting 'push_to_hub'; this command writes a folder"),
         (["chat_template_path=nope"], "chat_template_path=nope: no such file or folder"),
         (["report_to=wandb"], "requires wandb to be installed"),
