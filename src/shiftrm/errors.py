@@ -34,3 +34,13 @@ def suggest(word: str, known: list[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def missing_embedding(error: IndexError) -> UserError | None:
+    """Return torch's error for a token without an embedding in words; None for any other error."""
+    if str(error) != "index out of range in self":
+        return None
+    return UserError(
+        "a token has no embedding: the tokenizer is not the model's; give them as they were saved "
+        "together"
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 __all__ = [
     "EVERY", "LOG_FILE", "Progress", "Task", "current", "duration", "only_on_terminals",
-    "quieten_libraries", "reporting", "task",
+    "quieten_libraries", "reporting", "speaks", "task",
 ]  # fmt: skip
 
 EVERY = 25.0
@@ -193,6 +193,11 @@ def reporting(label: str, *, speaks: bool) -> Iterator[Progress]:
         _stack.remove(progress)
         over.set()
         thread.join()
+
+
+def speaks() -> bool:
+    """Whether progress is written as lines: no terminal shows bars, and one process reports."""
+    return not sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
 def _say(line: str) -> None:

@@ -64,3 +64,22 @@ def test_a_job_that_succeeds_says_so_and_leaves_no_error(run, monkeypatch, capsy
     monkeypatch.setattr(Sample, "run", lambda self, output: f"to {output.name}")
     assert run(Sample("p", "q")) == (0, None)
     assert capsys.readouterr().out == "to out\n"
+
+
+def test_a_token_without_an_embedding_is_told_as_by_the_command(run, monkeypatch):
+    def outside(self, output):
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(Sample, "run", outside)
+    status, said = run(Sample("p", "q"))
+    assert status == 2
+    assert said["message"].startswith("a token has no embedding: the tokenizer is not the model's")
+
+
+def test_another_index_error_is_a_mistake_in_the_code(run, monkeypatch):
+    def outside(self, output):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(Sample, "run", outside)
+    with pytest.raises(IndexError, match="list index"):
+        run(Sample("p", "q"))

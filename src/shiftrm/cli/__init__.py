@@ -30,9 +30,9 @@ from shiftrm.cli import (
     train,
 )
 from shiftrm.config import at_home
-from shiftrm.errors import UserError, shortened
+from shiftrm.errors import UserError, missing_embedding, shortened
 from shiftrm.locks import holding
-from shiftrm.progress import reporting
+from shiftrm.progress import reporting, speaks
 
 COMMANDS = (
     *(demo, run, report),
@@ -86,10 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shiftrm: error: {what}; {advice}", file=sys.stderr)
         return 2
     except IndexError as error:
-        if str(error) != "index out of range in self":  # torch's, of an embedding
+        said = missing_embedding(error)
+        if said is None:
             raise
-        said = "a token has no embedding: the tokenizer is not the model's; give them as they were"
-        print(f"shiftrm: error: {said} saved together", file=sys.stderr)
+        print(f"shiftrm: error: {said}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not str(error).startswith("stage "):
@@ -97,11 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shiftrm: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def speaks() -> bool:
-    """Whether this process reports progress as lines: the main one, without a terminal."""
-    return not sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

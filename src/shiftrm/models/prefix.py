@@ -217,7 +217,7 @@ def model_inputs(rows: SharedRows, config: Any, *, dtype: torch.dtype) -> dict[s
 def obstacle(config: Any) -> str | None:
     """Return why a model of this configuration cannot share prefixes; None if no reason is known.
 
-    `rewards.sharing_obstacle` detects other reasons by a comparison with the plain path.
+    `probes.sharing_obstacle` detects other reasons by a comparison with the plain path.
     """
     text = config.get_text_config()
     implementation = text._attn_implementation or "eager"

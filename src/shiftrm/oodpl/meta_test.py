@@ -1,7 +1,7 @@
 """Meta-test: guide a policy in an unseen domain by a frozen reward model, and measure the result.
 
 There are three methods, all starting from the reference policy: reward-weighted fine-tuning on the
-domain's data, and PPO or RLOO (`transfer.rloo`) with a KL penalty on its prompts. The paper (Jia,
+domain's data, and PPO or RLOO (`oodpl.rloo`) with a KL penalty on its prompts. The paper (Jia,
 arXiv 2402.14760) says "regularised policy optimization with the learned reward model"; the methods
 and the judges are ours.
 """

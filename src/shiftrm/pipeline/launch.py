@@ -12,20 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, missing_embedding
 from shiftrm.files import atomic_write_text, iterate_jsonl
 from shiftrm.pipeline.children import run_child
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import Optimise, Sample, from_plain, located, plain
-from shiftrm.progress import only_on_terminals, quieten_libraries, reporting
+from shiftrm.progress import only_on_terminals, quieten_libraries, reporting, speaks
+from shiftrm.trainers.training_log import TRAINING_LOG
 
 __all__ = ["Execution", "accumulation", "launcher", "perform", "run_job"]
 
 JOB_FILE, ERROR_FILE = "job.json", "error.json"
 """What a child process is given, and where it says why it ended."""
-
-LOG = "training_log.jsonl"
-"""What the training commands leave beside their model: a line for every logged step."""
 
 HOW_FILE = "execution.json"
 """Beside checkpoints: in which way they were made, as far as only that way continues them."""
@@ -202,9 +200,11 @@ def perform(job: Any, output: Path) -> None:
     """Run a job with its progress as lines, and print its summary."""
     quieten_libraries()
     only_on_terminals()
-    speaks = not sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-    with reporting(job.command("")[0], speaks=speaks):
-        summary = job.run(output)
+    with reporting(job.command("")[0], speaks=speaks()):
+        try:
+            summary = job.run(output)
+        except IndexError as error:
+            raise missing_embedding(error) or error from None
     if summary is not None:
         print(summary)
 
@@ -235,7 +235,7 @@ def _environment() -> dict[str, str]:
 
 def _record_log(context: StageContext, model: Path) -> None:
     """The training log as records."""
-    path = (model if model.is_dir() else model.parent) / LOG
+    path = (model if model.is_dir() else model.parent) / TRAINING_LOG
     names = context.stage.settings.get("logged", {})
     if not path.is_file():
         return

@@ -1,7 +1,7 @@
 """Check training settings against the fields of the configuration classes.
 
 The fields of a command's configuration class (`RewardConfig`, `MetaRMConfig`, those of
-`trainers.policy.configs`) and of `trl.ModelConfig` are the only place where a setting is declared.
+`policies.configs`) and of `trl.ModelConfig` are the only place where a setting is declared.
 Flags, `key=value` words and keys of a YAML file all end here.
 """
 
