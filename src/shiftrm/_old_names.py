@@ -24,11 +24,13 @@ _MOVED = {
     "shiftrm.testbed.gold": "shiftrm.world.gold",
     "shiftrm.testbed.language": "shiftrm.world.language",
     "shiftrm.testbed.world": "shiftrm.world.build",
+    "shiftrm.trainers.metarm_config": "shiftrm.trainers.reward_configs",
     "shiftrm.trainers.oodpl": "shiftrm.oodpl.trainer",
     "shiftrm.trainers.policy.tokens": "shiftrm.policies.tokens",
     "shiftrm.trainers.ppo": "shiftrm.policies.ppo",
     "shiftrm.trainers.ppo_config": "shiftrm.policies.ppo_config",
     "shiftrm.trainers.ppo_math": "shiftrm.policies.ppo_math",
+    "shiftrm.trainers.reward_config": "shiftrm.trainers.reward_configs",
 }
 
 

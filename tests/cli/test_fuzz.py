@@ -152,7 +152,7 @@ def fields(command):
     """Names of a command's settings, as its configuration classes declare them."""
     from shiftrm.oodpl.meta_config import OODPLConfig
     from shiftrm.policies import configs
-    from shiftrm.trainers.metarm_config import MetaRMConfig
+    from shiftrm.trainers.reward_configs import MetaRMConfig
 
     classes = {
         "train": [MetaRMConfig],

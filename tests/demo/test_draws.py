@@ -5,7 +5,7 @@ import pytest
 from shiftrm.pipeline.demo_plan import plan
 from shiftrm.pipeline.demo_run import configure
 from shiftrm.pipeline.engine import execute, stage_keys
-from shiftrm.trainers.collator import ROW
+from shiftrm.trainers.pair_batches import ROW
 from tests.demo.conftest import TINY
 from tests.draws import watch
 

@@ -25,7 +25,7 @@ from shiftrm.pipeline.domain_config import METHODS, DomainRunConfig
 from shiftrm.pipeline.domain_plan import plan, sources, targets
 from shiftrm.records import Record, read_records
 from shiftrm.report.plots import render
-from shiftrm.trainers.collator import ROW
+from shiftrm.trainers.pair_batches import ROW
 from shiftrm.world.build_domains import DOMAINS
 from shiftrm.world.domain_gold import HELD_OUT, SOURCES, gold
 from tests.draws import watch

@@ -3,7 +3,7 @@
 import pytest
 
 from shiftrm.cli import main
-from shiftrm.trainers.collator import ROW
+from shiftrm.trainers.pair_batches import ROW
 from tests.draws import watch
 from tests.pipeline.gold_world import write_recipe
 

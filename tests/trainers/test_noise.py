@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaCo
 from transformers.models.llama.modeling_llama import LlamaForSequenceClassification, LlamaMLP
 
 from shiftrm.errors import UserError
+from shiftrm.trainers.first_batch import require_no_noise, switch_off_dropout
 from shiftrm.trainers.metarm import MetaRMTrainer
-from shiftrm.trainers.noise import require_no_noise, switch_off_dropout
 from shiftrm.trainers.reward import RewardTrainer
 
 SMALL = {

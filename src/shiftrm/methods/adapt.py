@@ -25,10 +25,15 @@ from shiftrm.models.scoring import Scorer
 from shiftrm.progress import task
 from shiftrm.trainers.kinds import Training
 from shiftrm.trainers.model_card import Adapted, model_card, summary
-from shiftrm.trainers.training import Job, open_work, prepare, publish, train_in_work
+from shiftrm.trainers.training import (
+    Job,
+    TrainingRequest,
+    open_work,
+    prepare,
+    publish,
+    train_in_work,
+)
 from shiftrm.trainers.work_folder import SAMPLES
-
-__all__ = ["HOLDOUT", "Adaptation", "PolicySamples", "Request", "adapt", "verdict_words"]
 
 HOLDOUT = 0.2
 """Share of the groups' prompts that is held out from the meta step."""
@@ -95,39 +100,27 @@ class _Groups:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to adapt, on which data, and what to measure it on.
+class Request(TrainingRequest):
+    """What to adapt, on which data, and what to measure it on; settings win over the method's.
 
     Attributes:
-        model: a trained reward model: checkpoint folder or hub name.
-        pairs: source (`data.sources`) of preference pairs.
-        output: folder to write: checkpoint, card, page, numbers and the groups measured on.
-        settings: values by setting, see `trainers.settings`; they win over the method's.
         method: a name in `methods.method.METHODS`, or `package.module:attribute`.
-        groups, samples: responses of the current policy, or how to sample them; exactly one.
-        eval_pairs, eval_groups: sources to measure on, by name; a single source's may be empty.
+        samples: how to sample responses of the current policy; exactly one of groups and samples.
+        eval_groups: as `eval_pairs`, of groups to measure on.
         holdout: share of the groups' prompts that is held out for measuring; 0.2 by default. Not
             with eval_groups.
-        command: the command that the model card shows for repeating this run.
     """
 
-    model: str
-    pairs: str
-    output: Path
-    settings: Mapping[str, Any]
     method: str = "metarm"
-    groups: str | None = None
     samples: PolicySamples | None = None
-    eval_pairs: Mapping[str, str] | None = None
     eval_groups: Mapping[str, str] | None = None
     holdout: float | None = None
-    command: str | None = None
 
 
 def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptation | None:
     """Adapt a reward model to responses of the current policy and measure it before and after.
 
-    Training is that of `command.train` with groups. The output folder is created only on success;
+    Training is that of `training.train` with groups. The output folder is created only on success;
     until then samples and checkpoints are in `.NAME.work` beside it, and repeating an interrupted
     call resumes from them.
 
@@ -139,21 +132,13 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
         The result; None on all but the main process.
 
     Raises:
-        UserError: as `command.train`; also a model without a trained score head, neither or both of
-            groups and samples, too few prompts to hold some out, or rows that cannot be scored.
+        UserError: as `training.train`; a model without a trained score head; not exactly one of
+            groups and samples; too few prompts to hold some out; rows that cannot be scored.
     """
     method, training = _method(request.method)
     _check_choices(request)
-    job = prepare(
-        request.model,
-        pairs=request.pairs,
-        output=request.output,
-        eval_pairs=request.eval_pairs,
-        settings={**method.settings, **request.settings},
-        training=training,
-        command=request.command,
-        command_name="adapt",
-    )
+    settings = {**method.settings, **request.settings}
+    job = prepare(replace(request, settings=settings), training, command_name="adapt")
     samples, model = request.samples, request.model
     eval_pairs, eval_groups = request.eval_pairs or {}, request.eval_groups or {}
     share = HOLDOUT if request.holdout is None else request.holdout

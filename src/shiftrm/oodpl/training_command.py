@@ -17,12 +17,9 @@ from shiftrm.oodpl.meta_config import OODPLConfig
 from shiftrm.oodpl.trainer import OODPLTrainer
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.progress import ProgressInWords
-from shiftrm.trainers.settings import REFUSED, command_defaults, value_of
+from shiftrm.trainers.settings import REFUSED, command_defaults, first_line, value_of
 from shiftrm.trainers.training import (
     exists,
-    first_line,
-    hold_work,
-    publish_folder,
     write_model,
 )
 
@@ -43,7 +40,7 @@ def meta_train(
     """Meta-train a reward model on a folder of domains.
 
     Training works in `.NAME.work` beside the output folder and resumes from there, as in
-    `trainers.command.train`.
+    `trainers.training.train`.
 
     Args:
         model: the reward model to start from, or a policy, whose backbone gets a new head.
@@ -81,7 +78,7 @@ def meta_train(
         "data": _data(split),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
-    with hold_work(work, record) as checkpoint:
+    with work_folder.hold_work(work, record) as checkpoint:
         try:
             trainer = OODPLTrainer(model, policy, args, split=split)
         except (OSError, SafetensorError) as error:
@@ -100,7 +97,7 @@ def meta_train(
         write_model(trainer, finished)
         if trainer.accelerator.is_main_process:
             card = _card(summary, model, policy, domains, args, command)
-            publish_folder(finished, work, target, card)
+            work_folder.publish_folder(finished, work, target, card)
         trainer.accelerator.wait_for_everyone()
     return summary if trainer.accelerator.is_main_process else None
 

@@ -12,7 +12,7 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.methods.method import METHODS, Method
 from shiftrm.models.sampling import SamplingConfig
 from shiftrm.pipeline.launch import Execution
-from shiftrm.trainers.metarm_config import PRESETS
+from shiftrm.trainers.reward_configs import PRESETS
 
 __all__ = ["Arm", "DataSettings", "JudgeSettings", "Recipe", "Source"]
 

@@ -126,7 +126,7 @@ class Sft(_Training):
 
 @dataclass(frozen=True)
 class TrainReward(_Training):
-    """Train a reward model on pairs, with MetaRM where groups are given; see `trainers.command`.
+    """Train a reward model on pairs, with MetaRM where groups are given; see `trainers.training`.
 
     Attributes:
         eval_pairs: held-out pairs by name; the name of a single one may be empty.
@@ -169,18 +169,18 @@ class TrainReward(_Training):
         return words + _options(groups=self.groups, method=self.adaptation)
 
     def run(self, output: Path) -> str | None:
-        from shiftrm.trainers.command import train
+        from shiftrm.trainers.training import TrainingRequest, train
 
-        return train(
+        request = TrainingRequest(
             str(self.model),
             pairs=str(self.pairs),
-            eval_pairs={name: str(source) for name, source in self.eval_pairs.items()},
-            groups=_text(self.groups),
             output=output,
             settings={**self._defaults(), **self.settings},
-            training=self.training(),
+            groups=_text(self.groups),
+            eval_pairs={name: str(source) for name, source in self.eval_pairs.items()},
             command=self._told(output),
         )
+        return train(request, self.training())
 
 
 @dataclass(frozen=True)

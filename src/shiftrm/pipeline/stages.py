@@ -26,7 +26,7 @@ from shiftrm.pipeline.measures import Measured, free, policy_kl
 from shiftrm.policies.ppo import RewardFunction
 from shiftrm.policies.text_rewards import open_watch
 from shiftrm.records import Recorder
-from shiftrm.trainers.memory import is_out_of_memory
+from shiftrm.trainers.machine import is_out_of_memory
 from shiftrm.trainers.training_log import TRAINING_LOG
 
 RESPONSES = "responses.jsonl"

@@ -26,7 +26,7 @@ from shiftrm.policies.ppo_command import reporting_arguments, run_ppo
 from shiftrm.policies.text_rewards import check_watch, open_watch
 from shiftrm.policies.trl_run import Plan, run_in_work, run_trl
 from shiftrm.policies.trl_trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
-from shiftrm.trainers.tables import table
+from shiftrm.trainers.pair_batches import table
 from shiftrm.trainers.training import Job, begin
 
 __all__ = ["METHODS", "elsewhere", "optimise", "sft"]

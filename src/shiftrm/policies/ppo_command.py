@@ -33,8 +33,8 @@ from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.text_rewards import Watch, open_watch, reward_scale
 from shiftrm.progress import task
 from shiftrm.trainers.progress import say
-from shiftrm.trainers.settings import command_defaults
-from shiftrm.trainers.training import Job, first_line
+from shiftrm.trainers.settings import command_defaults, first_line
+from shiftrm.trainers.training import Job
 from shiftrm.trainers.training_log import write_training_log
 
 __all__ = ["log_row", "reporting", "reporting_arguments", "run_ppo"]

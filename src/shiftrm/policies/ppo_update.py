@@ -18,7 +18,7 @@ from shiftrm.models.rewards import score_head
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.ppo_math import Rows, clipped_policy_loss, clipped_value_loss
 from shiftrm.policies.ppo_runtime import Processes
-from shiftrm.trainers.memory import is_out_of_memory
+from shiftrm.trainers.machine import is_out_of_memory
 
 VALUE_ADAPTER = "value"
 """Name of the critic's adapter in a LoRA policy."""

@@ -19,13 +19,12 @@ from shiftrm.policies.outcome import (
 )
 from shiftrm.policies.ppo import Problem
 from shiftrm.policies.text_rewards import with_gold
+from shiftrm.trainers.settings import first_line
 from shiftrm.trainers.training import (
     Job,
     add_callbacks,
-    first_line,
     open_work,
     publish,
-    user_error,
     write_model,
 )
 from shiftrm.trainers.training_log import training_log, write_training_log
@@ -129,7 +128,7 @@ def _made(job: Job, plan: Plan) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise user_error(job.model, error, job.chosen) from error
+        raise job.chosen.explain(job.model, error) from error
     args.model_init_kwargs = given
     add_callbacks(trainer, SHOWN)
     return trainer
@@ -141,7 +140,7 @@ def _fit(job: Job, trainer: Any, checkpoint: Path | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (ImportError, NotImplementedError) as error:  # a missing optimizer or kernel
-        raise user_error(job.model, error, job.chosen) from error
+        raise job.chosen.explain(job.model, error) from error
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise

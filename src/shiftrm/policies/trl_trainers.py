@@ -25,7 +25,7 @@ from shiftrm.models.sampling import Sample, remember_stop_tokens
 from shiftrm.policies.ppo_math import LOGITS_AT_ONCE, Rows, kl_and_entropy, vocabulary_of
 from shiftrm.policies.text_rewards import GOLD_WORLD, TextReward
 from shiftrm.policies.tokens import drop, encode_demonstration, encode_preference
-from shiftrm.trainers.noise import switch_off_dropout
+from shiftrm.trainers.first_batch import switch_off_dropout
 
 __all__ = ["KL_ROWS", "DPOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer"]
 

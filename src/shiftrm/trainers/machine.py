@@ -1,6 +1,7 @@
-"""Fit training to the machine: accelerator, bf16, memory for activations."""
+"""Fit training to the machine: accelerator, bf16, activation memory, out-of-memory errors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import is_torch_bf16_gpu_available
 
+from shiftrm.errors import UserError
 from shiftrm.models.rewards import sequence_rewards
-from shiftrm.trainers.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from trl import RewardTrainer as _Base
+
+    from shiftrm.trainers.settings import Settings
 else:
     _Base = object
-
-__all__ = ["FitsMemory", "activation_bytes", "activations_fit", "fit_machine", "free_memory"]
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -142,3 +143,54 @@ class FitsMemory(_Base):
             sides = ("chosen_ids", "rejected_ids")
             longest = max(pc.max(pc.list_value_length(table[side])).as_py() for side in sides)
         return 2 * self.args.per_device_train_batch_size, longest, 3  # gradient, AdamW's moments
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the error means out of memory, on an accelerator or the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = (
+        "out of memory",
+        "can't allocate memory",
+        "DefaultCPUAllocator",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+@contextmanager
+def explain_out_of_memory(chosen: "Settings") -> Iterator[None]:
+    """Turn an out-of-memory error into a `UserError` that names the settings to lower.
+
+    Raises:
+        UserError: memory ran out inside.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory; {_advice(chosen.args)}; given again so, the command continues from "
+            "its last checkpoint, if there is one"
+        ) from None
+
+
+def _advice(args: Any) -> str:
+    if not hasattr(args, "per_device_train_batch_size"):  # PPO
+        micro = args.micro_batch_size or args.minibatch_size
+        return (
+            f"lower micro_batch_size (now {micro}, which changes memory only) or "
+            f"forward_batch_size (now {args.forward_batch_size})"
+        )
+    size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if size == 1:
+        return (
+            "per_device_train_batch_size is 1 already: use use_peft=true, dtype=bfloat16, a "
+            "smaller max_length or more memory"
+        )
+    factor = 2 if size % 2 == 0 else size
+    return (
+        f"give per_device_train_batch_size={size // factor} "
+        f"gradient_accumulation_steps={steps * factor}, which trains the same"
+    )

@@ -28,8 +28,8 @@ from shiftrm.errors import UserError
 from shiftrm.measure.diagnosis.thresholds import INFLUENCE_CEILING
 from shiftrm.trainers.meta_groups import MetaGroups
 from shiftrm.trainers.meta_passes import MetaPasses
-from shiftrm.trainers.metarm_config import PRESETS, MetaRMConfig
 from shiftrm.trainers.reward import RewardTrainer
+from shiftrm.trainers.reward_configs import PRESETS, MetaRMConfig, check_metarm
 from shiftrm.trainers.sharding import (
     refuse_model_parallelism,
     reshard,
@@ -91,7 +91,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         **trl_keywords: Any,
     ) -> None:
         args = args if args is not None else MetaRMConfig("metarm-output")
-        _check_arguments(args)
+        check_metarm(args)
         self._meta_objective = OBJECTIVES.get(args.meta_objective)
         super().__init__(model, args, *trl_arguments, **trl_keywords)
         refuse_model_parallelism(self.accelerator, self.model)
@@ -387,30 +387,3 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
                 value,
                 INFLUENCE_CEILING,
             )
-
-
-def _check_arguments(args: Any) -> None:
-    if not isinstance(args, MetaRMConfig):
-        raise UserError(
-            f"args is a {type(args).__name__}; MetaRMTrainer takes a MetaRMConfig, which has all "
-            "of RewardConfig's fields"
-        )
-    if not args.disable_dropout:
-        raise UserError(
-            "disable_dropout=False: MetaRM compares gradients at theta and theta', so dropout "
-            "is off during both; leave disable_dropout at True"
-        )
-    if args.neftune_noise_alpha:
-        raise UserError(
-            "neftune_noise_alpha: noise in the embeddings differs between the two gradients that "
-            "MetaRM compares; leave it out"
-        )
-    if args.deploy == "adapted" and args.load_best_model_at_end:
-        raise UserError(
-            "load_best_model_at_end chooses a checkpoint by its evaluation, and deploy='adapted' "
-            "would then move it one step away; set deploy='base' or leave the choice out"
-        )
-    if args.fp16:
-        raise UserError(
-            "fp16=True: the gradient of J would need loss scaling of its own; use bf16=True"
-        )

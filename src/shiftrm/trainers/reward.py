@@ -1,7 +1,6 @@
 """Reward-model training: TRL's trainer, with shared prefixes, explicit positions and our losses."""
 
 import logging
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from trl import RewardTrainer as TRLRewardTrainer
 from trl.data_utils import get_dataset_column_names
 
 from shiftrm.core.losses import bradley_terry_loss
-from shiftrm.data.pairs import COLUMNS, check_pair, read_pairs
+from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.errors import UserError
-from shiftrm.measure.diagnosis.scored_files import prompt_key
 from shiftrm.models.finite import require_finite_gradient
 from shiftrm.models.loading import (
     known_tokens,
@@ -26,17 +24,24 @@ from shiftrm.models.loading import (
     require_words,
 )
 from shiftrm.models.prefix import SharedRows
-from shiftrm.models.rendering import encode, end_at_closing, pin_template, template_options
+from shiftrm.models.rendering import end_at_closing, pin_template
 from shiftrm.models.rewards import group_rewards, model_config, sequence_rewards
-from shiftrm.trainers.collator import COUNTED, PROMPT, ROW, PairCollator, shared_rows
-from shiftrm.trainers.counting import CountsPairs
-from shiftrm.trainers.first_batch import first_obstacle, inspect_model
+from shiftrm.trainers.first_batch import first_obstacle, inspect_model, switch_off_dropout
 from shiftrm.trainers.machine import FitsMemory
-from shiftrm.trainers.noise import switch_off_dropout
+from shiftrm.trainers.pair_batches import (
+    COUNTED,
+    PROMPT,
+    ROW,
+    CountsPairs,
+    PairCollator,
+    encode_pair,
+    length_filters,
+    shared_rows,
+    table,
+)
 from shiftrm.trainers.pair_metrics import PairStatistics, like_trl
-from shiftrm.trainers.reward_config import RewardConfig
+from shiftrm.trainers.reward_configs import RewardConfig
 from shiftrm.trainers.sharding import refuse_deepspeed, reset_after_failure, set_up_fsdp
-from shiftrm.trainers.tables import table
 
 __all__ = ["RewardConfig", "RewardTrainer"]
 
@@ -64,7 +69,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     - `predict` returns rewards of shape [B, 2], chosen and rejected, and
       `preprocess_logits_for_metrics` gets this shape; `compute_metrics` gets TRL's [2B, 1].
     - `train_dataset` and `eval_dataset` may also be names of files or hub data sets.
-    - Every pair of an optimizer step counts once (`trainers/counting.py`).
+    - Every pair of an optimizer step counts once (`trainers/pair_batches.py`).
     - Activation checkpointing is on if activations would not fit the memory (`RewardConfig`).
     """
 
@@ -313,14 +318,14 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
                     dataset = dataset.rename_column(f"{side}_input_ids", f"{side}_ids")
             elif "chosen_ids" not in columns:
                 dataset = dataset.map(
-                    _encode_pair,
+                    encode_pair,
                     with_indices=True,
                     fn_kwargs={"tokenizer": processing_class, "name": dataset_name},
                     **options("Tokenising"),
                 )
             self._require_known_ids(dataset, dataset_name, in_memory=in_memory)
             counts = {}
-            for reason, keep in _filters(args.max_length).items():
+            for reason, keep in length_filters(args.max_length).items():
                 before = len(dataset) if in_memory else 0
                 dataset = dataset.filter(keep, **options("Filtering"))
                 counts[reason] = before - len(dataset) if in_memory else 0
@@ -348,31 +353,6 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
             )
 
 
-def _encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> dict[str, Any]:
-    check_pair(row, f"{name} data, row {index}")
-    try:
-        sides = {
-            f"{side}_ids": encode(
-                tokenizer,
-                row.get("prompt"),
-                row[side],
-                finished=row.get(f"{side}_finished", True),
-                template_options=template_options(row),
-            )
-            for side in ("chosen", "rejected")
-        }
-    except UserError as error:
-        raise UserError(f"{name} data, row {index}: {error}") from None
-    for side, ids in sides.items():
-        if not ids:
-            raise UserError(
-                f"{name} data, row {index}: {side.removesuffix('_ids')} has no tokens; remove the "
-                "row"
-            )
-    prompt = zlib.crc32(prompt_key(row).encode(errors="surrogatepass")) % 2**24
-    return {**sides, ROW: index, PROMPT: prompt}
-
-
 def _read(given: Any) -> Any:
     """Return the pairs of a source (`data.sources`), or of several by name; else the argument."""
     if isinstance(given, Mapping) and not isinstance(given, DatasetDict):
@@ -388,16 +368,3 @@ def _load(path: str, args: Any, quantization_config: Any) -> Any:
         options["quantization_config"] = quantization_config
     set_seed(args.seed)  # as in TRL, for any other weights missing from the checkpoint
     return load_reward_model(path, seed=args.seed, **options)
-
-
-def _filters(max_length: int | None) -> dict[str, Any]:
-    """Return the conditions for keeping a pair, by the reason for dropping the others."""
-    filters = {}
-    if max_length is not None:
-        filters[f"longer than max_length={max_length} tokens"] = lambda row: (
-            max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
-        )
-    filters["whose two sides are the same tokens"] = lambda row: (
-        row["chosen_ids"] != row["rejected_ids"]
-    )
-    return filters

@@ -16,13 +16,13 @@ from types import NoneType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from shiftrm.config import check_seed, parse_yaml
 from shiftrm.errors import UserError, shortened, suggest
-
-__all__ = ["REFUSED", "Settings", "command_defaults", "resolve", "value_of"]
+from shiftrm.trainers.work_folder import is_disk_full
 
 REFUSED = {
     "output_dir": "this command sets it",
@@ -72,6 +72,18 @@ OPTIONS = {
     "optimise": ("policy", "reference", "reward", "watch", "prompts", "pairs"),
 }
 """Options that are not settings, by command; also suggested for a mistyped setting."""
+
+HOW_DIVIDED = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "forward_batch_size",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "activation_checkpointing",
+    "activation_offloading",
+)
+"""Settings that change how work is divided, not the result; they may change on resume."""
 
 NULL = ("", "~", "null", "none", "None")
 
@@ -129,6 +141,37 @@ class Settings:
             if key in said or value != getattr(default, key)
         }
         return found | {k: v for k, v in self.given.items() if k not in found}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that must be equal to resume a run: all but `HOW_DIVIDED`."""
+        args = self.args
+        kept = {key: value for key, value in self.given.items() if key not in HOW_DIVIDED}
+        if hasattr(args, "per_device_train_batch_size"):
+            kept["batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return kept
+
+    def explain(self, model: str, error: Exception) -> Exception:
+        """Return a one-line error if a library rejected the model or settings, else the error."""
+        words = first_line(error)
+        if isinstance(error, OSError | SafetensorError) and not is_disk_full(error):
+            return UserError(f"{model}: cannot be loaded ({words})")
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+            return UserError(
+                f"{model}: its weights do not fit a reward model of one label; give a policy, or a "
+                "checkpoint with num_labels=1"
+            )
+        if isinstance(error, ValueError) and "`pad_token` ('None')" in str(error):
+            return UserError(
+                f"{model}: the tokenizer has neither a pad nor an EOS token; set them and save it "
+                "again, or give eos_token=..."
+            )
+        if isinstance(error, TypeError) and self.given.get("model_init_kwargs"):
+            return UserError(f"{model}: does not take these model_init_kwargs: {words}")
+        if isinstance(
+            error, ValueError | ImportError | NotImplementedError
+        ) or "to be installed" in str(error):
+            return UserError(f"{model}: cannot be trained with these settings: {words}")
+        return error
 
 
 def resolve(
@@ -269,3 +312,8 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if number is not None and math.isfinite(number) else None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if there is none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

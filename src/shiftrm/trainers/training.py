@@ -1,4 +1,4 @@
-"""Train from files to a folder; shared by `shiftrm train` and `shiftrm adapt`.
+"""Train a reward model from files to a folder: `shiftrm train`, and the first half of `adapt`.
 
 `prepare` checks the options before anything is written, `open_work` claims the work folder beside
 the output, `train_in_work` writes the result into it, and `publish` renames it to the output.
@@ -8,7 +8,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,29 +16,50 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
 
+from shiftrm.data.groups import read_groups
 from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
-from shiftrm.files import Row, atomic_write_text, replace_directory
+from shiftrm.files import Row
 from shiftrm.models.loading import refuse_gguf
 from shiftrm.progress import task
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.kinds import Training, pairs_only
-from shiftrm.trainers.memory import explain_out_of_memory, identity
-from shiftrm.trainers.metarm_config import MetaRMConfig
-from shiftrm.trainers.model_card import DataSet, Outcome, measurements
-from shiftrm.trainers.progress import SHOWN, ProgressInWords, log_progress_to
+from shiftrm.trainers.machine import explain_out_of_memory
+from shiftrm.trainers.model_card import DataSet, Outcome, measurements, model_card, summary
+from shiftrm.trainers.pair_batches import table
+from shiftrm.trainers.progress import SHOWN, ProgressInWords
 from shiftrm.trainers.reward import RewardTrainer
+from shiftrm.trainers.reward_configs import MetaRMConfig
 from shiftrm.trainers.settings import Settings, resolve
-from shiftrm.trainers.tables import table
 from shiftrm.trainers.training_log import write_training_log
 
-__all__ = ["Job", "begin", "open_work", "prepare", "publish", "train_in_work"]
-
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What to train, on which data.
+
+    Attributes:
+        model: checkpoint folder or hub name to start from; a missing head is initialised.
+        pairs, groups: sources (`data.sources`) of preference pairs and of unlabelled policy
+            responses.
+        output: folder to write: an ordinary sequence-classification checkpoint.
+        settings: values by setting, see `trainers.settings`.
+        eval_pairs: sources of held-out pairs by name; the name of a single source may be empty.
+        command: the command that the model card shows for repeating this run.
+    """
+
+    model: str
+    pairs: str
+    output: Path
+    settings: Mapping[str, Any]
+    groups: str | None = None
+    eval_pairs: Mapping[str, str] | None = None
+    command: str | None = None
 
 
 @dataclass
@@ -75,41 +95,60 @@ class Job:
         self.data.append(DataSet(name, source, len(rows), fingerprint(source, rows)))
 
 
-def prepare(
-    model: str,
-    *,
-    pairs: str,
-    output: Path,
-    eval_pairs: Mapping[str, str] | None,
-    settings: Mapping[str, Any],
-    training: Training,
-    command: str | None,
-    command_name: str = "train",
-) -> Job:
+def train(request: TrainingRequest, training: Training) -> str | None:
+    """Train a reward model from files and write it to a folder.
+
+    Training works in `.NAME.work` beside the output folder, which is created only when training
+    succeeds. Repeating an interrupted call resumes from the last complete checkpoint.
+
+    Args:
+        training: the configuration and trainer classes; groups need a trainer that takes them.
+
+    Returns:
+        A summary; None on all but the main process.
+
+    Raises:
+        UserError: bad files, unknown settings, an output folder that is not empty, a loss that is
+            not finite, or a full disk. Only complete checkpoints are left behind.
+    """
+    job = prepare(request, training)
+    rows = None
+    if request.groups is not None:
+        rows = read_groups(request.groups)
+        job.add_data("groups", request.groups, rows)
+    processes = PartialState()
+    with open_work(job) as checkpoint:
+        outcome = train_in_work(job, rows, checkpoint)
+        if processes.is_main_process:
+            publish(job, model_card(outcome))
+        processes.wait_for_everyone()
+    return summary(outcome) if processes.is_main_process else None
+
+
+def prepare(request: TrainingRequest, training: Training, *, command_name: str = "train") -> Job:
     """Check options and read the pairs, without writing anything.
 
     Args:
-        model, pairs, output, eval_pairs, settings, command: as in `command.train`.
-        training: the configuration and trainer classes.
         command_name: for errors.
 
     Raises:
-        UserError: as `command.train`, except for errors that need the model or groups to be read.
+        UserError: as `train`, except for errors that need the model or groups to be read.
     """
     job = begin(
-        model,
-        output=output,
-        settings=settings,
+        request.model,
+        output=request.output,
+        settings=request.settings,
         config=training.config,
-        command=command,
+        command=request.command,
         command_name=command_name,
         elsewhere={}
         if training.takes_groups
         else dict.fromkeys(_METARM, "it is MetaRM's: give --groups"),
     )
     job.training = training
-    sources = {"pairs": pairs}
-    sources |= {f"eval {name}".strip(): source for name, source in (eval_pairs or {}).items()}
+    heldout = request.eval_pairs or {}
+    sources = {"pairs": request.pairs}
+    sources |= {f"eval {name}".strip(): source for name, source in heldout.items()}
     for key, source in sources.items():
         rows = read_pairs(source)
         if key == "pairs":
@@ -190,7 +229,7 @@ def train_in_work(
     try:
         before, result, after = _run(trainer, checkpoint, evaluate=evaluate)
     except (ImportError, NotImplementedError) as error:  # a missing optimizer or kernel
-        raise user_error(job.model, error, job.chosen) from error
+        raise job.chosen.explain(job.model, error) from error
     outcome = Outcome(
         model=job.model,
         output=str(job.output),
@@ -232,7 +271,7 @@ def _trainer(job: Job, groups: list[Row] | None) -> RewardTrainer:
     except UserError:
         raise
     except Exception as error:
-        raise user_error(model, error, chosen) from error
+        raise chosen.explain(model, error) from error
     add_callbacks(trainer)
     return trainer
 
@@ -260,30 +299,6 @@ def add_callbacks(trainer: Any, shown: Sequence[str] = SHOWN) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressInWords(shown, speaks=trainer.args.disable_tqdm))
     trainer.add_callback(work_folder.MarkCompleteCheckpoints())
-
-
-def user_error(model: str, error: Exception, chosen: Settings) -> Exception:
-    """Return a one-line error if a library rejected the model or settings, else the error."""
-    words = first_line(error)
-    if isinstance(error, OSError | SafetensorError) and not work_folder.is_disk_full(error):
-        return UserError(f"{model}: cannot be loaded ({words})")
-    if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-        return UserError(
-            f"{model}: its weights do not fit a reward model of one label; give a policy, or a "
-            "checkpoint with num_labels=1"
-        )
-    if isinstance(error, ValueError) and "`pad_token` ('None')" in str(error):
-        return UserError(
-            f"{model}: the tokenizer has neither a pad nor an EOS token; set them and save it "
-            "again, or give eos_token=..."
-        )
-    if isinstance(error, TypeError) and chosen.given.get("model_init_kwargs"):
-        return UserError(f"{model}: does not take these model_init_kwargs: {words}")
-    if isinstance(
-        error, ValueError | ImportError | NotImplementedError
-    ) or "to be installed" in str(error):
-        return UserError(f"{model}: cannot be trained with these settings: {words}")
-    return error
 
 
 def _run(
@@ -336,19 +351,7 @@ def write_model(trainer: Any, finished: Path) -> None:
 
 def publish(job: Job, card: str) -> None:
     """Add the card and rename the result to the output; for the main process."""
-    publish_folder(job.finished, job.work, job.target, card)
-
-
-def publish_folder(finished: Path, work: Path, target: Path, card: str) -> None:
-    """As `publish`, for any training that worked in `work`."""
-    log_progress_to(None)  # the folder is about to be removed
-    atomic_write_text(finished / "README.md", card)
-    if (work / "runs").is_dir():  # what report_to=tensorboard wrote
-        (work / "runs").rename(finished / "runs")
-    if target.exists():
-        target.rmdir()
-    replace_directory(finished, target)
-    shutil.rmtree(work, ignore_errors=True)
+    work_folder.publish_folder(job.finished, job.work, job.target, card)
 
 
 @contextmanager
@@ -359,52 +362,15 @@ def open_work(job: Job, more: Mapping[str, Any] | None = None) -> Iterator[Path 
         more: additional entries that must match to resume an interrupted run.
     """
     record = _run_record(job) | dict(more or {})
-    with hold_work(job.work, record) as checkpoint, explain_out_of_memory(job.chosen):
+    with work_folder.hold_work(job.work, record) as checkpoint, explain_out_of_memory(job.chosen):
         yield checkpoint
-
-
-@contextmanager
-def hold_work(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
-    """Claim the work folder and yield the checkpoint to resume from.
-
-    After a failure inside, only complete checkpoints and sampled groups are kept, and the error
-    says where they are.
-
-    Args:
-        record: entries that must match to resume an interrupted run.
-    """
-    work_folder.check(work, record)
-    processes = PartialState()
-    processes.wait_for_everyone()  # no process may write while another still checks
-    try:
-        if processes.is_main_process:
-            work_folder.claim(work, record)
-            log_progress_to(work)
-        processes.wait_for_everyone()
-        yield work_folder.resumable(work)
-    except BaseException as error:
-        log_progress_to(None)
-        if processes.is_main_process:
-            work_folder.release(work)
-        kept = work_folder.last_checkpoint(work)
-        if isinstance(error, UserError) and kept is not None:
-            said = "" if "checkpoint" in str(error) else f"; the last good checkpoint is {kept}"
-            raise UserError(f"{error}{said}; to start with other settings, delete {work}") from None
-        if work_folder.is_disk_full(error):
-            again = "to start anew" if kept is None else f"to continue from {kept}"
-            again = "to continue" if kept is None and work_folder.has_samples(work) else again
-            raise UserError(
-                f"{work}: no space left on the disk; free some, then give the same command again "
-                f"{again}"
-            ) from None
-        raise
 
 
 def _run_record(job: Job) -> dict[str, Any]:
     """Return the entries that must match to resume an interrupted run."""
     return {
         "model": job.model,
-        "settings": identity(job.chosen),
+        "settings": job.chosen.identity(),
         "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in job.data},
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
@@ -418,7 +384,3 @@ def exists(model: str) -> bool:
     """
     refuse_gguf(model)
     return Path(model).is_dir() or (model.count("/") == 1 and not model.startswith((".", "/")))
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

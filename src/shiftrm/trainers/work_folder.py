@@ -3,24 +3,18 @@
 import errno
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from shiftrm.config import differences
 from shiftrm.errors import UserError
-from shiftrm.files import atomic_write_text
-
-__all__ = [
-    "MarkCompleteCheckpoints",
-    "check",
-    "claim",
-    "has_samples",
-    "is_disk_full",
-    "last_checkpoint",
-    "release",
-]
+from shiftrm.files import atomic_write_text, replace_directory
+from shiftrm.trainers.progress import log_progress_to
 
 RUN_FILE = "run.json"
 """The settings and data of the run that created the folder."""
@@ -124,3 +118,52 @@ class MarkCompleteCheckpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
             atomic_write_text(folder / MARK, "weights only" if args.save_only_model else "")
+
+
+@contextmanager
+def hold_work(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
+    """Claim the work folder and yield the checkpoint to resume from.
+
+    After a failure inside, only complete checkpoints and sampled groups are kept, and the error
+    says where they are.
+
+    Args:
+        record: entries that must match to resume an interrupted run.
+    """
+    check(work, record)
+    processes = PartialState()
+    processes.wait_for_everyone()  # no process may write while another still checks
+    try:
+        if processes.is_main_process:
+            claim(work, record)
+            log_progress_to(work)
+        processes.wait_for_everyone()
+        yield resumable(work)
+    except BaseException as error:
+        log_progress_to(None)
+        if processes.is_main_process:
+            release(work)
+        kept = last_checkpoint(work)
+        if isinstance(error, UserError) and kept is not None:
+            said = "" if "checkpoint" in str(error) else f"; the last good checkpoint is {kept}"
+            raise UserError(f"{error}{said}; to start with other settings, delete {work}") from None
+        if is_disk_full(error):
+            again = "to start anew" if kept is None else f"to continue from {kept}"
+            again = "to continue" if kept is None and has_samples(work) else again
+            raise UserError(
+                f"{work}: no space left on the disk; free some, then give the same command again "
+                f"{again}"
+            ) from None
+        raise
+
+
+def publish_folder(finished: Path, work: Path, target: Path, card: str) -> None:
+    """Add the card and rename the result to the output; for the main process."""
+    log_progress_to(None)  # the folder is about to be removed
+    atomic_write_text(finished / "README.md", card)
+    if (work / "runs").is_dir():  # what report_to=tensorboard wrote
+        (work / "runs").rename(finished / "runs")
+    if target.exists():
+        target.rmdir()
+    replace_directory(finished, target)
+    shutil.rmtree(work, ignore_errors=True)

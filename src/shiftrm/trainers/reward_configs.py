@@ -1,13 +1,80 @@
-"""Settings and presets of MetaRM training."""
+"""Settings of reward-model and MetaRM training that TRL lacks or sets to other defaults."""
 
 from dataclasses import dataclass, field
 from typing import Any, get_args
+
+import trl
 
 from shiftrm.core.curvature import Curvature
 from shiftrm.core.meta import MetaOrder, MetaShift, MetaStep
 from shiftrm.core.objectives import OBJECTIVES
 from shiftrm.errors import UserError, suggest
-from shiftrm.trainers.reward_config import RewardConfig
+from shiftrm.trainers.machine import fit_machine
+
+LEARNING_RATE = 1e-5
+"""The default if all weights are trained. InstructGPT's 6B reward model used 9e-6, Llama 2's 1e-5
+(5e-6 at 70B), TRL's example 1e-5. TRL's default of 1e-4 is what its example uses for LoRA."""
+
+LEARNING_RATE_LORA = 1e-4
+
+
+@dataclass
+class RewardConfig(trl.RewardConfig):
+    """`trl.RewardConfig` with fields for how pairs are computed.
+
+    TRL's fields keep their meaning. Three defaults depend on the machine and the way of training.
+    `bf16` is on if the accelerator supports it; without an accelerator `use_cpu` is on.
+    `RewardTrainer` also takes a plain `trl.RewardConfig` unchanged; prefixes are then shared.
+
+    Attributes:
+        learning_rate_given, checkpointing_given: whether they were set; if not, the trainer decides
+            once it knows the model.
+
+    Raises:
+        UserError: `max_steps` is 0.
+    """
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Of AdamW. Default: {LEARNING_RATE:g} where all weights are trained, "
+            f"{LEARNING_RATE_LORA:g} with LoRA."
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute activations again in the backward pass: less memory, more time. "
+            "Default: only where they would not fit the memory that is free."
+        },
+    )
+    shared_prefixes: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the tokens that a pair (or group) has in common once. If the first "
+            "batch shows that the model cannot, it is said once and nothing is shared."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_steps == 0:
+            raise UserError(
+                "max_steps is 0; give at least 1, or leave it out to train num_train_epochs"
+            )
+        self.learning_rate_given = self.learning_rate is not None
+        self.checkpointing_given = (
+            self.gradient_checkpointing is not None or self.activation_checkpointing is not None
+        )
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATE
+        fit_machine(self)
+        super().__post_init__()
+
+    def fit_lora(self) -> None:
+        """Use the learning rate for adapters, unless one was given."""
+        if not self.learning_rate_given:
+            self.learning_rate = LEARNING_RATE_LORA
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Algorithm 1 as published; meta_learning_rate=None means eta = alpha.
@@ -111,3 +178,31 @@ class MetaRMConfig(RewardConfig):
 def _require_choice(name: str, value: str | None, choices: list[str]) -> None:
     if value not in choices:
         raise UserError(f"{name} is {value!r}{suggest(str(value), choices)}")
+
+
+def check_metarm(args: Any) -> None:
+    """Raise UserError for arguments with which MetaRM would not compute what it says."""
+    if not isinstance(args, MetaRMConfig):
+        raise UserError(
+            f"args is a {type(args).__name__}; MetaRMTrainer takes a MetaRMConfig, which has all "
+            "of RewardConfig's fields"
+        )
+    if not args.disable_dropout:
+        raise UserError(
+            "disable_dropout=False: MetaRM compares gradients at theta and theta', so dropout "
+            "is off during both; leave disable_dropout at True"
+        )
+    if args.neftune_noise_alpha:
+        raise UserError(
+            "neftune_noise_alpha: noise in the embeddings differs between the two gradients that "
+            "MetaRM compares; leave it out"
+        )
+    if args.deploy == "adapted" and args.load_best_model_at_end:
+        raise UserError(
+            "load_best_model_at_end chooses a checkpoint by its evaluation, and deploy='adapted' "
+            "would then move it one step away; set deploy='base' or leave the choice out"
+        )
+    if args.fp16:
+        raise UserError(
+            "fp16=True: the gradient of J would need loss scaling of its own; use bf16=True"
+        )

@@ -1,0 +1,186 @@
+"""Preference pairs on their way to the loss: rows to tables, tokens, batches, counts of pairs."""
+
+import itertools
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from shiftrm.data.pairs import check_margin, check_pair
+from shiftrm.errors import UserError
+from shiftrm.files import Row, encodable
+from shiftrm.measure.diagnosis.scored_files import prompt_key
+from shiftrm.models.prefix import SharedRows, pack
+from shiftrm.models.rendering import encode, template_options
+
+if TYPE_CHECKING:
+    from trl import RewardTrainer as _Base
+else:
+    _Base = object
+
+ROW = "row_index"
+"""The column with the index of the pair's row in the data set, for messages."""
+
+PROMPT = "prompt_number"
+"""The column that numbers prompts; values stay below 2^24 so that fp32 holds them exactly."""
+
+COUNTED = "counted"
+"""In a training batch: 1 for each pair, 0 for a pair that only pads the batch, [B]."""
+
+
+def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
+    """Return a table of the columns that training reads.
+
+    Args:
+        source: for errors.
+
+    Raises:
+        UserError: rows whose columns have several types.
+    """
+    kept = [{c: encodable(row[c]) for c in columns if c in row} for row in rows]
+    try:
+        return Dataset.from_list(kept)
+    except (TypeError, ValueError, NotImplementedError) as error:  # from Arrow
+        words = str(error).partition("\n")[0]
+        raise UserError(f"{source}: the rows do not fit one table ({words})") from None
+
+
+def encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> dict[str, Any]:
+    check_pair(row, f"{name} data, row {index}")
+    try:
+        sides = {
+            f"{side}_ids": encode(
+                tokenizer,
+                row.get("prompt"),
+                row[side],
+                finished=row.get(f"{side}_finished", True),
+                template_options=template_options(row),
+            )
+            for side in ("chosen", "rejected")
+        }
+    except UserError as error:
+        raise UserError(f"{name} data, row {index}: {error}") from None
+    for side, ids in sides.items():
+        if not ids:
+            raise UserError(
+                f"{name} data, row {index}: {side.removesuffix('_ids')} has no tokens; remove the "
+                "row"
+            )
+    prompt = zlib.crc32(prompt_key(row).encode(errors="surrogatepass")) % 2**24
+    return {**sides, ROW: index, PROMPT: prompt}
+
+
+def length_filters(max_length: int | None) -> dict[str, Any]:
+    """Return the conditions for keeping a pair, by the reason for dropping the others."""
+    filters = {}
+    if max_length is not None:
+        filters[f"longer than max_length={max_length} tokens"] = lambda row: (
+            max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
+        )
+    filters["whose two sides are the same tokens"] = lambda row: (
+        row["chosen_ids"] != row["rejected_ids"]
+    )
+    return filters
+
+
+@dataclass
+class PairCollator:
+    """Turn the `chosen_ids`, `rejected_ids` (and `margin`) of several rows into tensors.
+
+    Each row of a tensor belongs to one pair, so batches can be split and gathered by pair. The
+    batch has the fields of `SharedRows` (K = 2: the chosen sequence, then the rejected one), and
+    `margin` [B] and row and prompt numbers [B] if the rows have them.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        rows = pack(
+            [[example["chosen_ids"], example["rejected_ids"]] for example in examples],
+            pad_token_id=self.pad_token_id,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        batch = rows._asdict()
+        if "margin" in examples[0]:
+            margins = [check_margin(e.get("margin"), f"row {e.get(ROW, '?')}") for e in examples]
+            batch["margin"] = torch.tensor(margins, dtype=torch.float)
+        for column in (ROW, PROMPT):
+            if column in examples[0]:
+                batch[column] = torch.tensor([e[column] for e in examples])
+        return batch
+
+
+def shared_rows(batch: Mapping[str, Tensor]) -> SharedRows:
+    """Return the rows of a collated batch."""
+    return SharedRows(*(batch[name] for name in SharedRows._fields))
+
+
+class CountsPairs(_Base):
+    """A trainer mixin that takes the gradient of the mean loss over all pairs of a step.
+
+    A pair in a short last micro-batch weighs as much as any other. Pairs that accelerate adds to
+    pad the last batch of several processes do not count, unless the data set is a stream without
+    length, where they cannot be identified.
+    """
+
+    _pairs_in_step = 0.0
+    _pairs_waiting = 0.0
+    """Pairs whose gradient is in `.grad` but has not been used by an optimizer step."""
+
+    loss_is_scaled_for_ga = True
+    """Stops the Trainer from dividing by the number of micro-batches."""
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Return the micro-batches of an optimizer step and its pair count over all processes.
+
+        Each batch marks which of its pairs count; accelerate pads the last batch.
+        """
+        samples = []
+        for batch in itertools.islice(epoch_iterator, num_batches):
+            batch[COUNTED] = self._counted(batch).to(device)
+            samples.append(batch)
+        own = sum(float(batch[COUNTED].sum()) for batch in samples)
+        pairs = self.accelerator.reduce(torch.tensor(own, device=device), reduction="sum")
+        self._join_waiting(float(pairs))
+        return samples, pairs
+
+    def _counted(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return 1 for each pair of the batch just fetched, 0 for padding, [B]."""
+        rows = len(batch["input_ids"])
+        pairs = rows if "segment_ids" in batch else rows // 2
+        state = self.accelerator.gradient_state
+        real = pairs
+        if state.end_of_dataloader and state.remainder > 0:  # processes in order, then padding
+            real = state.remainder - self.accelerator.process_index * pairs
+        return (torch.arange(pairs) < real).float()
+
+    def _join_waiting(self, pairs: float) -> None:
+        """Include in this step the pairs whose gradient has not been used yet.
+
+        A streamed epoch can end in the middle of a step; the next epoch then completes the step.
+        """
+        waiting = [p.grad for p in self.model.parameters() if p.grad is not None]
+        before = self._pairs_waiting if waiting else 0.0
+        self._pairs_in_step = self._pairs_waiting = before + pairs
+        if before:
+            for gradient in waiting:
+                gradient.mul_(before / self._pairs_in_step)
+
+    def _share_of_step(self, losses: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return these pairs' share of the step's mean loss; averaging over processes sums them."""
+        if COUNTED not in inputs:
+            return losses.mean()
+        share = self.accelerator.num_processes / self._pairs_in_step
+        return (losses * inputs[COUNTED]).sum() * share
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called before every optimizer step."""
+        self._pairs_waiting = 0.0
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
