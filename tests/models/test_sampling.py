@@ -12,7 +12,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl
 from shiftrm.models import sampling
 from shiftrm.models.rendering import encode_prompt
-from shiftrm.models.sampling import SamplingConfig, generate, sample_groups, sample_rows
+from shiftrm.models.sampling import Draws, SamplingConfig, generate, sample_groups, sample_rows
 
 PROMPTS = ["the red", "a", "the small green", "a dog", "the fish"]
 CONFIG = SamplingConfig(max_new_tokens=6)
@@ -114,9 +114,7 @@ def test_without_a_pad_token_eos_pads(policy, tokenizer):
 
 def test_rows_are_batches_with_a_seed_each(policy, tokenizer):
     """A hashed seed a batch: held against `generate` called by hand."""
-    rows = sample_rows(
-        policy, tokenizer, PROMPTS, config=CONFIG, num_responses=2, batch_size=3, seed=7
-    )
+    rows = sample_rows(policy, tokenizer, PROMPTS, Draws(CONFIG, 2, batch_size=3, seed=7))
     ids = encoded(tokenizer)
     samples = [
         s
@@ -140,18 +138,15 @@ def test_rows_are_batches_with_a_seed_each(policy, tokenizer):
 
 
 def test_group_file_and_rows_agree(policy, tokenizer, tmp_path):
-    options = {"config": CONFIG, "num_responses": 2, "batch_size": 2, "seed": 3}
-    path = sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", **options)
-    assert read_jsonl(path) == sample_rows(policy, tokenizer, PROMPTS, **options)
+    draws = Draws(CONFIG, 2, batch_size=2, seed=3)
+    path = sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", draws)
+    assert read_jsonl(path) == sample_rows(policy, tokenizer, PROMPTS, draws)
 
 
 def test_rows_of_one_response_or_no_prompts(policy, tokenizer):
-    options = {"config": CONFIG, "batch_size": 2, "seed": 3}
-    rows = sample_rows(policy, tokenizer, PROMPTS, num_responses=1, **options)
+    rows = sample_rows(policy, tokenizer, PROMPTS, Draws(CONFIG, 1, batch_size=2, seed=3))
     assert [len(r["responses"]) for r in rows] == [1] * 5
-    assert sample_rows(policy, tokenizer, [], num_responses=2, **options) == []
-    with pytest.raises(UserError, match="num_responses is 0"):
-        sample_rows(policy, tokenizer, PROMPTS, num_responses=0, **options)
+    assert sample_rows(policy, tokenizer, [], Draws(CONFIG, 2)) == []
 
 
 def test_group_file(policy, tokenizer, tmp_path):
@@ -161,9 +156,7 @@ def test_group_file(policy, tokenizer, tmp_path):
         tokenizer,
         PROMPTS,
         tmp_path / "groups.jsonl",
-        config=CONFIG,
-        num_responses=4,
-        batch_size=2,
+        Draws(CONFIG, 4, batch_size=2),
         progress=lambda done, total: seen.append((done, total)),
     )
     rows = read_groups(path)
@@ -181,10 +174,7 @@ def test_an_interrupted_file_resumes_to_the_same_result(policy, tokenizer, tmp_p
             tokenizer,
             PROMPTS,
             path,
-            config=CONFIG,
-            num_responses=2,
-            batch_size=2,
-            seed=5,
+            Draws(CONFIG, 2, batch_size=2, seed=5),
             progress=progress,
         )
 
@@ -212,7 +202,7 @@ def test_line_separators_in_responses_survive_resuming(policy, tokenizer, tmp_pa
     """A JSON line ends at LF alone; U+2028, U+2029 and U+0085 are text."""
     strange = "a\u2028b\u2029c\u0085d\x0be\x1cf"
     monkeypatch.setattr(sampling, "decode_response", lambda *_, **__: strange)
-    options = {"config": CONFIG, "num_responses": 2, "batch_size": 2}
+    draws = Draws(CONFIG, 2, batch_size=2)
 
     class Killed(Exception):
         pass
@@ -223,10 +213,10 @@ def test_line_separators_in_responses_survive_resuming(policy, tokenizer, tmp_pa
 
     path = tmp_path / "g.jsonl"
     with pytest.raises(Killed):
-        sample_groups(policy, tokenizer, PROMPTS, path, progress=kill, **options)
+        sample_groups(policy, tokenizer, PROMPTS, path, draws, progress=kill)
     seen = []
     sample_groups(
-        policy, tokenizer, PROMPTS, path, progress=lambda done, _: seen.append(done), **options
+        policy, tokenizer, PROMPTS, path, draws, progress=lambda done, _: seen.append(done)
     )
     assert seen == [5], "four groups were kept"
     assert [r["responses"] for r in read_groups(path)] == [[strange] * 2] * 5
@@ -236,7 +226,7 @@ def test_line_separators_in_responses_survive_resuming(policy, tokenizer, tmp_pa
 def test_a_partial_file_that_is_none_is_refused(policy, tokenizer, tmp_path, content):
     (tmp_path / "g.jsonl.partial").write_bytes(content)
     with pytest.raises(UserError, match="begun with other prompts or settings"):
-        sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", config=CONFIG)
+        sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", Draws(CONFIG))
     assert (tmp_path / "g.jsonl.partial").read_bytes() == content
 
 
@@ -244,7 +234,7 @@ def test_a_group_file_that_is_there(policy, tokenizer, tmp_path):
     path = tmp_path / "g.jsonl"
 
     def call(prompts=PROMPTS, num_responses=2):
-        sample_groups(policy, tokenizer, prompts, path, config=CONFIG, num_responses=num_responses)
+        sample_groups(policy, tokenizer, prompts, path, Draws(CONFIG, num_responses))
 
     call()
     content = path.read_bytes()
@@ -266,14 +256,13 @@ def test_a_group_file_that_is_there(policy, tokenizer, tmp_path):
 def test_a_partial_file_of_other_settings_is_refused(policy, tokenizer, tmp_path):
     (tmp_path / "g.jsonl.partial").write_text('{"settings": "other"}\n')
     with pytest.raises(UserError, match="begun with other prompts or settings"):
-        sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", config=CONFIG)
+        sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", Draws(CONFIG))
 
 
 def test_refusals(policy, tokenizer, tmp_path):
     def call(prompts, **options):
-        sample_groups(
-            policy, tokenizer, prompts, tmp_path / "g.jsonl", **{"config": CONFIG, **options}
-        )
+        draws = Draws(**{"config": CONFIG, **options})
+        sample_groups(policy, tokenizer, prompts, tmp_path / "g.jsonl", draws)
 
     with pytest.raises(UserError, match="num_responses is 0; it must be at least 1"):
         call(PROMPTS, num_responses=0)

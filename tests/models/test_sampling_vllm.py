@@ -18,7 +18,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models import vllm_server as starting
 from shiftrm.models.rendering import encode_prompt
-from shiftrm.models.sampling import SamplingConfig, draw_seed, generate, sample_rows
+from shiftrm.models.sampling import Draws, SamplingConfig, draw_seed, generate, sample_rows
 from shiftrm.models.sampling_vllm import (
     connect,
     load_tokenizer,
@@ -76,7 +76,7 @@ def as_tuples(rows):
 
 def test_the_request_is_vllms(server, fake, tokenizer):
     """Names and types of vLLM's CompletionRequest; nothing is left to the server's defaults."""
-    sample_rows_vllm(server, tokenizer, [CHAT], config=CONFIG, num_responses=3, seed=7)
+    sample_rows_vllm(server, tokenizer, [CHAT], Draws(CONFIG, 3, seed=7))
     assert fake.paths == ["/v1/completions"]
     assert fake.bodies == [
         {
@@ -115,12 +115,12 @@ def test_seeds_of_neighbours_share_no_draws():
 
 
 def test_rows_hold_what_the_server_sampled(server, tokenizer):
-    rows = sample_rows_vllm(server, tokenizer, PROMPTS, config=CONFIG, num_responses=4, seed=0)
+    rows = sample_rows_vllm(server, tokenizer, PROMPTS, Draws(CONFIG, 4, seed=0))
     assert as_tuples(rows) == expected_rows(tokenizer, num_responses=4)
     finished = [f for row in rows for f in row["finished"]]
     assert True in finished
     assert False in finished
-    assert sample_rows_vllm(server, tokenizer, [], config=CONFIG, num_responses=4, seed=0) == []
+    assert sample_rows_vllm(server, tokenizer, [], Draws(CONFIG, 4, seed=0)) == []
 
 
 def test_as_transformers_samples(policy, tokenizer):
@@ -139,27 +139,23 @@ def test_as_transformers_samples(policy, tokenizer):
         return [Say("", "stop" if s.finished else "length", s.response_ids) for s in samples]
 
     config = SamplingConfig(max_new_tokens=12, temperature=1e-4, repetition_penalty=1.3)
-    options = {"config": config, "num_responses": 2, "batch_size": 2, "seed": 0}
+    draws = Draws(config, 2, batch_size=2)
     with FakeEndpoint(answer=by_generate, models=["policy"]) as fake:
-        by_server = sample_rows_vllm(connect(fake.url, "policy"), tokenizer, PROMPTS, **options)
-    assert by_server == sample_rows(policy, tokenizer, PROMPTS, **options)
+        by_server = sample_rows_vllm(connect(fake.url, "policy"), tokenizer, PROMPTS, draws)
+    assert by_server == sample_rows(policy, tokenizer, PROMPTS, draws)
 
 
 def test_rows_stand_in_the_order_of_the_prompts_whatever_comes_first(server, fake, tokenizer):
     first = encode_prompt(tokenizer, PROMPTS[0])
     fake.rule = lambda body: Stall(0.3) if body["prompt"] == first else None
-    rows = sample_rows_vllm(
-        server, tokenizer, PROMPTS * 3, config=CONFIG, num_responses=2, batch_size=3, seed=0
-    )
+    rows = sample_rows_vllm(server, tokenizer, PROMPTS * 3, Draws(CONFIG, 2, batch_size=3, seed=0))
     assert as_tuples(rows) == expected_rows(tokenizer, PROMPTS * 3, num_responses=2)
     assert fake.most_at_once <= 3
 
 
 def test_failures_on_the_way_change_nothing(server, fake, tokenizer):
     fake.script(Fail(500), Fail(429), Drop(), Nonsense("<html>"), None, Fail(503))
-    rows = sample_rows_vllm(
-        server, tokenizer, PROMPTS, config=CONFIG, num_responses=2, batch_size=2, seed=0
-    )
+    rows = sample_rows_vllm(server, tokenizer, PROMPTS, Draws(CONFIG, 2, batch_size=2, seed=0))
     assert as_tuples(rows) == expected_rows(tokenizer, num_responses=2)
 
 
@@ -170,15 +166,14 @@ def test_a_group_file(server, fake, tokenizer, tmp_path):
         tokenizer,
         PROMPTS,
         tmp_path / "g.jsonl",
-        config=CONFIG,
-        num_responses=3,
+        Draws(CONFIG, 3),
         progress=lambda done, total: seen.append((done, total)),
     )
     assert as_tuples(read_groups(path)) == expected_rows(tokenizer, num_responses=3)
     assert seen == [(n, 5) for n in range(1, 6)]
     assert [p.name for p in tmp_path.iterdir()] == ["g.jsonl"]
     asked = len(fake.bodies)
-    sample_groups_vllm(server, tokenizer, PROMPTS, path, config=CONFIG, num_responses=3)
+    sample_groups_vllm(server, tokenizer, PROMPTS, path, Draws(CONFIG, 3))
     assert len(fake.bodies) == asked, "the file is there: nothing is asked again"
 
 
@@ -201,10 +196,7 @@ def test_an_interrupted_file_resumes_to_the_same_result(
             tokenizer,
             PROMPTS,
             tmp_path / name,
-            config=CONFIG,
-            num_responses=2,
-            batch_size=batch_size,
-            seed=5,
+            Draws(CONFIG, 2, batch_size=batch_size, seed=5),
             progress=progress,
         )
 
@@ -227,7 +219,7 @@ def test_servers_that_send_no_token_ids_are_believed_their_text(tokenizer):
     say = [Say(" a dog", "stop"), Say(" half \ud800", "length")]
     with FakeEndpoint(answer=lambda _: say, models=["policy"]) as fake:
         [row] = sample_rows_vllm(
-            connect(fake.url, "policy"), tokenizer, ["x"], config=CONFIG, num_responses=2, seed=0
+            connect(fake.url, "policy"), tokenizer, ["x"], Draws(CONFIG, 2, seed=0)
         )
     assert row == {"prompt": "x", "responses": [" a dog", " half ?"], "finished": [True, False]}
 
@@ -237,7 +229,7 @@ def test_a_response_that_ends_at_its_limit_with_eos_is_finished(tokenizer):
     say = [Say("", "length", [4, 5, 2]), Say("", "length", [4, 5, 6])]
     with FakeEndpoint(answer=lambda _: say, models=["policy"]) as fake:
         [row] = sample_rows_vllm(
-            connect(fake.url, "policy"), tokenizer, ["a"], config=CONFIG, num_responses=2, seed=0
+            connect(fake.url, "policy"), tokenizer, ["a"], Draws(CONFIG, 2, seed=0)
         )
     assert row["finished"] == [True, False]
 
@@ -260,9 +252,8 @@ def test_the_model_is_found_by_name_folder_or_option(fake):
 
 def test_refusals(server, fake, tokenizer, tmp_path):
     def call(prompts=PROMPTS, **options):
-        return sample_groups_vllm(
-            server, tokenizer, prompts, tmp_path / "g.jsonl", **{"config": CONFIG, **options}
-        )
+        draws = Draws(**{"config": CONFIG, **options})
+        return sample_groups_vllm(server, tokenizer, prompts, tmp_path / "g.jsonl", draws)
 
     for options, message in (
         ({"num_responses": 0}, "num_responses is 0; it must be at least 1"),
@@ -290,9 +281,7 @@ def test_the_key_is_vllms_own(fake, monkeypatch, tokenizer):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-another-service")
     monkeypatch.setenv("VLLM_API_KEY", "of-this-server")
     fake.key = "of-this-server"
-    sample_rows_vllm(
-        connect(fake.url, "policy"), tokenizer, ["a"], config=CONFIG, num_responses=1, seed=0
-    )
+    sample_rows_vllm(connect(fake.url, "policy"), tokenizer, ["a"], Draws(CONFIG, 1, seed=0))
     assert fake.headers[0]["authorization"] == "Bearer of-this-server"
 
 
@@ -323,7 +312,7 @@ def alive(pid):
 def test_a_server_is_started_and_ended(program, tokenizer):
     log = program / "log"
     with vllm_server("models/ppo", log=log, arguments=["--tensor-parallel-size", "2"]) as server:
-        rows = sample_rows_vllm(server, tokenizer, PROMPTS, config=CONFIG, num_responses=2, seed=0)
+        rows = sample_rows_vllm(server, tokenizer, PROMPTS, Draws(CONFIG, 2, seed=0))
         assert alive(recorded(program)["pid"])
         assert log.exists()
     assert as_tuples(rows) == expected_rows(tokenizer, num_responses=2)

@@ -14,6 +14,7 @@ from shiftrm.measure.judges.score_judges import RewardModelJudge
 from shiftrm.models.rendering import encode, stop_token_ids
 from shiftrm.models.responses import Response, encode_response, group_responses, tokenizer_name
 from shiftrm.models.sampling import (
+    Draws,
     Sample,
     SamplingConfig,
     as_samples,
@@ -116,9 +117,7 @@ def test_a_vllm_request_carries_all_of_them(tmp_path):
         cards={"root": str(tmp_path / "policy"), "max_model_len": 64},
     ) as fake:
         server = connect(fake.url, str(tmp_path / "policy"))
-        [row] = sample_rows_vllm(
-            server, tokenizer, [HI], config=SamplingConfig(8), num_responses=1, seed=0
-        )
+        [row] = sample_rows_vllm(server, tokenizer, [HI], Draws(SamplingConfig(8), 1, seed=0))
         assert fake.bodies[0]["stop_token_ids"] == [END_OF_DOCUMENT, CLOSED, 7]
     assert row["responses"] == [tokenizer.decode(said[:-1])]
     assert row["response_ids"] == [said]
@@ -204,13 +203,7 @@ def test_the_same_prompt_under_neighbouring_seeds_draws_anew():
         str(row["response_ids"])
         for seed in range(4)
         for row in sample_rows(
-            policy,
-            tokenizer,
-            ["once"] * 4,
-            config=SamplingConfig(6),
-            num_responses=1,
-            batch_size=1,
-            seed=seed,
+            policy, tokenizer, ["once"] * 4, Draws(SamplingConfig(6), 1, batch_size=1, seed=seed)
         )
     ]
     assert len(set(drawn)) == len(drawn)

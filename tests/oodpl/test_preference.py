@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shiftrm.errors import UserError
-from shiftrm.models.sampling import SamplingConfig, as_samples, sample_rows
+from shiftrm.models.sampling import Draws, SamplingConfig, as_samples, sample_rows
 from shiftrm.oodpl.batches import Encoder
 from shiftrm.oodpl.preference import preference_accuracy, sampled_kl
 
@@ -58,10 +58,7 @@ def test_kl_is_zero_to_itself_and_that_of_the_distributions_otherwise(policy, to
         policy,
         tokenizer,
         ["the red", "a dog"],
-        config=SamplingConfig(max_new_tokens=4),
-        num_responses=2,
-        batch_size=2,
-        seed=0,
+        Draws(SamplingConfig(max_new_tokens=4), 2, batch_size=2, seed=0),
     )
     samples = as_samples(tokenizer, rows)
     assert [s.finished for s in samples] == [f for row in rows for f in row["finished"]]

@@ -20,7 +20,13 @@ from shiftrm.measure.diagnosis.findings import Bar, Findings, find, no_bar
 from shiftrm.measure.diagnosis.scored_files import DataFile, encode_data, prompt_key, read_data
 from shiftrm.methods.method import METHODS, Method
 from shiftrm.models.rendering import Text
-from shiftrm.models.sampling import SamplingConfig, encode_prompts, load_policy, sample_groups
+from shiftrm.models.sampling import (
+    Draws,
+    SamplingConfig,
+    encode_prompts,
+    load_policy,
+    sample_groups,
+)
 from shiftrm.models.scoring import Scorer
 from shiftrm.progress import task
 from shiftrm.trainers.kinds import Training
@@ -293,10 +299,12 @@ def _sample(job: Job, samples: PolicySamples, source: _Groups, *, bar: Bar) -> D
                 tokenizer,
                 source.prompts,
                 path,
-                config=samples.config,
-                num_responses=samples.responses,
-                batch_size=samples.batch_size,
-                seed=job.chosen.args.seed,
+                Draws(
+                    samples.config,
+                    samples.responses,
+                    batch_size=samples.batch_size,
+                    seed=job.chosen.args.seed,
+                ),
                 progress=advance,
             )
         del model

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ from shiftrm.models.responses import (
 
 __all__ = [
     "PAPER_SAMPLING",
+    "Draws",
     "Sample",
+    "Sampler",
     "SamplingConfig",
     "as_response",
     "as_samples",
-    "check_counts",
     "check_prompt_lengths",
     "cut_at_stop",
     "draw_seed",
@@ -102,40 +103,150 @@ def encode_prompts(
     return encoded
 
 
-def sample_rows(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Text],
-    *,
-    config: SamplingConfig,
-    num_responses: int,
-    batch_size: int,
-    seed: int,
-) -> list[Row]:
+@dataclass(frozen=True)
+class Draws:
+    """How many responses to sample, and how.
+
+    Attributes:
+        config: the distribution and the maximum length.
+        num_responses: K, responses per prompt; a single one is not a group to adapt to.
+        batch_size: prompts per call of `generate`; with a server, concurrent prompts.
+        seed: the batch that begins at prompt i has the random seed `draw_seed(seed, i)`, so another
+            batch size gives other draws. With a server every prompt has its own seed.
+
+    Raises:
+        UserError: on construction, if num_responses or batch_size is below one.
+    """
+
+    config: SamplingConfig = field(default_factory=SamplingConfig)
+    num_responses: int = 5
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_responses", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples rows and group files. Subclasses define how the responses are drawn.
+
+    Attributes:
+        model: the policy, or the server that has it; its `config` states the context limit.
+        tokenizer: the policy's own.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    def batches(
+        self, prompts: Sequence[Text], encoded: Sequence[list[int]], draws: Draws, first: int
+    ) -> Iterator[list[Row]]:
+        """Yield the rows of each batch in order, starting at prompt `first`."""
+        raise NotImplementedError
+
+    def batch_size(self, draws: Draws) -> int:
+        """Return the number of rows in a batch of `batches`."""
+        return draws.batch_size
+
+    def settings(self, prompts: Sequence[Text], draws: Draws) -> list[Any]:
+        """Return the JSON data that determines the rows."""
+        K = draws.num_responses
+        return [list(prompts), asdict(draws.config), K, draws.batch_size, draws.seed]
+
+    def rows(self, prompts: Sequence[Text], draws: Draws) -> list[Row]:
+        """Do `sample_rows`."""
+        batches = self.batches(prompts, self._encoded(prompts, draws), draws, 0)
+        return [row for rows in batches for row in rows]
+
+    def write(
+        self,
+        prompts: Sequence[Text],
+        path: str | Path,
+        draws: Draws,
+        progress: Callable[[int, int], None] | None,
+    ) -> Path:
+        """Do `sample_groups`."""
+        path = Path(path)
+        if not prompts:
+            raise UserError("there are no prompts to sample for")
+        if holds_groups(path, prompts, num_responses=draws.num_responses):
+            return path
+        encoded = self._encoded(prompts, draws)
+        return write_groups(
+            path,
+            lambda done: self.batches(prompts, encoded, draws, done),
+            settings=self.settings(prompts, draws),
+            total=len(prompts),
+            batch_size=self.batch_size(draws),
+            progress=progress,
+        )
+
+    def _encoded(self, prompts: Sequence[Text], draws: Draws) -> list[list[int]]:
+        room = draws.config.max_new_tokens
+        return encode_prompts(self.model, self.tokenizer, prompts, room=room)
+
+
+class PolicySampler(Sampler):
+    """Draws with `generate`."""
+
+    def batches(
+        self, prompts: Sequence[Text], encoded: Sequence[list[int]], draws: Draws, first: int
+    ) -> Iterator[list[Row]]:
+        K = draws.num_responses
+        for start in range(first, len(prompts), draws.batch_size):
+            batch = slice(start, start + draws.batch_size)
+            samples = generate(
+                self.model,
+                self.tokenizer,
+                encoded[batch],
+                config=draws.config,
+                num_responses=K,
+                seed=draw_seed(draws.seed, start),
+            )
+            yield [
+                group_row(self.tokenizer, prompt, samples[i * K : (i + 1) * K])
+                for i, prompt in enumerate(prompts[batch])
+            ]
+
+
+def sample_rows(model: Any, tokenizer: Any, prompts: Sequence[Text], draws: Draws) -> list[Row]:
     """Sample responses and return one `group_row` per prompt.
 
     Args:
         prompts: strings or chat messages.
-        num_responses: responses per prompt, one or more.
-        batch_size: prompts per call of `generate`. The batch that begins at prompt i has the random
-            seed `draw_seed(seed, i)`, so another batch size gives other draws.
 
     Raises:
-        UserError: as `encode_prompts`, or num_responses or batch_size is below one.
+        UserError: as `encode_prompts`.
     """
-    check_counts(num_responses, batch_size)
-    encoded = encode_prompts(model, tokenizer, prompts, room=config.max_new_tokens)
-    batches = _sample_batches(
-        model,
-        tokenizer,
-        prompts,
-        encoded,
-        config=config,
-        num_responses=num_responses,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    return [row for rows in batches for row in rows]
+    return PolicySampler(model, tokenizer).rows(prompts, draws)
+
+
+def sample_groups(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    path: str | Path,
+    draws: Draws,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the rows of `sample_rows` as JSON lines; an interrupted call resumes.
+
+    Rows go to `PATH.partial` batch by batch; the finished file is renamed. Every batch has its own
+    random seed, so a resumed file equals one written without interruption.
+
+    Args:
+        path: the group file to write. If it already holds groups of these prompts, nothing is done.
+        progress: called with (groups done, total groups) after every batch.
+
+    Raises:
+        UserError: as `sample_rows`; no prompts; other groups in this file; or a partial file with
+            other settings. Nothing is written then.
+    """
+    return PolicySampler(model, tokenizer).write(prompts, path, draws, progress)
 
 
 def as_samples(tokenizer: Any, rows: Sequence[Row]) -> list[Sample]:
@@ -152,96 +263,6 @@ def as_samples(tokenizer: Any, rows: Sequence[Row]) -> list[Sample]:
                 ids = encode_response(tokenizer, response)[len(prompt) :]
             samples.append(Sample(prompt, ids, response.finished))
     return samples
-
-
-def sample_groups(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Text],
-    path: str | Path,
-    *,
-    config: SamplingConfig,
-    num_responses: int = 5,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Write the rows of `sample_rows` as JSON lines; an interrupted call resumes.
-
-    Rows go to `PATH.partial` batch by batch; the finished file is renamed. Every batch has its own
-    random seed, so a resumed file equals one written without interruption.
-
-    Args:
-        path: the group file to write. If it already holds groups of these prompts, nothing is done.
-        num_responses: K, responses per prompt; a single one is not a group to adapt to.
-        progress: called with (groups done, total groups) after every batch.
-
-    Raises:
-        UserError: as `sample_rows`; no prompts; other groups in this file; or a partial file with
-            other settings. Nothing is written then.
-    """
-    path = Path(path)
-    check_counts(num_responses, batch_size)
-    if not prompts:
-        raise UserError("there are no prompts to sample for")
-    if holds_groups(path, prompts, num_responses=num_responses):
-        return path
-    encoded = encode_prompts(model, tokenizer, prompts, room=config.max_new_tokens)
-    return write_groups(
-        path,
-        lambda done: _sample_batches(
-            model,
-            tokenizer,
-            prompts,
-            encoded,
-            config=config,
-            num_responses=num_responses,
-            batch_size=batch_size,
-            seed=seed,
-            first=done,
-        ),
-        settings=[list(prompts), asdict(config), num_responses, batch_size, seed],
-        total=len(prompts),
-        batch_size=batch_size,
-        progress=progress,
-    )
-
-
-def check_counts(num_responses: int, batch_size: int) -> None:
-    """Check that the responses per prompt and the batch size are positive."""
-    if num_responses < 1:
-        raise UserError(f"num_responses is {num_responses}; it must be at least 1")
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-
-
-def _sample_batches(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Text],
-    encoded: Sequence[list[int]],
-    *,
-    config: SamplingConfig,
-    num_responses: int,
-    batch_size: int,
-    seed: int,
-    first: int = 0,
-) -> Iterator[list[Row]]:
-    """Yield the rows of each batch, starting at prompt `first`."""
-    K = num_responses
-    for start in range(first, len(prompts), batch_size):
-        samples = generate(
-            model,
-            tokenizer,
-            encoded[start : start + batch_size],
-            config=config,
-            num_responses=K,
-            seed=draw_seed(seed, start),
-        )
-        yield [
-            group_row(tokenizer, prompt, samples[i * K : (i + 1) * K])
-            for i, prompt in enumerate(prompts[start : start + batch_size])
-        ]
 
 
 def as_response(tokenizer: Any, prompt: Text, sample: Sample) -> Response:

@@ -14,16 +14,15 @@ from typing import Any
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, encodable
 from shiftrm.models.endpoint import Completion, Endpoint, EndpointConfig, map_bounded
-from shiftrm.models.group_files import holds_groups, write_groups
 from shiftrm.models.rendering import Text, pin_template, stop_token_ids
 from shiftrm.models.responses import IDS, PROMPT_IDS, TOKENIZER
 from shiftrm.models.sampling import (
+    Draws,
     Sample,
+    Sampler,
     SamplingConfig,
-    check_counts,
     cut_at_stop,
     draw_seed,
-    encode_prompts,
     group_row,
 )
 
@@ -135,40 +134,60 @@ def policy_limits(path: str | Path) -> Any:
         raise UserError(f"{path}: not a model folder ({str(error).splitlines()[0]})") from None
 
 
+class ServerSampler(Sampler):
+    """Draws with a `VllmServer` as the model."""
+
+    def batches(
+        self, prompts: Sequence[Text], encoded: Sequence[list[int]], draws: Draws, first: int
+    ) -> Iterator[list[Row]]:
+        stop = stop_token_ids(self.tokenizer, self.model.generation_config)
+        K = draws.num_responses
+        same = K if draws.config.temperature == 0 else 1  # vLLM draws only one greedy response
+
+        def ask(index: int) -> Row:
+            parameters = completion_parameters(
+                draws.config,
+                num_responses=K // same,
+                stop=stop,
+                seed=draw_seed(draws.seed, index),  # vLLM gives the k-th response the seed plus k
+            )
+            answers = self.model.endpoint.complete(self.model.model, encoded[index], **parameters)
+            _check_answers(self.model, answers, K // same)
+            answers = [answer for answer in answers for _ in range(same)]
+            return _row(self.tokenizer, prompts[index], encoded[index], answers, stop)
+
+        early: dict[int, Row] = {}
+        following = first
+        places = range(first, len(prompts))
+        for offset, row in map_bounded(ask, places, concurrency=draws.batch_size):
+            early[first + offset] = row
+            while following in early:
+                yield [early.pop(following)]
+                following += 1
+
+    def batch_size(self, draws: Draws) -> int:
+        return 1
+
+    def settings(self, prompts: Sequence[Text], draws: Draws) -> list[Any]:
+        config, K = asdict(draws.config), draws.num_responses
+        return ["vllm", self.model.model, list(prompts), config, K, draws.seed]
+
+
 def sample_rows_vllm(
-    server: VllmServer,
-    tokenizer: Any,
-    prompts: Sequence[Text],
-    *,
-    config: SamplingConfig,
-    num_responses: int,
-    batch_size: int = 32,
-    seed: int,
+    server: VllmServer, tokenizer: Any, prompts: Sequence[Text], draws: Draws
 ) -> list[Row]:
     """Do `sampling.sample_rows` with a server.
 
+    The seed and a prompt's position decide its draws, as far as vLLM's kernels are deterministic
+    (another summation order in a larger batch can change a close draw). The batch size does not.
+
     Args:
         tokenizer: the policy's own.
-        batch_size: number of concurrent prompts; it does not change the draws.
-        seed: decides the draws together with the prompt's position, as far as vLLM's kernels are
-            deterministic (another summation order in a larger batch can change a close draw).
 
     Raises:
         UserError: as `sampling.sample_rows`; or the server fails, or does not answer as vLLM does.
     """
-    check_counts(num_responses, batch_size)
-    encoded = encode_prompts(server, tokenizer, prompts, room=config.max_new_tokens)
-    rows = _rows(
-        server,
-        tokenizer,
-        prompts,
-        encoded,
-        config=config,
-        num_responses=num_responses,
-        concurrency=batch_size,
-        seed=seed,
-    )
-    return list(rows)
+    return ServerSampler(server, tokenizer).rows(prompts, draws)
 
 
 def sample_groups_vllm(
@@ -176,11 +195,8 @@ def sample_groups_vllm(
     tokenizer: Any,
     prompts: Sequence[Text],
     path: str | Path,
+    draws: Draws,
     *,
-    config: SamplingConfig,
-    num_responses: int = 5,
-    batch_size: int = 32,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Do `sampling.sample_groups` with a server: write the rows of `sample_rows_vllm`.
@@ -188,45 +204,10 @@ def sample_groups_vllm(
     Rows are written in the order of the prompts, so an interrupted call continues after the last
     row.
 
-    Args:
-        path: the group file to write. If it already holds groups of these prompts, nothing is done.
-        num_responses: K, responses per prompt.
-        batch_size, seed: as in `sample_rows_vllm`.
-        progress: called with (groups done, total groups) after every group.
-
     Raises:
         UserError: as `sampling.sample_groups` and `sample_rows_vllm`.
     """
-    path = Path(path)
-    check_counts(num_responses, batch_size)
-    if not prompts:
-        raise UserError("there are no prompts to sample for")
-    if holds_groups(path, prompts, num_responses=num_responses):
-        return path
-    encoded = encode_prompts(server, tokenizer, prompts, room=config.max_new_tokens)
-
-    def rows_after(done: int) -> Iterator[list[Row]]:
-        rows = _rows(
-            server,
-            tokenizer,
-            prompts,
-            encoded,
-            config=config,
-            num_responses=num_responses,
-            concurrency=batch_size,
-            seed=seed,
-            first=done,
-        )
-        return ([row] for row in rows)
-
-    return write_groups(
-        path,
-        rows_after,
-        settings=["vllm", server.model, list(prompts), asdict(config), num_responses, seed],
-        total=len(prompts),
-        batch_size=1,
-        progress=progress,
-    )
+    return ServerSampler(server, tokenizer).write(prompts, path, draws, progress)
 
 
 def completion_parameters(
@@ -257,43 +238,6 @@ def completion_parameters(
         "skip_special_tokens": False,
         "return_token_ids": True,
     }
-
-
-def _rows(
-    server: VllmServer,
-    tokenizer: Any,
-    prompts: Sequence[Text],
-    encoded: Sequence[list[int]],
-    *,
-    config: SamplingConfig,
-    num_responses: int,
-    concurrency: int,
-    seed: int,
-    first: int = 0,
-) -> Iterator[Row]:
-    """Yield rows in the order of the prompts, starting at prompt `first`."""
-    stop = stop_token_ids(tokenizer, server.generation_config)
-    same = num_responses if config.temperature == 0 else 1  # vLLM draws only one greedy response
-
-    def ask(index: int) -> Row:
-        parameters = completion_parameters(
-            config,
-            num_responses=num_responses // same,
-            stop=stop,
-            seed=draw_seed(seed, index),  # vLLM gives the k-th response the seed plus k
-        )
-        answers = server.endpoint.complete(server.model, encoded[index], **parameters)
-        _check_answers(server, answers, num_responses // same)
-        answers = [answer for answer in answers for _ in range(same)]
-        return _row(tokenizer, prompts[index], encoded[index], answers, stop)
-
-    early: dict[int, Row] = {}
-    following = first
-    for offset, row in map_bounded(ask, range(first, len(prompts)), concurrency=concurrency):
-        early[first + offset] = row
-        while following in early:
-            yield early.pop(following)
-            following += 1
 
 
 def _check_answers(server: VllmServer, answers: Sequence[Completion], expected: int) -> None:

@@ -14,7 +14,7 @@ from shiftrm.data.domains import Domain, prompt_key
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text
-from shiftrm.models.sampling import SamplingConfig, as_samples, sample_rows
+from shiftrm.models.sampling import Draws, SamplingConfig, as_samples, sample_rows
 from shiftrm.models.scoring import score_rows
 from shiftrm.oodpl.fine_tuning import FineTuningConfig, FineTuningLog, fine_tune
 from shiftrm.oodpl.preference import preference_accuracy, sampled_kl
@@ -200,10 +200,12 @@ def evaluate_policy(
             policy,
             tokenizer,
             list(domain.prompts),
-            config=config.sampling,
-            num_responses=config.responses_per_prompt,
-            batch_size=config.batch_size,
-            seed=config.seed,
+            Draws(
+                config.sampling,
+                config.responses_per_prompt,
+                batch_size=config.batch_size,
+                seed=config.seed,
+            ),
         )
         numbers |= _of_responses(policy, reference, tokenizer, rows, judge, proxy)
     return Evaluation(numbers, rows, len(pairs), sum(len(row["responses"]) for row in rows))

@@ -23,7 +23,7 @@ from shiftrm.data.pairs import read_pairs
 from shiftrm.files import Row, read_jsonl, write_jsonl
 from shiftrm.models.loading import load_reward_model
 from shiftrm.models.rendering import encode, encode_prompt
-from shiftrm.models.sampling import SamplingConfig, load_policy, sample_groups, sample_rows
+from shiftrm.models.sampling import Draws, SamplingConfig, load_policy, sample_groups, sample_rows
 from shiftrm.models.scoring import Scorer, mean_and_spread, score_rows
 from shiftrm.pipeline.demo_plan import GOLD
 from shiftrm.pipeline.engine import StageContext
@@ -102,10 +102,12 @@ def sample_groups_of_policy(context: StageContext) -> None:
         tokenizer,
         draw_prompts(context, settings["groups"], role),
         context.out / "groups.jsonl",
-        config=SamplingConfig(**settings["sampling"]),
-        num_responses=settings["responses_per_group"],
-        batch_size=64,
-        seed=context.random_seed(role),
+        Draws(
+            SamplingConfig(**settings["sampling"]),
+            settings["responses_per_group"],
+            batch_size=64,
+            seed=context.random_seed(role),
+        ),
     )
     rows = [{**row, "domain": parse_prompt(row["prompt"]).topic} for row in read_groups(path)]
     write_jsonl(path, rows)
@@ -305,9 +307,7 @@ def sample_pairs(
     model: Any, tokenizer: Any, prompts: list[str], sampling: SamplingConfig, seed: int
 ) -> list[Row]:
     """Two responses to each prompt."""
-    return sample_rows(
-        model, tokenizer, prompts, config=sampling, num_responses=2, batch_size=128, seed=seed
-    )
+    return sample_rows(model, tokenizer, prompts, Draws(sampling, 2, batch_size=128, seed=seed))
 
 
 def reward_spread(scorer: Any, rows: list[Row]) -> tuple[float, float, float]:

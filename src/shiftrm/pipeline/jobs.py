@@ -283,7 +283,7 @@ class Sample:
         encode_prompts(model, tokenizer, prompts, room=self.sampling.max_new_tokens, names=names)
         warn_of_joined_ends(tokenizer, prompts, source=str(self.prompts))
         with bar("sampling", len(prompts)) as advance:
-            sample_groups(model, tokenizer, prompts, output, progress=advance, **self._draws())
+            sample_groups(model, tokenizer, prompts, output, self._draws(), progress=advance)
 
     def _by_vllm(self, output: Path, names: list[str], prompts: list[Any], bar: Bar) -> None:
         from shiftrm.data.prompts import warn_of_joined_ends
@@ -310,16 +310,13 @@ class Sample:
             encode_prompts(server, tokenizer, prompts, room=room, names=names)
             with bar("sampling", len(prompts)) as advance:
                 sampling_vllm.sample_groups_vllm(
-                    server, tokenizer, prompts, output, progress=advance, **self._draws()
+                    server, tokenizer, prompts, output, self._draws(), progress=advance
                 )
 
-    def _draws(self) -> dict[str, Any]:
-        return {
-            "config": self.sampling,
-            "num_responses": self.responses,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-        }
+    def _draws(self) -> Any:
+        from shiftrm.models.sampling import Draws
+
+        return Draws(self.sampling, self.responses, self.batch_size, self.seed)
 
 
 def is_training(job: Any) -> bool:

@@ -15,7 +15,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text, decode_response, encode_prompt, stop_token_ids
 from shiftrm.models.responses import Response, tokenizer_name
-from shiftrm.models.sampling import SamplingConfig, sample_rows
+from shiftrm.models.sampling import Draws, SamplingConfig, sample_rows
 from shiftrm.models.scoring import mean_and_spread, rewards_of, score_rows
 from shiftrm.policies.loading import check_reward_model, load_scorer
 from shiftrm.policies.ppo import RewardFunction, Rollouts
@@ -107,10 +107,7 @@ def reward_scale(
         reference,
         tokenizer,
         [rng.choice(prompts) for _ in range(SCALE_SAMPLES)],
-        config=sampling,
-        num_responses=1,
-        batch_size=batch_size,
-        seed=rng.getrandbits(31),
+        Draws(sampling, 1, batch_size=batch_size, seed=rng.getrandbits(31)),
     )
     rewards = score_rows(reward_fn, rows)
     for row, found in zip(rows, rewards, strict=True):
