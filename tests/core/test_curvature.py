@@ -47,10 +47,6 @@ def test_both_ways_by_hand():
     before = theta.detach().clone()
     [central], _ = finite_difference_product(gradient, [theta], [v], compute_type=torch.float64)
     torch.testing.assert_close(central, hand, rtol=1e-9, atol=0)  # exact for a cubic, but rounding
-    [one_sided], _ = finite_difference_product(
-        gradient, [theta], [v], compute_type=torch.float64, at_theta=gradient()
-    )
-    torch.testing.assert_close(one_sided, hand, rtol=1e-6, atol=1e-6)
     assert torch.equal(theta, before)
 
 
@@ -138,8 +134,7 @@ def test_an_operation_with_one_derivative_is_refused_with_advice():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("at_theta", [False, True])
-def test_differences_do_not_cross_the_kinks_of_the_difference_loss(seed, at_theta):
+def test_differences_do_not_cross_the_kinks_of_the_difference_loss(seed):
     """Many differences near 0: of the raw J the difference was 9.6 times the product for seed 0."""
     torch.manual_seed(seed)
     config = llama_config(hidden_size=16, intermediate_size=32, num_labels=1)
@@ -156,11 +151,9 @@ def test_differences_do_not_cross_the_kinks_of_the_difference_loss(seed, at_thet
 
     v = [torch.randn_like(p) for p in theta]
     exact = hessian_vector_product(objective, theta, v)
-    near, radius = finite_difference_product(
-        gradient, theta, v, at_theta=gradient() if at_theta else None
-    )
+    near, radius = finite_difference_product(gradient, theta, v)
     error = relative_size([a - b for a, b in zip(near, exact, strict=True)], exact)
-    assert error < (5e-3 if at_theta else 1e-4)
+    assert error < 1e-4
     with recorded_signs() as signs:
         gradient()
 
@@ -169,12 +162,10 @@ def test_differences_do_not_cross_the_kinks_of_the_difference_loss(seed, at_thet
             return gradient()
 
     calls = []
-    again, _ = finite_difference_product(
-        lambda: calls.append(1) or held(), theta, v, radius=radius, trials=1
-    )
+    again, _ = finite_difference_product(lambda: calls.append(1) or held(), theta, v, radius=radius)
     assert len(calls) == 2, "signs that are held cost no further gradient"
     error = relative_size([a - b for a, b in zip(again, exact, strict=True)], exact)
-    assert error < (5e-3 if at_theta else 1e-4)
+    assert error < 1e-4
 
 
 def test_held_signs_are_those_of_the_same_calls():

@@ -7,6 +7,7 @@ import torch
 
 from shiftrm.core.meta import (
     AdaptiveState,
+    MetaRule,
     ascent_direction,
     influence,
     look_ahead,
@@ -30,7 +31,7 @@ def test_plain_step_by_hand():
         [theta],
         lambda: a @ theta - theta @ theta / 2,
         lambda: (theta - b) @ C @ (theta - b) / 2,
-        meta_learning_rate=0.3,
+        MetaRule(0.3),
     )
     shifted = theta.detach() + 0.3 * (a - theta.detach())  # Eq. 3
     torch.testing.assert_close(gradient[0], C @ (shifted - b), rtol=1e-12, atol=1e-12)
@@ -56,8 +57,7 @@ def test_equals_autograd_on_a_network(meta_step):
         parameters,
         lambda: net(x).std(),
         lambda: (net(y) - 1).pow(2).mean(),
-        meta_learning_rate=0.05,
-        meta_step=meta_step,
+        MetaRule(0.05, meta_step=meta_step),
         state=AdaptiveState(),
     )
     # The oracle: a second copy of the network, moved by hand.
@@ -85,8 +85,7 @@ def test_normalized_step_has_length_eta_whatever_the_scale():
             [theta],
             lambda scale=scale, d=direction: scale * (d @ theta),
             lambda: theta.sum(),
-            meta_learning_rate=0.5,
-            meta_step="normalized",
+            MetaRule(0.5, meta_step="normalized"),
         )
         assert report.step_norm == pytest.approx(0.5, rel=1e-6)
 
@@ -129,17 +128,14 @@ def test_exact_return_after_an_exception():
         return theta.sum()
 
     with pytest.raises(RuntimeError, match="inside the look-ahead"):
-        metarm_gradient([theta], lambda: theta.pow(2).sum(), failing_loss, meta_learning_rate=0.1)
+        metarm_gradient([theta], lambda: theta.pow(2).sum(), failing_loss, MetaRule(0.1))
     assert torch.equal(theta.detach(), before)
 
 
 def test_non_finite_objective_gradient_skips_the_step():
     theta = torch.tensor([1.0, 2.0], requires_grad=True)
     gradient, report = metarm_gradient(
-        [theta],
-        lambda: (theta * float("nan")).sum(),
-        lambda: theta.pow(2).sum(),
-        meta_learning_rate=0.1,
+        [theta], lambda: (theta * float("nan")).sum(), lambda: theta.pow(2).sum(), MetaRule(0.1)
     )
     assert report.skipped
     assert report.influence == 0.0
@@ -154,8 +150,7 @@ def test_a_skipped_adaptive_step_does_not_move():
         [theta],
         lambda: (theta * float("nan")).sum(),
         lambda: theta.pow(2).sum(),
-        meta_learning_rate=0.1,
-        meta_step="adaptive",
+        MetaRule(0.1, meta_step="adaptive"),
         state=state,
     )
     assert (report.skipped, report.step_norm, state.steps) == (True, 0.0, 1)
@@ -175,8 +170,7 @@ def test_parameters_the_losses_ignore_get_zeros():
         [used, unused],
         lambda: used.pow(2).sum(),
         lambda: used.sum(),
-        meta_learning_rate=0.1,
-        meta_step="normalized",
+        MetaRule(0.1, meta_step="normalized"),
     )
     assert gradient[1].tolist() == [0.0, 0.0]
 

@@ -6,7 +6,13 @@ from torch.func import functional_call
 from transformers import LlamaForSequenceClassification
 
 from shiftrm.core.losses import bradley_terry_loss, difference_loss
-from shiftrm.core.meta import AdaptiveState, ascent_direction, direction_vjp, metarm_gradient
+from shiftrm.core.meta import (
+    AdaptiveState,
+    MetaRule,
+    ascent_direction,
+    direction_vjp,
+    metarm_gradient,
+)
 from shiftrm.models.scoring import sequence_rewards
 from tests.conftest import llama_config
 from tests.core.meta_models import norms_in_fp64
@@ -90,7 +96,7 @@ def test_direction_vjp_refuses_what_ascent_direction_refuses():
     with pytest.raises(ValueError, match="AdaptiveState"):
         direction_vjp([torch.ones(1)], [torch.ones(1)], meta_step="adaptive")
     with pytest.raises(ValueError, match="meta_order"):
-        metarm_gradient([], lambda: None, lambda: None, meta_learning_rate=1, meta_order="second")
+        metarm_gradient([], lambda: None, lambda: None, MetaRule(1, meta_order="second"))
 
 
 def toy():
@@ -120,11 +126,8 @@ def test_toy_function(rule, curvature):
         theta,
         lambda: objective(theta),
         lambda: loss(theta),
-        meta_learning_rate=0.3,
-        meta_step=rule,
+        MetaRule(0.3, meta_step=rule, meta_order="exact", curvature=curvature),
         state=state,
-        meta_order="exact",
-        curvature=curvature,
     )
     assert relative_error(ours, oracle) < (1e-12 if curvature == "exact" else 1e-8)
 
@@ -133,11 +136,7 @@ def test_second_order_matters_and_a_skipped_step_has_none():
     theta, objective, loss = toy()
     first, exact = (
         metarm_gradient(
-            theta,
-            lambda: objective(theta),
-            lambda: loss(theta),
-            meta_learning_rate=0.3,
-            meta_order=order,
+            theta, lambda: objective(theta), lambda: loss(theta), MetaRule(0.3, meta_order=order)
         )[0]
         for order in ("first", "exact")
     )
@@ -146,8 +145,7 @@ def test_second_order_matters_and_a_skipped_step_has_none():
         theta,
         lambda: objective(theta) * float("nan"),
         lambda: loss(theta),
-        meta_learning_rate=0.3,
-        meta_order="exact",
+        MetaRule(0.3, meta_order="exact"),
     )
     assert report.skipped
     assert relative_error(ours, torch.autograd.grad(loss(theta), theta)) == 0.0
@@ -203,10 +201,8 @@ def test_llama_reward_model_with_groups_and_pairs(llama_in_fp64, rule):
         lambda: bradley_terry_loss(
             *sequence_rewards(model, pairs, torch.ones_like(pairs)).chunk(2)
         ).mean(),
-        meta_learning_rate=eta,
-        meta_step=rule,
+        MetaRule(eta, meta_step=rule, meta_order="exact"),
         state=state,
-        meta_order="exact",
         diagnose=False,
     )
     assert relative_error(ours, oracle) < 1e-8

@@ -17,6 +17,7 @@ from transformers import (
 from shiftrm.core.curvature import relative_size
 from shiftrm.core.losses import bradley_terry_loss, difference_loss
 from shiftrm.core.meta import (
+    MetaRule,
     add_unbiased_,
     ascend_,
     choose_meta_shift,
@@ -234,7 +235,7 @@ def test_the_whole_step_and_its_influence_in_bf16():
     options = {"meta_learning_rate": 1e-4, "meta_step": "normalized"}
     report = {
         shift: metarm_gradient(
-            case.parameters, case.objective, case.loss, meta_shift=shift, **options
+            case.parameters, case.objective, case.loss, MetaRule(meta_shift=shift, **options)
         )[1]
         for shift in ("in_place", "midpoint")
     }
@@ -246,9 +247,7 @@ def test_the_whole_step_and_its_influence_in_bf16():
         case.parameters,
         case.objective,
         case.loss,
-        meta_shift="midpoint",
-        curvature="finite_difference",
-        **options,
+        MetaRule(meta_shift="midpoint", curvature="finite_difference", **options),
     )[1]
     assert by_differences.influence == pytest.approx(expected, rel=0.2)
 

@@ -31,6 +31,9 @@ Curvature = Literal["exact", "finite_difference"]
 START_RADIUS = 0.01
 """Initial trial radius of `finite_difference_product`, which then adapts it."""
 
+TRIALS = 3
+"""Maximum number of radii that it tries."""
+
 
 def coarsest_type(
     tensors: Iterable[Tensor], *, autocast_type: torch.dtype | None = None
@@ -109,29 +112,19 @@ def gradient_and_product(
             value = function()
             with _autocast_off(value):
                 gradients = torch.autograd.grad(
-                    value, parameters, create_graph=True, allow_unused=True
+                    value, parameters, create_graph=True, materialize_grads=True
                 )
-                reached = [
-                    (g, v)
-                    for g, v in zip(gradients, vectors, strict=True)
-                    if g is not None and g.requires_grad  # else the loss is linear in it
-                ]
-                products: Sequence[Tensor | None] = [None] * len(parameters)
+                pairs = zip(gradients, vectors, strict=True)
+                reached = [(g, v) for g, v in pairs if g.requires_grad]  # else L is linear in it
+                products: Sequence[Tensor] = [torch.zeros_like(p) for p in parameters]
                 if reached:
                     slope = inner_product(*zip(*reached, strict=True))
                     _require_second_derivatives(slope)
-                    products = torch.autograd.grad(slope, parameters, allow_unused=True)
+                    products = torch.autograd.grad(slope, parameters, materialize_grads=True)
     except (RuntimeError, NotImplementedError) as error:
         _explain(error)
         raise
-    return _filled(gradients, parameters), _filled(products, parameters)
-
-
-def _filled(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        torch.zeros_like(p) if t is None else t.detach()
-        for p, t in zip(parameters, found, strict=True)
-    ]
+    return [g.detach() for g in gradients], [p.detach() for p in products]
 
 
 @torch.no_grad()
@@ -143,15 +136,13 @@ def finite_difference_product(
     compute_type: torch.dtype = torch.float32,
     radius: float | None = None,
     least_radius: float = 0.0,
-    at_theta: Sequence[Tensor] | None = None,
-    trials: int = 3,
 ) -> tuple[list[Tensor], float]:
     """Return `H v` from gradients at `theta +- radius v / ||v||`, with the parameters restored.
 
     With eps the rounding error of the compute type, a gradient is accurate to a few eps. The best
-    radius changes it by a fraction of about (8 eps)^(1/3) ((8 eps)^(1/2) one-sided), which balances
-    truncation and rounding; the radius is adapted to reach it. Relative error, measured on small
-    models: 1e-4 in fp32, 0.1 in bf16 (docs/bf16-meta-step.md).
+    radius changes it by a fraction of about (8 eps)^(1/3), which balances truncation and rounding;
+    up to `TRIALS` radii are tried to reach it. Relative error, measured on small models: 1e-4 in
+    fp32, 0.1 in bf16 (docs/bf16-meta-step.md).
 
     `absolute` has a kink, so all gradients use its signs at theta. One extra gradient at theta
     records them, unless `gradient` holds them itself (`held_signs`). For a model that has `kinks`,
@@ -167,9 +158,6 @@ def finite_difference_product(
         compute_type: see `coarsest_type`.
         radius: the initial radius. Pass the returned radius to the next call to avoid trials.
         least_radius: lower bound of the radius.
-        at_theta: the gradient at theta, if available. The difference is then one-sided: one
-            gradient per trial instead of two, with a larger error (0.002 in fp32, 0.2 in bf16).
-        trials: maximum number of radii to try.
 
     Returns:
         The product and the radius used.
@@ -178,24 +166,22 @@ def finite_difference_product(
     radius = max(START_RADIUS if radius is None else radius, least_radius)
     if length == 0.0 or not math.isfinite(length):
         return [v * 0.0 for v in vectors], radius
-    order = 3 if at_theta is None else 2
-    target = (8 * torch.finfo(compute_type).eps) ** (1 / order)
+    target = (8 * torch.finfo(compute_type).eps) ** (1 / 3)
     near = _Near(gradient, parameters, vectors)
     try:
-        for trial in range(trials):
+        for trial in range(TRIALS):
             step = radius / length
-            forth = near(step)
-            back, width = (near(-step), 2 * step) if at_theta is None else (list(at_theta), step)
+            forth, back = near(step), near(-step)
             difference = [f - b for f, b in zip(forth, back, strict=True)]
             change = relative_size(difference, back)
             fits = target / 2 <= change <= target * 2
-            if fits or trial == trials - 1 or (change > target and radius <= least_radius):
+            if fits or trial == TRIALS - 1 or (change > target and radius <= least_radius):
                 break
             factor = min(max(target / change, 1e-3), 1e3) if change > 0 else 10.0
             radius = max(radius * factor, least_radius)
     finally:
         near.return_to_theta()
-    return [d / width for d in difference], radius
+    return [d / (2 * step) for d in difference], radius
 
 
 def relative_size(change: Sequence[Tensor], base: Sequence[Tensor]) -> float:

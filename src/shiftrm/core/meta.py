@@ -56,6 +56,7 @@ __all__ = [
     "AdaptiveState",
     "MetaOrder",
     "MetaReport",
+    "MetaRule",
     "MetaShift",
     "MetaStep",
     "add_unbiased_",
@@ -142,17 +143,46 @@ def influence(shifted: Sequence[Tensor], base: Sequence[Tensor]) -> float:
     return relative_size([s - b for s, b in zip(shifted, base, strict=True)], base)
 
 
+@dataclass(frozen=True)
+class MetaRule:
+    """How `metarm_gradient` takes its step.
+
+    Attributes:
+        meta_learning_rate: eta >= 0.
+        meta_step: see `ascent_direction`.
+        meta_order: "first" is the paper's; "exact" adds `second_order_term`.
+        meta_shift: see `choose_meta_shift`.
+        curvature: method of Hessian products, for "exact" and "midpoint". "finite_difference" needs
+            no second derivative; its radius suits the parameters' type, not autocast's.
+
+    Raises:
+        ValueError: on construction, an unknown choice.
+    """
+
+    meta_learning_rate: float
+    meta_step: MetaStep = "sgd"
+    meta_order: MetaOrder = "first"
+    meta_shift: MetaShift = "in_place"
+    curvature: Curvature = "exact"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("meta_step", get_args(MetaStep)),
+            ("meta_order", get_args(MetaOrder)),
+            ("meta_shift", get_args(MetaShift)),
+            ("curvature", get_args(Curvature)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {choices}")
+
+
 def metarm_gradient(
     parameters: Sequence[Tensor],
     objective: Callable[[], Tensor],
     loss: Callable[[], Tensor],
+    rule: MetaRule,
     *,
-    meta_learning_rate: float,
-    meta_step: MetaStep = "sgd",
     state: AdaptiveState | None = None,
-    meta_order: MetaOrder = "first",
-    meta_shift: MetaShift = "in_place",
-    curvature: Curvature = "exact",
     diagnose: bool = True,
 ) -> tuple[list[Tensor], MetaReport]:
     """Return `grad L(theta')` of one MetaRM step; the parameters stay at theta.
@@ -161,12 +191,7 @@ def metarm_gradient(
         parameters: leaf tensors that require gradients; `objective` and `loss` read them.
         objective: computes J, a scalar, at the parameters' current values.
         loss: computes L, a scalar, likewise.
-        meta_learning_rate: eta >= 0.
-        meta_step, state: see `ascent_direction`.
-        meta_order: "first" is the paper's; "exact" adds `second_order_term`.
-        meta_shift: see `choose_meta_shift`.
-        curvature: method of Hessian products, for "exact" and "midpoint". "finite_difference" needs
-            no second derivative; its radius suits the parameters' type, not autocast's.
+        state: Adam's moments, for `meta_step="adaptive"`; updated in place.
         diagnose: also measure J after the step and its influence, at the cost of one forward pass
             of J and one gradient of L.
 
@@ -175,65 +200,61 @@ def metarm_gradient(
         and a report.
 
     Raises:
-        ValueError: an unknown choice.
         UserError: see `hessian_vector_product`.
     """
-    _require_choice("meta_order", meta_order, get_args(MetaOrder))
-    _require_choice("meta_shift", meta_shift, get_args(MetaShift))
-    _require_choice("curvature", curvature, get_args(Curvature))
+    eta = rule.meta_learning_rate
     with recorded_signs() as signs:
         objective_before, gradients = _value_and_gradient(objective, parameters)
-    directions, skipped = meta_directions(gradients, meta_step=meta_step, state=state)
-    base = change = objective_after = None
-    if diagnose or meta_shift == "midpoint":
+    directions, skipped = meta_directions(gradients, meta_step=rule.meta_step, state=state)
+    base = change = objective_after = measured = None
+    if diagnose or rule.meta_shift == "midpoint":
         base = _value_and_gradient(loss, parameters)[1]
-    if base is not None and meta_shift == "midpoint":
-        change = _change(loss, parameters, directions, meta_learning_rate, curvature)
+    if base is not None and rule.meta_shift == "midpoint":
+        change = _change(loss, parameters, directions, rule)
         shifted = [b + c for b, c in zip(base, change, strict=True)]
-    with look_ahead(parameters, directions, meta_learning_rate=meta_learning_rate):  # Eq. 3
+    with look_ahead(parameters, directions, meta_learning_rate=eta):  # Eq. 3
         if change is None:
             _, shifted = _value_and_gradient(loss, parameters)  # Eq. 4, at theta'
         if diagnose:
             with torch.no_grad():
                 objective_after = float(objective())
-    measured = None
     if base is not None:
         measured = influence(shifted, base) if change is None else relative_size(change, base)
-    if meta_order == "exact" and not skipped:
+    if rule.meta_order == "exact" and not skipped:
         term = second_order_term(
-            lambda vectors: _product(objective, parameters, vectors, curvature, signs),
+            lambda vectors: _product(objective, parameters, vectors, rule.curvature, signs),
             gradients,
             shifted,
-            meta_learning_rate=meta_learning_rate,
-            meta_step=meta_step,
+            meta_learning_rate=eta,
+            meta_step=rule.meta_step,
             state=state,
         )
         shifted = [s + t for s, t in zip(shifted, term, strict=True)]
-    report = MetaReport(
+    return shifted, MetaReport(
         objective_before=objective_before,
         objective_after=objective_after,
         gradient_norm=math.nan if skipped else float(global_norm(gradients)),
-        step_norm=meta_learning_rate * float(global_norm(directions)),
+        step_norm=eta * float(global_norm(directions)),
         influence=measured,
         skipped=skipped,
     )
-    return shifted, report
 
 
 def _change(
     loss: Callable[[], Tensor],
     parameters: Sequence[Tensor],
     directions: Sequence[Tensor],
-    meta_learning_rate: float,
-    curvature: Curvature,
+    rule: MetaRule,
 ) -> list[Tensor]:
-    if curvature == "exact":
-        return midpoint_change(loss, parameters, directions, meta_learning_rate=meta_learning_rate)
+    """Return `grad L(theta') - grad L(theta)`."""
+    eta = rule.meta_learning_rate
+    if rule.curvature == "exact":
+        return midpoint_change(loss, parameters, directions, meta_learning_rate=eta)
     return midpoint_change_by_differences(
         lambda: _value_and_gradient(loss, parameters)[1],
         parameters,
         directions,
-        meta_learning_rate=meta_learning_rate,
+        meta_learning_rate=eta,
         compute_type=coarsest_type(parameters),
     )[0]
 
@@ -245,6 +266,7 @@ def _product(
     curvature: Curvature,
     signs: Sequence[Tensor],
 ) -> list[Tensor]:
+    """Return `H_J v` at theta."""
     if curvature == "exact":
         return hessian_vector_product(objective, parameters, vectors)
 
@@ -261,12 +283,5 @@ def _value_and_gradient(
     function: Callable[[], Tensor], parameters: Sequence[Tensor]
 ) -> tuple[float, list[Tensor]]:
     value = function()
-    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-    return float(value.detach()), [
-        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
-    ]
-
-
-def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {choices}")
+    gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+    return float(value.detach()), list(gradients)
