@@ -15,7 +15,6 @@ from shiftrm.measure.diversity import self_bleu, tokenise
 from shiftrm.measure.diversity_files import (
     ACROSS,
     WITHIN,
-    flat,
     measure_diversity,
     read_responses,
 )
@@ -166,9 +165,9 @@ def test_the_sum_with_an_embedder(shiftrm, embedder):
         )  # within prompts a negative cosine counts as 0 prompt by prompt
     assert "similarity (sum)" in output.out
     report = measure_diversity([read_responses("a.jsonl", "a")], embed=load_embedder(str(embedder)))
-    numbers = flat(report, "a")
-    assert numbers["similarity_across"] == pytest.approx(value["similarity"])
-    assert {"self_bleu_within", "distinct_2_across"} <= set(numbers)
+    within, across = report.diversities
+    assert across.values["similarity"].value == pytest.approx(value["similarity"])
+    assert ("self_bleu" in within.values, "distinct_2" in across.values) == (True, True)
 
 
 def in_format(folder, *, mode="pooling_mode_mean_tokens", extra=()):

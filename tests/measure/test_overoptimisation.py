@@ -10,12 +10,10 @@ from shiftrm.measure.overoptimisation import (
     describe,
     fit,
     overoptimisation,
-    path_from_records,
     path_from_rows,
     smoothed,
     value_at,
 )
-from shiftrm.records import Recorder
 
 PATH = Path(
     kl=(0.0, 1.0, 3.0, 2.0, 5.0),
@@ -63,26 +61,6 @@ def test_rows_without_numbers_are_left_out():
     ]
     assert path_from_rows(rows) == Path((0.5, 2.5), (1.0, 3.0), (2.0, 0.0))
     assert path_from_rows([]) == Path((), (), ())
-
-
-def test_records_are_keyed_not_positional():
-    records = []
-    for round_ in (2, 1):
-        recorder = Recorder(stage="ppo", method="fixed", round=round_, seed=0)
-        for step in (3, 1):
-            recorder.add("gold_mean", 10 * round_ + step, step=step)
-            recorder.add("kl", round_ + step / 10, step=step)
-            recorder.add("proxy_mean", float(step), step=step)
-        recorder.add("kl", 9.0)  # a final value has no step
-        recorder.add("kl", 9.0, step=7)  # without gold
-        records += recorder.records
-    other = Recorder(stage="ppo", method="other", round=1, seed=0)
-    other.add("kl", 1.0, step=1)
-    records += other.records
-    path = path_from_records(records, method="fixed")
-    assert path == Path((1.1, 1.3, 2.1, 2.3), (1.0, 3.0, 1.0, 3.0), (11.0, 13.0, 21.0, 23.0))
-    assert path_from_records(records, method="fixed", round=2).gold == (21.0, 23.0)
-    assert path_from_records(records, method="fixed", seed=1).kl == ()
 
 
 def test_smoothed():

@@ -85,6 +85,22 @@ def measured(
     return Measured(float(value), *percentile_interval([statistic(w) for w in draws]))
 
 
+def measured_mean(
+    values: Floats, prompts: Sequence[Hashable], *, seed: int, resamples: int = RESAMPLES
+) -> Measured:
+    """Compute the mean of finite values with its interval, as `measured`.
+
+    Raises:
+        ValueError: no values.
+    """
+    found = measured(
+        lambda weights: weighted_mean(values, weights), prompts, seed=seed, resamples=resamples
+    )
+    if found is None:
+        raise ValueError("no finite values")
+    return found
+
+
 def weighted_mean(values: Floats, weights: Floats) -> float:
     """Return the weighted mean; NaN if all weights are 0."""
     total = weights.sum()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shiftrm.core.discrimination import Floats, Numbers
-from shiftrm.core.intervals import RESAMPLES, Measured, measured, weighted_mean
+from shiftrm.core.intervals import RESAMPLES, Measured, measured_mean
 from shiftrm.measure.diagnosis.thresholds import FEW_PROMPTS
 
 _CHUNK = 2**20  # samples sorted at a time, in about 50 MB
@@ -182,11 +182,7 @@ def best_of_n_curve(
     keys = list(range(len(sizes))) if prompts is None else list(prompts)
 
     def mean(per_prompt: Floats) -> Measured:
-        result = measured(
-            lambda weights: weighted_mean(per_prompt, weights), keys, seed=seed, resamples=resamples
-        )
-        assert result is not None  # there are prompts with finite values
-        return result
+        return measured_mean(per_prompt, keys, seed=seed, resamples=resamples)
 
     proxy, gold = values
     points = tuple(

@@ -16,8 +16,7 @@ from shiftrm.core.discrimination import Floats
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.responses import Response, encode_response
-from shiftrm.models.rope import context_limit
+from shiftrm.measure.score_once import Tokens, score_once, tokens_of
 from shiftrm.models.scoring import Scorer, row_responses
 
 Scores = Callable[[Sequence[tuple[str, Row]]], list[Floats | None]]
@@ -77,36 +76,17 @@ def model_scores(scorer: Scorer, name: str, *, batch_size: int = 64) -> Scores:
     Args:
         name: name of the model in errors.
     """
-    limit = context_limit(scorer.model.config)
 
     def scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
-        index: dict[tuple[int, ...], int] = {}
-        which: list[list[int] | None] = []
-        for where, row in rows:
-            ids = [_encode(scorer, text, where) for text in row_responses(row, where)]
-            if limit is not None and max(map(len, ids)) > limit:
-                which.append(None)
-            else:
-                which.append([index.setdefault(sequence, len(index)) for sequence in ids])
-        rewards = np.array(scorer.score_ids(list(index), batch_size=batch_size))
-        if not np.isfinite(rewards).all():
-            raise UserError(
-                f"{name} gives a reward that is not a number; the checkpoint is broken, or "
-                "overflows in its precision (try float32)"
-            )
-        return [None if entries is None else rewards[entries] for entries in which]
+        found = [tokens_of(scorer, row_responses(row, where), where) for where, row in rows]
+        places: dict[Tokens, str] = {}
+        for (where, _), sequences in zip(rows, found, strict=True):
+            for sequence in sequences or ():
+                places.setdefault(sequence, where)
+        rewards = score_once(scorer, places, name=name, batch_size=batch_size)
+        return [None if s is None else np.array([rewards[tokens] for tokens in s]) for s in found]
 
     return scores
-
-
-def _encode(scorer: Scorer, text: Response, where: str) -> tuple[int, ...]:
-    try:
-        ids = encode_response(scorer.tokenizer, text)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not ids:
-        raise UserError(f"{where}: prompt and response are empty, so there is nothing to score")
-    return tuple(ids)
 
 
 def count_samples(source: str, *, columns: Sequence[str], texts: bool) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shiftrm.core.discrimination import Floats
-from shiftrm.core.intervals import Measured, measured, weighted_mean
+from shiftrm.core.intervals import Measured, measured_mean
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
@@ -261,16 +261,10 @@ def _within(
         for metric, value in set_diversity(texts, tokens, of_set).items():
             per_prompt.setdefault(metric, []).append(value)
         count.measured(size)
-    values = {}
-    for metric, numbers in per_prompt.items():
-        array = np.array(numbers)
-
-        def mean(weights: Floats, array: Floats = array) -> float:
-            return weighted_mean(array, weights)
-
-        result = measured(mean, range(len(array)), seed=seed)
-        assert result is not None  # no value is NaN
-        values[metric] = result
+    values = {
+        metric: measured_mean(np.array(numbers), range(len(numbers)), seed=seed)
+        for metric, numbers in per_prompt.items()
+    }
     return Diversity(name, WITHIN, len(sets), len(sets) * size, values)
 
 
@@ -371,14 +365,3 @@ def _cautions(
                 "without spaces; use --tokenize char."
             )
     return lines
-
-
-def flat(report: DiversityReport, name: str) -> dict[str, float]:
-    """Return a file's numbers as `metric_within` and `metric_across`, for records."""
-    suffix = {WITHIN: "within", ACROSS: "across"}
-    return {
-        f"{metric}_{suffix[d.scope]}": value.value
-        for d in report.diversities
-        if d.name == name
-        for metric, value in d.values.items()
-    }

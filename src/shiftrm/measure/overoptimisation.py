@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 
 from shiftrm.core.discrimination import Floats, Numbers
-from shiftrm.records import Record
 
 Form = Literal["bon", "rl"]
 
@@ -71,35 +70,6 @@ class Fit:
     beta: float
     r_squared: float
     peak_kl: float | None
-
-
-def path_from_records(
-    records: Iterable[Record],
-    *,
-    method: str,
-    seed: int = 0,
-    round: int | None = None,
-    stage: str = "ppo",
-    proxy: str = "proxy_mean",
-    gold: str = "gold_mean",
-) -> Path:
-    """Return a run's path by round and step from its records; incomplete steps are left out.
-
-    Args:
-        method, seed, round, stage: which records; without a round, all rounds one after another.
-        proxy, gold: names of the metrics. Proxies of several rounds are different reward models:
-            compare their values within a round only.
-    """
-    by_step: dict[tuple[int, int], dict[str, float]] = {}
-    for record in records:
-        if (record.stage, record.method, record.seed) != (stage, method, seed):
-            continue
-        if record.step is None or isinstance(record.value, list):
-            continue
-        if round is None or record.round == round:
-            by_step.setdefault((record.round, record.step), {})[record.metric] = record.value
-    rows = [by_step[key] for key in sorted(by_step)]
-    return path_from_rows(rows, kl="kl", proxy=proxy, gold=gold)
 
 
 def path_from_rows(

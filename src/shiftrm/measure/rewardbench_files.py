@@ -1,7 +1,5 @@
 """RewardBench's files, read, checked and scored by a reward model as in reward-bench."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +7,7 @@ from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.measure.rewardbench import TIES, ScoredRow
+from shiftrm.measure.score_once import Progress, Tokens, require_tokens, score_once
 from shiftrm.models.rendering import Messages, Text, check_text, encode
 from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer
@@ -133,7 +132,7 @@ def score_rewardbench(
     *,
     batch_size: int = 64,
     max_length: int = MAX_LENGTH,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> BenchScores:
     """Score every response.
 
@@ -154,44 +153,38 @@ def score_rewardbench(
     context = context_limit(scorer.model.config)
     limit = min(max_length, context or max_length)
     side = "left" if data.version == 1 else getattr(scorer.tokenizer, "truncation_side", "right")
-    index: dict[tuple[int, ...], int] = {}  # equal inputs get equal scores
+    places: dict[Tokens, str] = {}
     found, truncated = [], 0
     for row in data.rows:
-        entries = []
+        sequences = []
         for response in (*row.chosen, *row.rejected):
             ids = _encode(scorer.tokenizer, row, response)
             if len(ids) > limit:
                 truncated += 1
                 ids = ids[-limit:] if side == "left" else ids[:limit]
-            entries.append(index.setdefault(tuple(ids), len(index)))
-        found.append(entries)
-    scores = scorer.score_ids(list(index), batch_size=batch_size, progress=progress)
-    if not all(map(math.isfinite, scores)):
-        raise UserError(
-            "the model gives a score that is not a number; the checkpoint is broken, or overflows "
-            "in its precision (try float32)"
-        )
+            sequences.append(ids)
+            places.setdefault(ids, row.where)
+        found.append(sequences)
+    scores = score_once(scorer, places, name="the model", batch_size=batch_size, progress=progress)
     rows = []
-    for row, entries in zip(data.rows, found, strict=True):
-        values = [scores[i] for i in entries]
+    for row, sequences in zip(data.rows, found, strict=True):
+        values = [scores[ids] for ids in sequences]
         cut = len(row.chosen)
         rows.append(ScoredRow(row.subset, tuple(values[:cut]), tuple(values[cut:]), row.id))
     return BenchScores(tuple(rows), sum(map(len, found)), truncated, limit)
 
 
-def _encode(tokenizer: Any, row: BenchRow, response: str) -> list[int]:
+def _encode(tokenizer: Any, row: BenchRow, response: str) -> Tokens:
     prompt: Text = row.prompt
     answer: Text = response
     if tokenizer.chat_template is not None:
         answer = [{"role": "assistant", "content": response}]
         prompt = _as_messages(prompt)
     try:
-        ids = encode(tokenizer, prompt, answer)
+        ids = tuple(encode(tokenizer, prompt, answer))
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from None
-    if not ids:
-        raise UserError(f"{row.where}: prompt and response are empty, so there is nothing to score")
-    return ids
+    return require_tokens([ids], row.where)[0]
 
 
 def _as_messages(prompt: Text) -> Messages:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shiftrm.core.discrimination import Floats
-from shiftrm.core.intervals import Measured, measured, weighted_mean
+from shiftrm.core.intervals import Measured, measured_mean
 from shiftrm.measure.diagnosis.diagnosis import Diagnosis, ScoredFile
 from shiftrm.measure.diagnosis.scored import ScoredPair
 from shiftrm.measure.diagnosis.thresholds import ENOUGH_LABELS, FEW_PROMPTS, SPREAD_FACTOR
@@ -84,7 +84,7 @@ def _accuracy_change(
     if not old or [p.prompt for p in old] != [p.prompt for p in new]:
         return None
     change = _right(new) - _right(old)
-    return measured(lambda w: weighted_mean(change, w), [p.prompt for p in old], seed=seed)
+    return measured_mean(change, [p.prompt for p in old], seed=seed)
 
 
 def _right(pairs: Sequence[ScoredPair]) -> Floats:

@@ -11,7 +11,7 @@ from shiftrm.core.discrimination import (
     calibration_curve,
     calibration_error,
 )
-from shiftrm.core.intervals import RESAMPLES, Measured, measured, weighted_mean
+from shiftrm.core.intervals import RESAMPLES, Measured, measured, measured_mean, weighted_mean
 from shiftrm.measure.diagnosis.scored import ScoredPair
 
 
@@ -60,30 +60,29 @@ def labels(
     right = np.where(margin == 0, 0.5, margin > 0).astype(np.float64)
     of_auc = _WeightedAuc(chosen, rejected)
 
-    def mean(values: Floats, where: NDArray[np.bool_] | None = None) -> Measured | None:
-        """Mean over the pairs at `where`, resampling the prompts of all pairs."""
-        kept_at = np.ones(len(kept)) if where is None else where.astype(np.float64)
+    def mean(values: Floats) -> Measured:
+        return measured_mean(values, prompts, seed=seed, resamples=resamples)
+
+    def accuracy_at(where: NDArray[np.bool_]) -> Measured | None:
+        """Return the accuracy on the pairs at `where`, resampling the prompts of all pairs."""
         return measured(
-            lambda w: weighted_mean(values, w * kept_at), prompts, seed=seed, resamples=resamples
+            lambda w: weighted_mean(right, w * where), prompts, seed=seed, resamples=resamples
         )
 
-    accuracy, margin_mean = mean(right), mean(margin)
     area = measured(of_auc, prompts, seed=seed, resamples=resamples)
-    assert accuracy is not None
-    assert margin_mean is not None
     assert area is not None
     curve = zip(*(column.tolist() for column in calibration_curve(margin)), strict=True)
     return Labels(
         pairs=len(kept),
         prompts=len(set(prompts)),
         same_share=1 - len(kept) / len(pairs),
-        accuracy=accuracy,
+        accuracy=mean(right),
         auc=area,
         calibration_error=calibration_error(margin),
-        margin_mean=margin_mean,
-        accuracy_shorter=mean(right, longer_by < 0),
+        margin_mean=mean(margin),
+        accuracy_shorter=accuracy_at(longer_by < 0),
         pairs_shorter=int((longer_by < 0).sum()),
-        accuracy_longer=mean(right, longer_by > 0),
+        accuracy_longer=accuracy_at(longer_by > 0),
         pairs_longer=int((longer_by > 0).sum()),
         curve=[(stated, share, int(count)) for stated, share, count in curve],
     )

@@ -1,8 +1,7 @@
 """Files of groups or pairs, read, checked and scored by a reward model."""
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,9 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.measure.diagnosis.diagnosis import ScoredFile
 from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResponse
+from shiftrm.measure.score_once import Progress, Tokens, score_once, tokens_of
 from shiftrm.models.rendering import Text, encode_prompt, is_conversational
-from shiftrm.models.responses import Response, encode_response
+from shiftrm.models.responses import Response
 from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer, row_responses
 
@@ -64,7 +64,7 @@ def score_data(
     *,
     model: str,
     batch_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[ScoredFile, list[Row]]:
     """Score every response of a file.
 
@@ -83,23 +83,18 @@ def score_data(
         UserError: text that cannot be rendered, no row that fits, or a reward that is not finite.
     """
     fitting = encode_data(scorer, data)
-    # Score each distinct sequence once, so that equal responses have equal rewards.
-    index: dict[tuple[int, ...], int] = {}
-    for _, _, found in fitting:
+    places: dict[Tokens, str] = {}
+    for where, _, found in fitting:
         for sequence, _ in found:
-            index.setdefault(sequence, len(index))
-    rewards = scorer.score_ids(list(index), batch_size=batch_size, progress=progress)
+            places.setdefault(sequence, where)
+    rewards = score_once(scorer, places, name=model, batch_size=batch_size, progress=progress)
+    number = {sequence: i for i, sequence in enumerate(places)}
     groups, pairs = [], []
     for where, row, found in fitting:
         responses = tuple(
-            ScoredResponse(rewards[index[sequence]], length, text.finished, index[sequence])
+            ScoredResponse(rewards[sequence], length, text.finished, number[sequence])
             for (sequence, length), text in zip(found, row_responses(row, where), strict=True)
         )
-        if not all(math.isfinite(response.reward) for response in responses):
-            raise UserError(
-                f"{where}: {model} gives a reward that is not a number; the checkpoint is broken, "
-                "or overflows in its precision (try float32)"
-            )
         if data.kind == "groups":
             groups.append(ScoredGroup(prompt_key(row), responses))
         else:
@@ -110,9 +105,7 @@ def score_data(
     return scored, [row for _, row, _ in fitting]
 
 
-def encode_data(
-    scorer: Scorer, data: DataFile
-) -> list[tuple[str, Row, list[tuple[tuple[int, ...], int]]]]:
+def encode_data(scorer: Scorer, data: DataFile) -> list[tuple[str, Row, list[tuple[Tokens, int]]]]:
     """Return the location of each row, the row, and token ids and length of its responses.
 
     Rows in which a response is longer than the model's context are left out.
@@ -130,28 +123,17 @@ def encode_data(
     return fitting
 
 
-def _encode(scorer: Scorer, row: Row, where: str) -> list[tuple[tuple[int, ...], int]] | None:
+def _encode(scorer: Scorer, row: Row, where: str) -> list[tuple[Tokens, int]] | None:
     """Return token ids and length of each response; None if one exceeds the context."""
     texts = row_responses(row, where)
-    sequences = []
-    for text in texts:
-        try:
-            ids = encode_response(scorer.tokenizer, text)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if not ids:
-            raise UserError(f"{where}: prompt and response are empty, so there is nothing to score")
-        sequences.append(tuple(ids))
-    limit = context_limit(scorer.model.config)
-    if limit is not None and max(map(len, sequences)) > limit:
+    sequences = tokens_of(scorer, texts, where)
+    if sequences is None:
         return None
     prefix = _prompt_length(scorer.tokenizer, texts, sequences)
     return [(sequence, len(sequence) - prefix) for sequence in sequences]
 
 
-def _prompt_length(
-    tokenizer: Any, texts: Sequence[Response], sequences: Sequence[tuple[int, ...]]
-) -> int:
+def _prompt_length(tokenizer: Any, texts: Sequence[Response], sequences: Sequence[Tokens]) -> int:
     """Count the tokens of the prompt, or without a prompt those that all sides share."""
     prompt, conversational = texts[0].prompt, is_conversational(texts[0].text)
     if prompt is None or prompt == []:

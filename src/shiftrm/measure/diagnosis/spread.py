@@ -11,6 +11,7 @@ from shiftrm.core.intervals import (
     RESAMPLES,
     Measured,
     measured,
+    measured_mean,
     percentile_interval,
     prompt_weights,
     weighted_mean,
@@ -186,11 +187,7 @@ def _within_share(
 def _mean(
     values: Floats, prompts: Sequence[Hashable], *, seed: int, resamples: int
 ) -> Measured | None:
-    if not values.size:
-        return None
-    return measured(
-        lambda weights: weighted_mean(values, weights), prompts, seed=seed, resamples=resamples
-    )
+    return measured_mean(values, prompts, seed=seed, resamples=resamples) if values.size else None
 
 
 def _stated(difference: Floats) -> Floats:

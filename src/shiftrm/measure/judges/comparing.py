@@ -19,9 +19,6 @@ Outcome = Literal["win", "tie", "lose"]
 Letter = Literal["A", "B", "C"]
 Progress = Callable[[int, int], None]
 
-PAPER_PROMPTS = 100
-"""MetaRM's papers judge 100 random test prompts."""
-
 
 @dataclass(frozen=True)
 class Comparison:

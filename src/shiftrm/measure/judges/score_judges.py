@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from shiftrm.errors import UserError
 from shiftrm.measure.judges.comparing import Comparison, Outcome, Progress, Verdict
-from shiftrm.models.responses import encode_response
-from shiftrm.models.rope import context_limit
+from shiftrm.measure.score_once import score_once, tokens_of
 from shiftrm.world.gold import GoldReward
 
 if TYPE_CHECKING:
@@ -79,43 +78,24 @@ class RewardModelJudge:
         Raises:
             UserError: text that cannot be rendered, or a reward that is not a number.
         """
-        encoded = [self._encode(comparison) for comparison in comparisons]
-        fitting = [ids for ids in encoded if ids is not None]
-        # Score equal sequences once, so that equal responses tie exactly.
-        index = {
-            sequence: i for i, sequence in enumerate(dict.fromkeys(s for p in fitting for s in p))
+        found = [
+            tokens_of(self.scorer, comparison.sides, f"comparison {number}")
+            for number, comparison in enumerate(comparisons, start=1)
+        ]
+        places = {
+            tokens: f"comparison {number}"
+            for number, pair in enumerate(found, start=1)
+            for tokens in pair or ()
         }
-        rewards = self._score(list(index), progress)
-        verdicts = []
-        for comparison, ids in zip(comparisons, encoded, strict=True):
-            if ids is None:
-                note = "longer than the model's context"
-                verdicts.append(Verdict(comparison, None, note=note))
-                continue
-            ours, theirs = (rewards[index[sequence]] for sequence in ids)
-            verdicts.append(_verdict(comparison, ours, theirs, self.tie_margin))
-        return verdicts
-
-    def _encode(self, comparison: Comparison) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        limit = context_limit(self.scorer.model.config)
-        tokenizer = self.scorer.tokenizer
-        ours, theirs = (
-            tuple(encode_response(tokenizer, side, vocabulary=self.scorer.vocabulary))
-            for side in comparison.sides
+        rewards = score_once(
+            self.scorer, places, name=self.name, batch_size=self.batch_size, progress=progress
         )
-        if not ours or not theirs:
-            raise UserError("prompt and response are empty, so there is nothing to score")
-        too_long = limit is not None and max(len(ours), len(theirs)) > limit
-        return None if too_long else (ours, theirs)
-
-    def _score(self, sequences: list[tuple[int, ...]], progress: Progress | None) -> list[float]:
-        rewards = self.scorer.score_ids(sequences, batch_size=self.batch_size, progress=progress)
-        if not all(map(math.isfinite, rewards)):
-            raise UserError(
-                f"{self.name} gives a reward that is not a number; the checkpoint is broken, or "
-                "overflows in its precision (try float32)"
-            )
-        return rewards
+        return [
+            Verdict(comparison, None, note="longer than the model's context")
+            if pair is None
+            else _verdict(comparison, rewards[pair[0]], rewards[pair[1]], self.tie_margin)
+            for comparison, pair in zip(comparisons, found, strict=True)
+        ]
 
 
 def _verdict(comparison: Comparison, ours: float, theirs: float, tie_margin: float) -> Verdict:

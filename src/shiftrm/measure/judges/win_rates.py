@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from shiftrm.core.discrimination import Floats
-from shiftrm.core.intervals import LEVEL, RESAMPLES, Measured, measured, sign_test, weighted_mean
+from shiftrm.core.intervals import LEVEL, RESAMPLES, Measured, measured, measured_mean, sign_test
 from shiftrm.files import Row
 from shiftrm.measure.judges.comparing import Comparison, Judge, Verdict
 from shiftrm.measure.judges.length_control import length_controlled_rate
@@ -105,11 +105,7 @@ def summarise(
     difference = lengths[:, 0] - lengths[:, 1]
 
     def mean(values: Floats) -> Measured:
-        found = measured(
-            lambda w: weighted_mean(values, w), prompts, seed=seed, resamples=resamples
-        )
-        assert found is not None  # the weights of all rows are one
-        return found
+        return measured_mean(values, prompts, seed=seed, resamples=resamples)
 
     return WinRate(
         judge=judge,
@@ -167,16 +163,12 @@ def _position(verdicts: Sequence[Verdict], *, seed: int, resamples: int) -> Posi
         named = float((weights * (first + second)).sum())
         return float((weights * first).sum()) / named if named else float("nan")
 
-    consistency = measured(
-        lambda w: weighted_mean(same, w), prompts, seed=seed, resamples=resamples
-    )
-    assert consistency is not None
     return Position(
         first=int(first.sum()),
         second=int(second.sum()),
         tie=sum(pair.count("C") for pair in letters),
         first_share=measured(share, prompts, seed=seed, resamples=resamples),
-        consistency=consistency,
+        consistency=measured_mean(same, prompts, seed=seed, resamples=resamples),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shiftrm.core.discrimination import Floats
-from shiftrm.core.intervals import Measured, measured, weighted_mean
+from shiftrm.core.intervals import Measured, measured, measured_mean
 from shiftrm.measure.judges.comparing import Outcome
 from shiftrm.measure.people.answers import HumanAnswer
 from shiftrm.measure.people.blinding import OUTCOMES
@@ -81,9 +81,7 @@ def human_result(
     shares = counts / counts.sum(axis=1, keepdims=True)
 
     def rate(values: Floats) -> Measured:
-        found = measured(lambda w: weighted_mean(values, w), prompts, seed=seed)
-        assert found is not None, "every pair here has an answer"
-        return found
+        return measured_mean(values, prompts, seed=seed)
 
     raters = list(dict.fromkeys(answer.rater for answer in answers))
     votes = {pair: majority(row) for pair, row in zip(pairs, counts, strict=True)}
@@ -173,7 +171,7 @@ def _first_share(given: Sequence[HumanAnswer], seed: int) -> Measured | None:
         return None
     values = np.array([float(answer.choice == "A") for answer in decided])
     prompts = [answer.prompt for answer in decided]
-    return measured(lambda w: weighted_mean(values, w), prompts, seed=seed)
+    return measured_mean(values, prompts, seed=seed)
 
 
 # -- agreement beyond chance -----------------------------------------------------------------
