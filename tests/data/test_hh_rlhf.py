@@ -245,9 +245,9 @@ def test_subsets_are_folders(tmp_path):
     assert count(source=parts) == 12
     with pytest.raises(UserError, match=r"no subset 'helpfull'; did you mean 'helpful'\?"):
         count(subset="helpfull")
-    with pytest.raises(UserError, match=r"no valid.jsonl.gz in its folders; check the split"):
+    with pytest.raises(UserError, match="helpful-base: has no split 'valid'; it has 'train'"):
         count(split="valid")
-    with pytest.raises(UserError, match=r"helpful-base: no valid.jsonl.gz or valid.jsonl"):
+    with pytest.raises(UserError, match="helpful-base: has no split 'valid'"):
         count(subset="helpful-base", split="valid")
     with pytest.raises(UserError, match="is one file, so subset=helpful has no effect"):
         count(source=write_hh(tmp_path / "x.jsonl", 2), subset="helpful")

@@ -138,7 +138,8 @@ def test_words_become_options_of_their_type():
 
 MADE_UP = dataclasses.replace(
     FORMATS.get("hh_rlhf"),
-    read=lambda *_: ((str(i), {"prompt": str(i)}) for i in range(600)),
+    rows=lambda *_: ((str(i), {"prompt": str(i)}) for i in range(600)),
+    mappers={"prompts": lambda row, where, options: row},
 )
 
 

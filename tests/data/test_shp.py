@@ -60,16 +60,13 @@ def test_label_one_means_that_a_is_preferred():
     ],
 )
 def test_dropped_rows_have_a_reason(changes, reason):
-    dropped = Counter()
-    assert shp_pair(_row(**changes), "f:1", dropped=dropped) is None
-    assert dropped == {reason: 1}
-    assert shp_pair(_row(**changes), "f:1") is None
+    assert shp_pair(_row(**changes), "f:1") == reason
 
 
 def test_a_score_ratio_at_the_threshold_is_kept_and_the_threshold_may_move():
-    assert shp_pair(_row(score_A=8, score_ratio=2.0), "f:1") is not None
-    assert shp_pair(_row(score_ratio=1.99), "f:1", score_ratio=1.5) is not None
-    assert shp_pair(_row(), "f:1", score_ratio=3.0) is None
+    assert shp_pair(_row(score_A=8, score_ratio=2.0), "f:1").post == "p1"
+    assert shp_pair(_row(score_ratio=1.99), "f:1", score_ratio=1.5).post == "p1"
+    assert shp_pair(_row(), "f:1", score_ratio=3.0) == "low_score_ratio"
 
 
 def test_emoji_and_right_to_left_text_stay_as_they_are():

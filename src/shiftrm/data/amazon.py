@@ -30,25 +30,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from shiftrm.data.domains import Domain, drop_leaks, hashed_uniform
-from shiftrm.data.loaded import BROKEN
+from shiftrm.data.loaded import bit_of, each, number_of, text_of, usable
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
-from shiftrm.files import Row, require_columns
-
-__all__ = [
-    "POLARITY",
-    "CutOptions",
-    "Review",
-    "amazon_domains",
-    "category_of",
-    "clean_text",
-    "polarity_review",
-    "read_amazon",
-    "review_2023",
-]
+from shiftrm.files import Row
 
 POLARITY = "fancyzhx/amazon_polarity"
 """Its hub name. The 2023 reviews must be downloaded, because their hub page needs a script."""
@@ -103,10 +92,8 @@ def clean_text(text: str) -> str:
     return " ".join(TAG.sub(" ", html.unescape(text)).split())
 
 
-def review_2023(
-    row: Row, where: str, options: CutOptions, dropped: Counter[str] | None = None
-) -> Review | None:
-    """Map one row of Amazon Reviews 2023, or count in `dropped` why not.
+def review_2023(row: Row, where: str, options: CutOptions) -> Review | str:
+    """Map one row of Amazon Reviews 2023, or return the reason for dropping it.
 
     Reasons: `rating_out_of_range` (not 1 to 5), `neutral` (3 stars), `no_product`, `empty_text`,
     `too_short`.
@@ -114,38 +101,44 @@ def review_2023(
     Raises:
         UserError: a missing column or a value of the wrong type.
     """
-    require_columns(row, ("rating", "text"), where)
-    rating, product = row["rating"], row.get("parent_asin") or row.get("asin") or ""
-    if isinstance(rating, bool) or not isinstance(rating, int | float):
-        raise UserError(f"{where}: column 'rating' is {rating!r:.40}; expected 1 to 5 stars")
+    rating = number_of(row, "rating", where, "1 to 5 stars")
+    product = row.get("parent_asin") or row.get("asin") or ""
     if not isinstance(product, str):
         raise UserError(f"{where}: column 'parent_asin' is {product!r:.40}; expected text")
-    reason = None
+    text = text_of(row, "text", where)
     if not 1 <= rating <= 5:
-        reason = "rating_out_of_range"
-    elif 2 < rating < 4:
-        reason = "neutral"
-    elif not product.strip():
-        reason = "no_product"
-    return _review(
-        row["text"], "text", rating >= 4, product.strip(), reason, where, options, dropped
-    )
+        return "rating_out_of_range"
+    if 2 < rating < 4:
+        return "neutral"
+    if not product.strip():
+        return "no_product"
+    return _cut(text, options, positive=rating >= 4, product=product.strip())
 
 
-def polarity_review(
-    row: Row, where: str, options: CutOptions, dropped: Counter[str] | None = None
-) -> Review | None:
-    """Map one row of amazon_polarity; reasons `empty_text` and `too_short`.
+def polarity_review(row: Row, where: str, options: CutOptions) -> Review | str:
+    """Map one row of amazon_polarity, or return `empty_text` or `too_short`.
 
     Raises:
         UserError: a missing column or a value of the wrong type.
     """
-    require_columns(row, ("label", "content"), where)
-    if isinstance(row["label"], bool) or row["label"] not in (0, 1):
-        raise UserError(
-            f"{where}: column 'label' is {row['label']!r:.40}; expected 1 (positive) or 0"
-        )
-    return _review(row["content"], "content", row["label"] == 1, "", None, where, options, dropped)
+    positive = bit_of(row, "label", where, "1 (positive) or 0") == 1
+    return _cut(text_of(row, "content", where), options, positive=positive)
+
+
+def _cut(text: str, options: CutOptions, *, positive: bool, product: str = "") -> Review | str:
+    words = clean_text(text).split()
+    rest = words[options.prompt_words :]
+    if not words:
+        return "empty_text"
+    if len(rest) < SHORTEST_RESPONSE:
+        return "too_short"
+    return Review(
+        positive=positive,
+        beginning=" ".join(words[: options.prompt_words]),
+        continuation=" " + " ".join(rest[: options.response_words]),
+        finished=len(rest) <= options.response_words,
+        product=product,
+    )
 
 
 def amazon_domains(
@@ -198,57 +191,15 @@ def category_of(path: str | Path) -> str:
     return Path(path).name.split(".")[0]
 
 
-def _review(
-    text: object,
-    column: str,
-    positive: bool,
-    product: str,
-    reason: str | None,
-    where: str,
-    options: CutOptions,
-    dropped: Counter[str] | None,
-) -> Review | None:
-    if not isinstance(text, str):
-        raise UserError(f"{where}: column {column!r} is {text!r:.40}; expected text")
-    words = clean_text(text).split()
-    rest = words[options.prompt_words :]
-    if reason is None and not words:
-        reason = "empty_text"
-    if reason is None and len(rest) < SHORTEST_RESPONSE:
-        reason = "too_short"
-    if reason is not None:
-        if dropped is not None:
-            dropped[reason] += 1
-        return None
-    return Review(
-        positive=positive,
-        beginning=" ".join(words[: options.prompt_words]),
-        continuation=" " + " ".join(rest[: options.response_words]),
-        finished=len(rest) <= options.response_words,
-        product=product,
-    )
-
-
 def _reviews(
     rows: Iterable[tuple[str, Row]], options: CutOptions, dropped: Counter[str]
 ) -> Iterator[Review]:
-    read = None
-    first: UserError | None = None
-    usable = False
-    for where, row in rows:
-        if read is None:
-            read = polarity_review if "label" in row else review_2023
-        try:
-            review = read(row, where, options, dropped)
-        except UserError as error:
-            dropped[BROKEN] += 1
-            first = first or error
-            continue
-        usable = True
-        if review is not None:
-            yield review
-    if first is not None and not usable:
-        raise first
+    """Yield the usable reviews of a category; its first row decides the schema."""
+    rows = iter(rows)
+    first = list(islice(rows, 1))
+    read = polarity_review if first and "label" in first[0][1] else review_2023
+    found = each(lambda row, where: read(row, where, options), chain(first, rows))
+    return usable(found, dropped)
 
 
 def _unique(reviews: Iterable[Review], dropped: Counter[str]) -> list[Review]:

@@ -9,10 +9,10 @@ is dropped and counted as well; its error is raised only if no row is left.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from shiftrm.errors import UserError
-from shiftrm.files import Row
+from shiftrm.files import Row, require_columns
 from shiftrm.models.rendering import Text
 from shiftrm.models.templates import text_of as message_text
 
@@ -41,6 +41,8 @@ __all__ = [
 
 KINDS = ("pairs", "prompts", "demonstrations")
 """Kinds of rows: TRL's preference rows; `{"prompt"}`; TRL's prompt-completion or messages."""
+
+T = TypeVar("T")
 
 Outcome = Row | str
 """A row, or the reason why it was dropped."""
@@ -102,14 +104,35 @@ def collect(outcomes: Iterable[tuple[str, Outcome]]) -> Loaded:
     return loaded
 
 
+def usable(outcomes: Iterable[tuple[str, T | str]], dropped: Counter[str]) -> Iterator[T]:
+    """Yield the rows and count the dropped ones by reason.
+
+    Raises:
+        UserError: no row fits the schema; the message is that of the first one.
+    """
+    first: Broken | None = None
+    fits = False
+    for _, outcome in outcomes:
+        if isinstance(outcome, Broken):
+            first = first or outcome
+        else:
+            fits = True
+        if isinstance(outcome, str):
+            dropped[str(outcome)] += 1
+        else:
+            yield outcome
+    if first is not None and not fits:
+        raise UserError(first.message)
+
+
 def each(
-    mapper: Callable[[Row, str], Outcome], rows: Iterable[tuple[str, Row]]
-) -> Iterator[tuple[str, Outcome]]:
+    mapper: Callable[[Row, str], T | str], rows: Iterable[tuple[str, Row]]
+) -> Iterator[tuple[str, T | str]]:
     """Apply a mapper to each row."""
     return ((where, mapped(mapper, row, where)) for where, row in rows)
 
 
-def mapped(mapper: Callable[[Row, str], Outcome], row: Row, where: str) -> Outcome:
+def mapped(mapper: Callable[[Row, str], T | str], row: Row, where: str) -> T | str:
     """Apply a mapper to one row; its `UserError` becomes a `Broken` outcome."""
     try:
         return mapper(row, where)
@@ -159,23 +182,47 @@ class Options:
                 known = " or ".join(map(repr, choices))
                 raise UserError(f"{item.name} is {value!r}; give {known}")
 
+    def check(self, kind: str) -> None:
+        """Raise `UserError` if rows of this kind need an option that is not given."""
+
 
 # -- parts of mappers ------------------------------------------------------------------------
 
 
-def text_of(row: Row, column: str, where: str) -> str:
-    """Return the text of a required column.
+def wrong(row: Row, column: str, where: str, expected: str) -> UserError:
+    """Return the error for a column that holds something else than expected."""
+    return UserError(f"{where}: column {column!r} is {row.get(column)!r:.40}; expected {expected}")
 
-    Raises:
-        UserError: the column is missing or does not hold text.
-    """
-    if column not in row:
-        has = ", ".join(map(repr, row)) or "no columns"
-        raise UserError(f"{where}: column {column!r} is missing; the row has {has}")
-    value: Any = row[column]
-    if not isinstance(value, str):
-        raise UserError(f"{where}: column {column!r} is {value!r:.40}; expected text")
-    return value
+
+def text_of(row: Row, column: str, where: str) -> str:
+    """Return the text of a required column; raise `UserError` if there is none."""
+    require_columns(row, (column,), where)
+    if not isinstance(row[column], str):
+        raise wrong(row, column, where, "text")
+    return row[column]
+
+
+def number_of(row: Row, column: str, where: str, expected: str = "a number") -> float:
+    """Return the number in a required column; raise `UserError` if there is none."""
+    require_columns(row, (column,), where)
+    if isinstance(row[column], bool) or not isinstance(row[column], int | float):
+        raise wrong(row, column, where, expected)
+    return row[column]
+
+
+def bit_of(row: Row, column: str, where: str, expected: str = "0 or 1") -> int:
+    """Return the 0 or 1 in a required column; raise `UserError` for anything else."""
+    if number_of(row, column, where, expected) not in (0, 1):
+        raise wrong(row, column, where, expected)
+    return int(row[column])
+
+
+def list_of(row: Row, column: str, where: str, expected: str = "a list") -> list[Any]:
+    """Return the list in a required column; raise `UserError` if there is none."""
+    require_columns(row, (column,), where)
+    if not isinstance(row[column], list):
+        raise wrong(row, column, where, expected)
+    return row[column]
 
 
 def trimmed(text: str) -> str:

@@ -6,15 +6,27 @@ loaded.rows, loaded.counts()
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shiftrm.config import from_mapping
-from shiftrm.data.loaded import KINDS, Loaded, Options, Outcomes, collect
+from shiftrm.data.loaded import (
+    KINDS,
+    Loaded,
+    Options,
+    Outcome,
+    Outcomes,
+    collect,
+    demonstrations_of,
+    each,
+    prompts_of,
+)
+from shiftrm.data.sources import iterate_rows
 from shiftrm.data.splits import deduplicated, limited
 from shiftrm.errors import UserError, suggest
+from shiftrm.files import Row
 from shiftrm.registry import Registry
 
 __all__ = ["FORMATS", "KINDS", "Format", "Loaded", "load", "parse_options"]
@@ -26,9 +38,18 @@ COMMON = {
 """Options that every format has."""
 
 
+def source_rows(source: str, split: str, _options: Any) -> Iterable[tuple[str, Row]]:
+    """Yield the rows of a source as they are."""
+    return iterate_rows(source, split=split)
+
+
 @dataclass(frozen=True)
 class Format:
     """A data set's schema: how its rows become pairs, prompts or demonstrations.
+
+    A format gives either `mappers`, where each row becomes one row, or `read`. Without a mapper of
+    their own, demonstrations are the preferred sides of pairs, and prompts those of demonstrations
+    or else of pairs.
 
     Attributes:
         about: one line for `shiftrm convert --help`.
@@ -38,16 +59,37 @@ class Format:
         options: a dataclass derived from `loaded.Options`.
         hub: its names on the hub; a recipe that gives no source reads the first one.
         splits: hub name -> kind -> default split, where that is not `train`.
-        rows_say_split: whether rows name their split, so that one file can hold several.
+        rows_say_split: whether rows name their split in a column `split`, so that one file can hold
+            several; rows of another split are dropped as `other_split`.
+        mappers: kind -> function of a row, its place and the options.
+        rows: takes source, split and options; yields `(where, row)` for the mappers.
     """
 
     about: str
-    kinds: tuple[str, ...]
-    read: Callable[[str, str, str, Any], Outcomes]
+    kinds: tuple[str, ...] = KINDS
+    read: Callable[[str, str, str, Any], Outcomes] | None = None
     options: type = Options
     hub: tuple[str, ...] = ()
     splits: dict[str, dict[str, str]] = field(default_factory=dict)
     rows_say_split: bool = False
+    mappers: Mapping[str, Callable[[Row, str, Any], Outcome]] = field(default_factory=dict)
+    rows: Callable[[str, str, Any], Iterable[tuple[str, Row]]] = source_rows
+
+    def outcomes(self, source: str, kind: str, split: str, options: Any) -> Outcomes:
+        """Yield the rows of a kind, and the reasons for those that are dropped."""
+        if self.read is not None:
+            return self.read(source, kind, split, options)
+        made = next(k for k in (kind, "demonstrations", "pairs") if k in self.mappers)
+
+        def mapper(row: Row, where: str) -> Outcome:
+            if self.rows_say_split and not _in_split(row, split):
+                return "other_split"
+            return self.mappers[made](row, where, options)
+
+        found = each(mapper, self.rows(source, split, options))
+        if made == kind:
+            return found
+        return prompts_of(found) if kind == "prompts" else demonstrations_of(found)
 
     def default_split(self, source: str, kind: str) -> str:
         """Return the split to read when none is given."""
@@ -101,7 +143,8 @@ def load(
     except UserError as error:
         raise UserError(f"{format}: {error}") from None
     split = split or form.default_split(str(source), kind)
-    outcomes = form.read(str(source), kind, split, settings)
+    settings.check(kind)
+    outcomes = form.outcomes(str(source), kind, split, settings)
     loaded = deduplicated(collect(_counted(outcomes, progress)))
     if limit is not None:
         loaded = limited(loaded, limit=limit, seed=seed)
@@ -133,6 +176,12 @@ def parse_options(format: str, words: list[str]) -> dict[str, Any]:
             raise UserError(f"{format}: no option {name!r}{suggest(name, list(hints))}")
         options[name] = _typed(hints[name], text, f"{format}: {name}")
     return options
+
+
+def _in_split(row: Row, split: str) -> bool:
+    """Whether a row is of a split; "valid1" is part of "validation"."""
+    said = row.get("split")
+    return not isinstance(said, str) or said == split or said[:5] == split[:5] == "valid"
 
 
 def _common(given: dict[str, Any], format: str) -> tuple[int | None, int]:

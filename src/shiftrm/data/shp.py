@@ -20,24 +20,13 @@ following is ours:
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from shiftrm.data.domains import Domain, hashed_uniform, prompt_key
-from shiftrm.data.loaded import BROKEN
+from shiftrm.data.loaded import bit_of, each, number_of, text_of, usable
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, require_columns
-
-__all__ = [
-    "COLUMNS",
-    "HUB_NAMES",
-    "LEAVE_OUT",
-    "SUBREDDITS",
-    "PostPair",
-    "read_shp",
-    "shp_domains",
-    "shp_pair",
-]
 
 HUB_NAMES = ("stanfordnlp/SHP::train", "stanfordnlp/SHP::test")
 
@@ -85,54 +74,43 @@ class PostPair:
     rejected: str
 
 
-def shp_pair(
-    row: Row, where: str, *, score_ratio: float = 2.0, dropped: Counter[str] | None = None
-) -> PostPair | None:
-    """Map one row, or count in `dropped` why not.
+def shp_pair(row: Row, where: str, *, score_ratio: float = 2.0) -> PostPair | str:
+    """Map one row, or return the reason for dropping it.
 
     Reasons: `empty_post`, `removed_comment`, `empty_comment`, `equal_texts`, `equal_scores`,
     `low_score_ratio`, `label_against_scores`.
 
     Args:
-        where: the row's name in error messages.
         score_ratio: the minimum ratio of the two scores.
-        dropped: counts by reason, updated in place.
 
     Raises:
         UserError: a missing column or a value of the wrong type.
     """
-    _check(row, where)
-    domain, split = _domain_and_split(row["domain"])
-    a, b = row["human_ref_A"].strip(), row["human_ref_B"].strip()
-    post = row["history"].strip()
-    reason = None
-    if not post or post in GONE:
-        reason = "empty_post"
-    elif a in GONE or b in GONE:
-        reason = "removed_comment"
-    elif not a or not b:
-        reason = "empty_comment"
-    elif a == b:
-        reason = "equal_texts"
-    elif row["score_A"] == row["score_B"]:
-        reason = "equal_scores"
-    elif row["score_ratio"] < score_ratio:
-        reason = "low_score_ratio"
-    elif (row["labels"] == 1) != (row["score_A"] > row["score_B"]):
-        reason = "label_against_scores"
-    if reason is not None:
-        if dropped is not None:
-            dropped[reason] += 1
-        return None
-    chosen, rejected = (a, b) if row["labels"] == 1 else (b, a)
-    return PostPair(
-        domain=domain,
-        split=split,
-        post=row["post_id"],
-        prompt=PROMPT.format(post=post),
-        chosen=f" {chosen}",
-        rejected=f" {rejected}",
+    require_columns(row, COLUMNS, where)
+    post_id, name, post, a, b = (
+        text_of(row, column, where)
+        for column in ("post_id", "domain", "history", "human_ref_A", "human_ref_B")
     )
+    score_a, score_b, ratio = (
+        number_of(row, column, where) for column in ("score_A", "score_B", "score_ratio")
+    )
+    a_is_better = bit_of(row, "labels", where, "1 (A is preferred) or 0") == 1
+    post, a, b = post.strip(), a.strip(), b.strip()
+    reasons = {
+        "empty_post": not post or post in GONE,
+        "removed_comment": a in GONE or b in GONE,
+        "empty_comment": not a or not b,
+        "equal_texts": a == b,
+        "equal_scores": score_a == score_b,
+        "low_score_ratio": ratio < score_ratio,
+        "label_against_scores": a_is_better != (score_a > score_b),
+    }
+    if any(reasons.values()):
+        return next(reason for reason, holds in reasons.items() if holds)
+    chosen, rejected = (a, b) if a_is_better else (b, a)
+    domain, split = _domain_and_split(name)
+    prompt = PROMPT.format(post=post)
+    return PostPair(domain, split, post_id, prompt, f" {chosen}", f" {rejected}")
 
 
 def shp_domains(
@@ -167,15 +145,8 @@ def shp_domains(
     _check_options(pairs_per_post, support_share, eval_split)
     dropped: Counter[str] = Counter()
     kept: dict[PostPair, None] = {}
-    broken: list[UserError] = []
-    for where, row in rows:
-        try:
-            pair = shp_pair(row, where, score_ratio=score_ratio, dropped=dropped)
-        except UserError as error:
-            broken.append(error)
-            continue
-        if pair is None:
-            continue
+    mapper = partial(shp_pair, score_ratio=score_ratio)
+    for pair in usable(each(mapper, rows), dropped):
         if domains is not None and pair.domain not in domains:
             dropped["other_domain"] += 1
         elif pair.split not in ("", "train", eval_split):
@@ -184,10 +155,6 @@ def shp_domains(
             dropped["duplicate"] += 1
         else:
             kept[pair] = None
-    if broken and not kept and not dropped:
-        raise broken[0]
-    if broken:
-        dropped[BROKEN] = len(broken)
     train, evaluation = _split(kept, eval_split, seed, dropped)
     train = _limit(train, pairs_per_post, seed, dropped)
     evaluation = _limit(evaluation, pairs_per_post, seed, dropped)
@@ -285,23 +252,6 @@ def _domain_and_split(name: str) -> tuple[str, str]:
     """Split `"askculinary_train"` into `("askculinary", "train")`; the split may be ""."""
     domain, _, split = name.rpartition("_")
     return (domain, split) if split in SPLITS and domain else (name, "")
-
-
-def _check(row: Row, where: str) -> None:
-    require_columns(row, COLUMNS, where)
-    for column in ("post_id", "domain", "history", "human_ref_A", "human_ref_B"):
-        if not isinstance(row[column], str):
-            raise _wrong(row, column, where, "text")
-    for column in ("score_A", "score_B", "score_ratio"):
-        if isinstance(row[column], bool) or not isinstance(row[column], int | float):
-            raise _wrong(row, column, where, "a number")
-    if isinstance(row["labels"], bool) or row["labels"] not in (0, 1):
-        raise _wrong(row, "labels", where, "1 (A is preferred) or 0")
-
-
-def _wrong(row: Row, column: str, where: str, expected: str) -> UserError:
-    value: Any = row[column]
-    return UserError(f"{where}: column {column!r} is {value!r:.40}; expected {expected}")
 
 
 def _check_options(pairs_per_post: int, support_share: float, eval_split: str) -> None:

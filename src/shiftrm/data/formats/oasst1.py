@@ -5,11 +5,11 @@ Columns read, one message a row: `message_id`, `parent_id` (none at a root), `me
 siblings; absent where there was nothing to rank). The published file of whole trees (`prompt` with
 nested `replies`) can also be read. A message may come before its parent.
 
-Ours: a message counts only with every message above it, so those must be there, not deleted, not
-empty and in the language. Pairs are two ranked answers to one message; the prompt is the dialogue
-up to it. What is listed as dropped are the messages that a kind is made of: answers for pairs and
-demonstrations, the prompters' for prompts. Rows have a column `tree`, so that `splits` keeps trees
-whole: two rows of one tree share messages.
+Ours: a message is used only if no message above it is missing, deleted, empty or in another
+language. Pairs are two ranked answers to one message; the prompt is the dialogue up to it. The
+messages listed as dropped are answers for pairs and demonstrations, and prompters' messages for
+prompts. Rows have a column `tree`, so that `splits` keeps trees whole: two rows of one tree share
+messages.
 """
 
 from collections import defaultdict
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from shiftrm.data.loaded import (
-    KINDS,
     Broken,
     Options,
     Outcome,
@@ -28,6 +27,7 @@ from shiftrm.data.loaded import (
     pair_of,
     text_of,
     trimmed,
+    wrong,
 )
 from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.sources import iterate_rows
@@ -35,30 +35,17 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.models.rendering import Messages
 
-__all__ = [
-    "HUB_NAME",
-    "OASSTOptions",
-    "Post",
-    "oasst_demonstrations",
-    "oasst_pairs",
-    "oasst_prompts",
-    "read_oasst",
-    "read_posts",
-]
-
-HUB_NAME = "OpenAssistant/oasst1"
-
 ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True)
 class OASSTOptions(Options):
-    """Options of `read_oasst`."""
+    """Options of OASST1."""
 
     lang: str = option("all", "language, as en, de, he or pt-BR, or all (default)")
     pairs: str = option(
         "all",
-        "of the answers to one message: all pairs (default), or extremes: best against worst",
+        "which answers to one message: all pairs (default), or extremes: best against worst",
         choices=("all", "extremes"),
     )
     turns: str = option(
@@ -70,7 +57,7 @@ class OASSTOptions(Options):
 
 @dataclass(frozen=True)
 class Post:
-    """One message, and where its row stands."""
+    """One message and the place of its row."""
 
     where: str
     id: str
@@ -84,11 +71,11 @@ class Post:
 
 
 Posts = dict[str, Post]
-"""By id, in the order of the file."""
+"""Messages by id, in the order of the file."""
 
 
 def read_oasst(source: str, kind: str, split: str, options: OASSTOptions) -> Outcomes:
-    """Outcomes of messages; the whole split is held in memory."""
+    """Yield the outcomes of messages; the whole split is held in memory."""
     posts, unread = read_posts(iterate_rows(source, split=split))
     yield from unread
     if kind == "prompts":
@@ -100,9 +87,9 @@ def read_oasst(source: str, kind: str, split: str, options: OASSTOptions) -> Out
 
 
 def read_posts(rows: Iterable[tuple[str, Row]]) -> tuple[Posts, list[tuple[str, str]]]:
-    """Messages of rows (or of nested trees); and those not read, where and why.
+    """Return the messages of rows (or of nested trees), and where and why others were not read.
 
-    Reasons: `duplicate_message` (an id stands a second time), `loaded.BROKEN`.
+    Reasons: `duplicate_message` (a second message with the same id), `loaded.BROKEN`.
     """
     posts: Posts = {}
     unread: list[tuple[str, str]] = []
@@ -121,7 +108,7 @@ def read_posts(rows: Iterable[tuple[str, Row]]) -> tuple[Posts, list[tuple[str, 
 
 
 def oasst_pairs(posts: Posts, *, lang: str = "all", pairs: str = "all") -> Outcomes:
-    """Pairs of ranked siblings, the better one first; `where` is the better one's.
+    """Yield pairs of ranked siblings, the better one first; `where` is the better one's.
 
     Reasons: `deleted`, `empty_text`, `other_language`, `no_parent` and the same of a message above
     (`deleted_above`, ...), `no_rank`, `alone` (no other usable ranked answer); of pairs
@@ -152,7 +139,7 @@ def oasst_pairs(posts: Posts, *, lang: str = "all", pairs: str = "all") -> Outco
 
 
 def oasst_demonstrations(posts: Posts, *, lang: str = "all") -> Outcomes:
-    """Each message's best answer (or only one), after the dialogue up to it.
+    """Yield each message's best (or only) answer, after the dialogue up to it.
 
     Reasons: those of `oasst_pairs` up to `no_parent`, and `not_best`.
     """
@@ -178,7 +165,7 @@ def oasst_demonstrations(posts: Posts, *, lang: str = "all") -> Outcomes:
 
 
 def oasst_prompts(posts: Posts, *, lang: str = "all", turns: str = "first") -> Outcomes:
-    """Prompters' messages, with the dialogue above them.
+    """Yield prompters' messages with the dialogue above them.
 
     Reasons: those of `oasst_pairs` up to `no_parent`, and with `turns="first"` `follow_up`.
     """
@@ -193,7 +180,7 @@ def oasst_prompts(posts: Posts, *, lang: str = "all", turns: str = "first") -> O
 
 
 def _unusable(post: Post, posts: Posts, lang: str) -> str | None:
-    """Why a message or one above it cannot be used; None if all can."""
+    """Return why a message or one above it cannot be used; None if all can."""
     suffix = ""
     seen: set[str] = set()
     while True:
@@ -213,7 +200,7 @@ def _unusable(post: Post, posts: Posts, lang: str) -> str | None:
 
 
 def _dialogue(post: Post, posts: Posts) -> Messages:
-    """The messages from the root down to this one."""
+    """Return the messages from the root down to this one."""
     path: Messages = []
     here: Post | None = post
     while here is not None:
@@ -231,7 +218,7 @@ def _with_tree(outcome: Outcome, post: Post) -> Outcome:
 
 
 def _flat(row: Row) -> Iterator[Row]:
-    """The messages of a row: itself, or those of a nested tree, unchecked."""
+    """Yield the messages of a row: itself, or those of a nested tree, unchecked."""
     if "message_id" in row or not isinstance(row.get("prompt"), dict):
         yield row
         return
@@ -250,12 +237,12 @@ def _post(row: Row, where: str) -> Post:
     require_columns(row, ("message_id", "message_tree_id", "text", "role"), where)
     role, rank, parent = row["role"], row.get("rank"), row.get("parent_id")
     if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"{where}: column 'role' is {role!r:.40}; expected prompter or assistant")
+        raise wrong(row, "role", where, "prompter or assistant")
     whole = isinstance(rank, int) or (isinstance(rank, float) and rank.is_integer())
     if rank is not None and (isinstance(rank, bool) or not whole):
-        raise UserError(f"{where}: column 'rank' is {rank!r:.40}; expected a whole number")
+        raise wrong(row, "rank", where, "a whole number")
     if not isinstance(parent, str | None):
-        raise UserError(f"{where}: column 'parent_id' is {parent!r:.40}; expected text")
+        raise wrong(row, "parent_id", where, "text")
     return Post(
         where=where,
         id=text_of(row, "message_id", where),
@@ -272,8 +259,7 @@ def _post(row: Row, where: str) -> Post:
 FORMATS.register("oasst1")(
     Format(
         about="OpenAssistant: trees of messages in many languages, answers ranked",
-        kinds=KINDS,
-        hub=(HUB_NAME,),
+        hub=("OpenAssistant/oasst1",),
         options=OASSTOptions,
         read=read_oasst,
     )

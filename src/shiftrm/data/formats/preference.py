@@ -13,27 +13,22 @@ from typing import Any
 
 from shiftrm.data.dialogues import alternating, last_answer, parted
 from shiftrm.data.loaded import (
-    KINDS,
-    Options,
     Outcome,
-    Outcomes,
     demonstration_of,
     demonstrations_of,
-    each,
     message,
+    number_of,
     pair_of,
     spoken,
     text_of,
     trimmed,
+    wrong,
 )
 from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.pairs import COLUMNS as PAIR_COLUMNS
-from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.models.rendering import Text, check_text, is_conversational
-
-__all__ = ["MAPPERS", "demonstration", "preference", "read_preferences"]
 
 SCORES = ("score_chosen", "score_rejected")
 
@@ -42,15 +37,12 @@ CARRIED = tuple(c for c in PAIR_COLUMNS if c not in ("prompt", "chosen", "reject
 
 
 def preference(row: Row, where: str, *, rated: bool = True) -> Outcome:
-    """Map one row to a preference row whose prompt stands apart, or say why not.
+    """Map one row to a preference row with a separate prompt.
 
     Reasons: `equal_ratings`, `rating_against_choice`, those of `dialogues` and of `pair_of`.
 
     Args:
-        rated: whether ratings, where there are any, must agree with the choice.
-
-    Raises:
-        UserError: a missing column, a value of the wrong type, or text without a prompt.
+        rated: whether ratings, if given, must agree with the choice.
     """
     require_columns(row, ("chosen", "rejected"), where)
     for column in ("chosen", "rejected"):
@@ -82,9 +74,6 @@ def demonstration(row: Row, where: str) -> Outcome:
     """Map one row to a demonstration: `{"messages"}`, prompt and completion, or a pair's chosen.
 
     Reasons: `empty_prompt`, `empty_response`, `ends_with_human`, those of `dialogues`.
-
-    Raises:
-        UserError: no such columns, or a value of the wrong type.
     """
     if "completion" in row:
         require_columns(row, ("prompt",), where)
@@ -105,12 +94,8 @@ def demonstration(row: Row, where: str) -> Outcome:
     return next(demonstrations_of([(where, preference(row, where))]))[1]
 
 
-def read_preferences(source: str, kind: str, split: str, options: Options) -> Outcomes:
-    """Outcomes of rows in TRL's columns."""
-    return each(MAPPERS[kind], iterate_rows(source, split=split))
-
-
-def _prompt(row: Row, where: str) -> Outcome:
+def prompt_only(row: Row, where: str) -> Outcome:
+    """Map one row of any of these columns to a prompt."""
     if "chosen" in row:
         outcome = preference(row, where, rated=False)
         return outcome if isinstance(outcome, str) else {"prompt": outcome["prompt"]}
@@ -125,7 +110,7 @@ def _prompt(row: Row, where: str) -> Outcome:
 MAPPERS: dict[str, Callable[[Row, str], Outcome]] = {
     "pairs": preference,
     "demonstrations": demonstration,
-    "prompts": _prompt,
+    "prompts": prompt_only,
 }
 
 
@@ -150,7 +135,7 @@ def _chat_pair(prompt: Text, chosen: Any, rejected: Any) -> Outcome:
 
 
 def _plain(messages: Any) -> Any:
-    """Alternating messages of text; a dialogue with tool calls or parts stays as it is."""
+    """Return alternating messages of text; dialogues with tool calls or parts are not changed."""
     simple = all(
         item["role"] in ("system", "user", "assistant") and isinstance(item.get("content"), str)
         for item in messages
@@ -161,19 +146,16 @@ def _plain(messages: Any) -> Any:
 
 
 def _ratings(row: Row, where: str) -> str | None:
-    """Why two ratings teach nothing; None if there are none or they agree with the choice."""
+    """Return why two ratings teach nothing; None if there are none or they agree."""
     if row.get(SCORES[0]) is None or row.get(SCORES[1]) is None:
         return None
-    chosen, rejected = (_number(row[column], column, where) for column in SCORES)
+    chosen, rejected = (number_of(row, column, where) for column in SCORES)
+    for column in SCORES:
+        if not math.isfinite(row[column]):
+            raise wrong(row, column, where, "a number")
     if chosen == rejected:
         return "equal_ratings"
     return "rating_against_choice" if chosen < rejected else None
-
-
-def _number(value: Any, column: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where}: column {column!r} is {value!r:.40}; expected a number")
-    return float(value)
 
 
 def _says(text: Any) -> bool:
@@ -183,7 +165,10 @@ def _says(text: Any) -> bool:
 FORMATS.register("preference")(
     Format(
         about="any data in TRL's columns: prompt, chosen, rejected; prompt, completion; messages",
-        kinds=KINDS,
-        read=read_preferences,
+        mappers={
+            "pairs": lambda row, where, _: preference(row, where),
+            "demonstrations": lambda row, where, _: demonstration(row, where),
+            "prompts": lambda row, where, _: prompt_only(row, where),
+        },
     )
 )

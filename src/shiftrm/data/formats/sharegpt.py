@@ -1,31 +1,30 @@
 """ShareGPT: conversations of people with ChatGPT, to fine-tune on.
 
-Columns read: `conversations`, a list of `{"from": "human" | "gpt" | "system", "value"}` (or, as
-others write it, `conversation` or `messages` of `{"role", "content"}`); `system` (or
-`system_prompt`), what the conversation is under; `tools`. On the hub it is one file of a data set
-that holds several (anon8231489123/ShareGPT_Vicuna_unfiltered).
+Columns read: `conversations`, a list of `{"from": "human" | "gpt" | "system", "value"}` (or
+`conversation` or `messages`, of `{"role", "content"}`); `system` (or `system_prompt`), the system
+prompt; `tools`. The data set on the hub (anon8231489123/ShareGPT_Vicuna_unfiltered) has several
+files; one of them is read.
 
-Ours: the text of `system` becomes a message before the first turn, unless the first turn says the
-same; turns of one speaker in a row become one message; what follows the last answer is cut off;
-conversations that begin with an answer (continued parts of longer ones) are dropped, unless
+Ours: the text of `system` becomes a message before the first turn, unless the first turn has the
+same text; consecutive turns of one speaker become one message; what follows the last answer is cut
+off; conversations that begin with an answer (parts of longer ones) are dropped, unless
 `beginning=cut` cuts that answer off.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shiftrm.data.dialogues import alternating
-from shiftrm.data.loaded import Options, Outcome, Outcomes, each, message, option, trimmed
+from shiftrm.data.loaded import Options, Outcome, list_of, message, option, trimmed, wrong
 from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
-from shiftrm.files import Row, require_columns
+from shiftrm.files import Row
 from shiftrm.models.rendering import Messages, check_template_options
 from shiftrm.models.templates import text_of
-
-__all__ = ["HUB_NAME", "ShareGPTOptions", "conversation", "read_sharegpt"]
 
 HUB_NAME = "anon8231489123/ShareGPT_Vicuna_unfiltered"
 HUB_FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"
@@ -50,7 +49,7 @@ KEYS = (("from", "value"), ("role", "content"))
 
 @dataclass(frozen=True)
 class ShareGPTOptions(Options):
-    """Options of `read_sharegpt`."""
+    """Options of ShareGPT."""
 
     beginning: str = option(
         "drop",
@@ -61,12 +60,9 @@ class ShareGPTOptions(Options):
 
 
 def conversation(row: Row, where: str, *, beginning: str = "drop") -> Outcome:
-    """Map one row to a demonstration `{"messages"}` that ends with an answer, or say why not.
+    """Map one row to a demonstration `{"messages"}` that ends with an answer.
 
     Reasons: `unknown_speaker`, `no_answer`, and those of `dialogues.alternating`.
-
-    Raises:
-        UserError: a missing column or a value of the wrong type.
     """
     turns = _turns(row, where)
     if not all(speaker in ROLES for speaker, _ in turns):
@@ -94,19 +90,17 @@ def conversation(row: Row, where: str, *, beginning: str = "drop") -> Outcome:
     return {"messages": alternate, **({"tools": row["tools"]} if tools else {})}
 
 
-def read_sharegpt(source: str, kind: str, split: str, options: ShareGPTOptions) -> Outcomes:
-    """Outcomes of conversations; as prompts, what comes before the first answer."""
+def sharegpt_rows(source: str, split: str, options: ShareGPTOptions) -> Iterable[tuple[str, Row]]:
+    """Yield the rows of a local source, or of one file of a data set on the hub."""
     if options.file and Path(source).exists():
         raise UserError(f"{source}: is local, so file={options.file} has no effect; leave it out")
     file = options.file or (HUB_FILE if source == HUB_NAME else None)
-    rows = iterate_rows(source, split=split, data_file=file)
-    outcomes = each(lambda row, where: conversation(row, where, beginning=options.beginning), rows)
-    if kind == "demonstrations":
-        return outcomes
-    return ((where, _first_prompt(outcome)) for where, outcome in outcomes)
+    return iterate_rows(source, split=split, data_file=file)
 
 
-def _first_prompt(outcome: Outcome) -> Outcome:
+def first_prompt(row: Row, where: str, *, beginning: str = "drop") -> Outcome:
+    """Return what comes before a conversation's first answer as a prompt, or a reason."""
+    outcome = conversation(row, where, beginning=beginning)
     if isinstance(outcome, str):
         return outcome
     messages = outcome["messages"]
@@ -115,25 +109,21 @@ def _first_prompt(outcome: Outcome) -> Outcome:
 
 
 def _system(row: Row, where: str) -> str:
-    """The text of a row's system prompt; "" without one."""
+    """Return the text of a row's system prompt; "" without one."""
     for column in SYSTEM:
         value = row.get(column)
         if not isinstance(value, str | None):
-            raise UserError(f"{where}: column {column!r} is {value!r:.40}; expected text")
+            raise wrong(row, column, where, "text")
         if value and value.strip():
             return value
     return ""
 
 
 def _turns(row: Row, where: str) -> list[tuple[str, str]]:
-    """Speakers and texts; a turn without a text has an empty one."""
+    """Return speakers and texts; the text of a turn without one is empty."""
     column = next((name for name in CONVERSATIONS if name in row), CONVERSATIONS[0])
-    require_columns(row, (column,), where)
-    turns = row[column]
-    if not isinstance(turns, list):
-        raise UserError(f"{where}: column {column!r} is {turns!r:.40}; expected a list")
     found = []
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in enumerate(list_of(row, column, where), start=1):
         speaker, text = _speaker_and_text(turn) if isinstance(turn, dict) else (None, None)
         if not isinstance(speaker, str) or not isinstance(text, str | list | None):
             raise UserError(
@@ -157,6 +147,10 @@ FORMATS.register("sharegpt")(
         kinds=("demonstrations", "prompts"),
         hub=(HUB_NAME,),
         options=ShareGPTOptions,
-        read=read_sharegpt,
+        rows=sharegpt_rows,
+        mappers={
+            "demonstrations": lambda row, where, o: conversation(row, where, beginning=o.beginning),
+            "prompts": lambda row, where, o: first_prompt(row, where, beginning=o.beginning),
+        },
     )
 )

@@ -7,10 +7,10 @@ option `pairs` says which pairs are made of the (mostly four) completions:
   drawn with the seed;
 - `best_worst`; or `all` pairs with different ratings.
 
-Some ratings in that set are known to be wrong: an `overall_score` of 10 where 1 was meant, beside
-criticism and low fine-grained ratings. A completion is dropped if its overall score (1 to 10) and
-its mean fine-grained rating (1 to 5) differ by half of their range or more. Binarized rows are read
-as `preference` reads them.
+Some ratings in that set are known to be wrong, such as an `overall_score` of 10 beside criticism
+and low fine-grained ratings, where 1 was meant. A completion is dropped if its overall score (1 to
+10) and its mean fine-grained rating (1 to 5) differ by half of their range or more. Binarized rows
+are read as `preference` reads them.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,6 @@ from typing import Any
 from shiftrm.data.domains import hashed_uniform
 from shiftrm.data.formats.preference import MAPPERS
 from shiftrm.data.loaded import (
-    KINDS,
     Broken,
     Options,
     Outcome,
@@ -39,29 +38,27 @@ from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 
-__all__ = ["UltraFeedbackOptions", "rated_completions", "read_ultrafeedback"]
-
 BINARIZED = "HuggingFaceH4/ultrafeedback_binarized"
 ULTRAFEEDBACK = "openbmb/UltraFeedback"
 
 
 @dataclass(frozen=True)
 class UltraFeedbackOptions(Options):
-    """Options of `read_ultrafeedback`."""
+    """Options of UltraFeedback."""
 
     pairs: str = option(
         "best_random",
-        "of openbmb's completions: best_random (default): best against a drawn lower one, "
-        "best_worst, or all",
+        "which of openbmb's completions: best_random (default): best against a random lower-rated "
+        "one, best_worst, or all",
         choices=("best_random", "best_worst", "all"),
     )
-    seed: int = option(0, "of what is drawn (default: 0)")
+    seed: int = option(0, "random seed of what is drawn (default: 0)")
 
 
 def read_ultrafeedback(
     source: str, kind: str, split: str, options: UltraFeedbackOptions
 ) -> Outcomes:
-    """Outcomes of either schema; rows with `completions` are openbmb's."""
+    """Yield the outcomes of either schema; rows with `completions` are openbmb's."""
     for where, row in iterate_rows(source, split=split):
         if "completions" not in row:
             yield where, mapped(MAPPERS[kind], row, where)
@@ -80,7 +77,7 @@ def _instruction(row: Row, where: str) -> Outcome:
 def rated_completions(
     row: Row, where: str, *, pairs: str, seed: int = 0
 ) -> Iterator[tuple[str, Outcome]]:
-    """Outcomes of one of openbmb's rows: of each pair, and of each completion that is in none.
+    """Yield the outcomes of one of openbmb's rows: its pairs, and completions that are in none.
 
     Reasons: `no_rating`, `rating_out_of_range`, `contradicting_ratings`, `empty_response`,
     `no_other_completion`, `equal_ratings`, `equal_sides`, `empty_prompt`; `loaded.BROKEN` of the
@@ -133,10 +130,11 @@ def _choose(ordered: list[Any], pairs: str, seed: int, prompt: str) -> list[tupl
 
 
 def _completion(item: Row, where: str) -> Outcome:
-    """`{"text", "rating"}` of one completion, or why it cannot be used."""
+    """Return `{"text", "rating"}` of one completion, or a reason."""
     if not isinstance(item, dict):
         raise UserError(f"{where}: is {item!r:.40}; expected an object with 'response'")
-    text, rating, fine = trimmed(text_of(item, "response", where)), _overall(item), _fine(item)
+    text = trimmed(text_of(item, "response", where))
+    rating, fine = _as_number(item.get("overall_score")), _fine(item)
     if rating is None:
         return "no_rating"
     if not 1 <= rating <= 10:
@@ -146,12 +144,8 @@ def _completion(item: Row, where: str) -> Outcome:
     return {"text": text, "rating": rating} if text else "empty_response"
 
 
-def _overall(item: Row) -> float | None:
-    return _as_number(item.get("overall_score"))
-
-
 def _fine(item: Row) -> float | None:
-    """The mean of the fine-grained ratings: as it stands, or of the four aspects."""
+    """Return the mean of the fine-grained ratings, as given or computed from the four aspects."""
     mean = _as_number(item.get("fine-grained_score"))
     if mean is not None:
         return mean
@@ -165,7 +159,7 @@ def _fine(item: Row) -> float | None:
 
 
 def _as_number(value: Any) -> float | None:
-    """A number, which some rows spell as text or as "N/A"."""
+    """Return a number, which some rows give as text; None for "N/A" and the like."""
     try:
         number = float(value) if isinstance(value, str | int | float) else None
     except (ValueError, OverflowError):
@@ -176,7 +170,6 @@ def _as_number(value: Any) -> float | None:
 FORMATS.register("ultrafeedback")(
     Format(
         about="UltraFeedback: openbmb's rated completions, or binarized",
-        kinds=KINDS,
         hub=(BINARIZED, ULTRAFEEDBACK, "trl-lib/ultrafeedback_binarized"),
         options=UltraFeedbackOptions,
         read=read_ultrafeedback,
