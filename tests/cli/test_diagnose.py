@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaForSequ
 
 from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
-from shiftrm.measure.diagnosis.scored_files import read_data, score_data
+from shiftrm.measure.diagnosis.findings import read_data, score_data
 from shiftrm.models.scoring import Scorer
 from tests.conftest import WORDS, llama_config
 

@@ -10,9 +10,7 @@ import torch
 from shiftrm.core.discrimination import auc, calibration_error
 from shiftrm.core.intervals import Measured, measured, prompt_weights, weighted_mean
 from shiftrm.core.losses import difference_loss
-from shiftrm.measure.diagnosis.diagnosis import ScoredFile, diagnose
-from shiftrm.measure.diagnosis.labels import labels
-from shiftrm.measure.diagnosis.lengths import lengths
+from shiftrm.measure.diagnosis.diagnosis import ScoredFile, diagnose, labels, lengths
 from shiftrm.measure.diagnosis.scored import (
     ScoredGroup,
     ScoredPair,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shiftrm.measure.diagnosis.scored_files import _shared, prompt_key
+from shiftrm.measure.diagnosis.findings import _shared, prompt_key
 
 
 def dialogue(question, answer):

@@ -60,7 +60,7 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from shiftrm.cli.checks import at_least_one, named_paths
     from shiftrm.cli.progress import only_on_terminals
-    from shiftrm.measure.diagnosis.scored_files import read_data
+    from shiftrm.measure.diagnosis.findings import read_data
 
     at_least_one(args.batch_size, "--batch-size")
     sources = named_paths(args.data, "--data")

@@ -16,8 +16,16 @@ from shiftrm.data.prompts import read_prompts, warn_of_joined_ends
 from shiftrm.errors import UserError
 from shiftrm.files import Row, write_jsonl
 from shiftrm.measure.diagnosis.comparison import adaptation_verdict
-from shiftrm.measure.diagnosis.findings import Bar, Findings, find, no_bar
-from shiftrm.measure.diagnosis.scored_files import DataFile, encode_data, prompt_key, read_data
+from shiftrm.measure.diagnosis.findings import (
+    Bar,
+    DataFile,
+    Findings,
+    encode_data,
+    find,
+    no_bar,
+    prompt_key,
+    read_data,
+)
 from shiftrm.methods.method import METHODS, Method
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import (

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from shiftrm.core.intervals import Measured
 from shiftrm.measure.diagnosis.comparison import ModelChange
-from shiftrm.measure.diagnosis.diagnosis import Diagnosis, Shift
-from shiftrm.measure.diagnosis.labels import Labels
+from shiftrm.measure.diagnosis.diagnosis import Diagnosis, Labels, Shift
 from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict
 from shiftrm.report.tables import Table, fixed_point
 

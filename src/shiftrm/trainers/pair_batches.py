@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shiftrm.data.pairs import check_margin, check_pair
 from shiftrm.errors import UserError
 from shiftrm.files import Row, encodable
-from shiftrm.measure.diagnosis.scored_files import prompt_key
+from shiftrm.measure.diagnosis.findings import prompt_key
 from shiftrm.models.prefix import SharedRows, pack
 from shiftrm.models.rendering import encode, template_options
 

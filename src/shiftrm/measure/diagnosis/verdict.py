@@ -1,30 +1,137 @@
-"""Verdicts on whether a reward model still tells responses apart.
+"""Verdicts on whether a reward model still tells responses apart, and warning signs.
 
 With labels, the accuracy decides. Without labels, only the spread is known. It can show that a
 model does not see (equal rewards) but not that it sees, since different rewards may be in the
 wrong order. The best verdict on an unlabelled file is therefore "tells apart".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shiftrm.core.intervals import Measured
-from shiftrm.measure.diagnosis.diagnosis import Diagnosis
-from shiftrm.measure.diagnosis.labels import Labels
-from shiftrm.measure.diagnosis.signs import LENGTH_ADVICE, percent, warning_signs
+from shiftrm.measure.diagnosis.diagnosis import Diagnosis, Labels
 from shiftrm.measure.diagnosis.spread import Spread
 from shiftrm.measure.diagnosis.thresholds import (
+    CALIBRATION,
     COIN_BLIND,
     COIN_DIM,
+    DUPLICATES,
     ENOUGH_LABELS,
+    EQUAL_REWARDS,
     EQUAL_SHARE,
     FEW_PROMPTS,
     LENGTH_ALONE,
+    LENGTH_STRONG,
     RATIO_BLIND,
     RATIO_DIM,
+    REWARD_UP,
+    SATURATION,
     SEES_ACCURACY,
+    TRUNCATED,
     WITHIN_DIM,
 )
+
+LENGTH_ADVICE = (
+    "Add pairs in which the better response has the length the model dislikes, or take length out "
+    "of the reward in the policy's training; then look at the accuracy where the chosen response "
+    "is shorter and where it is longer."
+)
+
+Sign = tuple[str, str]
+"""What was seen, and what to do about it or ""."""
+
+
+def warning_signs(diagnosis: Diagnosis, *, blind: bool, follows_length: bool) -> list[Sign]:
+    """Return all warning signs in the numbers of a file.
+
+    Args:
+        blind, follows_length: what the verdict already says, which is not repeated.
+    """
+    return [
+        *_policy_signs(diagnosis),
+        *([] if follows_length else _length_signs(diagnosis)),
+        *_size_signs(diagnosis, blind=blind),
+        *_shift_signs(diagnosis),
+    ]
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Format a share as `31 %`."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def _policy_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
+    s, texts = diagnosis.spread, diagnosis.lengths
+    if diagnosis.left_out:
+        yield f"{diagnosis.left_out} row(s) longer than the model's context left out.", ""
+    if s.duplicate_share >= DUPLICATES:
+        yield (
+            f"{percent(s.duplicate_share)} of the responses repeat another one to the same "
+            f"prompt ({percent(s.collapsed_share)} of the prompts have one response only). "
+            "They are left out of the comparisons.",
+            "The policy repeats itself: sample at a higher temperature, or go back to an "
+            "earlier policy and a stronger KL penalty.",
+        )
+    if texts.truncated_share >= TRUNCATED:
+        gap = texts.truncated_gap
+        text = f"{percent(texts.truncated_share)} of the responses were cut off by the limit"
+        if gap is not None:
+            text += f"; their reward is {gap:+.3g} against finished ones to the same prompt"
+        yield f"{text}.", "Sample with a higher limit (--max-new-tokens)."
+
+
+def _length_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
+    within = diagnosis.lengths.correlation_within
+    if within is not None and abs(within) >= LENGTH_STRONG:
+        yield f"Reward and length go together within prompts: {within:.2f}.", LENGTH_ADVICE
+
+
+def _size_signs(diagnosis: Diagnosis, *, blind: bool) -> Iterator[Sign]:
+    s, labels = diagnosis.spread, diagnosis.labels
+    if (s.saturated_share or 0.0) >= SATURATION:
+        yield (
+            f"{percent(s.saturated_share or 0)} of the comparisons get a probability above "
+            "0.99: the model is as sure as it can be, and such pairs give hardly any gradient.",
+            "Train for fewer epochs or at a lower learning rate; in the policy's training "
+            "divide rewards by their spread.",
+        )
+    if not blind and (s.equal_share or 0.0) >= EQUAL_REWARDS:
+        yield (
+            f"{percent(s.equal_share or 0)} of the comparisons of different responses get "
+            "exactly the same reward.",
+            "Rewards may have been rounded: load the model in float32.",
+        )
+    if labels is not None and not blind and (s.coin_share or 0.0) >= COIN_DIM:
+        yield (
+            f"Differences are small: {percent(s.coin_share or 0)} of the comparisons get a "
+            "probability between 0.49 and 0.51.",
+            "Divide rewards by their spread before training a policy on them.",
+        )
+    if labels is not None and not blind and labels.calibration_error >= CALIBRATION:
+        yield (
+            f"Its stated probabilities are off by {labels.calibration_error:.2f} on average.",
+            "The order is what policies are trained on; where the probabilities matter, divide "
+            "rewards by a temperature fitted on labelled pairs.",
+        )
+
+
+def _shift_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
+    shift = diagnosis.shift
+    if shift is None:
+        return
+    ratio = shift.variance_ratio
+    fallen = ratio is not None and ratio.value <= RATIO_DIM
+    if fallen and diagnosis.labels is not None and shift.reference_kind == "pairs":
+        yield f"The variance of reward differences is {ratio} of that on {shift.reference}.", ""
+    repeats = shift.duplicates_change >= DUPLICATES
+    if (shift.reward_shift or 0.0) >= REWARD_UP and (fallen or repeats):
+        what = "responses came to repeat" if repeats else "rewards drew together"
+        yield (
+            f"The mean reward is {shift.reward_shift:.1f} standard deviations above "
+            f"{shift.reference} while {what}: a sign that the policy exploits the model.",
+            "Read the responses with the highest rewards before training the policy on.",
+        )
+
 
 BLIND, FOLLOWS_LENGTH, DIM = "blind", "follows length", "dim"
 UNCLEAR, TELLS_APART, SEES = "unclear", "tells apart", "sees"
@@ -146,20 +253,16 @@ _Decision = tuple[str, str, tuple[str, ...]]
 def _decide(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
     s = diagnosis.spread
     if not s.comparisons:
-        return (
-            UNCLEAR,
-            ("All responses to a prompt are the same text, so there is nothing to tell apart."),
-            ("Sample again: another policy, a higher temperature, or fewer repeated prompts.",),
-        )
+        text = "All responses to a prompt are the same text, so there is nothing to tell apart."
+        resample = "Sample again: another policy, a higher temperature, or fewer repeated prompts."
+        return UNCLEAR, text, (resample,)
     if s.noise_share is not None and s.noise_share >= EQUAL_SHARE:
-        return (
-            BLIND,
-            (
-                f"{percent(s.noise_share)} of the {s.comparisons} comparisons get the same reward "
-                "up to rounding (1e-6)."
-            ),
-            ("The score head may be untrained or its weights lost: train the model anew.",),
+        text = (
+            f"{percent(s.noise_share)} of the {s.comparisons} comparisons get the same reward up "
+            "to rounding (1e-6)."
         )
+        anew = "The score head may be untrained or its weights lost: train the model anew."
+        return BLIND, text, (anew,)
     if diagnosis.labels is not None:
         return _by_labels(diagnosis.labels)
     return _by_spread(diagnosis, small_but_sees=small_but_sees)
@@ -169,23 +272,16 @@ def _by_labels(found: Labels) -> _Decision:
     accuracy = found.accuracy
     text = f"It orders {accuracy} of {found.pairs} labelled pairs as the labels do (a coin: 0.5)"
     if found.prompts < FEW_PROMPTS or accuracy.low is None or accuracy.high is None:
-        return (
-            UNCLEAR,
-            (
-                f"{text}, but they come from {found.prompts} prompt(s), and fewer than "
-                f"{FEW_PROMPTS} show nothing."
-            ),
-            (f"Label more pairs: about {ENOUGH_LABELS}.",),
+        text += (
+            f", but they come from {found.prompts} prompt(s), and fewer than {FEW_PROMPTS} show "
         )
+        return UNCLEAR, f"{text}nothing.", (f"Label more pairs: about {ENOUGH_LABELS}.",)
     if _right_by_length_alone(found):
-        return (
-            FOLLOWS_LENGTH,
-            (
-                f"{text}, but {found.accuracy_shorter} where the chosen response is the "
-                f"shorter one and {found.accuracy_longer} where it is the longer one."
-            ),
-            (LENGTH_ADVICE,),
+        text += (
+            f", but {found.accuracy_shorter} where the chosen response is the shorter one and "
+            f"{found.accuracy_longer} where it is the longer one."
         )
+        return FOLLOWS_LENGTH, text, (LENGTH_ADVICE,)
     word, reason = accuracy_verdict(accuracy)
     sentence = f"{text}: {reason}." if reason else f"{text}."
     if word == UNCLEAR:
@@ -224,61 +320,42 @@ def _below_and_above(one: Measured, other: Measured) -> bool:
 def _by_spread(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
     s, shift = diagnosis.spread, diagnosis.shift
     if s.prompts < FEW_PROMPTS:
-        return (
-            UNCLEAR,
-            (f"There are {s.prompts} prompt(s); fewer than {FEW_PROMPTS} show nothing."),
-            (f"Sample responses to more prompts: {ENOUGH_LABELS} or so.",),
-        )
+        text = f"There are {s.prompts} prompt(s); fewer than {FEW_PROMPTS} show nothing."
+        return UNCLEAR, text, (f"Sample responses to more prompts: {ENOUGH_LABELS} or so.",)
     coin = 0.0 if small_but_sees else s.coin_share or 0.0
     if coin >= COIN_BLIND:
         return BLIND, _coin_text(s, coin), (_ADAPT,)
     ratio = shift.variance_ratio if shift is not None else None
     if shift is not None and ratio is not None and ratio.value <= RATIO_DIM:
-        word = BLIND if ratio.value <= RATIO_BLIND else DIM
-        return (
-            word,
-            (
-                f"The variance of its reward differences is {ratio} of that on {shift.reference}"
-                f"{_OTHER_KIND if shift.reference_kind != diagnosis.kind else ''}."
-            ),
-            (_ADAPT,),
+        other_kind = _OTHER_KIND if shift.reference_kind != diagnosis.kind else ""
+        text = (
+            f"The variance of its reward differences is {ratio} of that on {shift.reference}"
+            f"{other_kind}."
         )
+        return BLIND if ratio.value <= RATIO_BLIND else DIM, text, (_ADAPT,)
     within = diagnosis.lengths.correlation_within
     if within is not None and abs(within) >= LENGTH_ALONE:
-        more = "longer" if within > 0 else "shorter"
-        return (
-            FOLLOWS_LENGTH,
-            (
-                f"Within prompts the reward is length in other words: correlation {within:.2f}, "
-                f"the {more} the better."
-            ),
-            (LENGTH_ADVICE,),
+        text = (
+            f"Within prompts the reward is length in other words: correlation {within:.2f}, the "
+            f"{'longer' if within > 0 else 'shorter'} the better."
         )
+        return FOLLOWS_LENGTH, text, (LENGTH_ADVICE,)
     if coin >= COIN_DIM:
         return DIM, _coin_text(s, coin), (_ADAPT,)
     if s.within_share is not None and s.within_share.value < WITHIN_DIM:
-        return (
-            DIM,
-            (
-                f"{percent(s.within_share.value, 1)} of the variance of its rewards lies between "
-                "responses to one prompt; the rest depends on the prompt alone."
-            ),
-            (_ADAPT,),
+        text = (
+            f"{percent(s.within_share.value, 1)} of the variance of its rewards lies between "
+            "responses to one prompt; the rest depends on the prompt alone."
         )
+        return DIM, text, (_ADAPT,)
     assert s.difference_mean is not None
-    reference = (
-        ""
-        if ratio is None or shift is None
-        else (f", and their variance is {ratio} of that on {shift.reference}")
+    text = (
+        f"Rewards of two responses to one prompt differ by {s.difference_mean.value:.3g} on average"
     )
-    return (
-        TELLS_APART,
-        (
-            f"Rewards of two responses to one prompt differ by {s.difference_mean.value:.3g} on "
-            f"average{reference}."
-        ),
-        (f"Label about {ENOUGH_LABELS} of these pairs and diagnose them too.",),
-    )
+    if ratio is not None and shift is not None:
+        text += f", and their variance is {ratio} of that on {shift.reference}"
+    more = f"Label about {ENOUGH_LABELS} of these pairs and diagnose them too."
+    return TELLS_APART, f"{text}.", (more,)
 
 
 def _coin_text(s: Spread, coin: float) -> str:
