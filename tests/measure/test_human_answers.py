@@ -207,7 +207,7 @@ def test_three_raters_have_no_kappa():
 
 
 def test_in_words():
-    sentences = human_sentences(human_result(TWO_RATERS, judge={"p": "win", "q": None}))
+    sentences = list(human_sentences(human_result(TWO_RATERS, judge={"p": "win", "q": None})))
     assert sentences[0] == "7 answers of 2 raters to 4 items; 1 are missing."
     assert sentences[1].startswith("Ours wins 38 % [")
     assert "no clear difference" in sentences[2]

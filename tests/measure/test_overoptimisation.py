@@ -7,7 +7,6 @@ import pytest
 
 from shiftrm.measure.overoptimisation import (
     Path,
-    describe,
     fit,
     overoptimisation,
     path_from_rows,
@@ -29,13 +28,11 @@ def test_by_hand():
     assert (found.drop, found.proxy_rise) == (5.0, 2.0)
     # KL 2 is first reached half-way between the points at 1 and 3, not at the later point.
     assert found.gold_at == {0.0: 1.0, 0.5: 2.0, 2.0: 3.5, 5.0: -1.0, 6.0: None}
-    assert "Gold peaks at KL 3.00 with 4.00 and ends at KL 5.00 with -1.00" in describe(found)
 
 
 def test_rising_path():
     found = overoptimisation(Path((0.0, 1.0), (0.0, 1.0), (0.0, 2.0)))
     assert found.drop == 0
-    assert "no over-optimisation seen" in describe(found)
 
 
 def test_value_at_edges():

@@ -200,18 +200,3 @@ def _peak_kl(alpha: float, beta: float, form: Form) -> float | None:
     else:
         at = math.exp(alpha / beta - 1)  # R' = alpha - beta log d - beta
     return at * at if at > 0 else None
-
-
-def describe(found: Overoptimisation) -> str:
-    """Describe the path."""
-    if found.drop == 0:
-        return (
-            f"Gold is highest at the end (KL {found.final_kl:.2f}): {found.final_gold:.2f}; no "
-            "over-optimisation seen."
-        )
-    proxy = "rises" if found.proxy_rise > 0 else "falls"
-    return (
-        f"Gold peaks at KL {found.peak_kl:.2f} with {found.peak_gold:.2f} and ends at KL "
-        f"{found.final_kl:.2f} with {found.final_gold:.2f}, {found.drop:.2f} lower; the proxy "
-        f"{proxy} by {abs(found.proxy_rise):.2f} in the meantime."
-    )

@@ -8,7 +8,7 @@ Lambert et al. 2024 (arXiv 2403.13787), Malik et al. 2025 (arXiv 2506.01937).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -310,37 +310,35 @@ def _incomplete(
     return tuple(name for name, rows in full.items() if len(found.get(name, ())) != rows)
 
 
-def describe(found: RewardBench1 | RewardBench2) -> list[str]:
+def describe(found: RewardBench1 | RewardBench2) -> Iterator[str]:
     """Describe the result, the most important sentence first."""
     version = 1 if isinstance(found, RewardBench1) else 2
     parts = found.sections if isinstance(found, RewardBench1) else found.domains
     there = {name: score for name, score in parts.items() if score is not None}
-    lines = []
     if found.overall is None:
-        lines.append(f"RewardBench {version}: no overall score, since no row is of its subsets.")
+        yield f"RewardBench {version}: no overall score, since no row is of its subsets."
     else:
-        weakest = min(there, key=lambda name: there[name]) if there else None
-        best = max(there, key=lambda name: there[name]) if there else None
-        spread = (
-            f" Best: {best} ({there[best]:.3f}); weakest: {weakest} ({there[weakest]:.3f})."
-            if best is not None and weakest is not None and best != weakest
-            else ""
-        )
-        lines.append(f"RewardBench {version}: {found.overall:.3f} overall.{spread}")
+        spread = ""
+        if len(there) > 1:
+            best, weakest = (pick(there, key=lambda name: there[name]) for pick in (max, min))
+            if best != weakest:
+                spread = (
+                    f" Best: {best} ({there[best]:.3f}); weakest: {weakest} ({there[weakest]:.3f})."
+                )
+        yield f"RewardBench {version}: {found.overall:.3f} overall.{spread}"
     if found.incomplete:
         count = len(ROWS_1 if version == 1 else ROWS_2)
-        lines.append(
+        yield (
             f"! {len(found.incomplete)} of {count} subsets do not have the published number of "
             "rows, so this is not comparable with the leaderboard."
         )
     if found.other:
-        lines.append(f"! Not RewardBench's own, reported apart: {', '.join(sorted(found.other))}.")
+        yield f"! Not RewardBench's own, reported apart: {', '.join(sorted(found.other))}."
     if found.equal:
         how = "lost" if version == 1 else "a fraction"
-        lines.append(f"! {found.equal} rows have equal scores at the top; each counts as {how}.")
+        yield f"! {found.equal} rows have equal scores at the top; each counts as {how}."
     if isinstance(found, RewardBench2) and found.ties is not None and found.ties.unpaired:
-        lines.append(
+        yield (
             f"! {found.ties.unpaired} prompts of Ties have only one of their two rows; their "
-            "margins count nothing."
+            "margins do not count."
         )
-    return lines

@@ -11,8 +11,6 @@ from typing import Any, Literal
 from shiftrm.registry import Registry
 from shiftrm.trainers.kinds import Training
 
-__all__ = ["METHODS", "Method", "Need"]
-
 Need = Literal["pairs", "groups", "labels"]
 """Preference pairs, unlabelled groups of the policy's responses, new labels of them."""
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import yaml
 
 from shiftrm.models.rendering import encode_prompt
 from shiftrm.models.rope import context_limit
@@ -15,7 +14,7 @@ from shiftrm.models.sampling import SamplingConfig, generate
 from shiftrm.policies.ppo import Problem
 from shiftrm.policies.ppo_math import exact_token_kl
 from shiftrm.progress import task
-from shiftrm.trainers.model_card import DataSet, markdown_table, on_hub, versions
+from shiftrm.trainers.model_card import TrainedModel, markdown_table
 
 __all__ = [
     "AdapterOff",
@@ -112,31 +111,20 @@ TITLES = {
 
 
 @dataclass
-class PolicyOutcome:
+class PolicyOutcome(TrainedModel):
     """The contents of card and summary.
 
     Attributes:
         method: a key of `TITLES`.
-        data: the inputs; the first is the training data.
-        settings: those that differ from the defaults.
-        examples: number of training rows used.
+        examples: number of training rows used; the first data set is the training data.
         dropped: number of dropped rows by reason.
         log: the rows of training_log.jsonl.
         kl: KL to the reference after training; None if not measured.
     """
 
     method: str
-    model: str
-    output: str
-    data: Sequence[DataSet]
-    settings: Mapping[str, Any]
-    seed: int
-    command: str | None
-    steps: int
     examples: int
     dropped: Mapping[str, int]
-    processes: int
-    lora: bool
     log: Sequence[Mapping[str, Any]]
     reference: str | None = None
     reward: str | None = None
@@ -189,39 +177,18 @@ def _change(log: Sequence[Mapping[str, Any]], metric: str, words: str) -> str:
 
 def policy_card(outcome: PolicyOutcome) -> str:
     """Return README.md: inputs, settings and measurements. Needs no network."""
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": outcome.model if on_hub(outcome.model) else None,
-        "tags": ["shiftrm", outcome.method],
-    }
-    kept = {key: value for key, value in front.items() if value is not None}
     made_of = [("started from", outcome.model)]
     made_of += [("reference", outcome.reference)] if outcome.reference else []
     made_of += [("reward model", outcome.reward)] if outcome.reward else []
-    lora = (
-        ["LoRA was merged into these weights; the adapter alone is in `adapter/`."]
-        if outcome.lora
-        else []
+    lora = "LoRA was merged into these weights; the adapter alone is in `adapter/`."
+    return outcome.card(
+        [
+            f"# {TITLES[outcome.method]} from {outcome.model}",
+            "An ordinary causal language model, loaded by transformers alone. What was logged, "
+            "step by step, is in `training_log.jsonl`.",
+            "\n".join([*_sentences(outcome), *([lora] if outcome.lora else [])]),
+            markdown_table(("model", "from"), [(what, f"`{name}`") for what, name in made_of]),
+        ],
+        pipeline_tag="text-generation",
+        tags=["shiftrm", outcome.method],
     )
-    sections = [
-        f"---\n{yaml.safe_dump(kept, sort_keys=False)}---",
-        f"# {TITLES[outcome.method]} from {outcome.model}",
-        "An ordinary causal language model, loaded by transformers alone. What was logged, step by "
-        "step, is in `training_log.jsonl`.",
-        "\n".join([*_sentences(outcome), *lora]),
-        markdown_table(("model", "from"), [(what, f"`{name}`") for what, name in made_of]),
-        "## Data",
-        markdown_table(
-            ("data", "source", "rows", "SHA-256"),
-            [(d.name, f"`{d.source}`", d.rows, f"`{d.sha256}`") for d in outcome.data],
-        ),
-        "SHA-256 is the file's; of a folder or a hub data set it is that of the rows.",
-        "## Settings",
-        "Those that differ from the defaults:",
-        markdown_table(("setting", "value"), [(k, f"`{v}`") for k, v in outcome.settings.items()]),
-        f"Seed {outcome.seed}; processes: {outcome.processes}; {versions(lora=outcome.lora)}.",
-    ]
-    if outcome.command is not None:
-        sections += ["Made by", f"```\n{outcome.command}\n```"]
-    return "\n\n".join(part for part in sections if part) + "\n"

@@ -45,8 +45,8 @@ def render_page(rate: WinRate, verdicts: Sequence[Verdict], settings: Mapping[st
     """
     return page_template("win_rate.html.j2").render(
         headline=headline(rate),
-        sentences=sentences(rate),
-        warnings=warnings(rate),
+        sentences=[*sentences(rate)],
+        warnings=[*warnings(rate)],
         bars=[
             (name, round(100 * share.value, 1), _COLOURS[name])
             for name, share in (("win", rate.win), ("tie", rate.tie), ("lose", rate.lose))

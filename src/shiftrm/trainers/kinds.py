@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Training", "pairs_only", "with_groups"]
-
 
 @dataclass(frozen=True)
 class Training:

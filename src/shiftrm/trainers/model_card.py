@@ -6,25 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 import shiftrm
 from shiftrm.core.intervals import Measured
 from shiftrm.data.sources import HUB_NAME
 from shiftrm.measure.diagnosis.thresholds import FEW_PROMPTS, INFLUENCE_CEILING, INFLUENCE_FLOOR
 from shiftrm.measure.diagnosis.verdict import accuracy_verdict
-
-__all__ = [
-    "Adapted",
-    "DataSet",
-    "Outcome",
-    "markdown_table",
-    "measurements",
-    "model_card",
-    "on_hub",
-    "summary",
-    "versions",
-]
 
 NOT_METRICS = (
     "runtime",
@@ -69,30 +57,73 @@ class Adapted:
 
 
 @dataclass
-class Outcome:
-    """The content of the card and the summary."""
+class TrainedModel:
+    """What every model card says about a training.
+
+    Attributes:
+        model: the checkpoint it started from.
+        settings: those that differ from the defaults.
+        command: the command that repeats it.
+    """
 
     model: str
     output: str
-    data: list[DataSet]
-    settings: dict[str, Any]
+    data: Sequence[DataSet]
+    settings: Mapping[str, Any]
     seed: int
     command: str | None
-    before: dict[str, dict[str, float]] | None
-    """Metrics by held-out set; None if the model could not be evaluated before training."""
-    after: dict[str, dict[str, float]]
     steps: int
+    processes: int
+    lora: bool
+
+    def card(self, sections: Sequence[str], *, defaults: str = "", **front: Any) -> str:
+        """Return README.md: front matter, the sections, then data, settings and versions.
+
+        Args:
+            defaults: the configuration classes that the settings differ from, as " of ...".
+            front: fields of `huggingface_hub.ModelCardData`.
+        """
+        base = self.model if on_hub(self.model) else None
+        named = ModelCardData(library_name="transformers", base_model=base, **front)
+        parts = [
+            f"---\n{named.to_yaml()}\n---",
+            *sections,
+            "## Data",
+            markdown_table(
+                ("data", "source", "rows", "SHA-256"),
+                [(d.name, f"`{d.source}`", d.rows, f"`{d.sha256}`") for d in self.data],
+            ),
+            "SHA-256 is the file's; of a folder or a hub data set it is that of the rows.",
+            "## Settings",
+            f"Those that differ from the defaults{defaults}:",
+            markdown_table(("setting", "value"), [(k, f"`{v}`") for k, v in self.settings.items()]),
+            f"Seed {self.seed}; processes: {self.processes}; {versions(lora=self.lora)}.",
+        ]
+        if self.command is not None:
+            parts += ["Made by", f"```\n{self.command}\n```"]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+@dataclass
+class Outcome(TrainedModel):
+    """The content of the card and the summary of a reward model.
+
+    Attributes:
+        before, after: metrics by held-out set; before is None if the model could not be evaluated.
+        loss: mean training loss over all steps, including those before an interruption.
+        pairs, heldout: numbers of pairs, those held out by set.
+        dropped: counts of dropped rows by data set and reason.
+        adapted: None if the model was trained, not adapted.
+    """
+
+    before: dict[str, dict[str, float]] | None
+    after: dict[str, dict[str, float]]
     loss: float | None
-    """Mean training loss over all steps, including those before an interruption."""
     pairs: int
     heldout: dict[str, int]
     dropped: dict[str, dict[str, int]]
-    """Counts of dropped rows by data set and reason."""
-    processes: int
-    lora: bool
     meta: dict[str, float] = field(default_factory=dict)
     adapted: Adapted | None = None
-    """None if the model was trained, not adapted."""
 
 
 def measurements(trainer: Any, result: Any) -> dict[str, Any]:
@@ -193,42 +224,21 @@ def _meta_words(outcome: Outcome) -> list[str]:
 
 def model_card(outcome: Outcome) -> str:
     """Return the README.md: the model's inputs, training and metrics. Needs no network."""
-    sections = [
-        _front_matter(outcome),
-        f"# Reward model {'' if outcome.adapted is None else 'adapted '}from {outcome.model}",
-        _opening(outcome),
-        "## Measured",
-        _metrics_table(outcome) if outcome.adapted is None else outcome.adapted.measured,
-        *_dropped_words(outcome),
-        *_meta_section(outcome),
-        "## Data",
-        markdown_table(
-            ("data", "source", "rows", "SHA-256"),
-            [(d.name, f"`{d.source}`", d.rows, f"`{d.sha256}`") for d in outcome.data],
-        ),
-        "SHA-256 is the file's; of a folder or a hub data set it is that of the rows.",
-        "## Settings",
-        "Those that differ from the defaults of `RewardConfig`"
-        f"{' and `MetaRMConfig`' if outcome.meta else ''}:",
-        markdown_table(("setting", "value"), [(k, f"`{v}`") for k, v in outcome.settings.items()]),
-        f"Seed {outcome.seed}; processes: {outcome.processes}; {versions(lora=outcome.lora)}.",
-    ]
-    if outcome.command is not None:
-        sections += ["Made by", f"```\n{outcome.command}\n```"]
-    return "\n\n".join(part for part in sections if part) + "\n"
-
-
-def _front_matter(outcome: Outcome) -> str:
-    hub_data = sorted({d.source.split(":")[0] for d in outcome.data if on_hub(d.source)})
-    fields = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "base_model": outcome.model if on_hub(outcome.model) else None,
-        "datasets": hub_data or None,
-        "tags": ["reward-model", "shiftrm", *(["metarm"] if outcome.meta else [])],
-    }
-    kept = {key: value for key, value in fields.items() if value is not None}
-    return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---"
+    adapted, metarm = outcome.adapted, bool(outcome.meta)
+    return outcome.card(
+        [
+            f"# Reward model {'' if adapted is None else 'adapted '}from {outcome.model}",
+            _opening(outcome),
+            "## Measured",
+            _metrics_table(outcome) if adapted is None else adapted.measured,
+            *_dropped_words(outcome),
+            *_meta_section(outcome),
+        ],
+        defaults=f" of `RewardConfig`{' and `MetaRMConfig`' if metarm else ''}",
+        pipeline_tag="text-classification",
+        datasets=sorted({d.source.split(":")[0] for d in outcome.data if on_hub(d.source)}) or None,
+        tags=["reward-model", "shiftrm", *(["metarm"] if metarm else [])],
+    )
 
 
 def on_hub(source: str) -> bool:

@@ -169,17 +169,3 @@ def sharded_like(tensors: Iterable[Tensor], parameters: Iterable[Tensor]) -> lis
         else:
             placed.append(tensor.to(p.device))
     return placed
-
-
-__all__ = [
-    "gradients_in_shards",
-    "is_sharded",
-    "refuse_deepspeed",
-    "refuse_model_parallelism",
-    "reset_after_failure",
-    "reshard",
-    "set_up_fsdp",
-    "sharded_like",
-    "whole",
-    "whole_on_main",
-]

@@ -7,8 +7,6 @@ from typing import Any
 
 from shiftrm.files import Row, write_jsonl
 
-__all__ = ["TRAINING_LOG", "training_log", "write_training_log"]
-
 TRAINING_LOG = "training_log.jsonl"
 
 ONCE = "train_runtime"

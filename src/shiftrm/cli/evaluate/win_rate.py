@@ -347,8 +347,8 @@ def _write_numbers(folder: Any, rate: Any, verdicts: list[Any], settings: dict[s
 
     content = {
         "headline": headline(rate),
-        "sentences": sentences(rate),
-        "warnings": warnings(rate),
+        "sentences": [*sentences(rate)],
+        "warnings": [*warnings(rate)],
         **asdict(rate),
         "settings": settings,
         "commit": source_commit(),

@@ -12,8 +12,6 @@ from typing import Any
 from shiftrm.errors import UserError
 from shiftrm.models.endpoint import Completion
 
-__all__ = ["AnswerCache", "question_key"]
-
 _BEGINNING = b'{"key": "'
 
 
@@ -86,7 +84,8 @@ class AnswerCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # closing releases it
-            _drop_half_line(handle)
+            self._refresh()
+            handle.truncate(self._read_to)  # an incomplete last line is from a killed process
             handle.write(raw)
             handle.flush()
             os.fsync(handle.fileno())
@@ -114,22 +113,6 @@ def _require_cache(path: Path) -> None:
         start = handle.read(len(_BEGINNING))
     if not _BEGINNING.startswith(start):
         raise UserError(f"{path}: is not a cache of a judge's answers; choose another file")
-
-
-def _drop_half_line(handle: Any) -> None:
-    """Truncate the file after its last newline; the rest is from a killed process."""
-    size = handle.seek(0, os.SEEK_END)
-    end, step = size, 4096
-    while end > 0:
-        start = max(0, end - step)
-        handle.seek(start)
-        at = handle.read(end - start).rfind(b"\n")
-        if at >= 0:
-            end = start + at + 1
-            break
-        end = start
-    if end < size:
-        handle.truncate(end)
 
 
 def _parsed(line: bytes) -> tuple[str, Completion] | None:

@@ -13,8 +13,6 @@ from shiftrm.files import Row
 from shiftrm.models.rendering import Text, check_text
 from shiftrm.models.responses import Response, group_responses
 
-__all__ = ["Comparison", "Judge", "JudgeAnswer", "Verdict", "draw", "judge_pairs", "match_rows"]
-
 Outcome = Literal["win", "tie", "lose"]
 Letter = Literal["A", "B", "C"]
 Progress = Callable[[int, int], None]

@@ -19,8 +19,6 @@ from shiftrm.measure.judges.comparing import (
 from shiftrm.measure.judges.questions import Template, parse_verdict
 from shiftrm.models.endpoint import Completion, Endpoint, RefusedRequest
 
-__all__ = ["CostEstimate", "EndpointJudge"]
-
 PARAMETERS: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}
 """Default parameters of a request; `max_tokens` leaves room for the reasoning."""
 

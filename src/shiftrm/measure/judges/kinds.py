@@ -9,8 +9,6 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.measure.judges.comparing import Judge
 from shiftrm.models.endpoint import EndpointConfig
 
-__all__ = ["KINDS", "JudgeOptions", "open_judge"]
-
 KINDS = ("endpoint", "reward-model", "gold")
 
 

@@ -15,8 +15,6 @@ from shiftrm.files import encodable
 from shiftrm.measure.judges.comparing import Comparison, Letter
 from shiftrm.models.rendering import Text, is_conversational
 
-__all__ = ["CRITERIA", "Template", "load_template", "parse_verdict", "plain_text"]
-
 CRITERIA: dict[str, str] = {
     "general": (
         "Prefer the response that does better what the user asks for. Weigh how helpful, relevant, "

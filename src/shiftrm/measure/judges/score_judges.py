@@ -12,8 +12,6 @@ from shiftrm.world.gold import GoldReward
 if TYPE_CHECKING:
     from shiftrm.models.scoring import Scorer
 
-__all__ = ["GoldJudge", "RewardModelJudge"]
-
 
 class GoldJudge:
     """The gold world's true reward; prompts must be the gold world's.

@@ -1,6 +1,6 @@
 """Win, tie and lose rates between two sets of responses to the same prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,18 +12,6 @@ from shiftrm.files import Row
 from shiftrm.measure.judges.comparing import Comparison, Judge, Verdict
 from shiftrm.measure.judges.length_control import length_controlled_rate
 from shiftrm.measure.judges.questions import plain_text
-
-__all__ = [
-    "Position",
-    "WinRate",
-    "headline",
-    "sentences",
-    "summarise",
-    "verdict_rows",
-    "warnings",
-    "win_rate",
-    "win_tie_lose",
-]
 
 _SCORE = {"win": 1.0, "tie": 0.5, "lose": 0.0}
 
@@ -209,68 +197,65 @@ def headline(rate: WinRate) -> str:
     return "Ours is better." if low > 0.5 else "Theirs is better."
 
 
-def sentences(rate: WinRate) -> list[str]:
+def sentences(rate: WinRate) -> Iterator[str]:
     """Describe the numbers in sentences."""
-    found = [
+    yield (
         f"Ours wins {_percent(rate.win)}, ties {_percent(rate.tie)} and loses "
-        f"{_percent(rate.lose)} of {_count(rate.counted, 'prompt')}, says {rate.judge}.",
-        f"Wins and half the ties: {_with_interval(rate.rate)}.",
+        f"{_percent(rate.lose)} of {counted(rate.counted, 'prompt')}, says {rate.judge}."
+    )
+    yield f"Wins and half the ties: {_with_interval(rate.rate)}."
+    controlled = (
+        f"At equal lengths the rate would be {_with_interval(rate.controlled)}."
+        if rate.controlled is not None
+        else "The rate at equal lengths is undefined: all lengths differ by about the same."
+    )
+    yield (
         f"Mean length: {rate.length_ours:.0f} characters ours, {rate.length_theirs:.0f} theirs. "
-        + (
-            f"At equal lengths the rate would be {_with_interval(rate.controlled)}."
-            if rate.controlled is not None
-            else "The rate at equal lengths cannot be had: all lengths differ by about the same."
-        ),
-    ]
+        f"{controlled}"
+    )
     if rate.identical:
-        found.append(f"{rate.identical} of the ties are responses that are the same.")
+        yield f"{rate.identical} of the ties are between identical responses."
     if rate.position is not None:
         share = rate.position.first_share
-        found.append(
-            f"Both orders agree on {_percent(rate.position.consistency)} of the prompts; "
-            + (
-                "all answers are ties."
-                if share is None
-                else f"where an answer names a winner, it is the first response in "
-                f"{_percent(share)} of the cases (a fair judge: 50 %)."
-            )
+        first = (
+            "all answers are ties."
+            if share is None
+            else f"where an answer names a winner, it is the first response in "
+            f"{_percent(share)} of the cases (a fair judge: 50 %)."
         )
+        yield f"Both orders agree on {_percent(rate.position.consistency)} of the prompts; {first}"
     if rate.problems:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in rate.problems.items())
-        found.append(
-            f"{rate.asked - rate.counted} of {_count(rate.asked, 'prompt')} are not counted, since "
-            f"the judge gave no verdict that can be read: {reasons}."
+        yield (
+            f"{rate.asked - rate.counted} of {counted(rate.asked, 'prompt')} are not counted, "
+            f"since the judge gave no readable verdict: {reasons}."
         )
-    return found
 
 
-def warnings(rate: WinRate) -> list[str]:
+def warnings(rate: WinRate) -> Iterator[str]:
     """Return reasons for caution."""
-    found = []
     if rate.counted < _FEW:
-        found.append(f"Only {_count(rate.counted, 'prompt')}: too few to tell small differences.")
+        yield f"Only {counted(rate.counted, 'prompt')}: too few to tell small differences."
     if rate.rate.low is not None and rate.rate.low == rate.rate.high:
-        found.append("All prompts have the same outcome, so the interval has no width: ignore it.")
+        yield "All prompts have the same outcome, so the interval has no width: ignore it."
     if rate.asked - rate.counted > 0.05 * rate.asked:
-        found.append(
-            "More than one prompt in twenty is not counted; the rest may not stand for all. "
+        yield (
+            "More than one prompt in twenty is not counted; the rest may not represent all. "
             "Read the raw answers in verdicts.jsonl."
         )
     if rate.extrapolated and rate.controlled is not None:
-        found.append(
+        yield (
             "One side is the longer one for every prompt, so the rate at equal lengths lies at "
-            "the end of what was seen; do not lean on it."
+            "the edge of the data; do not rely on it."
         )
-    if rate.position is not None:
-        share = rate.position.first_share
-        if share is not None and share.low is not None and share.high is not None:
-            place = "first" if share.low > 0.5 else "second" if share.high < 0.5 else ""
-            if place:
-                found.append(
-                    f"The judge prefers the {place} place. Asking in both orders turns that into "
-                    "ties, which hide differences."
-                )
-    return found
+    share = None if rate.position is None else rate.position.first_share
+    if share is not None and share.low is not None and share.high is not None:
+        place = "first" if share.low > 0.5 else "second" if share.high < 0.5 else ""
+        if place:
+            yield (
+                f"The judge prefers the {place} place. Asking in both orders turns that into "
+                "ties, which hide differences."
+            )
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> list[Row]:
@@ -297,7 +282,8 @@ def _row(verdict: Verdict) -> Row:
     return row
 
 
-def _count(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
+    """Return "1 prompt" or "2 prompts"."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 

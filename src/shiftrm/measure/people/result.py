@@ -1,6 +1,6 @@
 """Results of a human evaluation: rates, agreement of raters and with a judge, and sentences."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from shiftrm.core.discrimination import Floats
 from shiftrm.core.intervals import Measured, measured, measured_mean
 from shiftrm.measure.judges.comparing import Outcome
+from shiftrm.measure.judges.win_rates import counted
 from shiftrm.measure.people.answers import HumanAnswer
 from shiftrm.measure.people.blinding import OUTCOMES
 
@@ -255,33 +256,32 @@ def cohen_kappa(first: Floats, second: Floats, weights: Floats) -> float:
 FEW = 30  # items; with fewer, bootstrap intervals are too narrow
 
 
-def human_sentences(result: HumanResult) -> list[str]:
+def human_sentences(result: HumanResult) -> Iterator[str]:
     """Describe the result, one sentence per line."""
-    raters = len(result.answers)
     given, missing = sum(result.answers.values()), sum(result.missing.values())
-    lines = [
-        f"{given} answers of {_count(raters, 'rater')} to {_count(result.items, 'item')}"
-        + (f"; {missing} are missing." if missing else "."),
+    raters, items = counted(len(result.answers), "rater"), counted(result.items, "item")
+    yield f"{given} answers of {raters} to {items}" + (
+        f"; {missing} are missing." if missing else "."
+    )
+    yield (
         f"Ours wins {_percent(result.win)}, ties {_percent(result.tie)}, loses "
-        f"{_percent(result.lose)}.",
-        f"Win rate, a tie counting half: {_percent(result.win_rate)}: {_verdict(result.win_rate)}.",
-    ]
+        f"{_percent(result.lose)}."
+    )
+    rate = result.win_rate
+    yield f"Win rate, a tie counting half: {_percent(rate)}: {_verdict(rate)}."
     if result.items < FEW:
-        lines.append(
-            f"{_count(result.items, 'item')}: too few to trust the intervals; {FEW} are the least."
-        )
+        yield f"{items}: too few to trust the intervals; at least {FEW} are needed."
     if result.first is not None and _off_half(result.first):
         side = "first" if result.first.value > 0.5 else "second"
-        lines.append(
+        yield (
             f"Raters lean to the {side} response: A was chosen in {_percent(result.first)} of the "
             "decided answers."
         )
     if result.raters is not None:
-        lines.append("Raters: " + _agreement_words(result.raters))
+        yield f"Raters: {_agreement_words(result.raters)}"
     if result.judge is not None:
         left_out = f"; {result.judge_missing} without a verdict" if result.judge_missing else ""
-        lines.append("Raters' majority and the judge: " + _agreement_words(result.judge, left_out))
-    return lines
+        yield f"Raters' majority and the judge: {_agreement_words(result.judge, left_out)}"
 
 
 def _verdict(rate: Measured) -> str:
@@ -297,7 +297,7 @@ def _off_half(rate: Measured) -> bool:
 def _agreement_words(found: Agreement, left_out: str = "") -> str:
     if found.share is None:
         return f"no item with two answers{left_out}."
-    parts = [f"agree on {_percent(found.share)} of {_count(found.items, 'item')}{left_out}"]
+    parts = [f"agree on {_percent(found.share)} of {counted(found.items, 'item')}{left_out}"]
     if found.kappa is not None:
         parts.append(f"Cohen's kappa {found.kappa}")
     if found.alpha is not None:
@@ -312,7 +312,3 @@ def _percent(rate: Measured) -> str:
     if rate.low is None or rate.high is None:
         return value
     return f"{value} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
