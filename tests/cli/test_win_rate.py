@@ -147,7 +147,7 @@ def test_unread_answers_are_counted_and_shown(shiftrm, server):
     server.answer = answer
     status, output = shiftrm(*command(server))
     assert status == 0
-    assert "1 of 6 prompts are not counted, since the judge gave no verdict" in output.out
+    assert "1 of 6 prompts are not counted, since the judge gave no readable verdict" in output.out
     assert "! More than one prompt in twenty is not counted" in output.out
     assert json.loads(read("out/win_rate.json"))["counted"] == 5
     page = read("out/win_rate.html")
