@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from shiftrm.data.loaded import Loaded, collect
 from shiftrm.data.splits import (
     deduplicated,
+    held_out,
     limited,
     prompt_of,
     read_rows_with_prompts,
@@ -154,3 +155,33 @@ def test_rows_with_prompts(tmp_path):
     path.write_text("")
     with pytest.raises(UserError, match="the file has no rows"):
         read_rows_with_prompts(str(path))
+
+
+# -- the prompts that `adapt` holds out ---------------------------------------------------------
+
+
+def choose(keys, share=0.2, seed=0):
+    return held_out(keys, share=share, seed=seed, source="x.jsonl")
+
+
+def test_a_share_of_the_distinct_prompts_in_any_order():
+    keys = [f"p{i % 50}" for i in range(120)]
+    found = choose(keys)
+    assert len(found) == 10
+    shuffled = keys[:]
+    random.Random(1).shuffle(shuffled)
+    assert choose(shuffled) == found
+    assert choose(keys, seed=1) != found
+    assert found <= choose(keys, share=0.5), "a larger share holds out more, not others"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+def test_holdouts_that_are_none(share):
+    with pytest.raises(UserError, match=r"--holdout is .*; it must lie between 0 and 1"):
+        choose("abcdefgh", share)
+
+
+@pytest.mark.parametrize(("prompts", "share"), [("aaaaaa", 0.5), ("abc", 0.2), ("abc", 0.9)])
+def test_too_few_to_hold_out(prompts, share):
+    with pytest.raises(UserError, match=r"x\.jsonl: --holdout .* at least 2 and 1 are needed"):
+        choose(prompts, share)

@@ -18,15 +18,6 @@ from torch import Tensor
 
 from shiftrm.registry import Registry
 
-__all__ = [
-    "OBJECTIVES",
-    "Objective",
-    "absolute",
-    "difference_loss",
-    "held_signs",
-    "recorded_signs",
-]
-
 
 class Objective(Protocol):
     """The signature of a meta objective; see the module docstring."""

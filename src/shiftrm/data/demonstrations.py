@@ -3,12 +3,10 @@
 from pathlib import Path
 
 from shiftrm.data.pairs import check_kinds, kind_of
-from shiftrm.data.sources import iterate_rows
+from shiftrm.data.sources import read_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import check_template_options, check_text, is_conversational
-
-__all__ = ["COLUMNS", "check_demonstration", "read_demonstrations"]
 
 COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs")
 """The columns that training reads."""
@@ -24,16 +22,14 @@ def read_demonstrations(path: str | Path) -> list[Row]:
         UserError: missing or malformed file, no rows, a row without text to learn, or one of
             a different kind than the first; the message names file and line or row.
     """
-    rows: list[Row] = []
     kinds: dict[str, tuple[str, str]] = {}
-    for where, row in iterate_rows(path):
+
+    def check(row: Row, where: str) -> None:
         check_demonstration(row, where)
         columns = ("prompt", "completion", "messages")
         check_kinds({c: kind_of(row.get(c)) for c in columns}, kinds, where)
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: the file has no demonstrations")
-    return rows
+
+    return read_rows(path, check, what="demonstrations")
 
 
 def check_demonstration(row: Row, where: str) -> None:

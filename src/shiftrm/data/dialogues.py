@@ -3,8 +3,6 @@
 from shiftrm.data.loaded import Outcome, demonstration_of, pair_of, trimmed
 from shiftrm.models.rendering import Messages
 
-__all__ = ["alternating", "last_answer", "parted"]
-
 
 def alternating(messages: Messages) -> Messages | str:
     """Return alternating messages, the user's first, after at most one system message; or a reason.

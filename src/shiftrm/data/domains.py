@@ -20,23 +20,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from shiftrm.data.pairs import read_pairs
+from shiftrm.data.prompts import read_prompts
+from shiftrm.data.sources import read_rows
 from shiftrm.errors import UserError, suggest
-from shiftrm.files import Row, atomic_write_text, iterate_jsonl, write_jsonl
+from shiftrm.files import Row, atomic_write_text, require_columns, write_jsonl
 from shiftrm.models.rendering import Text, check_text
-
-__all__ = [
-    "Domain",
-    "DomainSplit",
-    "check_batches",
-    "check_leaks",
-    "drop_leaks",
-    "hashed_uniform",
-    "load_domain",
-    "load_split",
-    "prompt_key",
-    "split_domains",
-    "write_domains",
-]
 
 FINETUNE, PAIRS = "finetune.jsonl", "pairs.jsonl"
 EVAL_PAIRS, PROMPTS = "eval_pairs.jsonl", "prompts.jsonl"
@@ -141,10 +129,10 @@ def load_domain(folder: str | Path, *, labelled: bool) -> Domain:
         )
     return Domain(
         name=folder.name,
-        support=tuple(_support_rows(folder / FINETUNE)),
-        query=tuple(_pair_rows(folder / PAIRS)),
-        eval_pairs=tuple(_pair_rows(folder / EVAL_PAIRS)),
-        prompts=tuple(_prompts(folder / PROMPTS)),
+        support=tuple(read_rows(folder / FINETUNE, _check_support, what="fine-tuning rows")),
+        query=_pair_rows(folder / PAIRS),
+        eval_pairs=_pair_rows(folder / EVAL_PAIRS),
+        prompts=_prompts(folder / PROMPTS),
     )
 
 
@@ -317,49 +305,34 @@ def _read_splits(path: Path) -> dict[str, list[str]]:
     return said
 
 
-def _support_rows(path: Path) -> list[Row]:
-    rows = []
-    for where, row in iterate_jsonl(path, required=("prompt", "response")):
-        for column in ("prompt", "response"):
-            check_text(row[column], f"{where}: column {column!r}")
-            if not row[column]:
-                raise UserError(f"{where}: the {column} is empty; remove the row")
-        if not isinstance(row.get("finished", True), bool):
-            raise UserError(
-                f"{where}: column 'finished' is {row['finished']!r}; give true or false"
-            )
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: the file has no fine-tuning rows; fill it or remove the domain")
-    return rows
+def _check_support(row: Row, where: str) -> None:
+    require_columns(row, ("prompt", "response"), where)
+    for column in ("prompt", "response"):
+        check_text(row[column], f"{where}: column {column!r}")
+        if not row[column]:
+            raise UserError(f"{where}: the {column} is empty; remove the row")
+    if not isinstance(row.get("finished", True), bool):
+        raise UserError(f"{where}: column 'finished' is {row['finished']!r}; give true or false")
 
 
-def _pair_rows(path: Path) -> list[Row]:
+def _pair_rows(path: Path) -> tuple[Row, ...]:
     """Read pairs with `read_pairs` and check that each has a prompt; none without a file."""
-    if not path.exists():
-        return []
-    rows = read_pairs(path)
+    rows = read_pairs(path) if path.exists() else []
     for number, row in enumerate(rows, start=1):
         if not row.get("prompt"):
             raise UserError(
                 f"{path}: pair {number} has no prompt; a domain's pairs need one apart from the "
                 "responses"
             )
-    return rows
+    return tuple(rows)
 
 
-def _prompts(path: Path) -> list[Text]:
-    if not path.exists():
-        return []
-    prompts: list[Text] = []
-    for where, row in iterate_jsonl(path, required=("prompt",)):
-        check_text(row["prompt"], f"{where}: column 'prompt'")
-        if not row["prompt"]:
-            raise UserError(f"{where}: the prompt is empty; remove the row")
-        prompts.append(row["prompt"])
-    if not prompts:
-        raise UserError(f"{path}: the file has no prompts; fill it or remove it")
-    return prompts
+def _prompts(path: Path) -> tuple[Text, ...]:
+    names, prompts = read_prompts(path) if path.exists() else ([], [])
+    for name, prompt in zip(names, prompts, strict=True):
+        if not prompt:
+            raise UserError(f"{name} is empty; remove the row")
+    return tuple(prompts)
 
 
 def _trained_prompts(domains: Iterable[Domain]) -> dict[str, str]:

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from shiftrm.errors import UserError
 
-__all__ = ["SUFFIXES", "files_of", "is_saved"]
-
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz")
 """Suffixes of files that `sources` reads."""
 

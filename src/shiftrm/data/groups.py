@@ -1,9 +1,9 @@
 """Response groups: unlabelled policy responses to one prompt, checked when read."""
 
+from functools import partial
 from pathlib import Path
 
-from shiftrm.data.sources import iterate_rows
-from shiftrm.errors import UserError
+from shiftrm.data.sources import read_rows
 from shiftrm.files import Row
 from shiftrm.models.responses import check_group, check_prompt, check_responses
 
@@ -22,7 +22,4 @@ def read_groups(path: str | Path, *, least: int = 2) -> list[Row]:
         UserError: a missing or malformed file, a missing column, or a group with too few responses
             or a response that is not text. The message names file and line or row.
     """
-    rows = [check_group(row, where, least=least) for where, row in iterate_rows(path)]
-    if not rows:
-        raise UserError(f"{path}: the file has no groups")
-    return rows
+    return read_rows(path, partial(check_group, least=least), what="groups")

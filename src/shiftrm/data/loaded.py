@@ -16,29 +16,6 @@ from shiftrm.files import Row, require_columns
 from shiftrm.models.rendering import Text
 from shiftrm.models.templates import text_of as message_text
 
-__all__ = [
-    "BROKEN",
-    "KINDS",
-    "Broken",
-    "Loaded",
-    "Options",
-    "Outcome",
-    "Outcomes",
-    "collect",
-    "demonstration_of",
-    "demonstrations_of",
-    "each",
-    "mapped",
-    "message",
-    "no_text",
-    "option",
-    "pair_of",
-    "prompts_of",
-    "spoken",
-    "text_of",
-    "trimmed",
-]
-
 KINDS = ("pairs", "prompts", "demonstrations")
 """Kinds of rows: TRL's preference rows; `{"prompt"}`; TRL's prompt-completion or messages."""
 

@@ -29,8 +29,6 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
 from shiftrm.registry import Registry
 
-__all__ = ["FORMATS", "KINDS", "Format", "Loaded", "load", "parse_options"]
-
 COMMON = {
     "limit": "at most N rows, drawn with the seed (default: all)",
     "seed": "random seed of what is drawn (default: 0)",

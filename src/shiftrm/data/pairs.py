@@ -5,12 +5,10 @@ from typing import Any
 
 from shiftrm.data.groups import check_prompt
 from shiftrm.data.loaded import no_text
-from shiftrm.data.sources import iterate_rows
+from shiftrm.data.sources import read_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.models.rendering import check_template_options, check_text, is_conversational
-
-__all__ = ["COLUMNS", "check_kinds", "check_margin", "check_pair", "kind_of", "read_pairs"]
 
 FINISHED = ("chosen_finished", "rejected_finished")
 """Optional columns: False where a length limit cut the response off."""
@@ -23,9 +21,9 @@ COLUMNS = ("prompt", "chosen", "rejected", "margin", *FINISHED, "tools", "chat_t
 
 
 def read_pairs(path: str | Path) -> list[Row]:
-    """Read preference pairs `{"prompt"?, "chosen", "rejected", "margin"?}`, a file or hub name.
+    """Read preference pairs `{"prompt"?, "chosen", "rejected", "margin"?}` of a file or hub name.
 
-    A row may also hold `chosen_finished` and `rejected_finished`, and any columns of its own.
+    A row may also hold `chosen_finished` and `rejected_finished`, and any other columns.
 
     Args:
         path: any source that `sources.iterate_rows` reads.
@@ -35,17 +33,15 @@ def read_pairs(path: str | Path) -> list[Row]:
             empty, or a row of a different kind than the first (text and chats mixed, a margin or
             `chosen_finished` on some rows only); the message names file and line or row.
     """
-    rows: list[Row] = []
     kinds: dict[str, tuple[str, str]] = {}
-    for where, row in iterate_rows(path):
+
+    def check(row: Row, where: str) -> None:
         check_pair(row, where)
         found = {c: kind_of(row[c]) for c in ("prompt", "chosen") if row.get(c) is not None}
         found |= {c: "given" if c in row else "missing" for c in ("margin", *FINISHED)}
         check_kinds(found, kinds, where)
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: the file has no preference pairs")
-    return rows
+
+    return read_rows(path, check, what="preference pairs")
 
 
 def check_pair(row: Row, where: str) -> Row:

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shiftrm.data.sources import iterate_rows
-from shiftrm.errors import UserError
+from shiftrm.data.sources import read_rows
+from shiftrm.files import Row, require_columns
 from shiftrm.models.rendering import Text, check_text, encode, encode_prompt
-
-__all__ = ["count_joined_ends", "read_prompts", "warn_of_joined_ends"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +27,15 @@ def read_prompts(path: str | Path) -> tuple[list[str], list[Text]]:
     Raises:
         UserError: missing or malformed file, no rows, or a prompt that is not text.
     """
-    names, prompts = [], []
-    for where, row in iterate_rows(path, required=("prompt",)):
+    names: list[str] = []
+
+    def check(row: Row, where: str) -> None:
+        require_columns(row, ("prompt",), where)
         check_text(row["prompt"], f"{where}: column 'prompt'")
         names.append(f"{where}: the prompt")
-        prompts.append(row["prompt"])
-    if not prompts:
-        raise UserError(f"{path}: the file has no prompts")
-    return names, prompts
+
+    rows = read_rows(path, check, what="prompts")
+    return names, [row["prompt"] for row in rows]
 
 
 def count_joined_ends(tokenizer: Any, prompts: Sequence[Text]) -> int:

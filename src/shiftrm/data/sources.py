@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from typing import Any
 from shiftrm.data.folders import SUFFIXES, files_of, is_saved
 from shiftrm.errors import UserError
 from shiftrm.files import BEYOND_JSON, Row, iterate_jsonl, require_columns
-
-__all__ = ["SOURCE_HELP", "fingerprint", "iterate_rows"]
 
 SOURCE_HELP = """
 Data is a .jsonl (or .jsonl.gz), .json, .parquet or .csv file, a folder of such files, or
@@ -49,7 +47,6 @@ JSON_COLUMNS = (
     "chat_template_kwargs",
 )
 """Columns whose CSV cells hold JSON."""
-
 
 INNER_LISTS = ("conversations", "completions", "summaries", "replies")
 """Lists of objects inside one row of a public data set, which are not rows."""
@@ -87,6 +84,26 @@ def iterate_rows(
     for where, row in _reader(source, split, _only(data_dir=data_dir, data_files=data_file)):
         require_columns(row, required, where)
         yield where, row
+
+
+def read_rows(source: str | Path, check: Callable[[Row, str], object], *, what: str) -> list[Row]:
+    """Read a source whole.
+
+    Args:
+        source: as in `iterate_rows`.
+        check: called with every row and its place; raises `UserError` for a bad row.
+        what: what the rows are, for the message if there are none.
+
+    Raises:
+        UserError: as `iterate_rows` and `check`, or no rows.
+    """
+    rows = []
+    for where, row in iterate_rows(source):
+        check(row, where)
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{source}: the file has no {what}")
+    return rows
 
 
 def _only(**parts: str | None) -> dict[str, str]:

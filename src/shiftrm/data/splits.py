@@ -11,25 +11,19 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from hashlib import sha256
 
 from shiftrm.data.domains import hashed_uniform, prompt_key
 from shiftrm.data.loaded import Loaded
-from shiftrm.data.sources import iterate_rows
+from shiftrm.data.sources import read_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text
 
-__all__ = [
-    "deduplicated",
-    "limited",
-    "prompt_of",
-    "read_rows_with_prompts",
-    "split_by_prompt",
-    "unit_of",
-    "without_evaluated",
-]
-
 TREE = "tree"
+
+LEAST_HELD_OUT = 2
+"""Minimum number of held-out prompts: one prompt shows no variation between prompts."""
 
 
 def opening_of(prompt: Text) -> Text:
@@ -118,20 +112,44 @@ def limited(loaded: Loaded, *, limit: int, seed: int = 0) -> Loaded:
     return _keep(loaded, lambda _row: next(numbers) in chosen, "over_limit")
 
 
+def held_out(keys: Iterable[str], *, share: float, seed: int, source: str) -> set[str]:
+    """Return the prompts to hold out of `adapt`'s groups, all groups of one prompt together.
+
+    The choice depends only on seed and prompts, not on their order.
+
+    Args:
+        keys: the prompt of every group, equal for equal prompts.
+        share: fraction of the distinct prompts, rounded to a whole number of prompts.
+        source: name of the groups in errors.
+
+    Raises:
+        UserError: a share outside (0, 1), fewer than two prompts held out, or none left.
+    """
+    if not (math.isfinite(share) and 0 < share < 1):
+        raise UserError(f"--holdout is {share:g}; it must lie between 0 and 1, as 0.2")
+    prompts = sorted(set(keys), key=lambda key: sha256(f"{seed}/{key}".encode()).digest())
+    count = round(share * len(prompts))
+    if count < LEAST_HELD_OUT or count == len(prompts):
+        raise UserError(
+            f"{source}: --holdout {share:g} of {len(prompts)} prompts holds out {count} and leaves "
+            f"{len(prompts) - count}; at least {LEAST_HELD_OUT} and 1 are needed: give more "
+            "groups, another --holdout, or other groups to measure on as --eval-groups"
+        )
+    return set(prompts[:count])
+
+
 def read_rows_with_prompts(source: str) -> list[Row]:
     """Read rows of which only the prompt is used.
 
     Raises:
         UserError: an unreadable source, no rows, or a row without prompt and messages.
     """
-    rows = []
-    for where, row in iterate_rows(source):
+
+    def check(row: Row, where: str) -> None:
         if not row.get("prompt") and not row.get("messages"):
             raise UserError(f"{where}: no prompt; give rows with a column 'prompt' or 'messages'")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{source}: the file has no rows")
-    return rows
+
+    return read_rows(source, check, what="rows")
 
 
 def _units(row: Row) -> set[str]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from shiftrm.data.holdout import held_out, overlap
 from shiftrm.data.prompts import read_prompts, warn_of_joined_ends
+from shiftrm.data.splits import held_out
 from shiftrm.errors import UserError
 from shiftrm.files import Row, write_jsonl
 from shiftrm.measure.diagnosis.comparison import adaptation_verdict
@@ -367,7 +367,7 @@ def _how(
     for file in files:
         if file.kind == "groups":
             keys = [prompt_key(row) for _, row in file.rows]
-            if shared := overlap(keys, source.keys):
+            if shared := len({*keys} & {*source.keys}):
                 text += (
                     f" {shared} of the {len(set(keys))} prompts of {file.source} are among those "
                     "adapted to as well."

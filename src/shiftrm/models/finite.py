@@ -10,8 +10,6 @@ from torch import nn
 
 from shiftrm.errors import UserError
 
-__all__ = ["broken_weight", "require_finite_gradient", "require_finite_weights"]
-
 
 def broken_weight(model: nn.Module) -> str | None:
     """The name of the first parameter that holds NaN or an infinity; None if all are finite."""

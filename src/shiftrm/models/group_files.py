@@ -14,8 +14,6 @@ from shiftrm.files import Row, atomic_write_text, iterate_jsonl, json_line, writ
 from shiftrm.models.rendering import Text
 from shiftrm.models.responses import check_group
 
-__all__ = ["begin_or_resume", "finish", "holds_groups", "settings_key", "write_groups"]
-
 
 def holds_groups(path: str | Path, prompts: Sequence[Text], *, num_responses: int) -> bool:
     """Return whether the file exists and holds groups of these prompts and this size.

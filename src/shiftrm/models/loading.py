@@ -13,20 +13,6 @@ from torch import nn
 from shiftrm.errors import UserError
 from shiftrm.models.rewards import find_head, score_head
 
-__all__ = [
-    "check_vocabulary",
-    "explain_loading",
-    "known_tokens",
-    "load_reward_model",
-    "new_head_",
-    "quiet_loading",
-    "refuse_gguf",
-    "require_known_ids",
-    "require_words",
-    "to_accelerator",
-    "unread_heads",
-]
-
 FEW_WORDS = 3
 """From a folder without tokenizer files transformers makes a tokenizer of special tokens only (and
 a mark or two); every text is then the same."""

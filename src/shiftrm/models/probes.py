@@ -21,8 +21,6 @@ from shiftrm.models.rewards import (
 )
 from shiftrm.models.rope import context_limit, frequency_limit
 
-__all__ = ["apart", "require_own_reward", "sharing_obstacle"]
-
 FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 """Allowed rounding error of hidden states, relative to their norm: two units in the last place of
 half precision."""

@@ -16,21 +16,6 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.models.rendering import Text, check_text, decode_response, encode, encode_prompt
 
-__all__ = [
-    "IDS",
-    "PROMPT_IDS",
-    "TOKENIZER",
-    "Response",
-    "check_group",
-    "check_ids",
-    "check_prompt",
-    "check_responses",
-    "encode_response",
-    "group_responses",
-    "sampled_ids",
-    "tokenizer_name",
-]
-
 PROMPT_IDS, IDS, TOKENIZER = "prompt_ids", "response_ids", "tokenizer"
 """The columns of tokens: of the prompt, of each response, and the tokenizer's name."""
 

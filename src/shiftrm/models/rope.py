@@ -12,8 +12,6 @@ from torch import nn
 
 from shiftrm.errors import UserError
 
-__all__ = ["context_limit", "forget_longest", "frequency_class", "frequency_limit"]
-
 
 def context_limit(config: Any) -> int | None:
     """Return the maximum sequence length of a model's configuration, in tokens; None if not set."""

@@ -26,15 +26,6 @@ from shiftrm.models.sampling import (
     group_row,
 )
 
-__all__ = [
-    "VllmServer",
-    "connect",
-    "load_tokenizer",
-    "policy_limits",
-    "sample_groups_vllm",
-    "sample_rows_vllm",
-]
-
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's name for its server's key
 TIMEOUT = 600.0  # seconds: one of many concurrent requests may wait that long
 

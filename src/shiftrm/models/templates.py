@@ -14,17 +14,6 @@ from weakref import WeakKeyDictionary
 from shiftrm.errors import UserError
 from shiftrm.files import encodable
 
-__all__ = [
-    "PACKAGED",
-    "Turn",
-    "end_at_closing",
-    "opening_text",
-    "packaged",
-    "render",
-    "special_ids",
-    "turn",
-]
-
 PACKAGED = Path(__file__).parent / "chat_templates"
 """This package's templates by name."""
 

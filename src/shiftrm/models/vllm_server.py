@@ -17,8 +17,6 @@ from pathlib import Path
 from shiftrm.errors import UserError
 from shiftrm.models.sampling_vllm import VllmServer, connect
 
-__all__ = ["find_vllm", "vllm_server"]
-
 START_LIMIT = 3600.0  # seconds: large models are loaded, compiled and warmed up first
 END_LIMIT = 30.0  # seconds between asking the server to stop and killing it
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
