@@ -1,5 +1,6 @@
 """Typed configuration: one dataclass field per option, unknown keys refused with a suggestion."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -34,12 +35,12 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], *, where: str = "") -> T
         path = f"{where}{key}"
         if key not in known:
             raise UserError(f"unknown setting {path!r}{suggest(key, list(known))}")
-        values[key] = _convert(hints[key], value, path)
+        values[key] = convert(hints[key], value, path)
     return cls(**values)
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """The configuration as plain data with every field; `from_mapping` reads it back."""
+    """Return the configuration as plain data with every field; `from_mapping` reads it back."""
     return _plain(dataclasses.asdict(config))
 
 
@@ -157,11 +158,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+"""Types as error messages name them."""
+
+
+def convert(hint: Any, value: Any, path: str, *, text: bool = False) -> Any:
+    """Return a value in the type of its field.
+
+    Args:
+        hint: a dataclass, `int`, `float`, `str`, `bool`, `Any`, or a tuple, list, mapping or union
+            of these.
+        path: what error messages call the value.
+        text: the value may be a word of the command line, so text may hold a number.
+
+    Raises:
+        UserError: the value is of another type.
+    """
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{path} is {value!r}; expected settings below it, as {path}.x=1")
-        return from_mapping(typing.cast(type, hint), value, where=f"{path}.")
+        return from_mapping(typing.cast(type, hint), _mapping(value, path), where=f"{path}.")
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         kinds = typing.get_args(hint)
@@ -169,31 +183,36 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value in words or (value is None and type(None) in kinds):
             return value
         try:
-            return _convert(next(k for k in kinds if k is not type(None)), value, path)
+            kind = next(k for k in kinds if k is not type(None))
+            return convert(kind, value, path, text=text)
         except UserError as error:
             raise UserError(" or ".join([str(error), *words])) from None
-    if origin is tuple:
+    if origin in (tuple, list):
         if not isinstance(value, list | tuple):
             raise UserError(f"{path} is {value!r}; expected a list, as {path}=[a, b]")
-        return tuple(_convert(typing.get_args(hint)[0], v, path) for v in value)
+        return origin(convert(typing.get_args(hint)[0], v, path) for v in value)
     if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{path} is {value!r}; expected settings below it, as {path}.x=1")
         below = typing.get_args(hint)[1]
-        return {str(k): _convert(below, v, f"{path}.{k}") for k, v in value.items()}
+        items = _mapping(value, path).items()
+        return {str(k): convert(below, v, f"{path}.{k}") for k, v in items}
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is float and isinstance(value, str):
-        try:  # YAML reads 5e-4 as text
-            return float(value)
-        except ValueError:
-            pass
+    if isinstance(value, str) and (hint is float or (hint is int and text)):
+        with contextlib.suppress(ValueError):  # YAML reads 5e-4 as text
+            value = hint(value)
     if isinstance(hint, type) and (
         not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
     ):
-        raise UserError(f"{path} is {value!r}; expected {hint.__name__}")
+        expected = EXPECTED.get(hint, hint.__name__)
+        raise UserError(f"{path} is {shortened(repr(value))}; expected {expected}")
     if hint is int and path.rpartition(".")[2] == "seed":
         check_seed(value, path)
+    return value
+
+
+def _mapping(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is {value!r}; expected settings below it, as {path}.x=1")
     return value

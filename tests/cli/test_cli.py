@@ -126,7 +126,7 @@ def test_demo_below_a_file(tmp_path, capsys):
     ],
 )
 def test_outputs_that_cannot_be_written(monkeypatch, capsys, number, words):
-    def fails(_args):
+    def fails(_options):
         raise OSError(number, os.strerror(number), "runs/page.html")
 
     monkeypatch.setattr("shiftrm.cli.report.run", fails)
@@ -139,7 +139,7 @@ def test_outputs_that_cannot_be_written(monkeypatch, capsys, number, words):
 def test_other_missing_files_are_our_mistake(monkeypatch):
     """A traceback, since the person who gave the command could do nothing about it."""
 
-    def fails(_args):
+    def fails(_options):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/usr/lib/template.j2")
 
     monkeypatch.setattr("shiftrm.cli.report.run", fails)
@@ -162,7 +162,7 @@ def test_other_missing_files_are_our_mistake(monkeypatch):
     ],
 )
 def test_what_the_same_command_does_after_an_interruption(monkeypatch, capsys, command, again):
-    def interrupted(_args):
+    def interrupted(_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"shiftrm.cli.{command.split()[0]}.run", interrupted)

@@ -4,7 +4,6 @@ The commands and their options come from the parser, so that a new command is tr
 `SHIFTRM_FUZZ=5000 pytest tests/cli/test_fuzz.py` tries so many, other ones at each call.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -13,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import typing
 import warnings
 from pathlib import Path
 
@@ -20,7 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shiftrm.cli import FOLDING, build_parser, main
+from shiftrm.cli import COMMANDS as MODULES
+from shiftrm.cli import main
 from shiftrm.errors import UserError
 from tests.cli.fuzz_world import ODD_ROWS, SOUND, YAML, make_world
 
@@ -182,78 +183,76 @@ QUICK = {
 STARTS = {"optimise": [["dpo"], ["ppo"], ["rloo"], ["grpo"], [], ["sac"]]}
 """Words that the parser does not name."""
 
-SLOW = ("--yes", "--timeout", "--retries", "--server", "--base-url", "--vllm")
+SLOW = ("yes", "timeout", "retries", "server", "base_url", "vllm")
 """Options that wait for other machines."""
 
 
-def leaves(parser, name=()):
-    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    if not below:
-        return {name: parser}
-    found = {}
-    for word, sub in below[0].choices.items():
-        found |= leaves(sub, (*name, word))
-    return found
-
-
-COMMANDS = leaves(build_parser())
-
-# settings.merged needs these, where the parser cannot know that a file may hold them
-NEEDED = {
-    "train": ("model", "pairs", "output"),
-    "adapt": ("model", "pairs", "groups", "output"),
-    "sft": ("model", "demonstrations", "output"),
-    "optimise": ("policy", "pairs", "prompts", "reward", "output"),
-    "meta-train": ("model", "domains", "output"),
+COMMANDS = {
+    (name, *below): module
+    for name, group in MODULES.items()
+    for below, module in (
+        [((inner,), module) for inner, module in group.COMMANDS.items()]
+        if hasattr(group, "COMMANDS")
+        else [((), group)]
+    )
 }
 
 
-def odd_values(action):
+def odd_values(option):
     """Anything for an option: numbers for numbers, mostly; files, folders and words else."""
     numbers = st.sampled_from(NUMBERS)
     likely = {"DIR": MODELS, "MODEL": MODELS, "[NAME=]DIR": MODELS, "FILE": [*FILES, *NEW]}
-    kind = likely.get(str(action.metavar), FILES)
+    kind = likely.get(str(option.metadata["metavar"]), FILES)
     places = st.one_of(st.sampled_from(kind), st.sampled_from([*MODELS, *FILES, *PLACES, *NEW]))
-    if action.type in (int, float):
+    if is_number(option):
         return st.one_of(numbers, numbers, numbers, places)
     return st.one_of(places, places, places, numbers)
 
 
-def good_values(action):
-    if action.choices:
-        return st.sampled_from([str(choice) for choice in action.choices])
-    if action.dest in GOOD:
-        return st.sampled_from(GOOD[action.dest])
-    if action.type in (int, float):
+def good_values(option):
+    if option.name in GOOD:
+        return st.sampled_from(GOOD[option.name])
+    if option.metadata["choices"]:
+        return st.sampled_from(option.metadata["choices"])
+    if is_number(option):
         return st.sampled_from(["1", "2"])
     return st.sampled_from([*MODELS, *FILES])
+
+
+def is_number(option):
+    return {int, float} & {option.type, *typing.get_args(option.type)}
+
+
+def drawn(name):
+    """The options of a command, without those that are drawn elsewhere."""
+    elsewhere = {"settings", *SLOW, *(["method"] if name == ("optimise",) else [])}
+    return [o for o in dataclasses.fields(COMMANDS[name].Options) if o.name not in elsewhere]
 
 
 @st.composite
 def command_lines(draw):
     """A command whose needed options are mostly right, and a few things that are not."""
     name = draw(st.sampled_from(sorted(COMMANDS)))
-    parser = COMMANDS[name]
-    actions = [a for a in parser._actions if a.dest != "help" and a.help != argparse.SUPPRESS]
-    actions = [a for a in actions if not set(a.option_strings) & set(SLOW)]
+    options = drawn(name)
     words = [*name, *draw(st.sampled_from(STARTS.get(name[0], [[]])))]
-    odd = draw(st.sets(st.sampled_from(range(len(actions))), max_size=2))
-    for number, action in enumerate(actions):
-        needed = action.required or action.dest in (*NEEDED.get(name[0], ()), "output")
-        if name[0] == "optimise" and action.dest in ("pairs", "prompts", "reward"):
-            needed = (action.dest == "pairs") == ("dpo" in words)
+    odd = draw(st.sets(st.sampled_from(range(len(options))), max_size=2))
+    for number, option in enumerate(options):
+        needed = option.default is option.default_factory is dataclasses.MISSING
+        needed |= option.name == "output" or (name[0], option.name) == ("adapt", "groups")
+        if name[0] == "optimise" and option.name in ("pairs", "prompts", "reward"):
+            needed = (option.name == "pairs") == ("dpo" in words)
         if not needed and number not in odd:
             continue
         if number in odd and draw(st.integers(0, 5)) == 0:
             continue  # left out
-        value = draw(odd_values(action) if number in odd else good_values(action))
-        if isinstance(action, argparse._StoreTrueAction):
-            words.append(action.option_strings[0])
-        elif action.option_strings:
-            flag = action.option_strings[0]
-            words += [f"{flag}={value}"] if draw(st.booleans()) else [flag, value]
-        elif action.dest not in ("settings", "options"):
+        value = draw(odd_values(option) if number in odd else good_values(option))
+        flag = f"--{option.name.replace('_', '-')}"
+        if option.type is bool:
+            words.append(flag)
+        elif option.metadata.get("positional"):
             words.append(value)
+        else:
+            words += [f"{flag}={value}"] if draw(st.booleans()) else [flag, value]
     words += QUICK.get(name[0], [])
     for _ in range(draw(st.integers(0, 2)) if name[0] in SETTINGS else 0):
         known = st.sampled_from([*SETTINGS[name[0]], "x", ""])
@@ -434,7 +433,9 @@ FOREIGN = "the tokenizer is not this model's: token "
             "odd-deep.jsonl: not a key of a sheet",
         ),
         (["diagnose", "--model=rm", "--data=groups.jsonl", f"--seed={10**30}"], "below 2^32"),
-        (["score", "--nonsense"], "the following arguments are required: --model, --data"),
+        (["score", "--nonsense"], "unknown option '--nonsense'; see `shiftrm score --help`"),
+        (["score", "--modle=rm"], "unknown option '--modle=rm'; did you mean '--model'?"),
+        (["score", "--model", "rm"], "--data, --output are missing; see `shiftrm score --help`"),
     ],
 )
 def test_broken_inputs_are_one_line(fuzz_world, words, message):
@@ -444,5 +445,10 @@ def test_broken_inputs_are_one_line(fuzz_world, words, message):
     assert message in said
 
 
-def test_settings_that_the_parser_does_not_know_are_fuzzed():
-    assert set(FOLDING) <= set(SETTINGS)
+def test_every_command_with_settings_is_fuzzed_with_them():
+    with_settings = {
+        name[0]
+        for name, module in COMMANDS.items()
+        if any(option.name == "settings" for option in dataclasses.fields(module.Options))
+    }
+    assert with_settings - {"convert"} == set(SETTINGS)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from shiftrm.cli.optimise import METHODS as CLI_METHODS
-from shiftrm.cli.optimise import method_help
+from shiftrm.cli.optimise import topic_help
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.sampling import load_policy
@@ -239,7 +239,7 @@ def test_the_help_of_a_method_lists_its_settings():
     model = {option.name for option in fields(trl.ModelConfig)}
     general = {option.name for option in fields(TrainingArguments)}
     for method, config in METHODS.items():
-        said = method_help(method)
+        said = topic_help([method])
         assert f"shiftrm optimise {method} --policy" in said
         listed = dict(re.findall(r"^  (\w+)=(\S*)", said, re.MULTILINE))
         known = {option.name: option for option in fields(config)}

@@ -78,7 +78,7 @@ def test_unknown_names_are_refused_with_a_suggestion(tmp_path):
         ({"format": "hh-rlhf"}, "unknown format 'hh-rlhf'; did you mean 'hh_rlhf'?"),
         ({"kind": "pair"}, "hh_rlhf: gives no 'pair'; it gives pairs, prompts, demonstrations"),
         ({"respones": "x"}, "hh_rlhf: unknown setting 'respones'; did you mean 'responses'?"),
-        ({"responses": 3}, "hh_rlhf: responses is 3; expected str"),
+        ({"responses": 3}, "hh_rlhf: responses is 3; expected text"),
         ({"responses": "two"}, "hh_rlhf: responses is 'two'; give 'any' or 'single'"),
         ({"limit": "3"}, "hh_rlhf: limit is '3'; expected a whole number"),
         ({"limit": 0}, "limit is 0; it must be at least 1"),

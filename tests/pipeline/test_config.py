@@ -212,4 +212,4 @@ def test_groups_of_every_prompt(world, tmp_path, capsys):
     assert drawn == prompts
     assert len(prompts) > 4, "more than the recipe's own number"
     assert main(["run", str(tmp_path / "mine.yaml"), "groups.prompts=most", "--dry-run"]) == 2
-    assert "groups.prompts is 'most'; expected int or all" in capsys.readouterr().err
+    assert "groups.prompts is 'most'; expected a whole number or all" in capsys.readouterr().err

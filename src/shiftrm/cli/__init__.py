@@ -1,7 +1,6 @@
 """The command line. Importing it does not load torch or transformers; running a command may.
 
-Each command is a module with `register(subparsers)`, which declares its options, `run(args)`, and
-`again`, which says what repeating the command does after an interruption.
+Each command is a module with `ABOUT` (its texts), `Options` (a dataclass) and `run(options)`.
 """
 
 import argparse
@@ -10,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from types import ModuleType
 
 from shiftrm import __version__
 from shiftrm.cli import (
@@ -29,19 +28,28 @@ from shiftrm.cli import (
     sft,
     train,
 )
+from shiftrm.cli.options import Parser, add_commands, read
 from shiftrm.config import at_home
 from shiftrm.errors import UserError, missing_embedding, shortened
 from shiftrm.locks import holding
-from shiftrm.progress import reporting, speaks
+from shiftrm.progress import quieten_libraries, reporting, speaks
 
-COMMANDS = (
-    *(demo, run, report),
-    *(convert, sft, train, sample, adapt, optimise),
-    *(score, diagnose, evaluate),
-    *(meta_train, meta_test),
-)
-
-FOLDING = {"train": train, "adapt": adapt, "sft": sft, "optimise": optimise}
+COMMANDS: dict[str, ModuleType] = {
+    "demo": demo,
+    "run": run,
+    "report": report,
+    "convert": convert,
+    "sft": sft,
+    "train": train,
+    "sample": sample,
+    "adapt": adapt,
+    "optimise": optimise,
+    "score": score,
+    "diagnose": diagnose,
+    "evaluate": evaluate,
+    "meta-train": meta_train,
+    "meta-test": meta_test,
+}
 
 EPILOG = """examples:
   shiftrm demo                       the whole loop on the embedded gold world, in minutes
@@ -56,40 +64,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # file names may contain bytes that are not text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    parser = build_parser()
     words = [at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    if words and words[0] in FOLDING:  # any setting may be a flag
-        words = [words[0], *FOLDING[words[0]].fold_flags(words[1:])]
-    elif words[:1] == ["run"]:
-        words = [words[0], *run.options_first(words[1:])]
-    elif words[:1] in (["meta-train"], ["meta-test"]):
-        words = [words[0], *meta_train.settings_last(words[1:])]
-    elif words[:1] == ["convert"]:
-        words = [words[0], *convert.words_last(words[1:])]
-    args = parser.parse_args(words)
+    args, others = build_parser().parse_known_args(words)
+    if args.help:
+        topic = getattr(args.module, "topic_help", lambda _: None)(others)
+        print(args.parser.format_help() if topic is None else topic, end="")
+        args.parser.exit()
+    quieten_libraries()
+    options = args
     try:
-        _check_numbers(args)
+        options = read(args.module.Options, args, others)
         with reporting(words[0], speaks=speaks()), holding(words):
-            args.run(args)
+            args.module.run(options)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under accelerate, one process reports for all
             print(f"shiftrm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"shiftrm: interrupted; give the same command again {args.again}", file=sys.stderr)
+        again = args.module.ABOUT.again
+        print(f"shiftrm: interrupted; give the same command again {again}", file=sys.stderr)
         return 130
     except OSError as error:
-        advice = _output_advice(error, getattr(args, "output", None))
+        advice = _output_advice(error, getattr(options, "output", None))
         if advice is None:
             raise
         what = UserError(f"{shortened(str(error.filename or 'output'))}: {error.strerror}")
         print(f"shiftrm: error: {what}; {advice}", file=sys.stderr)
         return 2
     except IndexError as error:
-        said = missing_embedding(error)
-        if said is None:
+        explained = missing_embedding(error)
+        if explained is None:
             raise
-        print(f"shiftrm: error: {said}", file=sys.stderr)
+        print(f"shiftrm: error: {explained}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not str(error).startswith("stage "):
@@ -97,18 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shiftrm: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    """Reject seeds and counts that are out of range."""
-    from shiftrm.config import check_seed
-
-    for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, int) and name == "seed":
-            check_seed(value, flag)
-        elif isinstance(value, int) and abs(value) >= 2**31:
-            raise UserError(f"{flag} is {shortened(str(value))}; it must be below 2^31")
 
 
 def _output_advice(error: OSError, output: str | None) -> str | None:
@@ -131,14 +125,7 @@ def _output_advice(error: OSError, output: str | None) -> str | None:
     return None
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that reports unknown arguments in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"shiftrm: error: {UserError(message)}; see `{self.prog} --help`\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser with all commands."""
     parser = Parser(
         prog="shiftrm",
@@ -147,7 +134,5 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"shiftrm {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.register(subparsers)
+    add_commands(parser, COMMANDS)
     return parser

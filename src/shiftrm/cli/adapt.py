@@ -1,12 +1,10 @@
 """`shiftrm adapt`: adapt a reward model to the current policy, and diagnose both."""
 
-import argparse
-import shlex
-import sys
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-from shiftrm.cli import settings
+from shiftrm.cli.options import About, command_line, option, optional
+from shiftrm.cli.training import REWARD_HELP, RewardOptions, result_folder
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
 
@@ -33,92 +31,83 @@ Samples and checkpoints are written into .NAME.work beside the output. A command
 interrupted, killed or stopped by a full disk continues from there when it is given again.
 """
 
-SAMPLING: dict[str, tuple[Callable[[str], float], float, str, str]] = {
-    "responses": (int, 5, "K", "responses to each prompt"),
-    "max_new_tokens": (int, 128, "N", "longest response"),
-    "temperature": (float, 1.0, "T", "of sampling"),
-    "top_p": (float, 1.0, "P", "of sampling"),
-    "repetition_penalty": (float, 1.0, "X", "1 is none"),
-    "sampling_batch_size": (int, 32, "N", "prompts a batch"),
-}
-"""Type, default, placeholder and help of the options for --policy."""
+ABOUT = About(
+    help="adapt a reward model to responses of today's policy; before and after",
+    description="Adapts a trained reward model to unlabelled responses of today's policy "
+    "(MetaRM), and says whether it became sharper or only louder.",
+    epilog=EPILOG + REWARD_HELP + FILES + SOURCE_HELP,
+    again="to continue: samples and checkpoints are kept",
+)
 
-TEXT = ("config", "method", "model", "pairs", "eval_pairs", "groups", "output", "policy", "prompts")
-
-OPTIONS = (*TEXT, "eval_groups", "holdout", *SAMPLING)
+SAMPLING = "sampling, with --policy"
 
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "adapt",
-        help="adapt a reward model to responses of today's policy; before and after",
-        description="Adapts a trained reward model to unlabelled responses of today's policy "
-        "(MetaRM), and says whether it became sharper or only louder.",
-        epilog=EPILOG + settings.HELP + FILES + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+@dataclass(frozen=True, kw_only=True)
+class Options(RewardOptions):
+    method: str = option(
+        "NAME",
+        "retrained, another registered method, or package.module:attribute",
+        default="metarm",
     )
-    settings.add_arguments(parser)
-    parser.add_argument(
-        "--method",
-        metavar="NAME",
-        help="metarm (default), retrained, another registered method, or package.module:attribute",
+    groups: str | None = optional("DATA", "response groups of today's policy", reads=True)
+    policy: str | None = optional(
+        "DIR", "instead of --groups: the policy to sample them from", reads=True
     )
-    parser.add_argument("--groups", metavar="DATA", help="response groups of today's policy")
-    parser.add_argument("--policy", metavar="DIR", help="or: the policy to sample them from")
-    parser.add_argument("--prompts", metavar="DATA", help="with --policy: rows with `prompt`")
-    for name, (_, default, placeholder, text) in SAMPLING.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            metavar=placeholder,
-            help=f"with --policy: {text}; default: {default:g}",
-        )
-    parser.add_argument(
-        "--holdout",
-        metavar="SHARE",
-        help="share of the prompts of the groups to measure on only; default: 0.2",
+    prompts: str | None = optional("DATA", "with --policy: rows with `prompt`", reads=True)
+    holdout: float | None = optional(
+        "SHARE",
+        "share of the groups' prompts that is only measured on",
+        shown="0.2",
     )
-    parser.add_argument(
-        "--eval-groups",
-        metavar="[NAME=]DATA",
-        action="append",
-        help="other groups to measure on; none are held out then; may be repeated",
+    eval_groups: dict[str, str] = option(
+        "[NAME=]DATA",
+        "other groups to measure on, so that none are held out; may be repeated",
+        default={},
+        reads=True,
     )
-    parser.set_defaults(run=run, again="to continue: samples and checkpoints are kept")
+    responses: int | None = optional("K", "responses to each prompt", shown="5", group=SAMPLING)
+    max_new_tokens: int | None = optional(
+        "N", "maximum response length, in tokens", shown="128", group=SAMPLING
+    )
+    temperature: float | None = optional("T", "sampling temperature", shown="1", group=SAMPLING)
+    top_p: float | None = optional(
+        "P", "share of probability to sample from", shown="1", group=SAMPLING
+    )
+    repetition_penalty: float | None = optional(
+        "X", "above 1, repeated tokens are less likely", shown="1", group=SAMPLING
+    )
+    sampling_batch_size: int | None = optional(
+        "N", "prompts in a batch", shown="32", group=SAMPLING
+    )
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the sampling options that were given."""
+        names = [each.name for each in fields(self) if each.metadata.get("group") == SAMPLING]
+        return {name: found for name in names if (found := getattr(self, name)) is not None}
 
 
-def fold_flags(arguments: Sequence[str]) -> list[str]:
-    """See `settings.fold_flags`."""
-    return settings.fold_flags(arguments, OPTIONS)
-
-
-def run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
+def run(options: Options) -> None:
     from shiftrm.cli.diagnose import show_tables
     from shiftrm.cli.progress import bar, only_on_terminals
 
-    options, chosen = settings.merged(args, OPTIONS, numbers=(*SAMPLING, "holdout"))
-    output = settings.output(options, args.config)  # before the slow imports
-    numbers = {key: _number(key, options[key]) for key in (*SAMPLING, "holdout") if key in options}
-    _check_policy(options, numbers)
-    settings.quieten_libraries()
+    output = result_folder(options)  # before the slow imports
+    _check_policy(options)
     from shiftrm.methods.adapt import Request, adapt
     from shiftrm.report.adaptation import PAGE, write_before_after
 
     only_on_terminals()
     request = Request(
-        options["model"],
-        pairs=options["pairs"],
-        output=Path(output),
-        settings=chosen,
-        method=options.get("method", "metarm"),
-        groups=options.get("groups"),
-        samples=_samples(options, numbers),
-        eval_pairs=settings.named(options.get("eval_pairs"), "eval_pairs"),
-        eval_groups=settings.named(options.get("eval_groups"), "eval_groups"),
-        holdout=numbers.get("holdout"),
-        command=shlex.join(["shiftrm", *sys.argv[1:]]),
+        options.model,
+        pairs=options.pairs,
+        output=output,
+        settings=options.settings,
+        method=options.method,
+        groups=options.groups,
+        samples=_samples(options),
+        eval_pairs=options.eval_pairs,
+        eval_groups=options.eval_groups,
+        holdout=options.holdout,
+        command=command_line(),
     )
     found = adapt(request, present=write_before_after, bar=bar)
     if found is not None:
@@ -126,41 +115,23 @@ def run(args: argparse.Namespace) -> None:
         print(f"{found.summary}\nPage: {output / PAGE}")
 
 
-def _number(name: str, given: Any) -> Any:
-    """Parse an option as a number."""
-    kind = float if name == "holdout" else SAMPLING[name][0]
-    try:
-        if isinstance(given, bool) or (kind is int and isinstance(given, float)):
-            raise ValueError
-        return kind(given)
-    except (TypeError, ValueError):
-        expected = "a whole number" if kind is int else "a number"
-        flag = f"--{name.replace('_', '-')}"
-        raise UserError(f"{flag} is {given!r}; expected {expected}") from None
-
-
-def _check_policy(options: dict[str, Any], numbers: dict[str, Any]) -> None:
+def _check_policy(options: Options) -> None:
     """Check that --policy and --prompts are given together, and sampling options only with them."""
-    if "policy" in options and "prompts" not in options:
+    if options.policy is not None and options.prompts is None:
         raise UserError("--policy without --prompts: give the prompts that it shall answer")
-    if "prompts" in options and "policy" not in options:
+    if options.prompts is not None and options.policy is None:
         raise UserError("--prompts without --policy: give the policy that shall answer them")
-    idle = [key for key in SAMPLING if key in numbers]
-    if idle and "policy" not in options:
-        raise UserError(f"--{idle[0].replace('_', '-')} goes with --policy, which is not there")
+    if options.policy is None and (idle := [*options.sampling()]):
+        raise UserError(f"--{idle[0].replace('_', '-')} needs --policy, which is missing")
 
 
-def _samples(options: dict[str, Any], numbers: dict[str, Any]) -> Any:
+def _samples(options: Options) -> Any:
     from shiftrm.methods.adapt import PolicySamples
     from shiftrm.models.sampling import SamplingConfig
 
-    if "policy" not in options:
+    if options.policy is None or options.prompts is None:
         return None
-    value = {key: numbers.get(key, default) for key, (_, default, _, _) in SAMPLING.items()}
-    return PolicySamples(
-        policy=options["policy"],
-        prompts=options["prompts"],
-        responses=value.pop("responses"),
-        batch_size=value.pop("sampling_batch_size"),
-        config=SamplingConfig(**value),
-    )
+    given = options.sampling()
+    named = {"responses": "responses", "sampling_batch_size": "batch_size"}
+    sizes = {named[key]: given.pop(key) for key in named if key in given}
+    return PolicySamples(options.policy, options.prompts, SamplingConfig(**given), **sizes)

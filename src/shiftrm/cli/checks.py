@@ -179,18 +179,6 @@ def _require_folder_above(path: Path, option: str) -> None:
         raise UserError(f"{option}: {above} is not a folder; choose another --output")
 
 
-def at_least_one(value: int, option: str) -> None:
-    """Reject a count below one."""
-    if value < 1:
-        raise UserError(f"{option} is {value}; it must be at least 1")
-
-
-def not_negative(value: float | None, option: str) -> None:
-    """Reject a number below zero; None passes."""
-    if value is not None and not value >= 0:
-        raise UserError(f"{option} is {value}; it must be at least 0")
-
-
 def named_paths(options: Sequence[str], flag: str = "", *, suffix: bool = False) -> dict[str, str]:
     """Parse `NAME=PATH` or `PATH`; without a name, the last part of the path is the name.
 
@@ -215,11 +203,3 @@ def named_paths(options: Sequence[str], flag: str = "", *, suffix: bool = False)
             )
         found[name] = path
     return found
-
-
-def to_accelerator(model: Any) -> Any:
-    """Return the model, moved to the accelerator if there is one."""
-    import torch
-
-    device = torch.accelerator.current_accelerator()
-    return model if device is None else model.to(device)

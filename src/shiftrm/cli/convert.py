@@ -1,12 +1,14 @@
 """`shiftrm convert`: convert a public data set to preference pairs, prompts or demonstrations."""
 
-import argparse
 import os
-from collections.abc import Sequence
-from typing import Any
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
 
+from shiftrm.cli.options import About, inputs, option, optional
 from shiftrm.data.named import COMMON, FORMATS, KINDS, Loaded
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.errors import UserError
 
 EPILOG = """examples:
   shiftrm convert hh_rlhf Anthropic/hh-rlhf --kind pairs --output pairs.jsonl subset=helpful
@@ -23,54 +25,8 @@ Formats and their options, given as name=value:
 """
 
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "convert",
-        help="read a public data set as pairs, prompts or demonstrations",
-        description="Reads a public data set and writes rows that the other commands take.",
-        epilog=EPILOG + formats_help() + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "format",
-        metavar="FORMAT",
-        help="a name from the list below, or package.module:FORMAT for your own",
-    )
-    parser.add_argument("source", metavar="SOURCE", help="file, folder or hub name, see below")
-    parser.add_argument("--kind", required=True, choices=KINDS, help="what the rows are for")
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSONL to write")
-    parser.add_argument("--dropped", metavar="FILE", help="JSONL of what was dropped, and why")
-    parser.add_argument("--split", metavar="NAME", help="of a folder or hub name; default: train")
-    parser.add_argument(
-        "--evaluation",
-        action="append",
-        metavar="DATA",
-        help="rows that are evaluated on: what has a prompt of theirs is dropped; may be repeated",
-    )
-    parser.add_argument("--eval-output", metavar="FILE", help="also split off rows to evaluate on")
-    parser.add_argument(
-        "--eval-share", type=float, metavar="X", help="of the prompts that go there; default: 0.1"
-    )
-    parser.add_argument("options", nargs="*", metavar="name=value", help="the format's options")
-    parser.set_defaults(run=run, again="to start anew; nothing was written")
-
-
-def words_last(words: Sequence[str]) -> list[str]:
-    """Move flags first, since argparse needs consecutive positional arguments."""
-    flags: list[str] = []
-    others: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        (flags if word.startswith("-") else others).append(word)
-        if word.startswith("--") and "=" not in word and word != "--help" and rest:
-            flags.append(rest.pop(0))
-    return [*flags, *others]
-
-
 def formats_help() -> str:
     """List the formats with their kinds, hub names and options."""
-    import textwrap
 
     def wrapped(first: str, text: str) -> str:
         return textwrap.fill(
@@ -95,43 +51,74 @@ def formats_help() -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(args: argparse.Namespace) -> None:
+ABOUT = About(
+    help="read a public data set as pairs, prompts or demonstrations",
+    description="Reads a public data set and writes rows that the other commands take.",
+    epilog=EPILOG + formats_help() + SOURCE_HELP,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    format: str = option(
+        "FORMAT",
+        "a name from the list below, or package.module:FORMAT for your own",
+        positional=True,
+    )
+    source: str = option(
+        "SOURCE", "file, folder or hub name, see below", positional=True, reads=True
+    )
+    kind: str = option(help="what the rows are for", choices=KINDS)
+    output: str = option("FILE", "JSONL to write")
+    dropped: str | None = optional("FILE", "JSONL of what was dropped, and why")
+    split: str | None = optional("NAME", "split of a folder or hub name", shown="train")
+    evaluation: list[str] = option(
+        "DATA",
+        "rows that are evaluated on: rows with one of their prompts are dropped; may be repeated",
+        default=[],
+        reads=True,
+    )
+    eval_output: str | None = optional("FILE", "also split off rows to evaluate on")
+    eval_share: float | None = optional("X", "share of the prompts that go there", shown="0.1")
+    settings: list[str] = option("name=value", "the format's options", default=[])
+
+
+def run(options: Options) -> None:
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.named import load, parse_options
     from shiftrm.data.splits import read_rows_with_prompts, split_by_prompt, without_evaluated
-    from shiftrm.errors import UserError
     from shiftrm.files import write_jsonl
 
-    options = parse_options(args.format, args.options)
-    one_file = os.path.isfile(args.source)
-    if args.split is not None and one_file and not FORMATS.get(args.format).rows_say_split:
-        raise UserError(f"{args.source}: is one file, so --split has no effect; leave it out")
-    files = _outputs(args)
-    evaluated = [read_rows_with_prompts(source) for source in args.evaluation or ()]
+    chosen = parse_options(options.format, options.settings)
+    one_file = os.path.isfile(options.source)
+    if options.split is not None and one_file and not FORMATS.get(options.format).rows_say_split:
+        raise UserError(f"{options.source}: is one file, so --split has no effect; leave it out")
+    files = _outputs(options)
+    evaluated = [read_rows_with_prompts(source) for source in options.evaluation]
     only_on_terminals()
-    with bar(f"{args.format} rows", None) as progress:
+    with bar(f"{options.format} rows", None) as progress:
         loaded = load(
-            args.format,
-            args.source,
-            kind=args.kind,
-            split=args.split,
+            options.format,
+            options.source,
+            kind=options.kind,
+            split=options.split,
             progress=lambda done: progress(done, None),
-            **options,
+            **chosen,
         )
     loaded = without_evaluated(loaded, *evaluated)
     if not loaded.rows:
-        raise UserError(f"{args.source}: every prompt is also in --evaluation; nothing is left")
+        raise UserError(f"{options.source}: every prompt is also in --evaluation; nothing is left")
     held_out = None
-    if args.eval_output is not None:
-        share = 0.1 if args.eval_share is None else args.eval_share
-        loaded, held_out = split_by_prompt(loaded, share=share, seed=options.get("seed", 0))
+    if options.eval_output is not None:
+        share = 0.1 if options.eval_share is None else options.eval_share
+        loaded, held_out = split_by_prompt(loaded, share=share, seed=chosen.get("seed", 0))
         write_jsonl(files["eval_output"], held_out.rows)
-    if args.dropped is not None:
+    if options.dropped is not None:
         write_jsonl(files["dropped"], loaded.dropped)
     write_jsonl(files["output"], loaded.rows)
-    print(summary(loaded, args.kind, args.output))
+    print(summary(loaded, options.kind, options.output))
     if held_out is not None:
-        print(f"{len(held_out.rows)} {args.kind} to evaluate on: {args.eval_output}")
+        print(f"{len(held_out.rows)} {options.kind} to evaluate on: {options.eval_output}")
 
 
 def summary(loaded: Loaded, kind: str, output: str) -> str:
@@ -148,16 +135,15 @@ def summary(loaded: Loaded, kind: str, output: str) -> str:
     return f"{kept}\n{dropped} dropped ({dropped / total:.1%}): {reasons}"
 
 
-def _outputs(args: argparse.Namespace) -> dict[str, Any]:
+def _outputs(options: Options) -> dict[str, Path]:
     """Return the files to write, checked to be writable and distinct."""
     from shiftrm.cli.checks import output_rows
-    from shiftrm.errors import UserError
 
-    if args.eval_share is not None and args.eval_output is None:
+    if options.eval_share is not None and options.eval_output is None:
         raise UserError("--eval-share needs --eval-output; give the file for those rows")
     names = ("output", "dropped", "eval_output")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    taken = [args.source, *(args.evaluation or ())]
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    taken = inputs(options)
     files = {}
     for name, value in given.items():
         files[name] = output_rows(value, apart_from=taken)

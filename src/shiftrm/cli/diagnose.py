@@ -1,9 +1,10 @@
 """`shiftrm diagnose`: check whether a reward model still tells responses apart."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shiftrm.cli.options import About, option, optional
 from shiftrm.data.sources import SOURCE_HELP
 
 EPILOG = """examples:
@@ -19,56 +20,45 @@ the SFT policy); the next ones are compared with it (say, samples of today's pol
 can show that a model sees; without them the verdict is about spread.
 """
 
+ABOUT = About(
+    help="does a reward model still tell responses apart?",
+    description="Scores files of groups or labelled pairs, prints the numbers side by side "
+    "with a verdict in words, and writes them as a page and as JSON.",
+    epilog=EPILOG + SOURCE_HELP,
+)
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "diagnose",
-        help="does a reward model still tell responses apart?",
-        description="Scores files of groups or labelled pairs, prints the numbers side by side "
-        "with a verdict in words, and writes them as a page and as JSON.",
-        epilog=EPILOG + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    model: list[str] = option(
+        "[NAME=]DIR",
+        "checkpoint or hub name; given twice or more, the others are compared with the first",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        action="append",
-        metavar="[NAME=]DIR",
-        help="checkpoint or hub name; given twice or more, the others are compared with the first",
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
+    data: list[str] = option(
+        "[NAME=]FILE",
+        "groups or pairs, the reference first; NAME is what the tables call it",
         nargs="+",
-        action="extend",
-        metavar="[NAME=]FILE",
-        help="groups or pairs, the reference first; NAME is how the tables call it",
     )
-    parser.add_argument(
-        "--output",
-        metavar="PATH",
-        help="a name that ends in .html: the page; any other: a folder for page and numbers",
+    output: str | None = optional(
+        "PATH",
+        "a name that ends in .html: the page; any other: a folder for page and numbers",
     )
-    parser.add_argument("--json", metavar="FILE", help="all numbers as JSON")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the bootstrap; default: 0"
-    )
-    parser.set_defaults(run=run, again="to start anew; nothing was written")
+    json: str | None = optional("FILE", "all numbers as JSON")
+    batch_size: int = option("N", default=64, least=1)
+    seed: int = option("N", "seed of the bootstrap", default=0)
 
 
-def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, named_paths
+def run(options: Options) -> None:
+    from shiftrm.cli.checks import named_paths
     from shiftrm.cli.progress import only_on_terminals
     from shiftrm.measure.diagnosis.findings import read_data
 
-    at_least_one(args.batch_size, "--batch-size")
-    sources = named_paths(args.data, "--data")
-    models = named_paths(args.model, "--model", suffix=True)
-    page, json_files = _outputs(args.output, args.json, [*sources.values(), *models.values()])
+    sources = named_paths(options.data, "--data")
+    models = named_paths(options.model, "--model", suffix=True)
+    page, json_files = _outputs(options.output, options.json, [*sources.values(), *models.values()])
     data = [read_data(source, name) for name, source in sources.items()]
     only_on_terminals()
-    found = _diagnose(models, data, batch_size=args.batch_size, seed=args.seed)
+    found = _diagnose(models, data, batch_size=options.batch_size, seed=options.seed)
     _write(found, page, json_files)
     show(found)
     for path in (page, *json_files):

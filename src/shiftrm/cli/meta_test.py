@@ -1,7 +1,8 @@
 """`shiftrm meta-test`: optimise a policy against a frozen reward model in unseen domains."""
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
+
+from shiftrm.cli.options import About, inputs, option, optional
 
 EPILOG = """examples:
   shiftrm meta-test --policy models/sft --reward models/reward --domains domains --output runs/test
@@ -22,53 +23,48 @@ Settings, as key=value: seed, weighted.* (updates, batch_size, learning_rate, be
 A command that was interrupted continues when it is given again.
 """
 
+ABOUT = About(
+    help="make and measure policies for unseen domains under a frozen reward model (OODPL)",
+    description="Makes a policy for every held-out domain, guided by a frozen reward model, "
+    "and measures it against the reference policy.",
+    epilog=EPILOG,
+    again="to continue",
+)
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "meta-test",
-        help="make and measure policies for unseen domains under a frozen reward model (OODPL)",
-        description="Makes a policy for every held-out domain, guided by a frozen reward model, "
-        "and measures it against the reference policy.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    policy: str = option("DIR", "the reference policy", reads=True)
+    reward: str | None = optional("DIR", "reward model that guides", reads=True)
+    domains: str = option("DIR", "folder of domains", reads=True)
+    output: str = option("DIR", "folder of the result")
+    way: str = option("WAY", "weighted, ppo, rloo or plain", default="weighted")
+    only: list[str] | None = optional(
+        "NAME,NAME", "these domains", comma=True, shown="the held-out domains"
     )
-    parser.add_argument("--policy", required=True, metavar="DIR", help="the reference policy")
-    parser.add_argument("--reward", metavar="DIR", help="reward model that guides")
-    parser.add_argument("--domains", required=True, metavar="DIR", help="folder of domains")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the result")
-    parser.add_argument(
-        "--way", default="weighted", metavar="WAY", help="weighted (default), ppo, rloo or plain"
-    )
-    parser.add_argument("--only", metavar="NAME,NAME", help="default: the held-out domains")
-    parser.add_argument("--judge", metavar="DIR", help="reward model that only evaluates")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting")
-    parser.set_defaults(run=run, again="to continue")
+    judge: str | None = optional("DIR", "reward model that only evaluates", reads=True)
+    workers: int = option("N", default=1, least=1)
+    settings: list[str] = option("key=value", "any setting", default=[])
 
 
-def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_folder
-    from shiftrm.cli.meta_train import names
+def run(options: Options) -> None:
+    from shiftrm.cli.checks import output_folder
     from shiftrm.cli.progress import only_on_terminals
 
-    at_least_one(args.workers, "--workers")
-    output = output_folder(
-        args.output, apart_from=[args.policy, args.reward, args.domains, args.judge]
-    )
+    output = output_folder(options.output, apart_from=inputs(options))
     from shiftrm.pipeline.meta_test_run import meta_test
 
     only_on_terminals()
     print(
         meta_test(
-            args.policy,
-            reward=args.reward,
-            domains=args.domains,
+            options.policy,
+            reward=options.reward,
+            domains=options.domains,
             output=output,
-            way=args.way,
-            names=names(args.only),
-            judge=args.judge,
-            settings=args.settings,
-            workers=args.workers,
+            way=options.way,
+            names=options.only,
+            judge=options.judge,
+            settings=options.settings,
+            workers=options.workers,
         )
     )

@@ -1,12 +1,10 @@
 """`shiftrm optimise`: optimise a policy with a reward model or on preference pairs."""
 
-import argparse
-import shlex
-import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from shiftrm.cli import settings
+from shiftrm.cli.options import About, option, optional
+from shiftrm.cli.training import POLICY_HELP, TrainingOptions, run_job
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError, suggest
 
@@ -38,105 +36,71 @@ is the base model with the adapter off, unless --reference names another.
 CONFIGS = """PPOConfig with its sampling (ppo), trl.RLOOConfig,
 trl.GRPOConfig or trl.DPOConfig, kl_samples and max_prompt_length"""
 
-METHODS: dict[str, tuple[tuple[str, str, str], ...]] = {
+ABOUT = About(
+    help="optimise a policy by ppo, rloo, grpo or dpo",
+    description="Optimises a policy against a reward model, or on preference pairs.",
+    epilog=EPILOG + POLICY_HELP.format(configs=CONFIGS) + SOURCE_HELP,
+    again="to continue from the last checkpoint, if there is one",
+)
+
+METHODS: dict[str, tuple[str, ...]] = {
     "ppo": (
-        ("shiftrm", "policies/ppo_config.py", "PPOConfig"),
-        ("shiftrm", "models/generation.py", "SamplingConfig"),
-        ("shiftrm", "policies/configs.py", "_PPOCommand"),
+        "shiftrm.policies.ppo_config:PPOConfig",
+        "shiftrm.models.generation:SamplingConfig",
+        "shiftrm.policies.configs:_PPOCommand",
     ),
-    "rloo": (
-        ("trl", "trainer/rloo_config.py", "RLOOConfig"),
-        ("shiftrm", "policies/configs.py", "RLOOConfig"),
-    ),
-    "grpo": (
-        ("trl", "trainer/grpo_config.py", "GRPOConfig"),
-        ("shiftrm", "policies/configs.py", "GRPOConfig"),
-    ),
-    "dpo": (
-        ("trl", "trainer/dpo_config.py", "DPOConfig"),
-        ("shiftrm", "policies/configs.py", "DPOConfig"),
-    ),
+    "rloo": ("trl.trainer.rloo_config:RLOOConfig", "shiftrm.policies.configs:RLOOConfig"),
+    "grpo": ("trl.trainer.grpo_config:GRPOConfig", "shiftrm.policies.configs:GRPOConfig"),
+    "dpo": ("trl.trainer.dpo_config:DPOConfig", "shiftrm.policies.configs:DPOConfig"),
 }
-"""Methods to optimise a policy, and where their settings are declared."""
+"""Methods to optimise a policy, and the classes that declare their settings."""
 
 NO_SETTINGS = ("sampling",)
 """Fields that are settings classes, whose own fields are listed."""
 
-OPTIONS = (
-    "config",
-    "method",
-    "policy",
-    "reference",
-    "reward",
-    "watch",
-    "prompts",
-    "pairs",
-    "output",
-)
 
-
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "optimise",
-        help="optimise a policy by ppo, rloo, grpo or dpo",
-        description="Optimises a policy against a reward model, or on preference pairs.",
-        epilog=EPILOG + settings.POLICY_HELP.format(configs=CONFIGS) + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-        usage="%(prog)s METHOD --policy DIR [--reference DIR] [--reward DIR] [--watch DIR] "
-        "(--prompts DATA | --pairs DATA) --output DIR [--config FILE] [key=value ...]",
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainingOptions):
+    method: str = option("METHOD", "ppo, rloo, grpo or dpo", positional=True)
+    policy: str = option("DIR", "checkpoint or hub name", reads=True)
+    reference: str | None = optional(
+        "DIR", "the model to stay close to", shown="the policy", reads=True
     )
-    parser.add_argument(
-        "-h", "--help", nargs="?", action=_Help, help="this text; of METHOD: its settings"
-    )
-    parser.add_argument("--method", help=argparse.SUPPRESS)
-    parser.add_argument("--policy", metavar="DIR", help="checkpoint or hub name (needed)")
-    parser.add_argument("--reference", metavar="DIR", help="the model to stay close to")
-    parser.add_argument("--reward", metavar="DIR", help="reward model (ppo, rloo, grpo)")
-    parser.add_argument(
-        "--watch",
-        metavar="DIR",
-        help="second reward model (or gold, the gold world's) that scores the samples and trains "
+    reward: str | None = optional("DIR", "reward model (ppo, rloo, grpo)", reads=True)
+    watch: str | None = optional(
+        "DIR",
+        "second reward model (or gold, the gold world's) that scores the samples and trains "
         "nothing: logged as gold_mean",
+        reads=True,
     )
-    parser.add_argument("--prompts", metavar="DATA", help="rows with `prompt` (ppo, rloo, grpo)")
-    parser.add_argument("--pairs", metavar="DATA", help="preference pairs (dpo)")
-    settings.add_common(parser)
-    parser.set_defaults(run=run, again="to continue from the last checkpoint, if there is one")
+    prompts: str | None = optional("DATA", "rows with `prompt` (ppo, rloo, grpo)", reads=True)
+    pairs: str | None = optional("DATA", "preference pairs (dpo)", reads=True)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"unknown method {self.method!r}{suggest(self.method, list(METHODS))}")
 
 
-def fold_flags(arguments: Sequence[str]) -> list[str]:
-    """See `settings.fold_flags`."""
-    if {"-h", "--help"} & set(arguments):
-        return ["--help", *[word for word in arguments if word in METHODS][:1]]
-    return settings.fold_flags(arguments, OPTIONS)
+def run(options: Options) -> None:
+    run_job("Optimise", options)
 
 
-class _Help(argparse.Action):
-    """Show the command's help or, after a method's name, the settings of that method."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        print(parser.format_help() if values is None else method_help(values), end="")
-        parser.exit()
-
-
-def method_help(method: str) -> str:
-    """Return examples and settings of a method."""
-    from shiftrm.cli import option_help
+def topic_help(words: Sequence[str]) -> str | None:
+    """Return examples and settings of the method that is named; None without one."""
+    from shiftrm.cli.class_fields import listed, own_fields
     from shiftrm.policies.refused import refused
 
+    method = next((word for word in words if word in METHODS), None)
+    if method is None:
+        return None
     examples = EPILOG.partition("\n\n")[0].split("\n  shiftrm ")[1:]
     own = [line for line in examples if line.startswith(f"optimise {method} ")]
-    found: dict[str, option_help.Option] = {}
-    for package, file, name in METHODS[method]:
-        source = option_help.source_of(package, file)
-        found |= {o.name: o for o in option_help.options_in(source, name)}
+    found = {o.name: o for place in METHODS[method] for o in own_fields(place)}
     for name in (*NO_SETTINGS, *refused(method)):
         found.pop(name, None)
     lines = ["examples:", *(f"  shiftrm {line}" for line in own), ""]
     lines += [f"settings of {method}, as key=value or --key value, with their defaults:"]
-    lines += [option_help.told(list(found.values())), ""]
+    lines += [listed(list(found.values())), ""]
     if method != "ppo":
         lines += [
             "and those of transformers.TrainingArguments: num_train_epochs, max_steps,",
@@ -149,42 +113,3 @@ def method_help(method: str) -> str:
         "`shiftrm optimise --help` says what --policy, --reward, --prompts and the others are.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _require_method(name: str) -> None:
-    """Reject an unknown method before the slow imports."""
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}{suggest(name, list(METHODS))}")
-
-
-def run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from shiftrm.cli.progress import only_on_terminals
-
-    first = args.settings[:1]
-    if first and "=" not in first[0]:  # METHOD; it may be in the file instead
-        args.method, args.settings = first[0], args.settings[1:]
-    if args.method is not None:
-        _require_method(args.method)
-    options, chosen = settings.merged(args, OPTIONS, needed=("method", "policy", "output"))
-    _require_method(options["method"])
-    output = settings.output(options, args.config)  # before the slow import
-    settings.quieten_libraries()
-    from shiftrm.pipeline.jobs import Optimise
-
-    only_on_terminals()
-    job = Optimise(
-        options["method"],
-        options["policy"],
-        reference=options.get("reference"),
-        reward=options.get("reward"),
-        prompts=options.get("prompts"),
-        pairs=options.get("pairs"),
-        watch=options.get("watch"),
-        settings=chosen,
-        told=shlex.join(["shiftrm", *sys.argv[1:]]),
-    )
-    summary = job.run(Path(output))
-    if summary is not None:
-        print(summary)

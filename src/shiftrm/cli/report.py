@@ -1,7 +1,8 @@
 """`shiftrm report`: write the page of one or several runs from their records."""
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
+
+from shiftrm.cli.options import About, option, optional
 
 EPILOG = """examples:
   shiftrm report runs/demo
@@ -10,24 +11,21 @@ EPILOG = """examples:
 Takes runs of `shiftrm demo`, or runs of a recipe (`shiftrm run`): each has its own page.
 """
 
-
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "report",
-        help="make the page of a run, or of several seeds together",
-        description="Reads the records of finished runs and writes one self-contained HTML page. "
-        "Runs of several seeds are shown together, with intervals.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="+", metavar="DIR", help="output folder of a run")
-    parser.add_argument(
-        "--output", default=None, metavar="FILE", help="default: report.html in the first folder"
-    )
-    parser.set_defaults(run=run, again="to start anew; nothing was written")
+ABOUT = About(
+    help="make the page of a run, or of several seeds together",
+    description="Reads the records of finished runs and writes one self-contained HTML page. "
+    "Runs of several seeds are shown together, with intervals.",
+    epilog=EPILOG,
+)
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    runs: list[str] = option("DIR", "output folder of a run", positional=True, nargs="+")
+    output: str | None = optional("FILE", "page to write", shown="report.html in the first folder")
+
+
+def run(options: Options) -> None:
     from pathlib import Path
 
     from shiftrm.cli.checks import output_file
@@ -35,9 +33,9 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.pipeline.folder import CONFIG_FILE
     from shiftrm.report.runs import PAGE_FILE, write_page
 
-    runs = [Path(run) for run in args.runs]
+    runs = [Path(run) for run in options.runs]
     inputs = [run / name for run in runs for name in (RECORDS_FILE, CONFIG_FILE)]
-    own = Path(args.output or runs[0] / PAGE_FILE)
+    own = Path(options.output or runs[0] / PAGE_FILE)
     again = own in [run / PAGE_FILE for run in runs]  # a run's own page is rewritten
     output = output_file(str(own), apart_from=inputs, may_exist=again)
     print(f"Page: {write_page(runs, output)}")

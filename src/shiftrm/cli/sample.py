@@ -1,9 +1,11 @@
 """`shiftrm sample`: sample K responses per prompt from a policy into a group file."""
 
-import argparse
-from typing import Any
+import shlex
+from dataclasses import dataclass
 
+from shiftrm.cli.options import About, inputs, option, optional
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.errors import UserError
 
 EPILOG = """examples:
   shiftrm sample --policy models/ppo-round-1 --prompts prompts.jsonl --output groups.jsonl
@@ -23,99 +25,88 @@ With vLLM the tokenizer of --policy makes and reads the tokens, and the server o
 a server that needs a key gets that of the environment variable VLLM_API_KEY.
 """
 
+ABOUT = About(
+    help="sample K responses per prompt from a policy",
+    description="Samples several responses to each prompt from a causal language model and "
+    "writes them as groups, which `shiftrm train --groups` adapts a reward model to.",
+    epilog=EPILOG + SOURCE_HELP,
+    again="to continue",
+)
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "sample",
-        help="sample K responses per prompt from a policy",
-        description="Samples several responses to each prompt from a causal language model and "
-        "writes them as groups, which `shiftrm train --groups` adapts a reward model to.",
-        epilog=EPILOG + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--policy", required=True, metavar="DIR", help="checkpoint or hub name")
-    parser.add_argument("--prompts", required=True, metavar="DATA", help="rows with `prompt`")
-    parser.add_argument("--output", required=True, metavar="FILE", help="group file to write")
-    parser.add_argument("--responses", type=int, default=5, metavar="K", help="default: 5")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0: greedy"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1 (none)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=32,
-        metavar="N",
-        help="prompts a batch; with vLLM, prompts under way at one time",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    by_server = parser.add_argument_group("sampling by vLLM")
-    which = by_server.add_mutually_exclusive_group()
-    which.add_argument("--server", metavar="URL", help="a running server, up to and with /v1")
-    which.add_argument(
-        "--vllm", action="store_true", help="start `vllm serve` for the policy, and end it after"
-    )
-    by_server.add_argument(
-        "--served-model", metavar="NAME", help="what --server calls the policy, if not --policy"
-    )
-    by_server.add_argument(
-        "--vllm-arguments",
-        metavar="WORDS",
-        help='further options of vllm serve, as --vllm-arguments="--tensor-parallel-size 2"',
-    )
-    parser.set_defaults(run=run, again="to continue")
+VLLM = "sampling by vLLM"
 
 
-def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_rows
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    policy: str = option("DIR", "checkpoint or hub name", reads=True)
+    prompts: str = option("DATA", "rows with `prompt`", reads=True)
+    output: str = option("FILE", "group file to write")
+    responses: int = option("K", "responses to each prompt", default=5, least=1)
+    max_new_tokens: int = option("N", "maximum response length, in tokens", default=128)
+    temperature: float = option("T", "sampling temperature; 0: greedy", default=1.0)
+    top_p: float = option("P", "share of probability to sample from", default=1.0)
+    repetition_penalty: float = option("X", "above 1, repeated tokens are less likely", default=1.0)
+    batch_size: int = option(
+        "N", "prompts in a batch; with vLLM, prompts in progress at one time", default=32, least=1
+    )
+    seed: int = option("N", default=0)
+    server: str | None = optional("URL", "a running server, up to and including /v1", group=VLLM)
+    vllm: bool = option(
+        help="start `vllm serve` for the policy, and end it afterwards", default=False, group=VLLM
+    )
+    served_model: str | None = optional(
+        "NAME", "what --server calls the policy, if not --policy", group=VLLM
+    )
+    vllm_arguments: str | None = optional(
+        "WORDS",
+        'further options of vllm serve, as --vllm-arguments="--tensor-parallel-size 2"',
+        group=VLLM,
+    )
+
+    def __post_init__(self) -> None:
+        if self.server and self.vllm:
+            raise UserError("--server and --vllm exclude each other; give one of them")
+        if self.served_model and not self.server:
+            raise UserError("--served-model needs --server; give its address")
+        if self.vllm_arguments and not self.vllm:
+            raise UserError("--vllm-arguments needs --vllm; add it")
+
+    def server_arguments(self) -> tuple[str, ...]:
+        """Return the words of --vllm-arguments."""
+        try:
+            return tuple(shlex.split(self.vllm_arguments or ""))
+        except ValueError as error:
+            raise UserError(f"--vllm-arguments: {self.vllm_arguments!r}: {error}") from None
+
+
+def run(options: Options) -> None:
+    from shiftrm.cli.checks import output_rows
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.models.sampling import SamplingConfig
     from shiftrm.pipeline.jobs import Sample
 
-    at_least_one(args.batch_size, "--batch-size")
-    at_least_one(args.responses, "--responses")
     job = Sample(
-        args.policy,
-        args.prompts,
-        responses=args.responses,
+        options.policy,
+        options.prompts,
+        responses=options.responses,
         sampling=SamplingConfig(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
         ),
-        batch_size=args.batch_size,
-        seed=args.seed,
-        server=args.server,
-        served_model=args.served_model,
-        vllm=args.vllm,
-        vllm_arguments=tuple(_check_server_options(args)),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        server=options.server,
+        served_model=options.served_model,
+        vllm=options.vllm,
+        vllm_arguments=options.server_arguments(),
     )
     output = output_rows(
-        args.output,
-        apart_from=[args.policy, args.prompts],
+        options.output,
+        apart_from=inputs(options),
         beside=["{name}.partial", "{name}.vllm.log"],
         may_exist=True,  # with the same groups; the job checks that
     )
     only_on_terminals()
     print(job.run(output, bar=bar))
-
-
-def _check_server_options(args: argparse.Namespace) -> list[str]:
-    """Return the words of --vllm-arguments; raise when an option would have no effect."""
-    import shlex
-
-    from shiftrm.errors import UserError
-
-    if args.served_model and not args.server:
-        raise UserError("--served-model is for --server; give its address, too")
-    if args.vllm_arguments and not args.vllm:
-        raise UserError("--vllm-arguments are for --vllm; add it")
-    try:
-        return shlex.split(args.vllm_arguments or "")
-    except ValueError as error:
-        raise UserError(f"--vllm-arguments: {args.vllm_arguments!r}: {error}") from None

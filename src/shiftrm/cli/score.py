@@ -1,8 +1,8 @@
 """`shiftrm score`: score the responses in a file with a reward model."""
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
 
+from shiftrm.cli.options import About, inputs, option
 from shiftrm.data.sources import SOURCE_HELP
 
 EPILOG = """examples:
@@ -13,24 +13,23 @@ Rows are {"prompt", "response"} (a `reward` is added), {"prompt", "responses"} (
 or preference pairs {"prompt"?, "chosen", "rejected"} (`reward_chosen`, `reward_rejected`).
 """
 
-
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "score",
-        help="score responses with a reward model",
-        description="Adds the rewards of a reward model to every row of some data, as JSONL.",
-        epilog=EPILOG + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint or hub name")
-    parser.add_argument("--data", required=True, metavar="DATA", help="rows to score, see below")
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSONL with rewards added")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    parser.set_defaults(run=run, again="to start anew; nothing was written")
+ABOUT = About(
+    help="score responses with a reward model",
+    description="Adds the rewards of a reward model to every row of some data, as JSONL.",
+    epilog=EPILOG + SOURCE_HELP,
+)
 
 
-def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_rows
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    model: str = option("DIR", "checkpoint or hub name", reads=True)
+    data: str = option("DATA", "rows to score, see below", reads=True)
+    output: str = option("FILE", "JSONL with rewards added")
+    batch_size: int = option("N", default=64, least=1)
+
+
+def run(options: Options) -> None:
+    from shiftrm.cli.checks import output_rows
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.sources import iterate_rows
     from shiftrm.errors import UserError
@@ -38,11 +37,10 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.models.loading import to_accelerator
     from shiftrm.models.scoring import Scorer, row_responses
 
-    at_least_one(args.batch_size, "--batch-size")
-    output = output_rows(args.output, apart_from=[args.model, args.data])
-    rows = [(row, where, row_responses(row, where)) for where, row in iterate_rows(args.data)]
+    output = output_rows(options.output, apart_from=inputs(options))
+    rows = [(row, where, row_responses(row, where)) for where, row in iterate_rows(options.data)]
     if not rows:
-        raise UserError(f"{args.data}: the file has no rows")
+        raise UserError(f"{options.data}: the file has no rows")
     for row, where, _ in rows:
         try:
             json_line(row)
@@ -51,13 +49,13 @@ def run(args: argparse.Namespace) -> None:
                 f"{where}: holds NaN or an infinity, which JSON cannot; write null instead"
             ) from None
     only_on_terminals()
-    scorer = Scorer.from_pretrained(args.model)
+    scorer = Scorer.from_pretrained(options.model)
     to_accelerator(scorer.model)
     sequences = [
         scorer.encode_response(text, name=where) for _, where, texts in rows for text in texts
     ]
     with bar("scoring", len(sequences)) as advance:
-        scored = scorer.score_ids(sequences, batch_size=args.batch_size, progress=advance)
+        scored = scorer.score_ids(sequences, batch_size=options.batch_size, progress=advance)
     scorer.require_finite(scored, [where for _, where, texts in rows for _ in texts])
     rewards = iter(scored)
     for row, _, texts in rows:

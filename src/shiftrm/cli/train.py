@@ -1,12 +1,9 @@
 """`shiftrm train`: train a reward model on preference pairs, with MetaRM if groups are given."""
 
-import argparse
-import shlex
-import sys
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from shiftrm.cli import settings
+from shiftrm.cli.options import About, optional
+from shiftrm.cli.training import REWARD_HELP, RewardOptions, run_job
 from shiftrm.data.sources import SOURCE_HELP
 
 EPILOG = """examples:
@@ -25,60 +22,29 @@ FILE.yaml holds the same options and settings in one flat mapping; the command l
   eval_pairs: {chat: chat.csv, summaries: owner/name::test}
   learning_rate: 5e-6
 
-Checkpoints are written as save_strategy and save_steps say, into .NAME.work beside the output. A
+Checkpoints are written into .NAME.work beside the output, as save_strategy and save_steps say. A
 command that was interrupted, killed or stopped by a full disk continues from the last one when it
-is given again. With LoRA the output is the merged model, and the adapter is in its folder adapter.
+is given again. With LoRA the output is the merged model, and its folder adapter holds the adapter.
 """
 
-OPTIONS = ("config", "model", "pairs", "eval_pairs", "groups", "method", "output")
+ABOUT = About(
+    help="train a reward model on preference pairs, and adapt it to unlabelled responses",
+    description="Trains a reward model. With --groups, unlabelled responses of today's policy, "
+    "it takes a MetaRM step in every optimizer step; without, it is plain Bradley-Terry training.",
+    epilog=EPILOG + REWARD_HELP + FILES + SOURCE_HELP,
+    again="to continue from the last checkpoint, if there is one",
+)
 
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "train",
-        help="train a reward model on preference pairs, and adapt it to unlabelled responses",
-        description="Trains a reward model. With --groups, unlabelled responses of today's policy, "
-        "it is a MetaRM step on every optimizer step; without, plain Bradley-Terry training.",
-        epilog=EPILOG + settings.HELP + FILES + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+@dataclass(frozen=True, kw_only=True)
+class Options(RewardOptions):
+    groups: str | None = optional("DATA", "response groups of the policy", reads=True)
+    method: str | None = optional(
+        "NAME",
+        "a method of `shiftrm adapt`, or package.module:attribute; default: metarm with --groups, "
+        "and plain Bradley-Terry training without",
     )
-    settings.add_arguments(parser)
-    parser.add_argument("--groups", metavar="DATA", help="response groups of the policy")
-    parser.add_argument(
-        "--method",
-        metavar="NAME",
-        help="a method of `shiftrm adapt`, or package.module:attribute; by default metarm with "
-        "--groups, and Bradley-Terry alone without",
-    )
-    parser.set_defaults(run=run, again="to continue from the last checkpoint, if there is one")
 
 
-def fold_flags(arguments: Sequence[str]) -> list[str]:
-    """See `settings.fold_flags`."""
-    return settings.fold_flags(arguments, OPTIONS)
-
-
-def run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from shiftrm.cli.progress import only_on_terminals
-
-    options, chosen = settings.merged(args, OPTIONS)
-    output = settings.output(options, args.config)  # before the slow import
-    settings.quieten_libraries()
-    from shiftrm.pipeline.jobs import TrainReward
-
-    only_on_terminals()
-    job = TrainReward(
-        options["model"],
-        options["pairs"],
-        settings.named(options.get("eval_pairs"), "eval_pairs"),
-        options.get("groups"),
-        options.get("method"),
-        settings=chosen,
-        told=shlex.join(["shiftrm", *sys.argv[1:]]),
-    )
-    summary = job.run(Path(output))
-    if summary is not None:
-        print(summary)
+def run(options: Options) -> None:
+    run_job("TrainReward", options, adaptation=options.method)

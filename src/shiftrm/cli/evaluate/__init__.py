@@ -1,8 +1,4 @@
-"""`shiftrm evaluate`: one module per evaluation, with `register(subparsers)` and `run(args)`."""
-
-import argparse
-from types import ModuleType
-from typing import Any
+"""`shiftrm evaluate`: one module per evaluation."""
 
 from shiftrm.cli.evaluate import (
     answers,
@@ -12,6 +8,7 @@ from shiftrm.cli.evaluate import (
     sheet,
     win_rate,
 )
+from shiftrm.cli.options import About
 
 EPILOG = """examples:
   shiftrm evaluate win-rate --ours ppo.jsonl --theirs sft.jsonl --output runs/ppo-sft \\
@@ -20,18 +17,18 @@ EPILOG = """examples:
   shiftrm evaluate rewardbench --model models/reward --data allenai/reward-bench-2
 """
 
-EVALUATIONS: tuple[ModuleType, ...] = (win_rate, sheet, answers, diversity, best_of_n, rewardbench)
+ABOUT = About(
+    help="judge, compare and measure responses and reward models",
+    description="Measures responses or a reward model; `shiftrm evaluate NAME --help` says "
+    "what each evaluation reads and writes.",
+    epilog=EPILOG,
+)
 
-
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "evaluate",
-        help="judge, compare and measure responses and reward models",
-        description="Measures responses or a reward model; `shiftrm evaluate NAME --help` says "
-        "what each evaluation reads and writes.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    below = parser.add_subparsers(title="evaluations", metavar="NAME", required=True)
-    for evaluation in EVALUATIONS:
-        evaluation.register(below)
+COMMANDS = {
+    "win-rate": win_rate,
+    "sheet": sheet,
+    "answers": answers,
+    "diversity": diversity,
+    "best-of-n": best_of_n,
+    "rewardbench": rewardbench,
+}

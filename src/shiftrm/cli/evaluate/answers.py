@@ -1,7 +1,8 @@
 """`shiftrm evaluate answers`: read and count raters' answers to a blind sheet."""
 
-import argparse
-from typing import Any
+from dataclasses import dataclass
+
+from shiftrm.cli.options import About, inputs, option, optional
 
 EPILOG = """examples:
   shiftrm evaluate answers --key sheet/key.json --answers answers-*.json --output human.jsonl
@@ -15,38 +16,35 @@ and rater, with the outcome for our response. All intervals are 95 % bootstrap i
 prompts.
 """
 
-
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "answers",
-        help="count raters' answers to a blind sheet",
-        description="Reads raters' answers with the key of their sheet: wins, ties and losses, "
-        "agreement of the raters, and agreement with a judge.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--key", required=True, metavar="FILE", help="the sheet's key.json")
-    parser.add_argument(
-        "--answers", required=True, nargs="+", metavar="FILE", help="CSV or JSON of each rater"
-    )
-    parser.add_argument("--verdicts", metavar="DATA", help="a judge's verdicts, to compare with")
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSONL to write")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap")
-    parser.set_defaults(run=run, again="to start anew; nothing was written")
+ABOUT = About(
+    help="count raters' answers to a blind sheet",
+    description="Reads raters' answers with the key of their sheet: wins, ties and losses, "
+    "agreement of the raters, and agreement with a judge.",
+    epilog=EPILOG,
+)
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    key: str = option("FILE", "the sheet's key.json", reads=True)
+    answers: list[str] = option("FILE", "CSV or JSON of each rater", nargs="+", reads=True)
+    verdicts: str | None = optional("DATA", "a judge's verdicts, to compare with", reads=True)
+    output: str = option("FILE", "JSONL to write")
+    seed: int = option("N", "seed of the bootstrap", default=0)
+
+
+def run(options: Options) -> None:
     from shiftrm.cli.checks import output_rows
     from shiftrm.files import write_jsonl
     from shiftrm.measure.people.answers import read_answers
     from shiftrm.measure.people.key_files import read_key, read_verdicts
     from shiftrm.measure.people.result import human_result, human_sentences
 
-    output = output_rows(args.output, apart_from=[args.key, *args.answers, args.verdicts])
-    key = read_key(args.key)
-    answers = read_answers(args.answers, key)
-    judge = None if args.verdicts is None else read_verdicts(args.verdicts, key)
-    result = human_result(answers, judge=judge, seed=args.seed)
+    output = output_rows(options.output, apart_from=inputs(options))
+    key = read_key(options.key)
+    answers = read_answers(options.answers, key)
+    judge = None if options.verdicts is None else read_verdicts(options.verdicts, key)
+    result = human_result(answers, judge=judge, seed=options.seed)
     rows = [
         {
             "id": answer.pair,

@@ -1,9 +1,10 @@
 """`shiftrm evaluate best-of-n`: gold score of the best of n samples by a reward model."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shiftrm.cli.options import About, inputs, option, optional
 from shiftrm.data.sources import SOURCE_HELP
 
 EPILOG = """examples:
@@ -21,65 +22,60 @@ are in the file already need no model: a list of numbers beside `responses` (or 
 Beside FILE.json the picture FILE.png is written.
 """
 
+ABOUT = About(
+    help="proxy and gold of the best of n responses, against KL",
+    description="Lets a proxy reward model choose the best of n samples, and says what a gold "
+    "reward thinks of the choice as n, and with it the KL, grows.",
+    epilog=EPILOG + SOURCE_HELP,
+)
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "best-of-n",
-        help="proxy and gold of the best of n responses, against KL",
-        description="Lets a proxy reward model choose the best of n samples, and says what a gold "
-        "reward thinks of the choice as n, and with it the KL, grows.",
-        epilog=EPILOG + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--samples", required=True, metavar="DATA", help="see below")
-    parser.add_argument(
-        "--proxy",
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    samples: str = option("DATA", "see below", reads=True)
+    proxy: str = option(
+        "MODEL",
+        "reward model that chooses: folder, hub name or column:NAME",
         default="column:proxy",
-        metavar="MODEL",
-        help="reward model that chooses: folder, hub name or column:NAME; default: column:proxy",
+        reads=True,
     )
-    parser.add_argument(
-        "--gold",
+    gold: str = option(
+        "MODEL",
+        "judge of the choice: folder, hub name, column:NAME, or `gold`, the gold world's true "
+        "reward",
         default="column:gold",
-        metavar="MODEL",
-        help="judge of the choice: folder, hub name, column:NAME, or `gold`, the gold world's true "
-        "reward; default: column:gold",
+        reads=True,
     )
-    parser.add_argument(
-        "--n", metavar="N,N,...", help="default: powers of two up to the number of samples"
+    n: str | None = optional(
+        "N,N,...", "numbers of samples", shown="powers of two up to the number of samples"
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="numbers, as JSON")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the bootstrap; default: 0"
-    )
-    parser.set_defaults(run=run, again="to start anew; nothing was written")
+    output: str = option("FILE", "numbers, as JSON")
+    batch_size: int = option("N", default=64, least=1)
+    seed: int = option("N", "seed of the bootstrap", default=0)
 
 
-def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one
+def run(options: Options) -> None:
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.errors import UserError
     from shiftrm.measure.best_of_n import best_of_n_curve
     from shiftrm.measure.best_of_n_files import count_samples, score_samples
 
-    at_least_one(args.batch_size, "--batch-size")
-    ns = _numbers(args.n)
-    output, picture = _outputs(args.output, [args.samples, args.proxy, args.gold])
-    options = (args.proxy, args.gold)
-    columns = [o.removeprefix("column:") for o in options if o.startswith("column:")]
-    total = count_samples(args.samples, columns=columns, texts=len(columns) < 2)
+    ns = _numbers(options.n)
+    output, picture = _outputs(options.output, inputs(options))
+    models = (options.proxy, options.gold)
+    columns = [o.removeprefix("column:") for o in models if o.startswith("column:")]
+    total = count_samples(options.samples, columns=columns, texts=len(columns) < 2)
     only_on_terminals()
-    proxy, gold = (_scores(option, args.batch_size) for option in options)
+    proxy, gold = (_scores(model, options.batch_size) for model in models)
     with bar("scoring samples", total) as progress:
-        scored = score_samples(args.samples, proxy, gold, progress=progress, total=total)
+        scored = score_samples(options.samples, proxy, gold, progress=progress, total=total)
     fewest = min(map(len, scored.proxy))
     if ns is not None and max(ns) > fewest:
         raise UserError(
             f"--n {max(ns)}: a prompt has only {fewest} samples; sample more, or ask for less"
         )
-    curve = best_of_n_curve(scored.proxy, scored.gold, n=ns, seed=args.seed)
-    _write(output, picture, curve, args, left_out=scored.left_out)
+    curve = best_of_n_curve(scored.proxy, scored.gold, n=ns, seed=options.seed)
+    _write(output, picture, curve, options, left_out=scored.left_out)
     _show(curve, scored.left_out)
     print(f"Numbers: {output}\nPicture: {picture}")
 
@@ -122,9 +118,7 @@ def _scores(option: str, batch_size: int) -> Any:
     return model_scores(scorer, option, batch_size=batch_size)
 
 
-def _write(
-    output: Path, picture: Path, curve: Any, args: argparse.Namespace, *, left_out: int
-) -> None:
+def _write(output: Path, picture: Path, curve: Any, options: Options, *, left_out: int) -> None:
     from dataclasses import asdict
 
     from shiftrm.cli.evaluate.output import write_numbers
@@ -134,9 +128,9 @@ def _write(
     from shiftrm.report.plots import render
 
     content = {
-        "samples_file": args.samples,
-        "proxy_model": args.proxy,
-        "gold_model": args.gold,
+        "samples_file": options.samples,
+        "proxy_model": options.proxy,
+        "gold_model": options.gold,
         **asdict(curve),
         "gold_fit": _fit(curve),
         "left_out": left_out,

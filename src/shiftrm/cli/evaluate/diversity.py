@@ -1,10 +1,12 @@
 """`shiftrm evaluate diversity`: similarity of the responses in files."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shiftrm.cli.options import About, option, optional
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.errors import UserError, suggest
 
 EPILOG = """examples:
   shiftrm evaluate diversity sft.jsonl ppo.jsonl --output diversity.json
@@ -21,93 +23,75 @@ how it normalises. All files are cut to one number of prompts and responses, sin
 these numbers depends on it.
 """
 
+ABOUT = About(
+    help="how alike are the responses? Self-BLEU, embeddings, distinct n-grams, compression",
+    description="Measures how alike responses are, file beside file; the others are compared "
+    "with the first one.",
+    epilog=EPILOG + SOURCE_HELP,
+)
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "diversity",
-        help="how alike are the responses? Self-BLEU, embeddings, distinct n-grams, compression",
-        description="Measures how alike responses are, file beside file; the others are compared "
-        "with the first one.",
-        epilog=EPILOG + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    files: list[str] = option(
+        "[NAME=]FILE",
+        "responses; NAME is what the table calls it",
+        positional=True,
+        nargs="+",
     )
-    parser.add_argument(
-        "files", nargs="+", metavar="[NAME=]FILE", help="responses; NAME is how the table calls it"
-    )
-    parser.add_argument(
-        "--embedder",
-        metavar="DIR",
-        help="embedding model: for sentence-transformers (if installed), or a plain transformers "
+    embedder: str | None = optional(
+        "DIR",
+        "embedding model: for sentence-transformers (if installed), or a plain transformers "
         "model, which is mean-pooled; without one, there is no embedding similarity and no sum",
     )
-    parser.add_argument(
-        "--scope", choices=("both", "within", "across"), default="both", help="default: both"
+    scope: str = option(choices=("both", "within", "across"), default="both")
+    tokenize: str = option("NAME", "sacrebleu's: 13a, intl, char, zh, none", default="13a")
+    prompts: int | None = optional(
+        "N", "compare at most N prompts, drawn with the seed", shown="all", least=2
     )
-    parser.add_argument(
-        "--tokenize",
-        default="13a",
-        metavar="NAME",
-        help="sacrebleu's: 13a, intl, char, zh, none; default: 13a",
-    )
-    parser.add_argument(
-        "--prompts", type=int, metavar="N", help="compare at most N, drawn by seed; default: all"
-    )
-    parser.add_argument("--output", metavar="FILE", help="all numbers, as JSON")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of draws and intervals; default: 0"
-    )
-    parser.set_defaults(run=run, again="to start anew; nothing was written")
+    output: str | None = optional("FILE", "all numbers, as JSON")
+    batch_size: int = option("N", default=64, least=1)
+    seed: int = option("N", "seed of draws and intervals", default=0)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     from shiftrm.cli.checks import named_paths, output_file
     from shiftrm.cli.progress import bar, only_on_terminals
+    from shiftrm.measure.diversity import TOKENIZERS
     from shiftrm.measure.diversity_files import ACROSS, WITHIN, measure_diversity, read_responses
     from shiftrm.measure.embeddings import load_embedder
 
-    _check(args)
-    named = named_paths(args.files)
+    if options.tokenize not in TOKENIZERS:
+        advice = suggest(options.tokenize, list(TOKENIZERS))
+        raise UserError(f"--tokenize {options.tokenize!r}: unknown tokenizer{advice}")
+    named = named_paths(options.files)
     output = None
-    if args.output is not None:
-        output = output_file(args.output, apart_from=[*named.values(), args.embedder])
+    if options.output is not None:
+        output = output_file(options.output, apart_from=[*named.values(), options.embedder])
     only_on_terminals()
     files = [read_responses(source, name) for name, source in named.items()]
     embed = None
-    if args.embedder is not None:
-        embed = load_embedder(args.embedder, batch_size=args.batch_size)
-    scopes = {"both": (WITHIN, ACROSS), "within": (WITHIN,), "across": (ACROSS,)}[args.scope]
+    if options.embedder is not None:
+        embed = load_embedder(options.embedder, batch_size=options.batch_size)
+    scopes = {"both": (WITHIN, ACROSS), "within": (WITHIN,), "across": (ACROSS,)}[options.scope]
     with bar("measuring diversity", None) as advance:  # the total is not yet known
         report = measure_diversity(
             files,
             embed=embed,
             scopes=scopes,
-            tokenizer=args.tokenize,
-            max_prompts=args.prompts,
-            seed=args.seed,
+            tokenizer=options.tokenize,
+            max_prompts=options.prompts,
+            seed=options.seed,
             progress=advance,
         )
     if output is not None:
-        _write(output, args, named, report)
+        _write(output, options, named, report)
     _show(report)
     if output is not None:
         print(f"Numbers: {output}")
 
 
-def _check(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one
-    from shiftrm.errors import UserError, suggest
-    from shiftrm.measure.diversity import TOKENIZERS
-
-    at_least_one(args.batch_size, "--batch-size")
-    if args.prompts is not None and args.prompts < 2:
-        raise UserError(f"--prompts is {args.prompts}; it must be at least 2")
-    if args.tokenize not in TOKENIZERS:
-        advice = suggest(args.tokenize, list(TOKENIZERS))
-        raise UserError(f"--tokenize {args.tokenize!r}: unknown tokenizer{advice}")
-
-
-def _write(path: Path, args: argparse.Namespace, named: dict[str, str], report: Any) -> None:
+def _write(path: Path, options: Options, named: dict[str, str], report: Any) -> None:
     from dataclasses import asdict
 
     from shiftrm.cli.evaluate.output import write_numbers
@@ -115,9 +99,9 @@ def _write(path: Path, args: argparse.Namespace, named: dict[str, str], report: 
     content = {
         **asdict(report),
         "files": named,
-        "embedder": args.embedder,
-        "tokenize": args.tokenize,
-        "seed": args.seed,
+        "embedder": options.embedder,
+        "tokenize": options.tokenize,
+        "seed": options.seed,
     }
     write_numbers(path, content)
 

@@ -1,8 +1,9 @@
 """`shiftrm evaluate rewardbench`: RewardBench 1 and 2."""
 
-import argparse
+from dataclasses import dataclass
 from typing import Any
 
+from shiftrm.cli.options import About, inputs, option, optional
 from shiftrm.data.sources import SOURCE_HELP
 
 EPILOG = """examples:
@@ -17,34 +18,32 @@ RewardBench 2 has lists: {"id", "prompt", "chosen": [...], "rejected": [...], "n
 of reward-bench's own scripts: weighted sections in version 1; best of 4 and Ties in version 2.
 """
 
+ABOUT = About(
+    help="score a reward model on RewardBench 1 or 2",
+    description="Scores the responses of RewardBench with a reward model, and prints what the "
+    "leaderboard would.",
+    epilog=EPILOG + SOURCE_HELP,
+)
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "rewardbench",
-        help="score a reward model on RewardBench 1 or 2",
-        description="Scores the responses of RewardBench with a reward model, and prints what the "
-        "leaderboard would.",
-        epilog=EPILOG + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint or hub name")
-    parser.add_argument("--data", required=True, metavar="DATA", help="file or hub name, see below")
-    parser.add_argument("--output", metavar="FILE", help="all numbers, as JSON")
-    parser.add_argument("--scores", metavar="FILE", help="the scores of every row, as JSON lines")
-    parser.add_argument(
-        "--max-length",
-        type=int,
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    model: str = option("DIR", "checkpoint or hub name", reads=True)
+    data: str = option("DATA", "file or hub name, see below", reads=True)
+    output: str | None = optional("FILE", "all numbers, as JSON")
+    scores: str | None = optional("FILE", "the scores of every row, as JSON lines")
+    max_length: int = option(
+        "N",
+        "tokens after which a text is cut, as in reward-bench",
         default=2048,
-        metavar="N",
-        help="tokens after which a text is cut, as in reward-bench; default: 2048, or the model's "
-        "context",
+        shown="2048, or the model's context",
+        least=1,
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    parser.set_defaults(run=run, again="to start anew; nothing was written")
+    batch_size: int = option("N", default=64, least=1)
 
 
-def run(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, output_file, output_rows
+def run(options: Options) -> None:
+    from shiftrm.cli.checks import output_file, output_rows
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.files import write_jsonl
     from shiftrm.measure.rewardbench import rewardbench_1, rewardbench_2
@@ -52,25 +51,27 @@ def run(args: argparse.Namespace) -> None:
     from shiftrm.models.loading import to_accelerator
     from shiftrm.models.scoring import Scorer
 
-    at_least_one(args.batch_size, "--batch-size")
-    at_least_one(args.max_length, "--max-length")
     output = rows_file = None
-    if args.output is not None:
-        output = output_file(args.output, apart_from=[args.model, args.data])
-    if args.scores is not None:
-        rows_file = output_rows(args.scores, apart_from=[args.model, args.data, args.output])
+    if options.output is not None:
+        output = output_file(options.output, apart_from=inputs(options))
+    if options.scores is not None:
+        rows_file = output_rows(options.scores, apart_from=[*inputs(options), options.output])
     only_on_terminals()
-    data = read_rewardbench(args.data)
-    scorer = Scorer.from_pretrained(args.model)
+    data = read_rewardbench(options.data)
+    scorer = Scorer.from_pretrained(options.model)
     to_accelerator(scorer.model)
     total = sum(len(row.chosen) + len(row.rejected) for row in data.rows)
     with bar(f"RewardBench {data.version}", total) as progress:
         scores = score_rewardbench(
-            scorer, data, batch_size=args.batch_size, max_length=args.max_length, progress=progress
+            scorer,
+            data,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            progress=progress,
         )
     found: Any = (rewardbench_1 if data.version == 1 else rewardbench_2)(scores.rows)
     if output is not None:
-        _write(output, args, data.version, found, scores)
+        _write(output, options, data.version, found, scores)
     if rows_file is not None:
         write_jsonl(rows_file, (row._asdict() for row in scores.rows))
     _show(data.version, found, scores)
@@ -79,15 +80,15 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name}: {path}")
 
 
-def _write(path: Any, args: argparse.Namespace, version: int, found: Any, scores: Any) -> None:
+def _write(path: Any, options: Options, version: int, found: Any, scores: Any) -> None:
     from dataclasses import asdict
 
     from shiftrm.cli.evaluate.output import write_numbers
 
     content = {
         "benchmark": f"RewardBench {version}",
-        "model": args.model,
-        "data": args.data,
+        "model": options.model,
+        "data": options.data,
         **asdict(found),
         "responses": scores.responses,
         "truncated": scores.truncated,

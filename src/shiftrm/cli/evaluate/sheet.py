@@ -1,10 +1,10 @@
 """`shiftrm evaluate sheet`: write blind sheets of responses for human raters."""
 
-import argparse
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from shiftrm.cli.options import About, inputs, option
 from shiftrm.data.sources import SOURCE_HELP
 
 EPILOG = """examples:
@@ -24,66 +24,55 @@ own, and for every second rater A and B the other way round. Raters save their a
 `shiftrm evaluate answers` reads those.
 """
 
-
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "sheet",
-        help="write a blind sheet of two models' responses for human raters",
-        description="Writes a blind, shuffled sheet that asks which of two responses is better.",
-        epilog=EPILOG + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--ours", required=True, metavar="DATA", help="responses of our model")
-    parser.add_argument("--theirs", required=True, metavar="DATA", help="responses of the other")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--limit", type=int, default=100, metavar="N", help="items, 0 for all; default: 100"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of drawing prompts; default: 0"
-    )
-    parser.add_argument("--raters", type=int, default=1, metavar="R", help="sheets; default: 1")
-    parser.add_argument(
-        "--question",
-        default="Which response is better?",
-        metavar="TEXT",
-        help="what the page asks; default: Which response is better?",
-    )
-    parser.set_defaults(run=run, again="to start anew")
+ABOUT = About(
+    help="write a blind sheet of two models' responses for human raters",
+    description="Writes a blind, shuffled sheet that asks which of two responses is better.",
+    epilog=EPILOG + SOURCE_HELP,
+    again="to start anew",
+)
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    ours: str = option("DATA", "responses of our model", reads=True)
+    theirs: str = option("DATA", "responses of the other", reads=True)
+    output: str = option("DIR", "folder to write")
+    limit: int = option("N", "items, 0 for all", default=100, least=0)
+    seed: int = option("N", "seed with which prompts are drawn", default=0)
+    raters: int = option("R", "number of sheets", default=1, least=1)
+    question: str = option("TEXT", "what the page asks", default="Which response is better?")
+
+
+def run(options: Options) -> None:
     import secrets
 
-    from shiftrm.cli.checks import at_least_one, not_negative
     from shiftrm.data.sources import iterate_rows
     from shiftrm.measure.judges.comparing import draw, match_rows
     from shiftrm.measure.people.blinding import distinct, make_sheet, place
     from shiftrm.measure.people.key_files import key_text, sheet_csv, too_long_for_cells
     from shiftrm.report.sheet import sheet_page
 
-    not_negative(args.limit, "--limit")
-    at_least_one(args.raters, "--raters")
-    output = sheet_folder(args.output, [args.ours, args.theirs])
-    sides = [[row for _, row in iterate_rows(source)] for source in (args.ours, args.theirs)]
-    matched = match_rows(*sides, names=(args.ours, args.theirs))
-    drawn = draw(matched, args.limit or None, seed=args.seed)
+    output = sheet_folder(options.output, inputs(options))
+    sides = [[row for _, row in iterate_rows(source)] for source in (options.ours, options.theirs)]
+    matched = match_rows(*sides, names=(options.ours, options.theirs))
+    drawn = draw(matched, options.limit or None, seed=options.seed)
     pairs = distinct(drawn)
     secret = secrets.randbelow(2**63)
-    placements = place(len(pairs), raters=args.raters, seed=secret)
+    placements = place(len(pairs), raters=options.raters, seed=secret)
     sheets = [
         make_sheet(pairs, placed, rater=rater) for rater, placed in enumerate(placements, start=1)
     ]
-    settings = {"ours": args.ours, "theirs": args.theirs, "limit": args.limit, "seed": args.seed}
+    names = ("ours", "theirs", "limit", "seed")
+    settings = {name: getattr(options, name) for name in names}
     key = key_text(pairs, sheets, placements, settings={**settings, "secret": secret})
     files = {"key.json": key}
     for number, sheet in enumerate(sheets, start=1):
         name = "sheet" if len(sheets) == 1 else f"sheet-{number}"
         files[f"{name}.csv"] = sheet_csv(sheet)
-        files[f"{name}.html"] = sheet_page(sheet, question=args.question)
+        files[f"{name}.html"] = sheet_page(sheet, question=options.question)
     _write(output, files)
     if len(drawn) < len(matched):
-        print(f"{len(drawn)} of {len(matched)} prompts, drawn with seed {args.seed}.")
+        print(f"{len(drawn)} of {len(matched)} prompts, drawn with seed {options.seed}.")
     if len(pairs) < len(drawn):
         print(f"Left out: {len(drawn) - len(pairs)} pairs of responses that came before.")
     if long := too_long_for_cells(sheets[0]):

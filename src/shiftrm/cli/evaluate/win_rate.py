@@ -1,10 +1,14 @@
 """`shiftrm evaluate win-rate`: win rate of one set of responses over another by a judge."""
 
-import argparse
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from shiftrm.cli.options import About, inputs, option, optional
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.errors import UserError
+from shiftrm.measure.judges.kinds import KINDS, JudgeOptions, open_judge
+from shiftrm.models.endpoint import EndpointConfig
 
 EPILOG = """examples:
   shiftrm evaluate win-rate --ours ppo.jsonl --theirs sft.jsonl --output runs/ppo-sft \\
@@ -31,135 +35,135 @@ response can hold). A file called .j2 is a jinja template with the same variable
 The folder gets verdicts.jsonl (everything the judge said), win_rate.json, and win_rate.html.
 """
 
-_FOR_ENDPOINTS = (
-    "base_url",
-    "template",
-    "parameter",
-    "concurrency",
-    "timeout",
-    "retries",
-    "cache",
-    "price_in",
-    "price_out",
-    "tokenizer",
-)
-"""Options that other judges do not take; None means not given."""
-
 VERDICTS, NUMBERS, PAGE = FILES = ("verdicts.jsonl", "win_rate.json", "win_rate.html")
 """Files written into the folder besides the cache."""
 
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "win-rate",
-        help="who answers better, as a judge sees it?",
-        description="Has a judge compare two sets of responses to the same prompts: wins, ties "
-        "and losses with intervals, lengths, the rate at equal lengths, and what the order of "
-        "responses does to the judge.",
-        epilog=EPILOG + SOURCE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--ours", required=True, metavar="DATA", help="responses of one policy")
-    parser.add_argument("--theirs", required=True, metavar="DATA", help="and of the other")
-    parser.add_argument(
-        "--judge", required=True, metavar="KIND", help="endpoint, reward-model or gold"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--model", metavar="NAME", help="name at the endpoint; folder of a reward model"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=100, metavar="N", help="prompts, 0 for all; default: 100"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of drawing prompts; default: 0"
-    )
-    scores = parser.add_argument_group("judges that give numbers")
-    scores.add_argument(
-        "--tie-margin", type=float, metavar="X", help="differences that are a tie; default: 0"
-    )
-    scores.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    _add_endpoint_options(parser.add_argument_group("a judge behind an endpoint"))
-    parser.set_defaults(run=run, again="to continue; answers that have come are in the cache")
+ABOUT = About(
+    help="who answers better, as a judge sees it?",
+    description="Has a judge compare two sets of responses to the same prompts: wins, ties "
+    "and losses with intervals, lengths, the rate at equal lengths, and what the order of "
+    "responses does to the judge.",
+    epilog=EPILOG + SOURCE_HELP,
+    again="to continue; answers that have come are in the cache",
+)
+
+SCORES = "judges that give numbers"
+ENDPOINT = "a judge behind an endpoint"
 
 
-def _add_endpoint_options(group: Any) -> None:
-    group.add_argument("--base-url", metavar="URL", help="up to /v1; default: $OPENAI_BASE_URL")
-    group.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="see below")
-    group.add_argument("--template", metavar="NAME|FILE", help="see below; default: general")
-    group.add_argument(
-        "--parameter",
-        action="append",
-        metavar="NAME=VALUE",
-        help="of every request; null takes one away (default: temperature=0, max_tokens=1024)",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    ours: str = option("DATA", "responses of one policy", reads=True)
+    theirs: str = option("DATA", "responses of the other", reads=True)
+    judge: str = option("KIND", "endpoint, reward-model or gold", choices=KINDS)
+    output: str = option("DIR", "folder to write")
+    model: str | None = optional("NAME", "name at the endpoint; folder of a reward model")
+    limit: int = option("N", "prompts, 0 for all", default=100, least=0)
+    seed: int = option("N", "seed with which prompts are drawn", default=0)
+    tie_margin: float | None = optional(
+        "X", "differences up to this are a tie", shown="0", group=SCORES
     )
-    group.add_argument("--concurrency", type=int, metavar="N", help="requests at once; default: 8")
-    group.add_argument("--timeout", type=float, metavar="S", help="of an attempt; default: 120")
-    group.add_argument("--retries", type=int, metavar="N", help="default: 6, with back-off")
-    group.add_argument("--cache", metavar="FILE", help="default: answers.jsonl in the folder")
-    group.add_argument("--price-in", type=float, metavar="X", help="of a million tokens")
-    group.add_argument("--price-out", type=float, metavar="X", help="of a million tokens")
-    group.add_argument("--tokenizer", metavar="DIR", help="to count tokens with; else characters/4")
-    group.add_argument("--max-requests", type=int, default=1000, metavar="N", help="default: 1000")
-    group.add_argument("--yes", action="store_true", help="send them, however many")
-    group.add_argument("--dry-run", action="store_true", help="say what would be asked, and stop")
+    batch_size: int = option("N", default=64, least=1, group=SCORES)
+    base_url: str | None = optional(
+        "URL", "address up to /v1", shown="$OPENAI_BASE_URL", group=ENDPOINT
+    )
+    key_variable: str = option("NAME", "see below", default="OPENAI_API_KEY", group=ENDPOINT)
+    template: str | None = optional("NAME|FILE", "see below", shown="general", group=ENDPOINT)
+    parameter: list[str] | None = optional(
+        "NAME=VALUE",
+        "added to every request; null removes one; may be repeated",
+        shown="temperature=0, max_tokens=1024",
+        group=ENDPOINT,
+    )
+    concurrency: int | None = optional("N", "requests at once", shown="8", group=ENDPOINT)
+    timeout: float | None = optional("S", "seconds for an attempt", shown="120", group=ENDPOINT)
+    retries: int | None = optional("N", "retries, with back-off", shown="6", group=ENDPOINT)
+    cache: str | None = optional(
+        "FILE", "answers so far", shown="answers.jsonl in the folder", group=ENDPOINT
+    )
+    price_in: float | None = optional("X", "price of a million tokens", least=0, group=ENDPOINT)
+    price_out: float | None = optional("X", "price of a million tokens", least=0, group=ENDPOINT)
+    tokenizer: str | None = optional(
+        "DIR", "counts the tokens", shown="characters / 4", group=ENDPOINT
+    )
+    max_requests: int = option(
+        "N", "most requests sent without asking", default=1000, least=0, group=ENDPOINT
+    )
+    yes: bool = option(help="send them, however many", default=False, group=ENDPOINT)
+    dry_run: bool = option(help="say what would be asked, and stop", default=False, group=ENDPOINT)
+
+    def __post_init__(self) -> None:
+        given = [f for f in fields(self) if f.default is None and getattr(self, f.name) is not None]
+        flags = {f.metadata.get("group"): f"--{f.name.replace('_', '-')}" for f in given}
+        if self.judge == "endpoint" and SCORES in flags:
+            raise UserError(
+                f"{flags[SCORES]} is for judges that give numbers, not for --judge endpoint"
+            )
+        if self.judge != "endpoint" and ENDPOINT in flags:
+            raise UserError(f"{flags[ENDPOINT]} is for --judge endpoint, not for {self.judge}")
+        if self.judge == "gold" and self.model is not None:
+            raise UserError("--judge gold takes no --model")
+        if self.judge != "gold" and self.model is None:
+            raise UserError(
+                f"--judge {self.judge} needs --model: its name at the server, or its folder"
+            )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.sources import iterate_rows
-    from shiftrm.errors import UserError
     from shiftrm.files import write_jsonl
     from shiftrm.measure.judges.comparing import draw, match_rows
     from shiftrm.measure.judges.win_rates import problems, summarise, verdict_rows
 
-    _check(args)
-    folder = _folder(args)
-    sides = [[row for _, row in iterate_rows(source)] for source in (args.ours, args.theirs)]
-    comparisons = match_rows(*sides, names=(args.ours, args.theirs))
-    chosen = draw(comparisons, args.limit or None, seed=args.seed)
-    if args.judge == "reward-model":
+    folder = _folder(options)
+    sides = [[row for _, row in iterate_rows(source)] for source in (options.ours, options.theirs)]
+    comparisons = match_rows(*sides, names=(options.ours, options.theirs))
+    chosen = draw(comparisons, options.limit or None, seed=options.seed)
+    if options.judge == "reward-model":
         only_on_terminals()
-    judge = _open(args, folder)
-    if args.judge == "endpoint" and not _approved(args, judge, chosen):
+    judge = _open(options, folder)
+    if options.judge == "endpoint" and not _approved(options, judge, chosen):
         return
     with bar("judging", len(chosen)) as advance:
         verdicts = _judge(judge, chosen, advance)
     write_jsonl(folder / VERDICTS, verdict_rows(verdicts))
-    rate = summarise(verdicts, judge=judge.name, seed=args.seed)
+    rate = summarise(verdicts, judge=judge.name, seed=options.seed)
     if rate is None:
         reasons = ", ".join(f"{word} ({n})" for word, n in problems(verdicts).items())
         raise UserError(
             f"not one of {len(verdicts)} comparisons has a verdict that can be read: {reasons}; "
             f"see what the judge said in {folder / VERDICTS}"
         )
-    settings = _settings(args, judge, len(comparisons))
+    settings = _settings(options, judge, len(comparisons))
     _write_numbers(folder, rate, verdicts, settings)
     _show(rate, several=sum(len(row.get("responses", ())) > 1 for side in sides for row in side))
     if len(chosen) < len(comparisons):
-        print(f"Judged: {len(chosen)} of {len(comparisons)} prompts, drawn with seed {args.seed}.")
-    if args.judge == "endpoint":
+        print(
+            f"Judged: {len(chosen)} of {len(comparisons)} prompts, drawn with seed {options.seed}."
+        )
+    if options.judge == "endpoint":
         print(f"Requests sent: {judge.asked}, and {judge.endpoint.retries} sent again.")
     print(f"Page: {folder / PAGE}")
 
 
-def _folder(args: argparse.Namespace) -> Path:
+def _folder(options: Options) -> Path:
     """Return the output folder: new, or with earlier verdicts on the same two files."""
     import json
 
     from shiftrm.cli.checks import output_file, output_folder
-    from shiftrm.errors import UserError
 
-    inputs = [args.ours, args.theirs, None if args.judge == "endpoint" else args.model]
-    folder = output_folder(args.output, apart_from=inputs)
+    read = [*inputs(options), None if options.judge == "endpoint" else options.model]
+    folder = output_folder(options.output, apart_from=read)
     for name in FILES:
-        output_file(str(folder / name), apart_from=inputs, may_exist=True)
+        output_file(str(folder / name), apart_from=read, may_exist=True)
     found = [folder / name for name in FILES if (folder / name).exists()]
     if not found:
         return folder
     try:
         judged = json.loads((folder / NUMBERS).read_bytes())["settings"]
-        same = all(judged[side] == getattr(args, side) for side in ("ours", "theirs"))
+        same = all(judged[side] == getattr(options, side) for side in ("ours", "theirs"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         same = found == [folder / VERDICTS] and _holds_verdicts(folder / VERDICTS)
     if not same:
@@ -172,7 +176,6 @@ def _folder(args: argparse.Namespace) -> Path:
 
 def _holds_verdicts(path: Path) -> bool:
     """Whether the file contains verdicts, as it does alone if none could be read."""
-    from shiftrm.errors import UserError
     from shiftrm.files import iterate_jsonl
 
     try:
@@ -181,71 +184,37 @@ def _holds_verdicts(path: Path) -> bool:
         return False
 
 
-def _check(args: argparse.Namespace) -> None:
-    from shiftrm.cli.checks import at_least_one, not_negative
-    from shiftrm.errors import UserError, suggest
-    from shiftrm.measure.judges.kinds import KINDS
-
-    if args.judge not in KINDS:
-        raise UserError(f"--judge {args.judge!r} is unknown{suggest(args.judge, list(KINDS))}")
-    at_least_one(args.batch_size, "--batch-size")
-    for option in ("limit", "max_requests", "price_in", "price_out"):
-        not_negative(getattr(args, option), _flag(option))
-    if args.judge == "endpoint":
-        if args.tie_margin is not None:
-            raise UserError(
-                "--tie-margin is for judges that give numbers, not for --judge endpoint"
-            )
-    else:
-        for option in _FOR_ENDPOINTS:
-            if getattr(args, option) is not None:
-                raise UserError(f"{_flag(option)} is for --judge endpoint, not for {args.judge}")
-    if (args.model is None) != (args.judge == "gold"):
-        raise UserError(
-            "--judge gold takes no --model"
-            if args.judge == "gold"
-            else f"--judge {args.judge} needs --model: its name at the server, or its folder"
-        )
-
-
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
-
-
-def _open(args: argparse.Namespace, folder: Any) -> Any:
+def _open(options: Options, folder: Any) -> Any:
     from shiftrm.cli.checks import output_rows
-    from shiftrm.measure.judges.kinds import JudgeOptions, open_judge
-    from shiftrm.models.endpoint import EndpointConfig
 
-    def given(**options: Any) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if value is not None}
+    def given(**values: Any) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value is not None}
 
     cache = None
-    if args.judge == "endpoint":
+    if options.judge == "endpoint":
         others = [folder / name for name in FILES]
-        own = args.cache or str(folder / "answers.jsonl")
+        own = options.cache or str(folder / "answers.jsonl")
         cache = output_rows(own, apart_from=others, may_exist=True)  # the cache checks it itself
     server = given(
-        base_url=args.base_url,
-        key_variable=args.key_variable,
-        concurrency=args.concurrency,
-        timeout=args.timeout,
-        max_retries=args.retries,
+        base_url=options.base_url,
+        key_variable=options.key_variable,
+        concurrency=options.concurrency,
+        timeout=options.timeout,
+        max_retries=options.retries,
     )
-    options = JudgeOptions(
-        model=args.model,
+    chosen = JudgeOptions(
+        model=options.model,
         endpoint=EndpointConfig(**server),
-        parameters=_parameters(args.parameter or []),
+        parameters=_parameters(options.parameter or []),
         cache=cache,
-        batch_size=args.batch_size,
-        **given(template=args.template, tie_margin=args.tie_margin),
+        batch_size=options.batch_size,
+        **given(template=options.template, tie_margin=options.tie_margin),
     )
-    return open_judge(args.judge, options)
+    return open_judge(options.judge, chosen)
 
 
 def _parameters(words: list[str]) -> dict[str, Any]:
     from shiftrm.config import apply_overrides
-    from shiftrm.errors import UserError
 
     owned = ("model", "messages", "stream", "n")
     found: dict[str, Any] = {}
@@ -260,7 +229,7 @@ def _parameters(words: list[str]) -> dict[str, Any]:
     return found
 
 
-def _approved(args: argparse.Namespace, judge: Any, chosen: list[Any]) -> bool:
+def _approved(options: Options, judge: Any, chosen: list[Any]) -> bool:
     """Show the estimate; return False if only the estimate was requested."""
     import sys
 
@@ -268,24 +237,23 @@ def _approved(args: argparse.Namespace, judge: Any, chosen: list[Any]) -> bool:
 
     estimate = judge.estimate(
         chosen,
-        price_in=args.price_in,
-        price_out=args.price_out,
-        tokenizer=_tokenizer(args.tokenizer),
+        price_in=options.price_in,
+        price_out=options.price_out,
+        tokenizer=_tokenizer(options.tokenizer),
     )
     print(estimate, flush=True)
-    if args.dry_run:
+    if options.dry_run:
         return False
 
     def ask(question: str) -> bool:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    approve(estimate, limit=args.max_requests, yes=args.yes, ask=ask if interactive else None)
+    approve(estimate, limit=options.max_requests, yes=options.yes, ask=ask if interactive else None)
     return True
 
 
 def _tokenizer(option: str | None) -> Any:
-    from shiftrm.errors import UserError
 
     if option is None:
         return None
@@ -299,7 +267,6 @@ def _tokenizer(option: str | None) -> Any:
 
 
 def _judge(judge: Any, chosen: list[Any], advance: Any) -> Any:
-    from shiftrm.errors import UserError
 
     try:
         return judge.judge(
@@ -314,18 +281,18 @@ def _judge(judge: Any, chosen: list[Any], advance: Any) -> Any:
         ) from None
 
 
-def _settings(args: argparse.Namespace, judge: Any, matched: int) -> dict[str, Any]:
+def _settings(options: Options, judge: Any, matched: int) -> dict[str, Any]:
     """Return the settings of the judge, without the API key and anything a rerun changes."""
     found = {
-        "ours": args.ours,
-        "theirs": args.theirs,
-        "judge": args.judge,
-        "model": args.model,
+        "ours": options.ours,
+        "theirs": options.theirs,
+        "judge": options.judge,
+        "model": options.model,
         "prompts in the files": matched,
-        "limit": args.limit or None,
-        "seed": args.seed,
+        "limit": options.limit or None,
+        "seed": options.seed,
     }
-    if args.judge == "endpoint":
+    if options.judge == "endpoint":
         found |= {
             "base_url": judge.endpoint.base_url,
             "template": judge.template.name,

@@ -1,4 +1,4 @@
-"""Help of configuration classes, read from their source, since importing them is slow."""
+"""Fields of configuration classes, read from their source: importing the classes takes seconds."""
 
 import ast
 import importlib.util
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Option", "options_in", "source_of", "told"]
+__all__ = ["Option", "listed", "own_fields"]
 
 
 class Option(NamedTuple):
@@ -18,22 +18,18 @@ class Option(NamedTuple):
     help: str
 
 
-def source_of(package: str, file: str) -> Path:
-    """Return the path of a file in a package, without importing it."""
-    found = importlib.util.find_spec(package)
+def own_fields(place: str) -> list[Option]:
+    """Return the fields that the class `package.module:Class` declares itself."""
+    module, _, name = place.partition(":")
+    found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
-        raise ModuleNotFoundError(package)
-    return Path(found.origin).parent / file
-
-
-def options_in(path: Path, name: str) -> list[Option]:
-    """Return the fields that a class in a source file declares itself."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+        raise ModuleNotFoundError(module)
+    tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
     texts = dict(_constants(tree))
-    [found] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+    [cls] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
     return [
-        Option(line.target.id, *_told(line.value, texts))
-        for line in found.body
+        Option(line.target.id, *_default_and_help(line.value, texts))
+        for line in cls.body
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
     ]
 
@@ -46,7 +42,7 @@ def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
                     yield target.id, str(line.value.value)
 
 
-def _told(value: ast.expr | None, texts: dict[str, str]) -> tuple[str, str]:
+def _default_and_help(value: ast.expr | None, texts: dict[str, str]) -> tuple[str, str]:
     """Return default and help of `field(default=..., metadata={"help": ...})` or `_option(...)`."""
     if value is None:
         return "", ""
@@ -61,13 +57,13 @@ def _told(value: ast.expr | None, texts: dict[str, str]) -> tuple[str, str]:
         if "help" in keys:
             given["help"] = metadata.values[keys.index("help")]
     default = ast.unparse(given["default"]) if "default" in given else ""
-    said = given.get("help")
-    if isinstance(said, ast.Name):
-        return default, texts.get(said.id, "")
-    return default, str(said.value) if isinstance(said, ast.Constant) else ""
+    text = given.get("help")
+    if isinstance(text, ast.Name):
+        return default, texts.get(text.id, "")
+    return default, str(text.value) if isinstance(text, ast.Constant) else ""
 
 
-def told(options: list[Option]) -> str:
+def listed(options: list[Option]) -> str:
     """Format one paragraph per option: `name=default`, then its help."""
     return "\n".join(
         textwrap.fill(
