@@ -328,7 +328,10 @@ def test_killed_while_sampling_in_a_real_process(files, shiftrm):
         ([], "give either --groups or --policy with --prompts; neither is there"),
         (["--policy", "policy"], "--policy without --prompts"),
         (["--prompts", "prompts.jsonl"], "--prompts without --policy"),
-        (["--groups", "many.jsonl", "--responses", "3"], "--responses goes with --policy"),
+        (
+            ["--groups", "many.jsonl", "--responses", "3"],
+            "--responses needs --policy, which is missing",
+        ),
         (["--groups", "none.jsonl"], "none.jsonl: no such file"),
         (["--groups", "pairs.jsonl"], "pairs.jsonl: holds labelled pairs, not groups"),
         (["--groups", "single.jsonl"], "single.jsonl:1: the group has 1 response(s)"),

@@ -121,7 +121,6 @@ def test_words_of_a_commands_own_keep_their_order():
     assert (found.source, found.files, found.yes) == ("source", ["x", "y"], True)
     assert found.settings == ["b=1", "a.b=2", "b=3", "other"], "the command judges the last one"
     assert parse("plain --sco within s").scope == "within", "abbreviated"
-    assert parse("plain -- -s").source == "-s"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def test_mistakes_are_one_line(line, message):
         ("size: true", "--size is True; expected a whole number"),
         ("size: 2.0", "--size is 2.0; expected a whole number"),
         ("eval_pairs: {a: 3}", "eval_pairs a: 3; expected a file or a hub name"),
-        ("eval_pairs: 3", "--eval-pairs is 3; expected a file or a hub name"),
+        ("eval_pairs: 3", "eval_pairs: 3; expected a file or a hub name"),
         ("held_out: 3", "--held-out is 3; expected a list"),
         ("config: d.yaml", "c.yaml: a configuration cannot name another one"),
         ("- a", "c.yaml: expected settings as `key: value`"),
@@ -169,7 +168,9 @@ def test_mistakes_are_one_line(line, message):
 def test_mistakes_in_a_file_are_one_line(tmp_path, content, message):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
-        parse(f"trained ppo --model m --config {tmp_path / 'c.yaml'}".replace("ppo ", "", 1))
+        parse(
+            f"trained --model m --config {tmp_path / 'c.yaml'}" + " ppo" * ("kind" not in content)
+        )
 
 
 def test_a_missing_value_is_one_line(capsys):

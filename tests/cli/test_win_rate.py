@@ -215,7 +215,7 @@ def test_a_reward_model_judges(shiftrm, reward_model, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--judge", "golden"), "--judge 'golden' is unknown; did you mean 'gold'"),
+        (("--judge", "golden"), "--judge is 'golden'; did you mean 'gold'"),
         (("--judge", "gold"), "--base-url is for --judge endpoint, not for gold"),
         (("--judge", "reward-model"), "--base-url is for --judge endpoint, not for rew"),
         (("--template", "helpfull"), "no such template or file; did you mean 'helpful'"),

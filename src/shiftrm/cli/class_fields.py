@@ -21,10 +21,12 @@ class Option(NamedTuple):
 def own_fields(place: str) -> list[Option]:
     """Return the fields that the class `package.module:Class` declares itself."""
     module, _, name = place.partition(":")
-    found = importlib.util.find_spec(module)
+    package, *parts = module.split(".")
+    found = importlib.util.find_spec(package)  # of the package alone: imports nothing
     if found is None or found.origin is None:
         raise ModuleNotFoundError(module)
-    tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
+    path = Path(found.origin).parent.joinpath(*parts).with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     texts = dict(_constants(tree))
     [cls] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
     return [

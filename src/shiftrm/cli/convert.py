@@ -68,7 +68,7 @@ class Options:
     source: str = option(
         "SOURCE", "file, folder or hub name, see below", positional=True, reads=True
     )
-    kind: str = option(help="what the rows are for", choices=KINDS)
+    kind: str = option("KIND", f"what the rows are for: {', '.join(KINDS)}", choices=KINDS)
     output: str = option("FILE", "JSONL to write")
     dropped: str | None = optional("FILE", "JSONL of what was dropped, and why")
     split: str | None = optional("NAME", "split of a folder or hub name", shown="train")

@@ -230,8 +230,6 @@ def _split(
     while rest:
         word = rest.pop(0)
         flag = FLAG.fullmatch(word)
-        if word == "--":
-            return [*plain, *rest], settings
         if flag is not None and _open(options):
             text = flag[2]
             if text is None:
@@ -313,10 +311,13 @@ def _named(given: Any, option: str) -> dict[str, str]:
     if isinstance(given, dict):
         found = [(str(name), source) for name, source in given.items()]
     else:
-        found = [_name_and_source(word) for word in ([given] if isinstance(given, str) else given)]
+        words = given if isinstance(given, list) else [given]
+        found = [_name_and_source(word) for word in words]
     for name, source in found:
         if not isinstance(source, str):
-            raise UserError(f"{option} {name}: {source!r}; expected a file or a hub name")
+            raise UserError(
+                f"{f'{option} {name}'.strip()}: {source!r}; expected a file or a hub name"
+            )
         if not re.fullmatch(r"[\w-]*", name):
             raise UserError(f"{option}: {name!r} is not a name; use letters, digits, _ and -")
     names = [name for name, _ in found]
