@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import trl
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from shiftrm.errors import UserError
-from shiftrm.models.rendering import encode
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
+from tests.trainers.conftest import encoded, logs_of, same_weights
 
 
 def plain_reward(model, parameters, sequence):
@@ -89,8 +91,8 @@ def test_one_step_is_algorithm_1(
     rows = list(trainer.train_dataset)
     assert len(rows) == batch * accumulation
     trainer.train()
-    encoded = [[encode(tokenizer, g["prompt"], r) for r in g["responses"]] for g in groups]
-    expected = algorithm_1(original, rows, encoded, eta=eta, alpha=0.1, rule=rule)
+    tokens = encoded(tokenizer, groups)
+    expected = algorithm_1(original, rows, tokens, eta=eta, alpha=0.1, rule=rule)
     for name, value in model.named_parameters():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=tolerance, msg=name)
     moved = max(
@@ -98,7 +100,7 @@ def test_one_step_is_algorithm_1(
         for k, v in model.named_parameters()
     )
     assert moved > 1e-3, "the test would pass if nothing happened"
-    vanilla = algorithm_1(original, rows, encoded, eta=0.0, alpha=0.1, rule=rule)
+    vanilla = algorithm_1(original, rows, tokens, eta=0.0, alpha=0.1, rule=rule)
     difference = max(float((vanilla[k] - expected[k]).abs().max()) for k in vanilla)
     assert difference > 100 * tolerance, "the meta step must matter in this test"
 
@@ -138,12 +140,12 @@ def test_an_objective_from_outside_the_package(
     )
     rows = list(trainer.train_dataset)
     trainer.train()
-    encoded = [[encode(tokenizer, g["prompt"], r) for r in g["responses"]] for g in groups]
     options = {"eta": 0.3, "alpha": 0.1, "rule": "normalized"}
-    expected = algorithm_1(original, rows, encoded, objective=variance_objective, **options)
+    tokens = encoded(tokenizer, groups)
+    expected = algorithm_1(original, rows, tokens, objective=variance_objective, **options)
     for name, value in model.named_parameters():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-10, msg=name)
-    of_difference = algorithm_1(original, rows, encoded, **options)
+    of_difference = algorithm_1(original, rows, tokens, **options)
     assert max(float((of_difference[k] - expected[k]).abs().max()) for k in expected) > 1e-5
 
 
@@ -171,9 +173,10 @@ def test_deploy_adapted_is_one_further_ascent(make_trainer, reward_model, groups
     base, adapted = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
     make_trainer(base, deploy="base", **config).train()
     make_trainer(adapted, deploy="adapted", **config).train()
-    encoded = [[encode(tokenizer, g["prompt"], r) for r in g["responses"]] for g in groups]
     theta = {k: v.detach() for k, v in base.named_parameters()}
-    G = direction(gradient(difference_objective, base, theta, encoded), "normalized")
+    G = direction(
+        gradient(difference_objective, base, theta, encoded(tokenizer, groups)), "normalized"
+    )
     for name, value in adapted.named_parameters():
         torch.testing.assert_close(value, theta[name] + 0.3 * G[name], rtol=0, atol=1e-10)
 
@@ -191,8 +194,7 @@ def test_zero_meta_learning_rate_is_the_plain_trainer_bit_for_bit(make_trainer, 
     make_trainer(plain, RewardTrainer, **config).train()
     trainer = make_trainer(meta, meta_learning_rate=0.0, deploy="adapted", **config)
     trainer.train()
-    for a, b in zip(plain.parameters(), meta.parameters(), strict=True):
-        assert torch.equal(a, b)
+    same_weights(plain, meta)
     assert all(log["meta_influence"] == 0 for log in trainer.state.log_history if "loss" in log)
 
 
@@ -210,8 +212,7 @@ def test_influence_compares_gradients_of_one_function(make_trainer, reward_model
         model = copy.deepcopy(reward_model)
         config = {"max_steps": 2, "learning_rate": 0.0, "meta_step": "normalized", "bf16": bf16}
         config |= {"meta_shift": shift, "meta_curvature": "finite_difference"}
-        args = MetaRMConfig(**{**make_trainer.options, **config}, meta_learning_rate=eta)
-        trainer = Noisy(model, args, **make_trainer.data)
+        trainer = make_trainer(model, Noisy, meta_learning_rate=eta, **config)
         trainer.train()
         return [log["meta_influence"] for log in trainer.state.log_history if "loss" in log]
 
@@ -248,8 +249,7 @@ def test_parameters_return_when_the_loss_fails(make_trainer, reward_model, monke
     monkeypatch.setattr(trainer._statistics, "add", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
-    for a, b in zip(before.parameters(), reward_model.parameters(), strict=True):
-        assert torch.equal(a, b)
+    same_weights(before, reward_model)
 
 
 def test_checkpoints_hold_theta_not_theta_prime(make_trainer, reward_model, tmp_path):
@@ -261,8 +261,7 @@ def test_checkpoints_hold_theta_not_theta_prime(make_trainer, reward_model, tmp_
     make_trainer(straight, **config).train()
     make_trainer(saved, save_strategy="steps", save_steps=2, **config).train()
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "checkpoint-2")
-    for a, b in zip(straight.parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(a, b)
+    same_weights(straight, loaded)
 
 
 class StopAt(TrainerCallback):
@@ -303,11 +302,8 @@ def test_resuming_is_exact(make_trainer, reward_model, tmp_path, rule, stop):
     stopped.train()
     second = make_trainer(resumed, output_dir=str(tmp_path / "resumed"), **config)
     second.train(resume_from_checkpoint=str(tmp_path / "resumed" / f"checkpoint-{stop}"))
-    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
-    losses = [
-        [log["loss"] for log in t.state.log_history if "loss" in log] for t in (first, second)
-    ]
+    same_weights(straight, resumed)
+    losses = [[log["loss"] for log in logs_of(t)] for t in (first, second)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 5
 
@@ -317,7 +313,7 @@ def test_logs_say_what_the_meta_step_did(make_trainer, reward_model):
         reward_model, meta_step="normalized", meta_learning_rate=0.3, max_steps=3
     )
     trainer.train()
-    logs = [log for log in trainer.state.log_history if "loss" in log]
+    logs = logs_of(trainer)
     assert len(logs) == 3
     for log in logs:
         assert log["meta_objective_after"] > log["meta_objective"]  # it is an ascent
@@ -335,8 +331,7 @@ def test_non_finite_meta_gradient_is_skipped_and_counted(make_trainer, reward_mo
     )
     trainer.train()
     assert [log["meta_skipped"] for log in trainer.state.log_history if "loss" in log] == [1, 1]
-    for a, b in zip(plain.parameters(), meta.parameters(), strict=True):
-        assert torch.equal(a, b)
+    same_weights(plain, meta)
 
 
 def test_every_group_is_seen_once_an_epoch(make_trainer, reward_model):
@@ -380,44 +375,52 @@ def test_bad_settings_are_refused(options, message, tmp_path):
         MetaRMConfig(str(tmp_path), use_cpu=True, **options)
 
 
-def test_bad_groups_are_refused(make_trainer, reward_model, groups):
-    one = [*groups, {"prompt": "a", "responses": [" red"]}]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"meta": None}, "meta_dataset is None"),
+        ({"meta": [{"prompt": "a"}]}, "meta_dataset, row 0: column 'responses' is missing"),
+        (
+            {"meta": [{"prompt": "a", "responses": [" red" * 30] * 2}], "max_length": 20},
+            "no group with two different responses within max_length",
+        ),
+        (
+            {"meta": [{"prompt": "", "responses": ["", " a"], "finished": [False, True]}]},
+            "row 0: a response has no tokens",
+        ),
+        ({"disable_dropout": False}, "dropout"),
+        ({"fp16": True}, "bf16"),
+        ({"neftune_noise_alpha": 5.0}, "neftune"),
+        (
+            {
+                "preset": "scale_free",
+                "load_best_model_at_end": True,
+                "eval_steps": 1,
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+                "save_steps": 1,
+            },
+            "load_best_model_at_end",
+        ),
+    ],
+)
+def test_what_the_meta_step_cannot_use_is_refused(make_trainer, reward_model, given, message):
+    with pytest.raises(UserError, match=message):
+        make_trainer(reward_model, **given)
+
+
+def test_a_group_of_one_is_refused(make_trainer, reward_model, groups):
     with pytest.raises(UserError, match="meta_dataset, row 6: the group has 1 response"):
-        make_trainer(reward_model, meta=one)
-    with pytest.raises(UserError, match="meta_dataset, row 0: column 'responses' is missing"):
-        make_trainer(reward_model, meta=[{"prompt": "a"}])
-    with pytest.raises(UserError, match="no group with two different responses within max_length"):
-        make_trainer(
-            reward_model, meta=[{"prompt": "a", "responses": [" red" * 30] * 2}], max_length=20
-        )
-    with pytest.raises(UserError, match="dropout"):
-        make_trainer(reward_model, disable_dropout=False)
-    with pytest.raises(UserError, match="bf16"):
-        make_trainer(reward_model, fp16=True)
-    with pytest.raises(UserError, match="meta_dataset is None"):
-        make_trainer(reward_model, meta=None)
+        make_trainer(reward_model, meta=[*groups, {"prompt": "a", "responses": [" red"]}])
 
 
-def test_a_plain_reward_config_is_refused(reward_model, tokenizer, pairs, groups, options):
-    from datasets import Dataset
-    from trl import RewardConfig
-
+def test_a_plain_reward_config_is_refused(make_trainer, reward_model):
     with pytest.raises(UserError, match="takes a MetaRMConfig"):
-        MetaRMTrainer(
-            reward_model,
-            RewardConfig(**options),
-            train_dataset=Dataset.from_list(pairs),
-            processing_class=tokenizer,
-            meta_dataset=groups,
-        )
+        make_trainer(reward_model, config_class=trl.RewardConfig)
 
 
-def test_streamed_epochs_are_saved_and_evaluated_at_theta(
-    reward_model, tokenizer, pairs, groups, options, monkeypatch
-):
+def test_streamed_epochs_are_saved_and_evaluated_at_theta(make_trainer, reward_model, pairs):
     """An epoch of a stream can end in the middle of an accumulation."""
-    from datasets import Dataset
-
     shifted, leaked = [], []
 
     class Watched(MetaRMTrainer):
@@ -432,18 +435,15 @@ def test_streamed_epochs_are_saved_and_evaluated_at_theta(
             leaked.append(any(a is not b for a, b in zip(before, after, strict=True)))
             return result
 
-    args = MetaRMConfig(
-        **{**options, "max_steps": 4, "gradient_accumulation_steps": 2, "eval_strategy": "epoch"},
-        preset="scale_free",
-    )
-    data = Dataset.from_list(pairs)
-    trainer = Watched(
+    trainer = make_trainer(
         reward_model,
-        args,
-        train_dataset=data.to_iterable_dataset(),
-        eval_dataset=data,
-        processing_class=tokenizer,
-        meta_dataset=groups,
+        Watched,
+        train=Dataset.from_list(pairs).to_iterable_dataset(),
+        evaluation=pairs,
+        preset="scale_free",
+        max_steps=4,
+        gradient_accumulation_steps=2,
+        eval_strategy="epoch",
     )
     trainer.train()
     assert len(shifted) > 4, "epochs ended between steps"
@@ -482,23 +482,3 @@ def test_groups_of_equal_responses_are_dropped_and_counted(make_trainer, reward_
     assert "2 groups of equal responses" in caplog.text
     with pytest.raises(UserError, match="no group with two different responses"):
         make_trainer(reward_model, meta=[same])
-    with pytest.raises(UserError, match="row 0: a response has no tokens"):
-        make_trainer(
-            reward_model,
-            meta=[{"prompt": "", "responses": ["", " a"], "finished": [False, True]}],
-        )
-
-
-def test_settings_that_contradict_the_meta_step_are_refused(make_trainer, reward_model):
-    with pytest.raises(UserError, match="load_best_model_at_end"):
-        make_trainer(
-            reward_model,
-            preset="scale_free",
-            load_best_model_at_end=True,
-            eval_strategy="steps",
-            save_strategy="steps",
-            eval_steps=1,
-            save_steps=1,
-        )
-    with pytest.raises(UserError, match="neftune"):
-        make_trainer(reward_model, neftune_noise_alpha=5.0)

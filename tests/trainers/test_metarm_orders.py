@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification, OPTConfig, OPTForSequenceClassification
 
 from shiftrm.errors import UserError
-from shiftrm.models.rendering import encode
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
 from tests.conftest import llama_config
+from tests.trainers.conftest import encoded, logs_of, same_weights
 from tests.trainers.test_metarm import difference_objective, preference_loss
 
 
@@ -63,13 +63,12 @@ def test_exact_order_is_the_gradient_through_the_step(
     )
     rows = list(trainer.train_dataset)
     trainer.train()
-    encoded = [[encode(tokenizer, g["prompt"], r) for r in g["responses"]] for g in groups]
-    expected = through_the_step(original, rows, encoded, eta=eta, rule=rule)
+    expected = through_the_step(original, rows, encoded(tokenizer, groups), eta=eta, rule=rule)
     step = {k: (original.get_parameter(k) - v).detach() / 0.1 for k, v in model.named_parameters()}
     size = torch.sqrt(sum(v.pow(2).sum() for v in expected.values()))
     error = torch.sqrt(sum((step[k] - v).pow(2).sum() for k, v in expected.items()))
     assert float(error / size) < tolerance
-    [log] = [log for log in trainer.state.log_history if "meta_second_order" in log]
+    [log] = logs_of(trainer, "meta_second_order")
     assert log["meta_second_order"] > 0.05, "the second order must matter in this test"
 
 
@@ -189,9 +188,8 @@ def test_accumulated_midpoints_are_one_batchs(make_trainer, reward_model):
             meta_batch_size=6,
             meta_shift="midpoint",
         ).train()
-        results.append(list(model.parameters()))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        results.append(model)
+    same_weights(*results, rtol=1e-4, atol=1e-6)
 
 
 def test_auto_knows_what_is_computed_in(make_trainer, reward_model):
@@ -211,8 +209,7 @@ def test_exact_order_with_eta_zero_is_the_plain_trainer(make_trainer, reward_mod
     plain, meta = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
     make_trainer(plain, RewardTrainer, max_steps=2).train()
     make_trainer(meta, max_steps=2, meta_learning_rate=0.0, meta_order="exact").train()
-    for a, b in zip(plain.parameters(), meta.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+    same_weights(plain, meta, rtol=0, atol=1e-7)
 
 
 def test_differences_are_of_the_smooth_part_of_the_difference_loss(make_trainer, tokenizer):

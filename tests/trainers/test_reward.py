@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import BloomConfig, BloomForSequenceClassification
@@ -14,7 +15,10 @@ from trl import RewardTrainer as TRLRewardTrainer
 
 from shiftrm.errors import UserError
 from shiftrm.models.loading import load_reward_model
-from shiftrm.trainers.reward import RewardConfig, RewardTrainer
+from shiftrm.trainers.reward import RewardTrainer
+from tests.trainers.conftest import logs_of, same_weights
+
+FROM_FOLDER = {"processing_class": None}
 
 CHAT = [
     {
@@ -62,8 +66,7 @@ def test_training_equals_trls(make_trainer, reward_model, pairs):
         trainer.train()
         results[cls] = (model, trainer.state.log_history)
     ours, theirs = results[RewardTrainer], results[TRLRewardTrainer]
-    for a, b in zip(ours[0].parameters(), theirs[0].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    same_weights(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
     for mine, other in zip(ours[1], theirs[1], strict=True):
         assert set(mine) >= set(other), "TRL's metric names, and more"
         for key in ("loss", "accuracy", "margin", "mean_reward", "num_tokens", "eval_loss"):
@@ -113,14 +116,10 @@ def test_equal_sides_are_refused_with_the_row(make_trainer, reward_model):
         make_trainer(reward_model, RewardTrainer, train=rows)
 
 
-def test_streaming_data_set(reward_model, tokenizer, pairs, options):
-    from trl import RewardConfig
-
-    trainer = RewardTrainer(
-        reward_model,
-        RewardConfig(**{**options, "max_steps": 2}),
-        train_dataset=Dataset.from_list(pairs).to_iterable_dataset(),
-        processing_class=tokenizer,
+def test_streaming_data_set(make_trainer, reward_model, pairs):
+    stream = Dataset.from_list(pairs).to_iterable_dataset()
+    trainer = make_trainer(
+        reward_model, RewardTrainer, train=stream, config_class=trl.RewardConfig, max_steps=2
     )
     trainer.train()
     assert trainer.state.global_step == 2
@@ -185,7 +184,7 @@ def test_training_metrics_are_over_all_pairs_since_the_last_log(make_trainer, re
     )
     table = by_hand(reward_model, trainer.train_dataset)
     trainer.train()
-    [log] = [log for log in trainer.state.log_history if "auc" in log]
+    [log] = logs_of(trainer, "auc")
     assert log["accuracy"] == pytest.approx(float((table[:, 0] > table[:, 1]).double().mean()))
     assert log["mean_reward"] == pytest.approx(float(table.mean()), abs=1e-6)
     assert log["num_tokens"] == sum(
@@ -198,7 +197,7 @@ def test_shared_prefixes_change_nothing(make_trainer, reward_model, pairs, share
     """Training with and without shared prefixes, and with TRL's collator, is the same."""
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
-    weights = []
+    models = []
     for options in ({"shared_prefixes": shared}, {"collator": DataCollatorForPreference(0)}):
         model = copy.deepcopy(reward_model)
         collator = options.pop("collator", None)
@@ -206,9 +205,8 @@ def test_shared_prefixes_change_nothing(make_trainer, reward_model, pairs, share
         if collator is not None:
             trainer.data_collator = collator
         trainer.train()
-        weights.append(list(model.parameters()))
-    for a, b in zip(*weights, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        models.append(model)
+    same_weights(*models, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_that_cannot_share_says_so_once(make_trainer, tokenizer, pairs, caplog):
@@ -292,14 +290,11 @@ def test_a_new_head_is_small_and_seeded_and_a_trained_one_stays(policy, reward_m
     assert torch.equal(again.score.weight, reward_model.score.weight)
 
 
-def test_the_trainer_loads_that_way(policy, tokenizer, pairs, options, tmp_path):
+def test_the_trainer_loads_that_way(make_trainer, policy, tokenizer, tmp_path):
     policy.save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
-    trainer = RewardTrainer(
-        str(tmp_path / "policy"),
-        RewardConfig(**{**options, "seed": 3, "model_init_kwargs": {"dtype": "float64"}}),
-        train_dataset=Dataset.from_list(pairs),
-    )
+    config = {"seed": 3, "model_init_kwargs": {"dtype": "float64"}}
+    trainer = make_trainer(str(tmp_path / "policy"), RewardTrainer, more=FROM_FOLDER, **config)
     expected = load_reward_model(tmp_path / "policy", seed=3, dtype="float64").score.weight
     assert torch.equal(trainer.model.score.weight, expected)
     assert trainer.args.model_init_kwargs == {"dtype": "float64"}
@@ -307,18 +302,16 @@ def test_the_trainer_loads_that_way(policy, tokenizer, pairs, options, tmp_path)
 
 @pytest.mark.parametrize("base", ["policy", "reward model"])
 def test_lora_saves_its_head_and_loads_again(
-    base, policy, reward_model, tokenizer, pairs, options, tmp_path
+    make_trainer, base, policy, reward_model, tokenizer, pairs, tmp_path
 ):
     """A saved adapter folder gives the trained scores, head included, whatever is under it."""
     from shiftrm.models.scoring import Scorer
 
     {"policy": policy, "reward model": reward_model}[base].save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    trainer = RewardTrainer(
-        str(tmp_path / "base"),
-        RewardConfig(**{**options, "max_steps": 3}),
-        train_dataset=Dataset.from_list(pairs),
-        peft_config=LoraConfig(task_type="SEQ_CLS", r=4, init_lora_weights=False),
+    lora = {"peft_config": LoraConfig(task_type="SEQ_CLS", r=4, init_lora_weights=False)}
+    trainer = make_trainer(
+        str(tmp_path / "base"), RewardTrainer, max_steps=3, more={**FROM_FOLDER, **lora}
     )
     trainer.train()
     texts = [row["prompt"] for row in pairs], [row["chosen"] for row in pairs]
@@ -343,7 +336,7 @@ def test_longer_rows_than_the_models_context_are_fine(make_trainer, pairs):
 
 
 def test_without_a_pad_token_others_still_read_the_trained_reward(
-    reward_model, tokenizer, pairs, options, tmp_path
+    make_trainer, reward_model, tokenizer, pairs, tmp_path
 ):
     """TRL pads with EOS then; transformers would pool before the EOS that was trained."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -352,11 +345,8 @@ def test_without_a_pad_token_others_still_read_the_trained_reward(
 
     unpadded = copy.deepcopy(tokenizer)
     unpadded.pad_token = None
-    trainer = RewardTrainer(
-        reward_model,
-        RewardConfig(**{**options, "max_steps": 3}),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=unpadded,
+    trainer = make_trainer(
+        reward_model, RewardTrainer, max_steps=3, more={"processing_class": unpadded}
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "rm"))
@@ -415,24 +405,20 @@ def test_a_short_first_batch_does_not_hide_a_window(make_trainer, caplog, monkey
     assert "cannot share prefixes" in caplog.text
 
 
-def test_a_stream_without_known_columns_of_tokenised_pairs(reward_model, tokenizer, options):
+def test_a_stream_without_known_columns_of_tokenised_pairs(make_trainer, reward_model):
     from datasets import IterableDataset
 
     def rows():
         for i in range(8):
             yield {"chosen_ids": [5, 6, 7 + i % 3, 2], "rejected_ids": [5, 6, 2]}
 
-    trainer = RewardTrainer(
-        reward_model,
-        RewardConfig(**{**options, "max_steps": 2}),
-        train_dataset=IterableDataset.from_generator(rows),
-        processing_class=tokenizer,
-    )
+    stream = IterableDataset.from_generator(rows)
+    trainer = make_trainer(reward_model, RewardTrainer, train=stream, max_steps=2)
     trainer.train()
     assert trainer.state.global_step == 2
 
 
-def test_a_collator_given_by_position_is_used(reward_model, tokenizer, pairs, options):
+def test_a_collator_given_by_position_is_used(make_trainer, reward_model):
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
     calls = []
@@ -442,8 +428,7 @@ def test_a_collator_given_by_position_is_used(reward_model, tokenizer, pairs, op
             calls.append(len(examples))
             return super().torch_call(examples)
 
-    data = {"train_dataset": Dataset.from_list(pairs), "processing_class": tokenizer}
-    RewardTrainer(reward_model, RewardConfig(**options), Mine(0), **data).train()
+    make_trainer(reward_model, RewardTrainer, Mine(0)).train()
     assert calls
 
 

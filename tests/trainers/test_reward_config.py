@@ -138,24 +138,16 @@ def test_compute_metrics_gets_what_trl_gives(reward_model, tokenizer, pairs, opt
     assert rows[:, 0].tolist() == [*by_pair[:2, 0], *by_pair[:2, 1], *by_pair[2]]
 
 
-def test_data_by_the_name_of_its_file(reward_model, tokenizer, pairs, groups, options, tmp_path):
+def test_data_by_the_name_of_its_file(make_trainer, reward_model, pairs, groups, tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     write_jsonl(tmp_path / "groups.jsonl", groups)
-    trainer = MetaRMTrainer(
+    trainer = make_trainer(
         reward_model,
-        MetaRMConfig(**options),
-        train_dataset=tmp_path / "pairs.jsonl",
-        eval_dataset={"same": str(tmp_path / "pairs.jsonl")},
-        processing_class=tokenizer,
-        meta_dataset=str(tmp_path / "groups.jsonl"),
+        train=tmp_path / "pairs.jsonl",
+        evaluation={"same": str(tmp_path / "pairs.jsonl")},
+        meta=str(tmp_path / "groups.jsonl"),
     )
-    in_memory = MetaRMTrainer(
-        reward_model,
-        MetaRMConfig(**options),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=tokenizer,
-        meta_dataset=groups,
-    )
+    in_memory = make_trainer(reward_model)
     assert trainer.train_dataset["chosen_ids"] == in_memory.train_dataset["chosen_ids"]
     assert trainer._groups.groups == in_memory._groups.groups
     assert set(trainer.evaluate()) >= {"eval_same_accuracy", "eval_same_accuracy_low"}
