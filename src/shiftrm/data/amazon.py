@@ -2,9 +2,9 @@
 
 Two public schemas are read:
 
-- *Amazon Reviews 2023*, one JSONL file per category ("Books.jsonl"): `rating` 1-5, `title` (of the
-  review), `text`, `asin`, `parent_asin` (the product with all its variants), and more;
-- *amazon_polarity*: `label` 0/1, `title`, `content`; no category and no product.
+- *Amazon Reviews 2023*, one downloaded JSONL file per category ("Books.jsonl"): `rating` 1-5,
+  `title` (of the review), `text`, `asin`, `parent_asin` (the product with all its variants), ...;
+- *fancyzhx/amazon_polarity*: `label` 0/1, `title`, `content`; no category and no product.
 
 The OODPL paper writes positive reviews for unseen categories, but does not say how its pairs are
 formed. The following is ours:
@@ -31,16 +31,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 
 from shiftrm.data.domains import Domain, drop_leaks, hashed_uniform
 from shiftrm.data.loaded import bit_of, each, number_of, text_of, usable
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-
-POLARITY = "fancyzhx/amazon_polarity"
-"""Its hub name. The 2023 reviews must be downloaded, because their hub page needs a script."""
 
 TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 MARK = re.compile(r"\[\[(?:VIDEOID|ASIN|STAR_RATING)[^\]]*\]\]")
@@ -184,11 +180,6 @@ def read_amazon(sources: Mapping[str, str]) -> dict[str, Iterator[tuple[str, Row
         sources: category -> a file or hub name, e.g. `{"Books": "raw/Books.jsonl"}`.
     """
     return {name: iterate_rows(source) for name, source in sources.items()}
-
-
-def category_of(path: str | Path) -> str:
-    """Return the category from the name of an Amazon Reviews 2023 file."""
-    return Path(path).name.split(".")[0]
 
 
 def _reviews(

@@ -1,12 +1,10 @@
-"""Questions to any OpenAI-compatible server: one thin layer over the `openai` client.
+"""Send requests to an OpenAI-compatible server: a thin layer over the `openai` client.
 
-The client does the HTTP, the timeouts and the retries with exponential back-off and Retry-After;
-this module adds what every user of a server here needs: bounded concurrency, strict reading of
-answers, errors in one line, counts, and a key that is read from the environment, sent to the server
-and shown nowhere else.
+The client does the HTTP, the timeouts and the retries with exponential back-off and Retry-After.
+This module adds strict reading of answers, one-line errors, counts, and a key that is read from the
+environment, sent to the server and shown nowhere else.
 """
 
-import ipaddress
 import json
 import logging
 import os
@@ -18,39 +16,37 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from shiftrm.concurrency import map_bounded
 from shiftrm.errors import UserError, printable, suggest
-from shiftrm.models.endpoint_dialect import Dialect
-
-__all__ = ["Completion", "Endpoint", "EndpointConfig", "RefusedRequest", "map_bounded"]
+from shiftrm.models.endpoint_format import Completion, Dialect, read_answers
 
 logger = logging.getLogger(__name__)
 
 OPENAI = "https://api.openai.com/v1"
-PLACEHOLDER_KEY = "none"  # for servers that need no key; the client insists on one
+PLACEHOLDER_KEY = "none"  # for servers that need no key; the client requires one
 
-_NONSENSE_ATTEMPTS = 3  # a 200 with a broken body is asked for again so often; see `_asked`
+_NONSENSE_ATTEMPTS = 3  # for a broken body with status 200; see `_asked`
 _LIST_TIMEOUT = 20.0  # seconds
-_SECRET_LENGTH = 8  # a shorter "key" (`none`, `EMPTY`) is a word that answers may hold
-_SHOWN = 200  # characters of a server's own message that an error repeats
+_SECRET_LENGTH = 8  # a shorter "key" (`none`, `EMPTY`) may be a word of an answer
+_SHOWN = 200  # maximum characters of a server's message in an error
 
 
 class RefusedRequest(UserError):
-    """The server works but will not answer this one request (too long for it, say)."""
+    """Raised if the server works but refuses this request, for example because it is too long."""
 
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """Where the server is and how patiently to ask it.
+    """The server's address, and how long and how often to try.
 
     Attributes:
-        base_url: the address up to and with `/v1`; the default is $OPENAI_BASE_URL, else OpenAI's.
-        key_variable: the environment variable that holds the key. It is sent to `base_url`.
-            Without one, local servers and all others but OpenAI's get a placeholder.
-        timeout: seconds without a byte from the server, of one attempt.
+        base_url: the address up to and including `/v1`; the default is $OPENAI_BASE_URL, else
+            OpenAI's.
+        key_variable: the environment variable that holds the key, which is sent to `base_url`.
+            Without a key, servers other than OpenAI's get a placeholder.
+        timeout: seconds without a byte from the server, per attempt.
         max_retries: attempts after the first on 408, 409, 429, 5xx, timeouts and lost connections.
-            The client waits 0.5 s, 1 s, 2 s, ... up to 8 s, or what Retry-After says.
-        concurrency: requests under way at one time in `map_bounded`.
+            The client waits 0.5 s, 1 s, 2 s, ... up to 8 s, or as long as Retry-After says.
+        concurrency: concurrent requests in `map_bounded`.
     """
 
     base_url: str | None = None
@@ -68,25 +64,8 @@ class EndpointConfig:
             raise UserError(f"concurrency is {self.concurrency}; it must be at least 1")
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One text from the server; what it did not say is None.
-
-    Attributes:
-        finish_reason: "stop", "length" (cut off), or another word of the server's.
-        tokens_in, tokens_out: of the whole request, as the server counts.
-        token_ids: of the text, the closing token included; only from vLLM, when asked for them.
-    """
-
-    text: str
-    finish_reason: str | None = None
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    token_ids: tuple[int, ...] | None = None
-
-
 class Endpoint:
-    """A server that speaks OpenAI's API. Threads may share it.
+    """A server with OpenAI's API. Threads may share it.
 
     >>> endpoint = Endpoint(EndpointConfig("http://localhost:8000/v1"))       # doctest: +SKIP
     >>> endpoint.chat("judge", [{"role": "user", "content": "Hello"}]).text   # doctest: +SKIP
@@ -94,7 +73,7 @@ class Endpoint:
 
     Attributes:
         base_url: without a trailing slash.
-        requests, retries: how many were sent, and how many of these again; see `EndpointConfig`.
+        requests, retries: how many requests were sent, and how many retries.
     """
 
     def __init__(self, config: EndpointConfig | None = None) -> None:
@@ -122,7 +101,7 @@ class Endpoint:
             import openai
         except ImportError:
             raise UserError(
-                "questions to a server need the openai package: pip install 'shiftrm[judge]'"
+                "requests to a server need the openai package: pip install 'shiftrm[judge]'"
             ) from None
         return openai.OpenAI(
             api_key=self._key or PLACEHOLDER_KEY,
@@ -136,15 +115,15 @@ class Endpoint:
     def chat(
         self, model: str, messages: Sequence[Mapping[str, str]], **parameters: Any
     ) -> Completion:
-        """The server's reply to a conversation (`/chat/completions`).
+        """Return the server's reply to a conversation (`/chat/completions`).
 
         Args:
-            parameters: written into the request as they are (`temperature`, `max_tokens`, ...),
-                or as the model wants them once it has refused them (`Dialect`).
+            parameters: sent as they are (`temperature`, `max_tokens`, ...), or as the model
+                requires once it has refused them (`Dialect`).
 
         Raises:
             RefusedRequest: status 400, 413 or 422.
-            UserError: anything else that retries did not help.
+            UserError: any other error that remains after the retries.
         """
         create = self._client.chat.completions.with_raw_response.create
         asked = list(messages)
@@ -159,7 +138,7 @@ class Endpoint:
                     raise
 
     def _learn(self, model: str, refusal: str) -> Dialect:
-        """How the server wants this model to be asked; kept for the next requests."""
+        """Return how this model takes its parameters; kept for the next requests."""
         with self._lock:
             before = self._dialects.get(model, Dialect())
             after = self._dialects[model] = before.after(refusal)
@@ -174,12 +153,12 @@ class Endpoint:
     def complete(
         self, model: str, prompt: str | Sequence[int], **parameters: Any
     ) -> list[Completion]:
-        """Continuations of a prompt (`/completions`), in the order of the server's indices.
+        """Return continuations of a prompt (`/completions`), in the order of the server's indices.
 
         Args:
             prompt: text, or token ids for servers that take them (vLLM does).
-            parameters: as in `chat`; `n` continuations are asked for at once, and vLLM's own
-                (`top_k`, `repetition_penalty`, ...) go here too.
+            parameters: as in `chat`, with `n` for several continuations; also vLLM's own (`top_k`,
+                `repetition_penalty`, ...).
 
         Raises:
             UserError: as `chat`.
@@ -189,16 +168,16 @@ class Endpoint:
         return self._asked(model, lambda: create(model=model, prompt=asked, extra_body=parameters))
 
     def models(self) -> list[str]:
-        """The names of the server's models; raises UserError if it does not list them."""
+        """Return the names of the server's models; raise UserError if it does not list them."""
         return [printable(card["id"]) for card in self.model_cards()]
 
     def model_cards(self) -> list[dict[str, Any]]:
-        """What the server says of its models: `id`, and from vLLM `root` and `max_model_len`.
+        """Return the server's descriptions of its models: `id`, with vLLM `root`, `max_model_len`.
 
         Raises:
             UserError: as `models`.
         """
-        # Impatient: it is asked before the work and inside errors.
+        # A short timeout: this runs before the work starts and while an error is explained.
         patience = min(self.config.timeout, _LIST_TIMEOUT)
         client = self._client.with_options(max_retries=0, timeout=patience)
         body = self._body(client.models.with_raw_response.list)
@@ -209,13 +188,13 @@ class Endpoint:
         return [card for card in cards if isinstance(card.get("id"), str)]
 
     def check(self, model: str) -> None:
-        """Find out early, with one request, whether the server is there and takes the key.
+        """Check early, with one request, that the server can be reached and accepts the key.
 
-        Servers that do not list their models pass, and so does a model that is not listed: some
-        servers know more names than they list. The first question tells.
+        A server that does not list its models passes, and so does a model that is not listed: some
+        servers know more names than they list.
 
         Raises:
-            UserError: nobody listens at the address, or the key is refused.
+            UserError: the server cannot be reached, or refuses the key.
         """
         try:
             self.models()
@@ -227,23 +206,23 @@ class Endpoint:
     # -- one request -------------------------------------------------------------------------
 
     def _asked(self, model: str, send: Callable[[], Any]) -> list[Completion]:
-        """Send until the body is an answer; broken bodies with status 200 come from proxies."""
+        """Send until the body is an answer; proxies send broken bodies with status 200."""
         for attempt in range(_NONSENSE_ATTEMPTS):
             if attempt:
                 time.sleep(0.25 * 2**attempt)
                 self._count(retries=1)
-            answers = _read_answers(self._body(send, model=model, again=attempt > 0))
+            answers = read_answers(self._body(send, model=model, again=attempt > 0))
             if answers is not None:
                 return [self._redacted(answer) for answer in answers]
         raise UserError(
-            f"{self.base_url}: answered {_NONSENSE_ATTEMPTS} times with something that is no "
-            "completion of OpenAI's API; check the address (it usually ends in /v1)"
+            f"{self.base_url}: answered {_NONSENSE_ATTEMPTS} times with something that is not "
+            "a completion of OpenAI's API; check the address (it usually ends in /v1)"
         )
 
     def _body(
         self, send: Callable[[], Any], *, model: str | None = None, again: bool = False
     ) -> Any:
-        """The JSON of one answer; None if it is not JSON."""
+        """Return the JSON of one answer; None if it is not JSON."""
         import openai
 
         failure: UserError
@@ -269,7 +248,7 @@ class Endpoint:
             self.retries += retries
 
     def _explain(self, error: Any, model: str | None) -> UserError:
-        """One line for a person: what, where, what to do."""
+        """Return the error as one line: what is wrong, where, and what to do."""
         import openai
 
         where, attempts = self.base_url, _retries_of(error) + 1
@@ -294,7 +273,7 @@ class Endpoint:
         if status == 429:
             return UserError(
                 f"{where}: still too many requests, or no quota left, after {attempts} attempts "
-                f"(status 429{said}); ask fewer at once, or give the same command again later"
+                f"(status 429{said}); send fewer at once, or run the same command again later"
             )
         if status in (400, 413, 422):
             return RefusedRequest(f"{where}: refuses the request (status {status}{said})")
@@ -319,7 +298,7 @@ class Endpoint:
         )
 
     def _said(self, error: Any) -> str:
-        """`: the server's own words`, safe to print; empty if it said nothing."""
+        """Return `: the server's message`, safe to print; "" without a message."""
         body = getattr(error, "body", None)
         if isinstance(body, dict):  # OpenAI and vLLM say "message", plain FastAPI "detail"
             body = body.get("message") or body.get("detail")
@@ -330,7 +309,7 @@ class Endpoint:
         return f": {text[:_SHOWN]}{'...' if len(text) > _SHOWN else ''}"
 
     def _safe(self, text: str) -> str:
-        """Without the key, which some servers repeat, and without control characters."""
+        """Remove the key, which some servers repeat, and control characters."""
         return " ".join(printable(self._without_key(text)).split())
 
     def _without_key(self, text: str) -> str:
@@ -343,84 +322,29 @@ class Endpoint:
 
 
 class _Fatal(UserError):
-    """No other request would fare better: nobody is there, or the key is wrong."""
-
-
-def _read_answers(body: Any) -> list[Completion] | None:
-    """The texts of a completion or chat completion; None if it is neither."""
-    choices = body.get("choices") if isinstance(body, dict) else None
-    if not isinstance(choices, list) or not choices:
-        return None
-    usage = body.get("usage")
-    counts = usage if isinstance(usage, dict) else {}
-    answers: list[tuple[int, Completion]] = []
-    for position, choice in enumerate(choices):
-        if not isinstance(choice, dict):
-            return None
-        message = choice.get("message", choice)
-        key = "content" if "message" in choice else "text"
-        if not isinstance(message, dict) or key not in message:
-            return None
-        text = message[key]
-        if text is None:  # a refusal, or all tokens went into hidden reasoning
-            text = ""
-        if not isinstance(text, str):
-            return None
-        reason, index = choice.get("finish_reason"), choice.get("index")
-        answers.append(
-            (
-                index if isinstance(index, int) else position,
-                Completion(
-                    text,
-                    reason if isinstance(reason, str) else None,
-                    _whole(counts.get("prompt_tokens")),
-                    _whole(counts.get("completion_tokens")),
-                    _whole_numbers(choice.get("token_ids")),
-                ),
-            )
-        )
-    return [answer for _, answer in sorted(answers, key=lambda entry: entry[0])]
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _whole_numbers(value: Any) -> tuple[int, ...] | None:
-    if not isinstance(value, list) or any(_whole(number) is None for number in value):
-        return None
-    return tuple(value)
+    """An error that any other request would meet too: no connection, or a wrong key."""
 
 
 def _retries_of(error: Any) -> int:
-    """How often the client asked again before it gave up: the header of its last request."""
+    """Return the number of retries before the client gave up, from its last request's header."""
     request = getattr(error, "request", None)
     count = getattr(request, "headers", {}).get("x-stainless-retry-count", "0")
     return int(count) if str(count).isdigit() else 0
 
 
 def _checked_url(url: str) -> str:
-    """The address without a trailing slash; refused if it is none, or holds what may be secret."""
+    """Return the address without a trailing slash; refuse invalid ones and ones with secrets."""
     parts = urlsplit(url.strip())
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{url}: not an address; expected one like http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
             f"the address of {parts.hostname} holds a user, a password or a query; give it up to "
-            "/v1 only, and the key in the environment"
+            "/v1 only, and set the key in the environment"
         )
     return url.strip().rstrip("/")
 
 
 def _check_key(key: str, variable: str) -> None:
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"{variable} holds characters that no key has; set it again")
-
-
-def is_local(base_url: str) -> bool:
-    """Whether the server is on this machine."""
-    host = urlsplit(base_url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        raise UserError(f"{variable} holds characters that a key cannot have; set it again")

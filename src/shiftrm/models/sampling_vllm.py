@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from shiftrm.concurrency import map_bounded
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, encodable
-from shiftrm.models.endpoint import Completion, Endpoint, EndpointConfig, map_bounded
+from shiftrm.models.endpoint import Endpoint, EndpointConfig
+from shiftrm.models.endpoint_format import Completion
 from shiftrm.models.rendering import Text, pin_template, stop_token_ids
 from shiftrm.models.responses import IDS, PROMPT_IDS, TOKENIZER
 from shiftrm.models.sampling import (
