@@ -132,9 +132,9 @@ def test_half_a_sheet_does_not_stay(shiftrm, responses, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return plain(path, text)
 
-    monkeypatch.setattr(files_module, "atomic_write_text", full)
+    monkeypatch.setattr("shiftrm.cli.evaluate.sheet.atomic_write_text", full)
     status, output = shiftrm(*MAKE)
     assert (status, "No space left on device" in output.err) == (2, True)
     assert list((responses / "out").iterdir()) == []
-    monkeypatch.setattr(files_module, "atomic_write_text", plain)
+    monkeypatch.setattr("shiftrm.cli.evaluate.sheet.atomic_write_text", plain)
     assert shiftrm(*MAKE, "--question", "better \udcff?")[0] == 0  # a byte that is no UTF-8

@@ -424,8 +424,8 @@ def test_the_commands_mistakes_are_one_line(folder, fake, capsys, monkeypatch):
     write_jsonl(folder / "bad" / "long.jsonl", [{"prompt": "a"}, {"prompt": "a " * 63}])
     monkeypatch.setattr(starting, "find_vllm", lambda: "/nowhere/vllm")
     for words, message in (
-        (["--served-model", "x"], "--served-model is for --server"),
-        (["--vllm-arguments", "x"], "--vllm-arguments are for --vllm"),
+        (["--served-model", "x"], "--served-model needs --server"),
+        (["--vllm-arguments", "x"], "--vllm-arguments needs --vllm"),
         (["--vllm", "--vllm-arguments", "'x"], '--vllm-arguments: "\'x": No closing quotation'),
         (["--server", fake.url, "--served-model", "x"], "serves 'policy', not 'x'"),
         (["--server", "localhost"], "localhost: not an address"),

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shiftrm.cli.options import About, command_line, option, optional
+from shiftrm.cli.diagnose import show_tables
+from shiftrm.cli.options import About, build, command_line, option, optional
+from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.cli.training import REWARD_HELP, RewardOptions, result_folder
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
@@ -80,34 +82,25 @@ class Options(RewardOptions):
         "N", "prompts in a batch", shown="32", group=SAMPLING
     )
 
-    def sampling(self) -> dict[str, Any]:
-        """Return the sampling options that were given."""
-        names = [each.name for each in fields(self) if each.metadata.get("group") == SAMPLING]
-        return {name: found for name in names if (found := getattr(self, name)) is not None}
+    def __post_init__(self) -> None:
+        if self.policy is not None and self.prompts is None:
+            raise UserError("--policy without --prompts: give the prompts that it shall answer")
+        if self.prompts is not None and self.policy is None:
+            raise UserError("--prompts without --policy: give the policy that shall answer them")
+        for each in fields(self) if self.policy is None else ():
+            if each.metadata.get("group") == SAMPLING and getattr(self, each.name) is not None:
+                flag = f"--{each.name.replace('_', '-')}"
+                raise UserError(f"{flag} needs --policy, which is missing")
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.diagnose import show_tables
-    from shiftrm.cli.progress import bar, only_on_terminals
-
     output = result_folder(options)  # before the slow imports
-    _check_policy(options)
     from shiftrm.methods.adapt import Request, adapt
     from shiftrm.report.adaptation import PAGE, write_before_after
 
     only_on_terminals()
-    request = Request(
-        options.model,
-        pairs=options.pairs,
-        output=output,
-        settings=options.settings,
-        method=options.method,
-        groups=options.groups,
-        samples=_samples(options),
-        eval_pairs=options.eval_pairs,
-        eval_groups=options.eval_groups,
-        holdout=options.holdout,
-        command=command_line(),
+    request = build(
+        Request, options, output=output, samples=_samples(options), command=command_line()
     )
     found = adapt(request, present=write_before_after, bar=bar)
     if found is not None:
@@ -115,23 +108,15 @@ def run(options: Options) -> None:
         print(f"{found.summary}\nPage: {output / PAGE}")
 
 
-def _check_policy(options: Options) -> None:
-    """Check that --policy and --prompts are given together, and sampling options only with them."""
-    if options.policy is not None and options.prompts is None:
-        raise UserError("--policy without --prompts: give the prompts that it shall answer")
-    if options.prompts is not None and options.policy is None:
-        raise UserError("--prompts without --policy: give the policy that shall answer them")
-    if options.policy is None and (idle := [*options.sampling()]):
-        raise UserError(f"--{idle[0].replace('_', '-')} needs --policy, which is missing")
-
-
 def _samples(options: Options) -> Any:
     from shiftrm.methods.adapt import PolicySamples
     from shiftrm.models.sampling import SamplingConfig
 
-    if options.policy is None or options.prompts is None:
+    if options.policy is None:
         return None
-    given = options.sampling()
-    named = {"responses": "responses", "sampling_batch_size": "batch_size"}
-    sizes = {named[key]: given.pop(key) for key in named if key in given}
-    return PolicySamples(options.policy, options.prompts, SamplingConfig(**given), **sizes)
+    return build(
+        PolicySamples,
+        options,
+        config=build(SamplingConfig, options),
+        batch_size=options.sampling_batch_size,
+    )

@@ -5,10 +5,13 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from shiftrm.cli.checks import output_rows
 from shiftrm.cli.options import About, inputs, option, optional
+from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.named import COMMON, FORMATS, KINDS, Loaded
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
+from shiftrm.files import write_jsonl
 
 EPILOG = """examples:
   shiftrm convert hh_rlhf Anthropic/hh-rlhf --kind pairs --output pairs.jsonl subset=helpful
@@ -84,10 +87,8 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.named import load, parse_options
     from shiftrm.data.splits import read_rows_with_prompts, split_by_prompt, without_evaluated
-    from shiftrm.files import write_jsonl
 
     chosen = parse_options(options.format, options.settings)
     one_file = os.path.isfile(options.source)
@@ -137,7 +138,6 @@ def summary(loaded: Loaded, kind: str, output: str) -> str:
 
 def _outputs(options: Options) -> dict[str, Path]:
     """Return the files to write, checked to be writable and distinct."""
-    from shiftrm.cli.checks import output_rows
 
     if options.eval_share is not None and options.eval_output is None:
         raise UserError("--eval-share needs --eval-output; give the file for those rows")

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from shiftrm.cli.checks import output_folder
 from shiftrm.cli.options import About, option, optional
+from shiftrm.config import to_mapping
 
 EPILOG = """examples:
   shiftrm demo
@@ -45,8 +47,6 @@ def run(options: Options) -> None:
     import os
     import time
 
-    from shiftrm.cli.checks import output_folder
-    from shiftrm.config import to_mapping
     from shiftrm.pipeline.demo_run import configure, run_demo
 
     named = {"seed": options.seed, "rounds": options.rounds}

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shiftrm.cli.checks import named_paths, output_file, output_folder
 from shiftrm.cli.options import About, option, optional
+from shiftrm.cli.output import print_tables
+from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.sources import SOURCE_HELP
 
 EPILOG = """examples:
@@ -49,17 +52,28 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.checks import named_paths
-    from shiftrm.cli.progress import only_on_terminals
-    from shiftrm.measure.diagnosis.findings import read_data
+    from shiftrm.measure.diagnosis.findings import find, read_data
+    from shiftrm.models.scoring import Scorer
+    from shiftrm.report.diagnosis import write_numbers, write_page
 
     sources = named_paths(options.data, "--data")
     models = named_paths(options.model, "--model", suffix=True)
-    page, json_files = _outputs(options.output, options.json, [*sources.values(), *models.values()])
+    read = [*sources.values(), *models.values()]
+    page, json_files = _outputs(options.output, options.json, read)
     data = [read_data(source, name) for name, source in sources.items()]
     only_on_terminals()
-    found = _diagnose(models, data, batch_size=options.batch_size, seed=options.seed)
-    _write(found, page, json_files)
+    found = find(
+        models,
+        data,
+        load=lambda path: Scorer.from_pretrained(path).to_accelerator(),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        bar=bar,
+    )
+    for file in json_files:
+        write_numbers(found, file)
+    if page is not None:
+        write_page(found, page)
     show(found)
     for path in (page, *json_files):
         if path is not None:
@@ -70,8 +84,6 @@ def _outputs(
     output: str | None, json_file: str | None, sources: list[str]
 ) -> tuple[Path | None, list[Path]]:
     """Return the paths of the page and the JSON files."""
-    from shiftrm.cli.checks import output_file, output_folder
-
     page: Path | None = None
     json_files: list[Path] = []
     if output is not None and output.lower().endswith((".html", ".htm")):
@@ -86,40 +98,14 @@ def _outputs(
     return page, json_files
 
 
-def _diagnose(models: dict[str, str], data: list[Any], *, batch_size: int, seed: int) -> Any:
-    from shiftrm.cli.progress import bar
-    from shiftrm.measure.diagnosis.findings import find
-    from shiftrm.models.loading import to_accelerator
-    from shiftrm.models.scoring import Scorer
-
-    def load(path: str) -> Scorer:
-        scorer = Scorer.from_pretrained(path)
-        to_accelerator(scorer.model)
-        return scorer
-
-    return find(models, data, load=load, batch_size=batch_size, seed=seed, bar=bar)
-
-
-def _write(found: Any, page: Path | None, json_files: list[Path]) -> None:
-    from shiftrm.report.diagnosis import write_numbers, write_page
-
-    for path in json_files:
-        write_numbers(found, path)
-    if page is not None:
-        write_page(found, page)
-
-
 def show_tables(found: Any) -> Any:
     """Print the tables. Return the console."""
-    from shiftrm.cli.evaluate.output import console
     from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables
 
-    out = console()
-    for table in numbers_tables(found.diagnoses, found.verdicts):
-        _print_table(out, table)
+    tables = [*numbers_tables(found.diagnoses, found.verdicts)]
     if found.comparisons:
-        _print_table(out, comparison_table(found.comparisons))
-    return out
+        tables.append(comparison_table(found.comparisons))
+    return print_tables(tables)
 
 
 def show(found: Any) -> None:
@@ -146,16 +132,3 @@ def show(found: Any) -> None:
     for entry in found.overall:
         of_model = f"{entry.model}: " if len(found.overall) > 1 else ""
         console.print(Text(of_model + entry.sentence, style="bold"))
-
-
-def _print_table(console: Any, table: Any) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(title=table.title, title_justify="left", caption=table.note or None)
-    shown.caption_justify = "left"
-    for i, column in enumerate(table.columns):
-        shown.add_column(Text(column), justify="left" if i < table.text_columns else "right")
-    for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    console.print(shown)

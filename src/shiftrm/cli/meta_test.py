@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from shiftrm.cli.checks import output_folder
 from shiftrm.cli.options import About, inputs, option, optional
+from shiftrm.cli.progress import only_on_terminals
 
 EPILOG = """examples:
   shiftrm meta-test --policy models/sft --reward models/reward --domains domains --output runs/test
@@ -48,8 +50,6 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.checks import output_folder
-    from shiftrm.cli.progress import only_on_terminals
 
     output = output_folder(options.output, apart_from=inputs(options))
     from shiftrm.pipeline.meta_test_run import meta_test

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from shiftrm.cli.options import About, command_line, option, optional
+from shiftrm.cli.progress import only_on_terminals
 from shiftrm.cli.training import TrainingOptions, result_folder
 
 EPILOG = """examples:
@@ -44,7 +45,6 @@ class Options(TrainingOptions):
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.progress import only_on_terminals
 
     output = result_folder(options)
     from shiftrm.oodpl.training_command import meta_train

@@ -19,14 +19,17 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from shiftrm.config import check_seed, convert, read_yaml
 from shiftrm.errors import UserError, shortened, suggest
 
 __all__ = [
-    "About", "Parser", "add_commands", "command_line", "inputs", "option", "optional", "read",
+    "About", "Parser", "add_commands", "build", "command_line", "inputs", "option", "optional",
+    "read",
 ]  # fmt: skip
+
+T = TypeVar("T")
 
 FLAG = re.compile(r"--(\w[\w-]*)(?:=(.*))?", re.DOTALL)
 
@@ -70,8 +73,7 @@ def option(
         choices: the allowed values.
         reads: the command reads this path, so it may not write there.
         more: `positional=True`; `nargs="+"` for several values of one flag; `comma=True` for a
-            list in one word; `group`: a title in the help; `shown`: the default in the help;
-            `hidden=True`: not in the help.
+            list in one word; `group`: a title in the help; `shown`: the default in the help.
     """
     metadata = {"metavar": metavar or None, "help": help, "least": least, "choices": choices}
     metadata |= {"reads": reads} | more
@@ -168,8 +170,6 @@ def _in_order(options: type) -> list[Field[Any]]:
 def _help(option: Field[Any]) -> str:
     """Return the help text with the default."""
     said = option.metadata
-    if said.get("hidden"):
-        return argparse.SUPPRESS
     shown = said.get("shown")
     if (
         shown is None
@@ -343,6 +343,16 @@ def inputs(options: Any) -> list[str]:
             several = value.values() if isinstance(value, dict) else value
             found += [value] if isinstance(value, str) else several
     return found
+
+
+def build(cls: type[T], options: Any, **more: Any) -> T:
+    """Return a dataclass whose fields come from the options of the same names and from `more`.
+
+    None stands for "not given": the class's own default holds.
+    """
+    names = [each.name for each in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values = {name: getattr(options, name, None) for name in names} | more
+    return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 def command_line() -> str:

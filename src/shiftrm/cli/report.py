@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from shiftrm.cli.checks import output_file
 from shiftrm.cli.options import About, option, optional
 
 EPILOG = """examples:
@@ -28,7 +29,6 @@ class Options:
 def run(options: Options) -> None:
     from pathlib import Path
 
-    from shiftrm.cli.checks import output_file
     from shiftrm.pipeline.engine import RECORDS_FILE
     from shiftrm.pipeline.folder import CONFIG_FILE
     from shiftrm.report.runs import PAGE_FILE, write_page

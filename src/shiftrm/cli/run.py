@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from shiftrm.cli.checks import output_folder
 from shiftrm.cli.options import About, option, optional
+from shiftrm.config import to_mapping
 
 EPILOG = """examples:
   shiftrm run recipes/hh_helpful.yaml model=models/llama --dry-run
@@ -41,8 +43,6 @@ def run(options: Options) -> None:
     import time
     from pathlib import Path
 
-    from shiftrm.cli.checks import output_folder
-    from shiftrm.config import to_mapping
     from shiftrm.pipeline.run import dry_run, read_recipe, run_recipe
 
     recipe = read_recipe(options.recipe, options.settings)

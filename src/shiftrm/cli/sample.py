@@ -3,7 +3,9 @@
 import shlex
 from dataclasses import dataclass
 
-from shiftrm.cli.options import About, inputs, option, optional
+from shiftrm.cli.checks import output_rows
+from shiftrm.cli.options import About, build, inputs, option, optional
+from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
 
@@ -80,26 +82,13 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.checks import output_rows
-    from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.models.sampling import SamplingConfig
     from shiftrm.pipeline.jobs import Sample
 
-    job = Sample(
-        options.policy,
-        options.prompts,
-        responses=options.responses,
-        sampling=SamplingConfig(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            repetition_penalty=options.repetition_penalty,
-        ),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        server=options.server,
-        served_model=options.served_model,
-        vllm=options.vllm,
+    job = build(
+        Sample,
+        options,
+        sampling=build(SamplingConfig, options),
         vllm_arguments=options.server_arguments(),
     )
     output = output_rows(

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+from shiftrm.cli.checks import output_rows
 from shiftrm.cli.options import About, inputs, option
+from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.errors import UserError
+from shiftrm.files import json_line, write_jsonl
 
 EPILOG = """examples:
   shiftrm score --model models/reward --data responses.jsonl --output scored.jsonl
@@ -29,12 +33,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.checks import output_rows
-    from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.sources import iterate_rows
-    from shiftrm.errors import UserError
-    from shiftrm.files import json_line, write_jsonl
-    from shiftrm.models.loading import to_accelerator
     from shiftrm.models.scoring import Scorer, row_responses
 
     output = output_rows(options.output, apart_from=inputs(options))
@@ -49,8 +48,7 @@ def run(options: Options) -> None:
                 f"{where}: holds NaN or an infinity, which JSON cannot; write null instead"
             ) from None
     only_on_terminals()
-    scorer = Scorer.from_pretrained(options.model)
-    to_accelerator(scorer.model)
+    scorer = Scorer.from_pretrained(options.model).to_accelerator()
     sequences = [
         scorer.encode_response(text, name=where) for _, where, texts in rows for text in texts
     ]

@@ -1,11 +1,12 @@
 """What the commands that train have in common: options, help, and running a job."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shiftrm.cli.checks import WORK, output_folder
-from shiftrm.cli.options import command_line, inputs, option, optional
+from shiftrm.cli.options import build, command_line, inputs, option, optional
+from shiftrm.cli.progress import only_on_terminals
 
 __all__ = [
     "POLICY_HELP", "REWARD_HELP", "RewardOptions", "TrainingOptions", "result_folder", "run_job",
@@ -72,12 +73,9 @@ def run_job(kind: str, options: TrainingOptions, **more: Any) -> None:
         more: further fields.
     """
     output = result_folder(options)  # before the slow import
-    from shiftrm.cli.progress import only_on_terminals
     from shiftrm.pipeline import jobs
 
     only_on_terminals()
-    job = getattr(jobs, kind)
-    given = {f.name: getattr(options, f.name) for f in fields(job) if hasattr(options, f.name)}
-    summary = job(**given, told=command_line(), **more).run(output)
+    summary = build(getattr(jobs, kind), options, told=command_line(), **more).run(output)
     if summary is not None:
         print(summary)

@@ -18,6 +18,7 @@ from shiftrm.models.loading import (
     known_tokens,
     quiet_loading,
     require_known_ids,
+    to_accelerator,
     unread_heads,
 )
 from shiftrm.models.probes import require_own_reward
@@ -135,6 +136,11 @@ class Scorer:
             )
         check_vocabulary(model, tokenizer, path)
         return cls(model, tokenizer)
+
+    def to_accelerator(self) -> "Scorer":
+        """Move the model to this machine's accelerator, if there is one. Return self."""
+        self.model = to_accelerator(self.model)
+        return self
 
     def __call__(
         self,

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from shiftrm.cli.checks import output_rows
 from shiftrm.cli.options import About, inputs, option, optional
+from shiftrm.files import write_jsonl
 
 EPILOG = """examples:
   shiftrm evaluate answers --key sheet/key.json --answers answers-*.json --output human.jsonl
@@ -34,8 +36,6 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.checks import output_rows
-    from shiftrm.files import write_jsonl
     from shiftrm.measure.people.answers import read_answers
     from shiftrm.measure.people.key_files import read_key, read_verdicts
     from shiftrm.measure.people.result import human_result, human_sentences

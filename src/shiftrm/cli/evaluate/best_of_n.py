@@ -1,11 +1,16 @@
 """`shiftrm evaluate best-of-n`: gold score of the best of n samples by a reward model."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from shiftrm.cli.checks import output_file
 from shiftrm.cli.options import About, inputs, option, optional
+from shiftrm.cli.output import print_tables, write_numbers
+from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.errors import UserError
+from shiftrm.files import atomic_write_bytes
 
 EPILOG = """examples:
   shiftrm evaluate best-of-n --samples samples.jsonl --proxy models/reward \\
@@ -55,8 +60,6 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.progress import bar, only_on_terminals
-    from shiftrm.errors import UserError
     from shiftrm.measure.best_of_n import best_of_n_curve
     from shiftrm.measure.best_of_n_files import count_samples, score_samples
 
@@ -81,9 +84,6 @@ def run(options: Options) -> None:
 
 
 def _outputs(option: str, inputs: list[str]) -> tuple[Path, Path]:
-    from shiftrm.cli.checks import output_file
-    from shiftrm.errors import UserError
-
     output = output_file(option, apart_from=inputs)
     if output.suffix.lower() != ".json":
         raise UserError(f"{option}: the output is JSON; call it {output.stem}.json")
@@ -91,8 +91,6 @@ def _outputs(option: str, inputs: list[str]) -> tuple[Path, Path]:
 
 
 def _numbers(option: str | None) -> list[int] | None:
-    from shiftrm.errors import UserError
-
     if option is None:
         return None
     try:
@@ -106,23 +104,17 @@ def _numbers(option: str | None) -> list[int] | None:
 
 def _scores(option: str, batch_size: int) -> Any:
     from shiftrm.measure.best_of_n_files import column_scores, gold_world_scores, model_scores
-    from shiftrm.models.loading import to_accelerator
     from shiftrm.models.scoring import Scorer
 
     if option.startswith("column:"):
         return column_scores(option.removeprefix("column:"))
     if option == "gold":
         return gold_world_scores
-    scorer = Scorer.from_pretrained(option)
-    to_accelerator(scorer.model)
+    scorer = Scorer.from_pretrained(option).to_accelerator()
     return model_scores(scorer, option, batch_size=batch_size)
 
 
 def _write(output: Path, picture: Path, curve: Any, options: Options, *, left_out: int) -> None:
-    from dataclasses import asdict
-
-    from shiftrm.cli.evaluate.output import write_numbers
-    from shiftrm.files import atomic_write_bytes
     from shiftrm.measure.best_of_n import describe
     from shiftrm.report.best_of_n_plots import best_of_n_figure
     from shiftrm.report.plots import render
@@ -143,8 +135,6 @@ def _write(output: Path, picture: Path, curve: Any, options: Options, *, left_ou
 
 def _fit(curve: Any) -> dict[str, Any] | None:
     """Fit Gao et al.'s form of gold over KL, relative to n = 1; None for too few points."""
-    from dataclasses import asdict
-
     from shiftrm.measure.overoptimisation import fit
 
     first = curve.points[0]
@@ -156,22 +146,20 @@ def _fit(curve: Any) -> dict[str, Any] | None:
 
 
 def _show(curve: Any, left_out: int) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from shiftrm.cli.evaluate.output import console
     from shiftrm.measure.best_of_n import describe
+    from shiftrm.report.tables import Table
 
-    out = console()
-    table = Table(title=f"Best of n, {curve.prompts} prompts", title_justify="left")
-    for name in ("n", "KL", "proxy", "gold"):
-        table.add_column(name, justify="right")
-    for point in curve.points:
-        mark = " *" if point.n == curve.peak else ""
-        table.add_row(
-            str(point.n), f"{point.kl:.2f}", Text(str(point.proxy)), Text(f"{point.gold}{mark}")
+    rows = tuple(
+        (
+            str(point.n),
+            f"{point.kl:.2f}",
+            str(point.proxy),
+            f"{point.gold}{' *' if point.n == curve.peak else ''}",
         )
-    out.print(table)
-    out.print(Text(describe(curve)))
+        for point in curve.points
+    )
+    title = f"Best of n, {curve.prompts} prompts"
+    lines = [describe(curve)]
     if left_out:
-        out.print(Text(f"! {left_out} rows left out: longer than a model's context."))
+        lines.append(f"! {left_out} rows left out: longer than a model's context.")
+    print_tables([Table(title, ("n", "KL", "proxy", "gold"), rows, text_columns=0)], lines)

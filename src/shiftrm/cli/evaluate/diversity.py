@@ -1,10 +1,12 @@
 """`shiftrm evaluate diversity`: similarity of the responses in files."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from shiftrm.cli.checks import named_paths, output_file
 from shiftrm.cli.options import About, option, optional
+from shiftrm.cli.output import print_tables, write_numbers
+from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError, suggest
 
@@ -55,8 +57,6 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.checks import named_paths, output_file
-    from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.measure.diversity import TOKENIZERS
     from shiftrm.measure.diversity_files import ACROSS, WITHIN, measure_diversity, read_responses
     from shiftrm.measure.embeddings import load_embedder
@@ -85,25 +85,12 @@ def run(options: Options) -> None:
             progress=advance,
         )
     if output is not None:
-        _write(output, options, named, report)
-    _show(report)
+        names = ("embedder", "tokenize", "seed")
+        settings = {name: getattr(options, name) for name in names}
+        write_numbers(output, {**asdict(report), "files": named, **settings})
+    print_tables(_tables(report), report.lines)
     if output is not None:
         print(f"Numbers: {output}")
-
-
-def _write(path: Path, options: Options, named: dict[str, str], report: Any) -> None:
-    from dataclasses import asdict
-
-    from shiftrm.cli.evaluate.output import write_numbers
-
-    content = {
-        **asdict(report),
-        "files": named,
-        "embedder": options.embedder,
-        "tokenize": options.tokenize,
-        "seed": options.seed,
-    }
-    write_numbers(path, content)
 
 
 ROWS = {
@@ -117,25 +104,17 @@ ROWS = {
 }
 
 
-def _show(report: Any) -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _tables(report: Any) -> Any:
+    """Yield a table for each scope: a column for each file."""
+    from shiftrm.report.tables import Table
 
-    from shiftrm.cli.evaluate.output import console
-
-    out = console()
     for scope in dict.fromkeys(d.scope for d in report.diversities):
         found = [d for d in report.diversities if d.scope == scope]
-        table = Table(title=f"Diversity {scope}", title_justify="left")
-        table.add_column("")
-        for each in found:
-            table.add_column(Text(each.name), justify="right")
-        table.add_row("prompts", *(str(each.prompts) for each in found))
-        table.add_row("responses", *(str(each.responses) for each in found))
+        rows = [
+            ("prompts", *(str(each.prompts) for each in found)),
+            ("responses", *(str(each.responses) for each in found)),
+        ]
         for metric, label in ROWS.items():
             if any(metric in each.values for each in found):
-                cells = (str(each.values.get(metric, "-")) for each in found)
-                table.add_row(label, *(Text(cell) for cell in cells))
-        out.print(table)
-    for line in report.lines:
-        out.print(Text(line))
+                rows.append((label, *(str(each.values.get(metric, "-")) for each in found)))
+        yield Table(f"Diversity {scope}", ("", *(each.name for each in found)), tuple(rows))

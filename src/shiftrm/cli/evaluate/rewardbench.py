@@ -1,10 +1,14 @@
 """`shiftrm evaluate rewardbench`: RewardBench 1 and 2."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from shiftrm.cli.checks import output_file, output_rows
 from shiftrm.cli.options import About, inputs, option, optional
+from shiftrm.cli.output import print_tables, write_numbers
+from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.files import write_jsonl
 
 EPILOG = """examples:
   shiftrm evaluate rewardbench --model models/reward --data allenai/reward-bench-2
@@ -43,12 +47,8 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.checks import output_file, output_rows
-    from shiftrm.cli.progress import bar, only_on_terminals
-    from shiftrm.files import write_jsonl
-    from shiftrm.measure.rewardbench import rewardbench_1, rewardbench_2
+    from shiftrm.measure.rewardbench import describe, rewardbench_1, rewardbench_2
     from shiftrm.measure.rewardbench_files import read_rewardbench, score_rewardbench
-    from shiftrm.models.loading import to_accelerator
     from shiftrm.models.scoring import Scorer
 
     output = rows_file = None
@@ -58,8 +58,7 @@ def run(options: Options) -> None:
         rows_file = output_rows(options.scores, apart_from=[*inputs(options), options.output])
     only_on_terminals()
     data = read_rewardbench(options.data)
-    scorer = Scorer.from_pretrained(options.model)
-    to_accelerator(scorer.model)
+    scorer = Scorer.from_pretrained(options.model).to_accelerator()
     total = sum(len(row.chosen) + len(row.rejected) for row in data.rows)
     with bar(f"RewardBench {data.version}", total) as progress:
         scores = score_rewardbench(
@@ -71,76 +70,48 @@ def run(options: Options) -> None:
         )
     found: Any = (rewardbench_1 if data.version == 1 else rewardbench_2)(scores.rows)
     if output is not None:
-        _write(output, options, data.version, found, scores)
+        content = {
+            "benchmark": f"RewardBench {data.version}",
+            "model": options.model,
+            "data": options.data,
+            **asdict(found),
+            "responses": scores.responses,
+            "truncated": scores.truncated,
+            "max_length": scores.limit,
+        }
+        write_numbers(output, content)
     if rows_file is not None:
         write_jsonl(rows_file, (row._asdict() for row in scores.rows))
-    _show(data.version, found, scores)
+    lines = [*describe(found)]
+    if scores.truncated:
+        cut = f"{scores.truncated} of {scores.responses} responses were cut"
+        lines.append(f"! {cut} to {scores.limit} tokens.")
+    print_tables([_table(data.version, found)], lines)
     for name, path in (("Numbers", output), ("Scores", rows_file)):
         if path is not None:
             print(f"{name}: {path}")
 
 
-def _write(path: Any, options: Options, version: int, found: Any, scores: Any) -> None:
-    from dataclasses import asdict
-
-    from shiftrm.cli.evaluate.output import write_numbers
-
-    content = {
-        "benchmark": f"RewardBench {version}",
-        "model": options.model,
-        "data": options.data,
-        **asdict(found),
-        "responses": scores.responses,
-        "truncated": scores.truncated,
-        "max_length": scores.limit,
-    }
-    write_numbers(path, content)
-
-
-def _show(version: int, found: Any, scores: Any) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from shiftrm.cli.evaluate.output import console
-    from shiftrm.measure.rewardbench import describe
-
-    out = console()
-    table = Table(title=f"RewardBench {version}", title_justify="left")
-    table.add_column("part")
-    table.add_column("score", justify="right")
-    table.add_column("rows", justify="right")
-    for name, score, rows, bold in _lines(version, found):
-        style = "bold" if bold else ""
-        shown = "-" if score is None else f"{score:.3f}"
-        table.add_row(Text(name, style=style), Text(shown, style=style), str(rows))
-    out.print(table)
-    for line in describe(found):
-        out.print(Text(line))
-    if scores.truncated:
-        out.print(
-            Text(
-                f"! {scores.truncated} of {scores.responses} responses were cut to {scores.limit} "
-                "tokens."
-            )
-        )
-
-
-def _lines(version: int, found: Any) -> list[tuple[str, float | None, int, bool]]:
-    """Return name, score, rows and whether it counts for the overall score, line by line."""
+def _table(version: int, found: Any) -> Any:
+    """Return the table of scores, part by part."""
     from shiftrm.measure.rewardbench import PRIOR_SETS, SECTIONS
+    from shiftrm.report.tables import Table
 
-    lines: list[tuple[str, float | None, int, bool]] = []
+    lines: list[tuple[str, float | None, int]] = []
     rows = found.rows
     if version == 1:
         for section, score in found.sections.items():
             names = [name for name in SECTIONS[section] if name in found.subsets]
-            lines.append((section, score, sum(rows[name] for name in names), True))
-            lines += [(f"  {name}", found.subsets[name], rows[name], False) for name in names]
+            lines.append((section, score, sum(rows[name] for name in names)))
+            lines += [(f"  {name}", found.subsets[name], rows[name]) for name in names]
         if found.prior_sets is not None:
             count = sum(rows.get(name, 0) for name in PRIOR_SETS)
-            lines.append(("Prior sets (weight 0.5)", found.prior_sets, count, True))
+            lines.append(("Prior sets (weight 0.5)", found.prior_sets, count))
     else:
-        lines += [(name, score, rows.get(name, 0), True) for name, score in found.domains.items()]
-    lines += [(f"{name} (apart)", score, rows[name], False) for name, score in found.other.items()]
-    lines.append(("overall", found.overall, sum(rows.values()), True))
-    return lines
+        lines += [(name, score, rows.get(name, 0)) for name, score in found.domains.items()]
+    lines += [(f"{name} (apart)", score, rows[name]) for name, score in found.other.items()]
+    lines.append(("overall", found.overall, sum(rows.values())))
+    cells = tuple(
+        (name, "-" if score is None else f"{score:.3f}", str(count)) for name, score, count in lines
+    )
+    return Table(f"RewardBench {version}", ("part", "score", "rows"), cells)

@@ -4,8 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from shiftrm.cli.checks import output_folder
 from shiftrm.cli.options import About, inputs, option
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.errors import UserError
+from shiftrm.files import atomic_write_text
 
 EPILOG = """examples:
   shiftrm evaluate sheet --ours metarm.jsonl --theirs sft.jsonl --output sheet
@@ -85,7 +88,6 @@ def run(options: Options) -> None:
 
 def _write(output: Path, files: dict[str, str]) -> None:
     """Write all files; if one fails, remove the others, which would block the next try."""
-    from shiftrm.files import atomic_write_text
 
     try:
         for name, text in files.items():  # the key first: a sheet is useless without it
@@ -102,8 +104,6 @@ def sheet_folder(option: str, inputs: Iterable[str]) -> Path:
     Raises:
         UserError: it cannot be a folder, or already contains a sheet, whose answers need its key.
     """
-    from shiftrm.cli.checks import output_folder
-    from shiftrm.errors import UserError
 
     output = output_folder(option, apart_from=inputs)
     names = ["key.json", "sheet*.csv", "sheet*.html"]

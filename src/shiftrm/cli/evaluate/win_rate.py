@@ -1,12 +1,19 @@
 """`shiftrm evaluate win-rate`: win rate of one set of responses over another by a judge."""
 
-from dataclasses import dataclass, fields
+import json
+import sys
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from shiftrm.cli.options import About, inputs, option, optional
+from shiftrm.cli.checks import output_file, output_folder, output_rows
+from shiftrm.cli.options import About, build, inputs, option, optional
+from shiftrm.cli.output import write_numbers
+from shiftrm.cli.progress import bar, only_on_terminals
+from shiftrm.config import apply_overrides
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
+from shiftrm.files import iterate_jsonl, write_jsonl
 from shiftrm.measure.judges.kinds import KINDS, JudgeOptions, open_judge
 from shiftrm.models.endpoint import EndpointConfig
 
@@ -111,11 +118,17 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from shiftrm.cli.progress import bar, only_on_terminals
     from shiftrm.data.sources import iterate_rows
-    from shiftrm.files import write_jsonl
     from shiftrm.measure.judges.comparing import draw, match_rows
-    from shiftrm.measure.judges.win_rates import problems, summarise, verdict_rows
+    from shiftrm.measure.judges.win_rates import (
+        headline,
+        problems,
+        sentences,
+        summarise,
+        verdict_rows,
+        warnings,
+    )
+    from shiftrm.report.win_rate import write_page
 
     folder = _folder(options)
     sides = [[row for _, row in iterate_rows(source)] for source in (options.ours, options.theirs)]
@@ -137,8 +150,16 @@ def run(options: Options) -> None:
             f"see what the judge said in {folder / VERDICTS}"
         )
     settings = _settings(options, judge, len(comparisons))
-    _write_numbers(folder, rate, verdicts, settings)
-    _show(rate, several=sum(len(row.get("responses", ())) > 1 for side in sides for row in side))
+    content = {
+        "headline": headline(rate),
+        "sentences": [*sentences(rate)],
+        "warnings": [*warnings(rate)],
+        **asdict(rate),
+        "settings": settings,
+    }
+    write_numbers(folder / NUMBERS, content, ensure_ascii=True, allow_nan=False)
+    write_page(rate, verdicts, settings, folder / PAGE)
+    _show(content, several=sum(len(row.get("responses", ())) > 1 for side in sides for row in side))
     if len(chosen) < len(comparisons):
         print(
             f"Judged: {len(chosen)} of {len(comparisons)} prompts, drawn with seed {options.seed}."
@@ -150,10 +171,6 @@ def run(options: Options) -> None:
 
 def _folder(options: Options) -> Path:
     """Return the output folder: new, or with earlier verdicts on the same two files."""
-    import json
-
-    from shiftrm.cli.checks import output_file, output_folder
-
     read = [*inputs(options), None if options.judge == "endpoint" else options.model]
     folder = output_folder(options.output, apart_from=read)
     for name in FILES:
@@ -176,8 +193,6 @@ def _folder(options: Options) -> Path:
 
 def _holds_verdicts(path: Path) -> bool:
     """Whether the file contains verdicts, as it does alone if none could be read."""
-    from shiftrm.files import iterate_jsonl
-
     try:
         return all({"ours", "theirs", "outcome"} <= set(row) for _, row in iterate_jsonl(path))
     except UserError:
@@ -185,37 +200,23 @@ def _holds_verdicts(path: Path) -> bool:
 
 
 def _open(options: Options, folder: Any) -> Any:
-    from shiftrm.cli.checks import output_rows
-
-    def given(**values: Any) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if value is not None}
-
     cache = None
     if options.judge == "endpoint":
         others = [folder / name for name in FILES]
         own = options.cache or str(folder / "answers.jsonl")
         cache = output_rows(own, apart_from=others, may_exist=True)  # the cache checks it itself
-    server = given(
-        base_url=options.base_url,
-        key_variable=options.key_variable,
-        concurrency=options.concurrency,
-        timeout=options.timeout,
-        max_retries=options.retries,
-    )
-    chosen = JudgeOptions(
-        model=options.model,
-        endpoint=EndpointConfig(**server),
+    judge = build(
+        JudgeOptions,
+        options,
+        endpoint=build(EndpointConfig, options, max_retries=options.retries),
         parameters=_parameters(options.parameter or []),
         cache=cache,
-        batch_size=options.batch_size,
-        **given(template=options.template, tie_margin=options.tie_margin),
+        max_requests=None,  # `approve` has asked
     )
-    return open_judge(options.judge, chosen)
+    return open_judge(options.judge, judge)
 
 
 def _parameters(words: list[str]) -> dict[str, Any]:
-    from shiftrm.config import apply_overrides
-
     owned = ("model", "messages", "stream", "n")
     found: dict[str, Any] = {}
     for word in words:
@@ -231,8 +232,6 @@ def _parameters(words: list[str]) -> dict[str, Any]:
 
 def _approved(options: Options, judge: Any, chosen: list[Any]) -> bool:
     """Show the estimate; return False if only the estimate was requested."""
-    import sys
-
     from shiftrm.measure.judges.endpoint_judge import approve
 
     estimate = judge.estimate(
@@ -254,7 +253,6 @@ def _approved(options: Options, judge: Any, chosen: list[Any]) -> bool:
 
 
 def _tokenizer(option: str | None) -> Any:
-
     if option is None:
         return None
     from transformers import AutoTokenizer
@@ -267,7 +265,6 @@ def _tokenizer(option: str | None) -> Any:
 
 
 def _judge(judge: Any, chosen: list[Any], advance: Any) -> Any:
-
     try:
         return judge.judge(
             chosen,  # the judge counts requests, the bar prompts
@@ -303,36 +300,11 @@ def _settings(options: Options, judge: Any, matched: int) -> dict[str, Any]:
     return found
 
 
-def _write_numbers(folder: Any, rate: Any, verdicts: list[Any], settings: dict[str, Any]) -> None:
-    import json
-    from dataclasses import asdict
-
-    from shiftrm.files import atomic_write_text
-    from shiftrm.measure.judges.win_rates import headline, sentences, warnings
-    from shiftrm.records import library_versions, source_commit
-    from shiftrm.report.win_rate import write_page
-
-    content = {
-        "headline": headline(rate),
-        "sentences": [*sentences(rate)],
-        "warnings": [*warnings(rate)],
-        **asdict(rate),
-        "settings": settings,
-        "commit": source_commit(),
-        "versions": library_versions(),
-    }
-    text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
-    atomic_write_text(folder / NUMBERS, text)
-    write_page(rate, verdicts, settings, folder / PAGE)
-
-
-def _show(rate: Any, *, several: int) -> None:
-    from shiftrm.measure.judges.win_rates import headline, sentences, warnings
-
-    print(headline(rate))
-    for sentence in sentences(rate):
+def _show(content: dict[str, Any], *, several: int) -> None:
+    print(content["headline"])
+    for sentence in content["sentences"]:
         print(sentence)
-    for warning in warnings(rate):
+    for warning in content["warnings"]:
         print(f"! {warning}")
     if several:
         print(f"{several} rows have several responses; the first of each was judged.")

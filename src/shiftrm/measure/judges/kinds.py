@@ -55,13 +55,10 @@ def open_judge(kind: str, options: JudgeOptions | None = None) -> Judge:
         raise UserError(f"the judge {kind} needs a model: its name at the server, or its folder")
     if kind == "reward-model":
         from shiftrm.measure.judges.score_judges import RewardModelJudge
-        from shiftrm.models.loading import to_accelerator
         from shiftrm.models.scoring import Scorer
 
-        scorer = Scorer.from_pretrained(options.model)
-        to_accelerator(scorer.model)
         return RewardModelJudge(
-            scorer,
+            Scorer.from_pretrained(options.model).to_accelerator(),
             name=Path(options.model).name or options.model,
             tie_margin=options.tie_margin,
             batch_size=options.batch_size,
