@@ -83,6 +83,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("sequence_kl", "KL to SFT", "nats", 2),
     Metric("score_mean", "Mean score in training"),
     Metric("reward", "Mean reward in training"),
+    Metric("shaped_mean", "Mean shaped reward"),
     Metric("standardised_mean", "Proxy (standardised)", "SFT spreads", 2),
     Metric("proxy", "Mean reward of the reward model"),
     Metric("proxy_mean", "Mean reward of the reward model"),

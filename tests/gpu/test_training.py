@@ -186,17 +186,19 @@ def test_a_metarm_step(make_trainer, precision):
 def test_a_ppo_step(tokenizer, bf16):
     from shiftrm.models.sampling import SamplingConfig
     from shiftrm.models.scoring import Scorer
-    from shiftrm.policies.ppo import PPOConfig, PPOTrainer, make_critic
+    from shiftrm.policies.ppo import PPOConfig, PPOTrainer, Problem, make_critic
 
     actor = policy("small", vocabulary=len(tokenizer))
     before = {k: v.detach().clone() for k, v in actor.named_parameters()}
     trainer = PPOTrainer(
-        actor,
-        copy.deepcopy(actor),
+        Problem(
+            actor,
+            copy.deepcopy(actor),
+            tokenizer,
+            ["the red cat", "a small green bird"],
+            Scorer(reward_model("small"), tokenizer),
+        ),
         make_critic(actor),
-        Scorer(reward_model("small"), tokenizer),
-        tokenizer,
-        ["the red cat", "a small green bird"],
         PPOConfig(
             steps=1,
             prompts_per_step=2,

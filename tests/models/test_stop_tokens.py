@@ -25,7 +25,7 @@ from shiftrm.models.sampling import (
 )
 from shiftrm.models.sampling_vllm import connect, sample_rows_vllm
 from shiftrm.models.scoring import Scorer
-from shiftrm.policies.ppo import PPOTrainer, exact_token_kl, make_critic
+from shiftrm.policies.ppo import PPOTrainer, Problem, exact_token_kl, make_critic
 from shiftrm.policies.ppo_config import PPOConfig
 from tests.byte_level import CHATML, byte_level
 from tests.conftest import llama_config
@@ -100,7 +100,8 @@ def test_ppo_truncates_nothing_that_ended(taught):
         seen.extend(zip(responses, finished, strict=True))
         return [float(len(r)) for r in responses]
 
-    trainer = PPOTrainer(policy, reference, make_critic(policy), reward, tokenizer, [HI], config)
+    problem = Problem(policy, reference, tokenizer, [HI], reward)
+    trainer = PPOTrainer(problem, make_critic(policy), config)
     log, rollouts = trainer.step(1)
     assert log.truncated_share == 0.0
     assert set(seen) == {("ok", True)}

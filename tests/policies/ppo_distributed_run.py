@@ -15,7 +15,7 @@ import torch.distributed as dist
 from shiftrm.errors import UserError
 from shiftrm.models.sampling import SamplingConfig
 from shiftrm.policies import ppo_runtime, ppo_update
-from shiftrm.policies.ppo import PPOConfig, PPOTrainer, make_critic
+from shiftrm.policies.ppo import PPOConfig, PPOTrainer, Problem, make_critic
 from tests.policies.test_ppo import make_llama, make_tokenizer, share_of_a
 from tests.policies.test_ppo_models import with_lora
 
@@ -67,21 +67,14 @@ def train(name, *, reward_fn=share_of_a, on_step=None, checkpoints=None, **setti
         if on_step is not None:
             on_step(log)
 
-    trainer = PPOTrainer(
-        policy,
-        reference,
-        critic,
-        reward_fn,
-        make_tokenizer(),
-        ["go", "on a b", "go on"],
-        PPOConfig(
-            sampling=SamplingConfig(max_new_tokens=6), **{**SETTINGS, **CASES[name], **settings}
-        ),
-        record,
-        checkpoints,
-    )
+    problem = Problem(policy, reference, make_tokenizer(), ["go", "on a b", "go on"], reward_fn)
+    settings = {**SETTINGS, **CASES[name], **settings}
+    config = PPOConfig(sampling=SamplingConfig(max_new_tokens=6), **settings)
+    trainer = PPOTrainer(problem, critic, config, record, checkpoints)
     logs = trainer.train()
-    weights = {f"{m}.{n}": p.detach() for m, t in trainer._trained.items() for n, p in t.items()}
+    weights = {
+        f"{m}.{n}": p.detach() for m, t in trainer._updater.trained.items() for n, p in t.items()
+    }
     return {"logs": [asdict(log) for log in logs], "texts": texts, "weights": weights}
 
 

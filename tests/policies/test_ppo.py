@@ -25,6 +25,7 @@ from shiftrm.policies.ppo import (
     KLController,
     PPOConfig,
     PPOTrainer,
+    Problem,
     clipped_policy_loss,
     clipped_value_loss,
     exact_token_kl,
@@ -102,17 +103,9 @@ def make_trainer(policy=None, *, reward_fn=share_of_a, tokenizer=None, prompts=(
     settings = {"sampling": SamplingConfig(max_new_tokens=6), "steps": 2, **settings}
     settings = {"prompts_per_step": 4, "rollouts_per_prompt": 4, **settings}
     on_step, checkpoints = settings.pop("on_step", None), settings.pop("checkpoints", None)
-    return PPOTrainer(
-        policy,
-        copy.deepcopy(policy),
-        make_critic(policy),
-        reward_fn,
-        tokenizer or make_tokenizer(),
-        list(prompts),
-        PPOConfig(**settings),
-        on_step,
-        checkpoints,
-    )
+    tokenizer = tokenizer or make_tokenizer()
+    problem = Problem(policy, copy.deepcopy(policy), tokenizer, list(prompts), reward_fn)
+    return PPOTrainer(problem, make_critic(policy), PPOConfig(**settings), on_step, checkpoints)
 
 
 def bools(*rows):
@@ -409,26 +402,20 @@ def test_kl_estimates_against_the_exact_sequence_kl():
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(8), SamplingConfig(8, 0.8, 0.9, 1.1)])
-@pytest.mark.parametrize("at_once", [ppo.LOGITS_AT_ONCE, 3 * V, 1])
+@pytest.mark.parametrize("at_once", [ppo_math.LOGITS_AT_ONCE, 3 * V, 1])
 def test_logged_kl_and_controller_do_not_depend_on_how_responses_are_drawn(
     monkeypatch, sampling, at_once
 ):
     """Sharper samples than the policy's own make log pi/pi_ref fall where the KL grows."""
-    monkeypatch.setattr(ppo, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(ppo_math, "LOGITS_AT_ONCE", at_once)
     reference = make_llama(scale=30.0)
     policy = make_llama(scale=15.0)
     settings = {"steps": 1, "prompts_per_step": 16, "rollouts_per_prompt": 8}
     settings |= {"learning_rate": 1e-12, "critic_learning_rate": 1e-12, "kl_target": 0.2}
     config = PPOConfig(sampling=sampling, kl_coefficient=0.05, **settings)
-    trainer = PPOTrainer(
-        copy.deepcopy(policy),
-        reference,
-        make_critic(policy),
-        share_of_a,
-        make_tokenizer(),
-        ["go", "go on a b", "on go"],
-        config,
-    )
+    prompts = ["go", "go on a b", "on go"]
+    problem = Problem(copy.deepcopy(policy), reference, make_tokenizer(), prompts, share_of_a)
+    trainer = PPOTrainer(problem, make_critic(policy), config)
     log, rollouts = trainer.step(1)
     found = [plain_states(policy, reference, sample) for sample in rollouts.samples]
     assert len({len(sample.response_ids) for sample in rollouts.samples}) > 2
@@ -558,10 +545,10 @@ def test_two_runs_are_bit_identical_and_leave_the_global_random_state():
 def test_the_reference_is_not_trained_and_dropout_is_off():
     policy = make_gpt2()
     trainer = make_trainer(policy, learning_rate=1e-2)
-    reference = [p.clone() for p in trainer.reference.parameters()]
+    reference = [p.clone() for p in trainer.problem.reference.parameters()]
     trainer.train()
     assert not policy.training
-    for before, after in zip(reference, trainer.reference.parameters(), strict=True):
+    for before, after in zip(reference, trainer.problem.reference.parameters(), strict=True):
         assert torch.equal(before, after)
         assert after.grad is None
 
@@ -623,7 +610,7 @@ def test_paper_preset():
         (lambda: PPOConfig(reward_whitening="row"), r"reward_whitening is 'row'"),
         (lambda: PPOConfig(kl_target=6.0, kl_coefficient=0.0), r"kl_coefficient is 0"),
         (lambda: make_trainer(prompts=()), r"there are no prompts"),
-        (lambda: make_trainer(prompts=("go", "")), r"prompt 1 has no tokens"),
+        (lambda: make_trainer(prompts=("go", "")), r"prompt 1 is empty"),
         (lambda: make_trainer(prompts=("go " * 30,)), r"prompt 0 has 30 tokens"),
     ],
 )
@@ -647,7 +634,7 @@ def test_rewards_that_are_no_numbers_stop_the_run_and_name_the_prompt():
 def test_a_diverged_model_stops_the_run():
     trainer = make_trainer(prompts=("go", "on"))
     with torch.no_grad():
-        trainer.reference.lm_head.weight.fill_(math.nan)
+        trainer.problem.reference.lm_head.weight.fill_(math.nan)
     with pytest.raises(UserError, match="step 1: the KL to the reference is nan for the prompt"):
         trainer.train()
     trainer = make_trainer(reward_fn=lambda p, r, *, finished: [1e30] * 16, prompts=("go", "on"))

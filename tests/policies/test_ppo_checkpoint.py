@@ -125,7 +125,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"other settings or data \(frozen_models: "):
         make_trainer(make_llama(seed=1), checkpoints=tmp_path, **SETTINGS).train()
     trainer = make_trainer(make_llama(), checkpoints=tmp_path, **SETTINGS)
-    trainer._trained["critic"].pop("score.weight")
+    trainer._updater.trained["critic"].pop("score.weight")
     with pytest.raises(UserError, match="tensors are not those this run trains"):
         trainer.train()
     for file, content in (("policy.safetensors", b"x"), ("state.json", b"{"), ("state.json", b"")):

@@ -14,7 +14,7 @@ from shiftrm.models.rewards import token_values
 from shiftrm.models.sampling import SamplingConfig
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies import ppo_update
-from shiftrm.policies.ppo import PPOConfig, PPOTrainer, make_critic
+from shiftrm.policies.ppo import PPOConfig, PPOTrainer, Problem, make_critic
 from shiftrm.policies.ppo_update import recomputed_layers
 from tests.conftest import llama_config
 from tests.policies.test_ppo import make_gpt2, make_llama, make_tokenizer, make_trainer, share_of_a
@@ -47,21 +47,13 @@ def train(policy, *, reference=None, critic=None, on_step=None, checkpoints=None
     settings = {**SETTINGS, **settings}
     shape = {"prompts_per_step": 4, "rollouts_per_prompt": 4}
     prompts = settings.pop("prompts")
-    trainer = PPOTrainer(
-        policy,
-        reference,
-        critic or make_critic(policy),
-        share_of_a,
-        make_tokenizer(),
-        list(prompts),
-        PPOConfig(sampling=SamplingConfig(max_new_tokens=6), **shape, **settings),
-        on_step,
-        checkpoints,
-    )
+    problem = Problem(policy, reference, make_tokenizer(), list(prompts), share_of_a)
+    config = PPOConfig(sampling=SamplingConfig(max_new_tokens=6), **shape, **settings)
+    trainer = PPOTrainer(problem, critic or make_critic(policy), config, on_step, checkpoints)
     logs = trainer.train()
     return logs, {
         (model, name): p.detach().clone()
-        for model, trained in trainer._trained.items()
+        for model, trained in trainer._updater.trained.items()
         for name, p in trained.items()
     }
 
@@ -86,7 +78,7 @@ def test_portions_and_recomputing_change_nothing(make_model, portions, dtype, to
     for options in ({}, portions):
         policy = make_model().to(dtype)
         trainer = make_trainer(policy, **{**SETTINGS, **options})
-        for optimizer in (trainer.policy_optimizer, trainer.critic_optimizer):
+        for optimizer in trainer._updater.optimizers.values():
             optimizer.step = lambda *args: None
         torch.nn.init.normal_(trainer.critic.score.weight, generator=torch.manual_seed(0))
         log, _ = trainer.step(1)
@@ -305,7 +297,7 @@ def test_out_of_memory_is_one_line_that_says_which_setting(monkeypatch, tmp_path
     again = "; the same command with that continues from the last checkpoint"
     for target, words in (
         ("ppo_update.clipped_policy_loss", "in an update; lower micro_batch_size (now all 7)"),
-        ("ppo.generate", "sampling; lower forward_batch_size (now 256)"),
+        ("rollouts.generate", "sampling; lower forward_batch_size (now 256)"),
         ("ppo_math.Rows.logits", "in a pass without gradient; lower forward_batch_size"),
     ):
         for checkpoints, ending in ((None, ""), (tmp_path, again)):
@@ -367,12 +359,8 @@ def test_chats_and_a_reward_model_of_another_tokenizer(tokenizer, policy):
         return scorer(prompts, responses, finished=finished)
 
     trainer = PPOTrainer(
-        policy,
-        copy.deepcopy(policy),
+        Problem(policy, copy.deepcopy(policy), tokenizer, chats, reward),
         make_critic(policy),
-        reward,
-        tokenizer,
-        chats,
         PPOConfig(
             steps=2,
             prompts_per_step=2,

@@ -18,7 +18,7 @@ from shiftrm.models.sampling import Draws, SamplingConfig, as_samples, sample_ro
 from shiftrm.models.scoring import score_rows
 from shiftrm.oodpl.fine_tuning import FineTuningConfig, FineTuningLog, fine_tune
 from shiftrm.oodpl.preference import preference_accuracy, sampled_kl
-from shiftrm.policies.ppo import PPOTrainer, RewardFunction, StepLog, make_critic
+from shiftrm.policies.ppo import PPOTrainer, Problem, RewardFunction, StepLog, make_critic
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.text_rewards import reward_scale
 
@@ -109,16 +109,8 @@ def guide_by_ppo(
             on_step(log)
 
     try:
-        PPOTrainer(
-            policy,
-            reference,
-            make_critic(policy),
-            reward_fn,
-            tokenizer,
-            prompts,
-            config,
-            on_step=report,
-        ).train()
+        problem = Problem(policy, reference, tokenizer, prompts, reward_fn)
+        PPOTrainer(problem, make_critic(policy), config, on_step=report).train()
     except UserError as error:
         raise UserError(f"domain {domain.name!r}: {error}") from None
 

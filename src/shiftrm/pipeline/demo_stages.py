@@ -27,7 +27,7 @@ from shiftrm.models.sampling import Draws, SamplingConfig, load_policy, sample_g
 from shiftrm.models.scoring import Scorer, mean_and_spread, score_rows
 from shiftrm.pipeline.demo_plan import GOLD
 from shiftrm.pipeline.engine import StageContext
-from shiftrm.policies.ppo import PPOTrainer, Rollouts, StepLog, make_critic
+from shiftrm.policies.ppo import PPOTrainer, Problem, Rollouts, StepLog, make_critic
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.records import Recorder
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
@@ -244,9 +244,8 @@ def optimise_policy(context: StageContext) -> None:
             recorder.add(metric, value, step=log.step, n=len(golds))
 
     prompts = draw_prompts(context, 4096, role)
-    PPOTrainer(
-        policy, reference, make_critic(policy), scorer, tokenizer, prompts, config, on_step=record
-    ).train()
+    problem = Problem(policy, reference, tokenizer, prompts, scorer)
+    PPOTrainer(problem, make_critic(policy), config, on_step=record).train()
     save(context.out, policy, tokenizer)
 
 

@@ -11,8 +11,8 @@ import torch
 from shiftrm.models.rendering import encode_prompt
 from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import SamplingConfig, generate
-from shiftrm.policies.ppo import Problem
 from shiftrm.policies.ppo_math import exact_token_kl
+from shiftrm.policies.rollouts import Problem
 from shiftrm.progress import task
 from shiftrm.trainers.model_card import TrainedModel, markdown_table
 

@@ -7,27 +7,23 @@ advantages, and take clipped gradient steps. The equations are in `ppo_math`.
 
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_weights
-from shiftrm.models.rendering import Text, decode_response, encode_prompt
-from shiftrm.models.responses import Response, tokenizer_name
 from shiftrm.models.rope import require_fixed_frequencies
-from shiftrm.models.sampling import Sample, as_response, check_prompt_lengths, generate
-from shiftrm.models.scoring import rewards_of
+from shiftrm.models.sampling import encode_prompts
 from shiftrm.policies import ppo_runtime
 from shiftrm.policies.advantages import estimate, gae
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.ppo_math import (
-    LOGITS_AT_ONCE,
     KLController,
     Rows,
     clipped_policy_loss,
@@ -55,6 +51,15 @@ from shiftrm.policies.ppo_update import (
     reference_of,
     trained_parameters,
 )
+from shiftrm.policies.rollouts import (
+    Problem,
+    RewardFunction,
+    Rollouts,
+    difference_variance,
+    require_finite,
+    sample_chunks,
+)
+from shiftrm.policies.shaping import shape
 
 __all__ = [
     "KLController",
@@ -75,60 +80,6 @@ __all__ = [
 ]
 
 
-class RewardFunction(Protocol):
-    """Maps texts to rewards; `finished` is False if the length limit cut the response off.
-
-    A `scoring.Scorer` is one. It reads the sampled tokens if it has the policy's tokenizer.
-    """
-
-    def __call__(
-        self, prompts: list[Text], responses: list[str], /, *, finished: list[bool]
-    ) -> Sequence[float]: ...
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A policy to optimise, the model it stays close to, and what it is rewarded for.
-
-    Attributes:
-        reference: None for a LoRA policy that is its own reference with the adapter off.
-        tokenizer: of the policy and the reference.
-        reward_fn: None where no reward is needed.
-    """
-
-    policy: Any
-    reference: Any
-    tokenizer: Any
-    prompts: Sequence[Text]
-    reward_fn: Any = None
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """The samples of one step; the responses to one prompt are adjacent.
-
-    Attributes:
-        prompts, responses: texts, one entry per response.
-        finished: False if the length limit cut the response off.
-        rewards: raw output of the reward function.
-        samples: the same responses as tokens.
-        tokenizer: `responses.tokenizer_name` of the tokenizer that the tokens belong to.
-    """
-
-    prompts: list[Text]
-    responses: list[str]
-    finished: list[bool]
-    rewards: list[float]
-    samples: list[Sample]
-    tokenizer: str
-
-    def as_responses(self) -> list[Response]:
-        """Return texts with their sampled tokens, for another reward function."""
-        ids = [sample.response_ids for sample in self.samples]
-        columns = zip(self.prompts, self.responses, self.finished, ids, strict=True)
-        return [Response(*row, self.tokenizer) for row in columns]
-
-
 @dataclass(frozen=True)
 class StepLog:
     """Measurements of one step, all on the policy before the update.
@@ -137,6 +88,7 @@ class StepLog:
         step: counts from 1.
         score_mean: mean raw reward.
         standardised_mean: `(reward - reward_mean) / reward_std`.
+        shaped_mean: mean of the shaped rewards; None without `reward_shaping`.
         kl: sequence KL to the reference in nats, mean over the responses of the sum over their
             states of KL(pi || pi_ref) over the whole vocabulary. Never negative, whatever the
             sampling. Unbiased for the policy's KL if sampling does not modify the policy
@@ -172,66 +124,7 @@ class StepLog:
     length_mean: float
     truncated_share: float
     difference_variance: float | None
-
-
-def sample_chunks(
-    chunks: Sequence[tuple[int, list[int], int]],
-    policy: Any,
-    tokenizer: Any,
-    reward_fn: RewardFunction,
-    prompts: Sequence[Text],
-    encoded: Sequence[list[int]],
-    *,
-    config: PPOConfig,
-) -> list[tuple[int, Sample, float]]:
-    """Sample chunk by chunk, then score all samples in one call.
-
-    Args:
-        chunks: (position among all chunks, indices of prompts, seed) of each chunk.
-        prompts, encoded: all prompts of the run, as text and as tokens.
-
-    Returns:
-        (position of the chunk, sample, reward) for each sample, in order.
-
-    Raises:
-        UserError: the number of rewards differs from the number of responses.
-    """
-    device, K = next(policy.parameters()).device, config.rollouts_per_prompt
-    places, texts, samples = [], [], []
-    for place, drawn, seed in chunks:
-        with autocast(config, device):
-            samples += generate(
-                policy,
-                tokenizer,
-                [encoded[i] for i in drawn],
-                config=config.sampling,
-                num_responses=K,
-                seed=seed,
-            )
-        places += [place] * (len(drawn) * K)
-        texts += [prompts[i] for i in drawn for _ in range(K)]
-    if not samples:  # more processes than chunks
-        return []
-    responses = [as_response(tokenizer, *one) for one in zip(texts, samples, strict=True)]
-    rewards = rewards_of(reward_fn, responses)
-    return list(zip(places, samples, rewards, strict=True))
-
-
-def difference_variance(rewards_BK: Tensor) -> float | None:
-    """Variance of `r_i - r_j` over pairs of responses to one prompt: twice the variance of r."""
-    if rewards_BK.shape[1] < 2:
-        return None
-    return float(2 * rewards_BK.var(dim=1).mean())
-
-
-def require_finite(numbers_B: Tensor, what: str, step: int, prompts: list[Text]) -> None:
-    bad = (~torch.isfinite(numbers_B)).nonzero()
-    if len(bad):
-        index = int(bad[0])
-        raise UserError(
-            f"step {step}: {what} is {float(numbers_B[index])} for the prompt {prompts[index]!r}; "
-            "check the reward model, or lower the learning rates"
-        )
+    shaped_mean: float | None = None
 
 
 class _Old(NamedTuple):
@@ -260,13 +153,9 @@ class PPOTrainer:
     should be at least as many chunks as processes.
 
     Args:
-        policy: causal language model of transformers, bare or with LoRA (a `PeftModel`).
-        reference: causal language model with the same vocabulary. None: the policy without its LoRA
-            adapter; merge an earlier adapter of the policy before you add a new one.
+        problem: the models, the prompts (drawn in shuffled order, repeatedly) and the reward. Every
+            process that sampled calls the reward function once per step with its own samples.
         critic: sequence classifier with the same vocabulary, also trained; see `make_critic`.
-        reward_fn: takes text, so the reward model may have another tokenizer. Every process that
-            sampled calls it once per step with its own samples.
-        prompts: drawn in shuffled order, repeatedly.
         on_step: called by the main process with the log and roll-outs of each step, for further
             measurements or an experiment tracker (`asdict(log)` is plain numbers).
         checkpoints: folder for the run's state, saved every `config.save_steps` steps and after
@@ -283,56 +172,45 @@ class PPOTrainer:
 
     def __init__(
         self,
-        policy: Any,
-        reference: Any,
+        problem: Problem,
         critic: Any,
-        reward_fn: RewardFunction,
-        tokenizer: Any,
-        prompts: Sequence[Text],
         config: PPOConfig,
         on_step: Callable[[StepLog, Rollouts], None] | None = None,
         checkpoints: str | Path | None = None,
     ) -> None:
-        if not prompts:
+        policy, reference, room = problem.policy, problem.reference, config.sampling.max_new_tokens
+        if not problem.prompts:
             raise UserError("there are no prompts to run PPO on")
-        for name in ("pad", "eos"):
-            if getattr(tokenizer, f"{name}_token_id") is None:
-                raise UserError(f"the tokenizer has no {name} token; PPO needs one to sample")
+        if problem.tokenizer.pad_token_id is None:
+            raise UserError("the tokenizer has no pad token; PPO needs one to sample")
         if reference is None and not is_peft(policy):
             raise UserError("the policy has no adapter to take off; also give a reference model")
-        self.policy, self.critic = policy.eval(), critic.eval()
-        self.reference = None if reference is None else reference.eval()
-        self.reward_fn, self.tokenizer, self.on_step = reward_fn, tokenizer, on_step
-        self.prompts, self.config = list(prompts), config
-        self.encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        for index, ids in enumerate(self.encoded):
-            if not ids:
-                raise UserError(f"prompt {index} has no tokens; leave it out")
-        check_prompt_lengths(self.encoded, policy.config, config.sampling.max_new_tokens)
-        longest = max(map(len, self.encoded)) + config.sampling.max_new_tokens
-        require_fixed_frequencies(policy.config, longest)
+        models = {"policy": policy, "reference": reference, "critic": critic}
+        for name, model in models.items():
+            if model is not None:
+                require_finite_weights(model.eval(), f"the {name}")
+        self.problem, self.policy, self.critic = problem, policy, critic
+        self.config, self.on_step = config, on_step
+        self.checkpoints = None if checkpoints is None else Path(checkpoints)
+        self.encoded = encode_prompts(policy, problem.tokenizer, problem.prompts, room=room)
+        require_fixed_frequencies(policy.config, max(map(len, self.encoded)) + room)
         self.controller = KLController(
             config.kl_coefficient, config.kl_target, config.kl_rate, config.kl_damping
         )
-        self.checkpoints = None if checkpoints is None else Path(checkpoints)
-        for model, name in ((policy, "policy"), (reference, "reference"), (critic, "critic")):
-            if model is not None:
-                require_finite_weights(model, f"the {name}")
-        self._trained = {"policy": trained_parameters(policy), "critic": trained_parameters(critic)}
-        self.policy_optimizer = _adamw(self._trained["policy"], config.learning_rate)
-        self.critic_optimizer = _adamw(self._trained["critic"], config.critic_learning_rate)
         self._random = random.Random(config.seed)
         self._order: list[int] = []
-        check_models({"policy": policy, "critic": critic}, self._trained, config)
+        trained = {"policy": trained_parameters(policy), "critic": trained_parameters(critic)}
+        check_models({"policy": policy, "critic": critic}, trained, config)
         self.processes = Processes(next(policy.parameters()).device)
         self._warn_of_idle_processes()
-        for trained in self._trained.values():  # a new head or adapter may be random
-            self.processes.same_as_main(trained.values())
+        for parameters in trained.values():  # a new head or adapter may be random
+            self.processes.same_as_main(parameters.values())
+        rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
         self._updater = Updater(
             policy,
             critic,
-            self._trained,
-            self._optimizers(),
+            trained,
+            {name: _adamw(trained[name], rate) for name, rate in rates.items()},
             config,
             self.processes,
             continues=checkpoints is not None,
@@ -395,10 +273,9 @@ class PPOTrainer:
                 f"{self.checkpoints}: the checkpoint is of step {state['step']}, but steps is "
                 f"{self.config.steps}; ask for as many, or delete the folder to start anew"
             )
-        for name, optimizer in self._optimizers().items():
-            ppo_runtime.restore(
-                self._trained[name], optimizer, tensors[name], tensors[f"{name}_optimizer"]
-            )
+        for name, optimizer in self._updater.optimizers.items():
+            trained = self._updater.trained[name]
+            ppo_runtime.restore(trained, optimizer, tensors[name], tensors[f"{name}_optimizer"])
         self.controller = KLController(**state["controller"])
         ppo_runtime.set_random_state(self._random, state["random"])
         self._order = list(state["order"])
@@ -414,8 +291,8 @@ class PPOTrainer:
         if self.checkpoints is None:
             return
         tensors: dict[str, Mapping[str, Tensor]] = {}
-        for name, optimizer in self._optimizers().items():
-            trained = self._trained[name]
+        for name, optimizer in self._updater.optimizers.items():
+            trained = self._updater.trained[name]
             tensors[name] = trained
             tensors[f"{name}_optimizer"] = ppo_runtime.optimizer_tensors(optimizer, trained)
         state = {
@@ -430,12 +307,9 @@ class PPOTrainer:
             if self.processes.is_main:
                 ppo_runtime.save(self.checkpoints, len(logs), state, tensors)
 
-    def _optimizers(self) -> dict[str, torch.optim.AdamW]:
-        return {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
-
     def _description(self) -> dict[str, Any]:
-        frozen = frozen_parameters(self.policy, self.reference)
-        return ppo_runtime.describe(self.config, self.prompts, frozen.items())
+        frozen = frozen_parameters(self.policy, self.problem.reference)
+        return ppo_runtime.describe(self.config, self.problem.prompts, frozen.items())
 
     def step(self, step: int) -> tuple[StepLog, Rollouts]:
         """Sample one batch and update on it; `step` only labels the log."""
@@ -444,6 +318,11 @@ class PPOTrainer:
         rows = Rows.pack(rollouts.samples, device=next(self.policy.parameters()).device)
         raw = torch.tensor(rollouts.rewards, dtype=torch.float64)
         standardised = (raw - (config.reward_mean or 0.0)) / (config.reward_std or 1.0)
+        shaped = None
+        if config.reward_shaping != "none":
+            references = torch.tensor(rollouts.references, dtype=raw.dtype)
+            shaped = shape(config.reward_shaping, raw, references)
+            require_finite(shaped, "the shaped reward", step, rollouts.prompts)
 
         old, reference, values, kl_BA, entropy = self._old_quantities(step, rows)
         mask = rows.response_mask
@@ -452,7 +331,7 @@ class PPOTrainer:
             require_finite(numbers, "the KL to the reference", step, rollouts.prompts)
         coefficient = self.controller.coefficient
         rewards = token_rewards(
-            self._scores(standardised, rollouts.finished).to(old),
+            self._scores(standardised if shaped is None else shaped, rollouts.finished).to(old),
             old,
             reference,
             mask,
@@ -483,6 +362,7 @@ class PPOTrainer:
             step=step,
             score_mean=float(raw.mean()),
             standardised_mean=float(standardised.mean()),
+            shaped_mean=None if shaped is None else float(shaped.mean()),
             kl=kl,
             kl_sampled=float(sampled_B.mean()),
             kl_coefficient=coefficient,
@@ -506,36 +386,20 @@ class PPOTrainer:
             for start in range(0, len(drawn), size)
         ]
         with self.processes.together(), self._out_of_memory(step, "sampling"):
-            own = sample_chunks(
-                self.processes.mine(chunks),
-                self.policy,
-                self.tokenizer,
-                self.reward_fn,
-                self.prompts,
-                self.encoded,
-                config=config,
-            )
-        own = sorted(self.processes.gather(own), key=lambda scored: scored[0])
-        samples = [sample for _, sample, _ in own]
-        rewards = [reward for _, _, reward in own]
-        prompts = [self.prompts[i] for i in drawn for _ in range(config.rollouts_per_prompt)]
-        require_finite(torch.tensor(rewards), "the reward", step, prompts)
-        responses = [
-            decode_response(self.tokenizer, s.prompt_ids, s.response_ids, finished=s.finished)
-            for s in samples
-        ]
-        finished, name = [s.finished for s in samples], tokenizer_name(self.tokenizer)
-        return Rollouts(prompts, responses, finished, rewards, samples, name)
+            own = sample_chunks(self.processes.mine(chunks), self.problem, self.encoded, config)
+        rollouts = Rollouts.join(self.processes.gather(own), self.problem.tokenizer)
+        require_finite(torch.tensor(rollouts.rewards), "the reward", step, rollouts.prompts)
+        return rollouts
 
     def _next_prompt(self) -> int:
         if not self._order:
-            self._order = list(range(len(self.prompts)))
+            self._order = list(range(len(self.encoded)))
             self._random.shuffle(self._order)
         return self._order.pop()
 
-    def _scores(self, standardised: Tensor, finished: list[bool]) -> Tensor:
+    def _scores(self, scores: Tensor, finished: list[bool]) -> Tensor:
         """Return the score of the last token: whitened, clipped, minus the truncation penalty."""
-        config, scores = self.config, standardised
+        config = self.config
         if config.reward_whitening == "batch":
             scores = whiten(scores, torch.ones_like(scores, dtype=torch.bool))
         if config.reward_clip is not None:
@@ -546,19 +410,18 @@ class PPOTrainer:
     @torch.no_grad()
     def _old_quantities(self, step: int, rows: Rows) -> _Old:
         ix = self.processes.mine(range(len(rows)))
-        size = self.config.forward_batch_size
-        few = min(size, rows.within(LOGITS_AT_ONCE, vocabulary_of(self.policy)))
+        size, vocabulary = self.config.forward_batch_size, vocabulary_of(self.policy)
         found: list[tuple[Tensor, ...]] = []
         with self.processes.together(), self._out_of_memory(step, "in a pass without gradient"):
             own = rows.select(ix)
-            for chunk in own.chunks(few):
-                logits = self._pass(chunk.logits, self.policy)
-                with reference_of(self.policy, self.reference) as reference:
-                    theirs = self._pass(chunk.logits, reference)
-                kl, entropy = kl_and_entropy(logits, theirs, chunk.response_mask)
-                found.append((chunk.chosen(logits), chunk.chosen(theirs), kl, entropy))
+            for part in own.portions(size, vocabulary):
+                logits = self._pass(part.logits, self.policy)
+                with reference_of(self.policy, self.problem.reference) as reference:
+                    theirs = self._pass(part.logits, reference)
+                kl, entropy = kl_and_entropy(logits, theirs, part.response_mask)
+                found.append((part.chosen(logits), part.chosen(theirs), kl, entropy))
             with activity(self.critic):
-                values = [self._pass(chunk.values, self.critic) for chunk in own.chunks(size)]
+                values = [self._pass(part.values, self.critic) for part in own.portions(size)]
         by_name = [[f[k] for f in found] for k in range(4)]
         by_name.insert(2, values)
         return _Old(*(self._whole(parts, ix, rows) for parts in by_name))

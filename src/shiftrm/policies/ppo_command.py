@@ -28,8 +28,9 @@ from shiftrm.policies.loading import (
     same_model,
 )
 from shiftrm.policies.outcome import MeasuredKL, PolicyOutcome, measure_kl
-from shiftrm.policies.ppo import PPOTrainer, Problem, Rollouts, StepLog, make_critic
+from shiftrm.policies.ppo import PPOTrainer, StepLog, make_critic
 from shiftrm.policies.ppo_config import PPOConfig
+from shiftrm.policies.rollouts import Problem, Rollouts
 from shiftrm.policies.text_rewards import Watch, open_watch, reward_scale
 from shiftrm.progress import task
 from shiftrm.trainers.progress import say
@@ -134,17 +135,9 @@ def _train(
             report(row_of(log))
             show(log)
 
-        logs = PPOTrainer(
-            problem.policy,
-            problem.reference,
-            critic,
-            problem.reward_fn,
-            problem.tokenizer,
-            problem.prompts,
-            config,
-            on_step=on_step,
-            checkpoints=job.work,
-        ).train(save_last=False)  # the policy is saved at once; nothing else is needed
+        logs = PPOTrainer(problem, critic, config, on_step=on_step, checkpoints=job.work).train(
+            save_last=False
+        )  # the policy is saved at once; nothing else is needed
     if hasattr(critic, "remove"):  # its adapter lies in the policy
         critic.remove()
     return [row_of(log) for log in logs]

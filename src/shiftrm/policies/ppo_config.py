@@ -8,6 +8,7 @@ from typing import Any
 from shiftrm.errors import UserError, suggest
 from shiftrm.models.sampling import PAPER_SAMPLING, SamplingConfig
 from shiftrm.policies.advantages import ADVANTAGES
+from shiftrm.policies.shaping import SHAPINGS
 
 
 def _option(default: Any, help: str) -> Any:
@@ -34,6 +35,11 @@ class PPOConfig:
     kl_damping: float = _option(1.0, "damping of changes of the KL; 0: none")
     reward_mean: float | None = _option(None, "subtracted from every reward")
     reward_std: float | None = _option(None, "every reward is then divided by it")
+    reward_shaping: str = _option(
+        "none",
+        "or log_sigmoid, par, clip, package.module:function (see policies.shaping); raw rewards "
+        "are then shaped, and reward_mean and reward_std do not apply",
+    )
     reward_whitening: str = _option(
         "none", "'batch': then whitened over the batch to mean 0, variance 1"
     )
@@ -89,6 +95,7 @@ class PPOConfig:
                 f"reward_whitening is {self.reward_whitening!r}; it must be 'none' or 'batch'"
             )
         ADVANTAGES.get(self.advantage)
+        SHAPINGS.get(self.reward_shaping)
         if self.kl_target is not None and self.kl_coefficient == 0:
             raise UserError("kl_coefficient is 0; to reach kl_target it must start above 0")
 

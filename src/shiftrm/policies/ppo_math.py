@@ -22,6 +22,9 @@ from shiftrm.models.sampling import Sample
 LOGITS_AT_ONCE = 2**27
 """Most logits of one model held at once without gradient (512 MiB in fp32)."""
 
+TOKENS_ON_CPU = 1536
+"""Most tokens in one pass without gradient on a CPU, whose caches do not hold more activations."""
+
 _SLICE = 2**23
 """Most logits copied to fp32 at once."""
 
@@ -238,6 +241,18 @@ class Rows:
         chosen = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
         return chosen.masked_fill(~self.response_mask, 0.0)
 
+    def portions(self, most: int, vocabulary: int | None = None) -> Iterator["Rows"]:
+        """Yield parts for passes without gradient, of at most this many rows.
+
+        Args:
+            vocabulary: logits per token, if the pass returns logits.
+        """
+        if vocabulary is not None:
+            most = min(most, self.within(LOGITS_AT_ONCE, vocabulary))
+        if self.input_ids.device.type == "cpu":
+            most = min(most, max(1, TOKENS_ON_CPU // self.input_ids.shape[1]))
+        return self.chunks(most)
+
     def within(self, logits: int, vocabulary: int) -> int:
         """Number of rows, at least 1, that together have at most this many logits."""
         return max(1, logits // max(1, self.response_mask.shape[1] * vocabulary))
@@ -285,9 +300,8 @@ def exact_token_kl(
         Nats, shape [B].
     """
     rows = Rows.pack(samples, device=next(policy.parameters()).device)
-    size = min(batch_size, rows.within(LOGITS_AT_ONCE, vocabulary_of(policy)))
     kl: list[Tensor] = []
-    for chunk in rows.chunks(size):
+    for chunk in rows.portions(batch_size, vocabulary_of(policy)):
         kl_BA, _ = kl_and_entropy(
             chunk.logits(policy), chunk.logits(reference), chunk.response_mask
         )

@@ -183,8 +183,9 @@ def describe(
         frozen: names and values of parameters that are not trained, such as the reference's.
     """
     settings = {k: v for k, v in to_mapping(config).items() if k not in MAY_CHANGE}
-    if settings["advantage"] == PPOConfig.advantage:  # older checkpoints do not have it
-        del settings["advantage"]
+    for name in ("advantage", "reward_shaping"):  # older checkpoints do not have them
+        if settings[name] == getattr(PPOConfig, name):
+            del settings[name]
     digest = hashlib.sha256()
     for name, parameter in frozen:
         head = parameter.detach().flatten()[:VALUES_COMPARED].double().cpu()

@@ -18,7 +18,7 @@ from shiftrm.models.responses import Response, tokenizer_name
 from shiftrm.models.sampling import Draws, SamplingConfig, sample_rows
 from shiftrm.models.scoring import mean_and_spread, rewards_of, score_rows
 from shiftrm.policies.loading import check_reward_model, load_scorer
-from shiftrm.policies.ppo import RewardFunction, Rollouts
+from shiftrm.policies.rollouts import RewardFunction, Rollouts
 from shiftrm.progress import task
 
 __all__ = [

@@ -17,7 +17,7 @@ from shiftrm.policies.outcome import (
     policy_card,
     policy_summary,
 )
-from shiftrm.policies.ppo import Problem
+from shiftrm.policies.rollouts import Problem
 from shiftrm.policies.text_rewards import with_gold
 from shiftrm.trainers.settings import first_line
 from shiftrm.trainers.training import (
