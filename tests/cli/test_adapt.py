@@ -325,7 +325,7 @@ def test_killed_while_sampling_in_a_real_process(files, shiftrm):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either --groups or --policy with --prompts; neither is there"),
+        ([], "give either --groups or --policy with --prompts; neither is given"),
         (["--policy", "policy"], "--policy without --prompts"),
         (["--prompts", "prompts.jsonl"], "--prompts without --policy"),
         (
@@ -366,7 +366,10 @@ def test_bad_options(shiftrm, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--groups", "many.jsonl"], "give either --groups or --policy with --prompts; both are"),
+        (
+            ["--groups", "many.jsonl"],
+            "give either --groups or --policy with --prompts; both are given",
+        ),
         (["--prompts", "none.jsonl"], "none.jsonl: no such file"),
         (["--responses", "1"], "--responses is 1; a group needs at least two responses"),
         (["--responses", "2.5"], "--responses is '2.5'; expected a whole number"),
@@ -383,4 +386,6 @@ def test_bad_policies(shiftrm, arguments, message):
 
 def test_several_processes_do_not_sample(shiftrm, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(shiftrm, POLICY, "--policy: one process samples; call `shiftrm sample` first")
+    refused(
+        shiftrm, POLICY, "--policy: sampling needs a single process; call `shiftrm sample` first"
+    )

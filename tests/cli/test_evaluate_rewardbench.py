@@ -159,7 +159,7 @@ def test_hub_names_take_the_split_that_is_scored(monkeypatch):
         ([{**ROW_2, "num_correct": 2}], "num_correct is 2, but the row has 1"),
         ([{**ROW_2, "rejected": []}], "column 'rejected' must be a list of texts"),
         ([{**ROW_2, "rejected": "x"}], "column 'rejected' must be a list of texts"),
-        ([{**ROW_2, "chosen": [3]}], "column 'chosen' holds what is no text"),
+        ([{**ROW_2, "chosen": [3]}], "column 'chosen' holds a value that is not text"),
         ([{**ROW_1, "prompt": 3}], "column 'prompt' holds int"),
         ([{**ROW_1, "subset": 3}], "column 'subset' is 3; expected a name"),
         ([{**ROW_2, "subset": "Ties"}], "id '3' of a row of Ties; expected ref:N or tied:N"),
@@ -167,7 +167,7 @@ def test_hub_names_take_the_split_that_is_scored(monkeypatch):
         ([{**ROW_2, "subset": "Ties", "id": "ref:²"}], "id 'ref:²' of a row of Ties; expected"),
         (
             [{**ROW_2, "subset": "Ties", "id": "ref:1"}] * 2,
-            "rb.jsonl:2: id 'ref:1' of Ties stands at rb.jsonl:1 already",
+            "rb.jsonl:2: id 'ref:1' of Ties is already used at rb.jsonl:1",
         ),
         ([{**ROW_1, "subset": "x\x1b[2J"}], "column 'subset' is 'x\\x1b[2J'; expected a name"),
     ],

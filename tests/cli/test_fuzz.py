@@ -430,7 +430,7 @@ FOREIGN = "the tokenizer is not this model's: token "
         (["evaluate", "sheet", "--ours=", "--theirs=", "--output=o"], "the name of the data is"),
         (
             ["evaluate", "answers", "--key=odd-deep.jsonl", "--answers=x", "--output=o"],
-            "odd-deep.jsonl: not a key of a sheet",
+            "odd-deep.jsonl: is not the key of a sheet",
         ),
         (["diagnose", "--model=rm", "--data=groups.jsonl", f"--seed={10**30}"], "below 2^32"),
         (["score", "--nonsense"], "unknown option '--nonsense'; see `shiftrm score --help`"),

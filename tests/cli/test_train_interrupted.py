@@ -73,7 +73,7 @@ def test_another_run_in_the_work_folder_is_refused(shiftrm, stopping, files):
     ):
         status, output = shiftrm(*TRAIN, "--output", "out", *SETTINGS, *change)
         assert status == 2
-        assert f"holds an unfinished training of other settings or data {words}" in output.err
+        assert f"holds an unfinished training with other settings or data {words}" in output.err
         assert output.err.count("\n") == 1
     write_jsonl("groups.jsonl", read_jsonl("groups.jsonl")[1:])
     status, output = shiftrm(*TRAIN, "--output", "out", *SETTINGS)
@@ -107,7 +107,7 @@ def test_a_folder_of_ones_own_is_left_alone(shiftrm):
     WORK.mkdir()
     (WORK / "thesis.tex").write_text("precious")
     status, output = shiftrm(*TRAIN, "--output", "out", *SETTINGS)
-    assert (status, "in the way and no training's folder" in output.err) == (2, True)
+    assert (status, "is not the work folder of a training" in output.err) == (2, True)
     assert [p.name for p in WORK.iterdir()] == ["thesis.tex"]
 
 

@@ -65,4 +65,4 @@ def test_a_killed_command_blocks_nobody(files, shiftrm):
     assert status == 0, output.err
     status, output = shiftrm(*words)
     assert status == 2, "another run's work is not thrown away"
-    assert "holds an unfinished training of other settings" in output.err
+    assert "holds an unfinished training with other settings" in output.err

@@ -77,13 +77,22 @@ BAD = {
     "no item": ({"a.csv": CSV + "s1,,A,\n"}, "a.csv:2: item '' is not on the sheet"),
     "item zero": ({"a.csv": CSV + "s1,0,A,\n"}, "a.csv:2: item '0'"),
     "no number": ({"a.csv": CSV + "s1,²,A,\n"}, "a.csv:2: item '²'"),
-    "no such answer": ({"a.csv": CSV + "s1,1,A,\ns1,2,C,\n"}, "a.csv:3: the answer 'C' is none"),
-    "semicolons": ({"a.csv": "sheet;item;answer\ns1;2;C\n"}, "a.csv:2: the answer 'C' is none"),
+    "no such answer": (
+        {"a.csv": CSV + "s1,1,A,\ns1,2,C,\n"},
+        "a.csv:3: the answer 'C' is not valid",
+    ),
+    "semicolons": (
+        {"a.csv": "sheet;item;answer\ns1;2;C\n"},
+        "a.csv:2: the answer 'C' is not valid",
+    ),
     "cells": ({"a.csv": "sheet;item;answer\ns1;2\n"}, "a.csv:2: 2 cells for 3 columns"),
-    "twice": ({"a.csv": CSV + "s1,1,A,\ns1,1,B,\n"}, "a.csv:3: item 1 of 'a.csv' was answered"),
+    "twice": (
+        {"a.csv": CSV + "s1,1,A,\ns1,1,B,\n"},
+        "a.csv:3: item 1 of 'a.csv' was already answered",
+    ),
     "in two files": (
         {"a.csv": CSV + "s1,1,A,Ann\n", "b.json": [row(1, "A", rater="Ann")]},
-        "b.json: row 1: item 1 of 'Ann' was answered before, in a.csv:2",
+        "b.json: row 1: item 1 of 'Ann' was already answered in a.csv:2",
     ),
     "two sheets": (
         {"a.csv": CSV + "s1,1,A,Ann\n", "b.csv": CSV + "s2,1,A,Ann\n"},
@@ -237,7 +246,10 @@ def test_verdicts(tmp_path):
     key = Key({pair_id(pair): pair for pair in KEY.pairs.values()}, {})
     assert list(read_verdicts(path, key).values()) == ["win", None]
     for rows, message in (
-        ([{"prompt": "a", **sides, "outcome": "won"}], "v.jsonl:1: the outcome 'won' is none of"),
+        (
+            [{"prompt": "a", **sides, "outcome": "won"}],
+            "v.jsonl:1: the outcome 'won' is not one of",
+        ),
         ([{"prompt": "a", "ours": "x", "outcome": "win"}], "v.jsonl:1: column 'theirs' is missing"),
         ([{"prompt": "a", **sides, "outcome": "win"}], "no verdict on the sheet's pairs"),
         ([{"prompt": "the p", **sides}], "no verdict on the sheet's pairs"),

@@ -159,5 +159,5 @@ def test_the_key_reads_back(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', "7", '{"format": 1, "pairs"'])
 def test_what_is_no_key(tmp_path, text):
     (tmp_path / "key.json").write_text(text)
-    with pytest.raises(UserError, match="not a key of a sheet"):
+    with pytest.raises(UserError, match="is not the key of a sheet"):
         read_key(tmp_path / "key.json")

@@ -126,7 +126,7 @@ def overoptimisation(path: Path, *, at_kl: Sequence[float] = ()) -> Overoptimisa
     if not path.kl or not len(path.kl) == len(path.proxy) == len(path.gold):
         raise ValueError(
             f"{len(path.kl)} KLs, {len(path.proxy)} proxies and {len(path.gold)} golds; expected "
-            "as many of each, and at least one"
+            "equal numbers, at least one of each"
         )
     peak = int(np.argmax(path.gold))
     return Overoptimisation(

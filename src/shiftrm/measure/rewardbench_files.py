@@ -75,14 +75,14 @@ def read_rewardbench(source: str) -> BenchFile:
         if version and of_row != version:
             raise UserError(
                 f"{where}: a row of RewardBench {of_row} in a file of RewardBench {version}; "
-                "score them one by one"
+                "score the two files separately"
             )
         version = of_row
         rows.append(_row(row, where, version))
         if version == 2 and rows[-1].subset.lower() == TIES.lower():
             before = ties.setdefault(rows[-1].id, where)
             if before != where:
-                raise UserError(f"{where}: id {rows[-1].id!r} of Ties stands at {before} already")
+                raise UserError(f"{where}: id {rows[-1].id!r} of Ties is already used at {before}")
     if not rows:
         raise UserError(f"{source}: the file has no rows")
     return BenchFile(source, version, tuple(rows))
@@ -98,7 +98,7 @@ def _row(row: Row, where: str, version: int) -> BenchRow:
         if not isinstance(found, list) or not found:
             raise UserError(f"{where}: column {side!r} must be a list of texts, as the other side")
         if not all(isinstance(text, str) for text in found):
-            raise UserError(f"{where}: column {side!r} holds what is no text")
+            raise UserError(f"{where}: column {side!r} holds a value that is not text")
         sides[side] = tuple(found)
     if version == 2:
         _check_counts(row, where, len(sides["chosen"]), len(sides["rejected"]))

@@ -206,8 +206,8 @@ def _check_choices(request: Request) -> None:
     if (groups is None) == (samples is None):
         word = "neither is" if groups is None else "both are"
         raise UserError(
-            f"adapt needs responses of today's policy: give either --groups or --policy with "
-            f"--prompts; {word} there"
+            f"adapt needs responses of the current policy: give either --groups or --policy with "
+            f"--prompts; {word} given"
         )
     if request.eval_groups and request.holdout is not None:
         raise UserError("--holdout and --eval-groups: give one; with the latter none is held out")
@@ -218,8 +218,8 @@ def _check_choices(request: Request) -> None:
         )
     if samples is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "--policy: one process samples; call `shiftrm sample` first, then give its file as "
-            "--groups"
+            "--policy: sampling needs a single process; call `shiftrm sample` first, then give its "
+            "file as --groups"
         )
 
 
@@ -267,7 +267,7 @@ def _files(
         if file.kind != "groups":
             raise UserError(f"{source}: holds labelled pairs; give them as --eval-pairs")
         if file.name in [other.name for other in files]:
-            raise UserError(f"--eval-groups: {name!r} is the name of --eval-pairs, too")
+            raise UserError(f"--eval-groups: {name!r} is also a name in --eval-pairs")
         job.add_data(f"eval groups {name}".strip(), source, [row for _, row in file.rows])
         files.append(file)
     return files
@@ -281,8 +281,8 @@ def _check_model(model: str, files: list[DataFile]) -> None:
     except UserError as error:
         if "score head" in str(error):
             raise UserError(
-                f"{model}: has no score head, so it is no trained reward model to adapt; make one "
-                "of it with `shiftrm train`"
+                f"{model}: has no score head, so it is not a trained reward model; make one with "
+                "`shiftrm train`"
             ) from None
         raise
     for file in files:

@@ -171,8 +171,8 @@ def explain_out_of_memory(chosen: "Settings") -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory; {_advice(chosen.args)}; given again so, the command continues from "
-            "its last checkpoint, if there is one"
+            f"out of memory; {_advice(chosen.args)}; the command then continues from its last "
+            "checkpoint, if there is one"
         ) from None
 
 

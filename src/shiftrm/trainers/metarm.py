@@ -381,7 +381,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
             self._said_too_large = True
             logger.warning(
                 "step %d: the meta step changes the gradient by %.2g of its length; above %g it "
-                "outweighs the pairs, and rewards grow louder, seldom sharper: lower "
+                "outweighs the pairs, and rewards become louder but rarely sharper: lower "
                 "meta_learning_rate",
                 self._step(),
                 value,

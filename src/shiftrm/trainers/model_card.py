@@ -216,7 +216,7 @@ def _meta_words(outcome: Outcome) -> list[str]:
     if most > INFLUENCE_CEILING:
         words += (
             f" WARNING: in one step it was {most:.2g}. Above {INFLUENCE_CEILING:g} the meta step, "
-            "which knows no labels, outweighs the pairs: rewards grow louder, seldom sharper. "
+            "which uses no labels, outweighs the pairs: rewards become louder but rarely sharper. "
             "Lower meta_learning_rate."
         )
     return [words]

@@ -37,22 +37,23 @@ class RewardConfig(trl.RewardConfig):
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": f"Of AdamW. Default: {LEARNING_RATE:g} where all weights are trained, "
+            "help": f"Learning rate of AdamW. Default: {LEARNING_RATE:g} if all weights are trained, "
             f"{LEARNING_RATE_LORA:g} with LoRA."
         },
     )
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute activations again in the backward pass: less memory, more time. "
-            "Default: only where they would not fit the memory that is free."
+            "help": "Recompute activations in the backward pass: less memory, more time. "
+            "Default: only if they would not fit the free memory."
         },
     )
     shared_prefixes: bool = field(
         default=True,
         metadata={
             "help": "Compute the tokens that a pair (or group) has in common once. If the first "
-            "batch shows that the model cannot, it is said once and nothing is shared."
+            "batch shows that the model does not support it, a warning is logged and nothing is "
+            "shared."
         },
     )
 

@@ -29,7 +29,7 @@ REFUSED = {
     "resume_from_checkpoint": "the same command given again continues by itself",
     "push_to_hub": "this command writes a folder; `hf upload` uploads it",
     "model_name_or_path": "give the model as an option",
-    "lora_task_type": "this command knows its task",
+    "lora_task_type": "this command sets it",
 }
 """Fields that the user cannot set in any command, and what to do instead."""
 
@@ -254,7 +254,7 @@ def _hint(key: str, known: list[str], command_name: str) -> str:
     near = suggest(key, [*known, *OPTIONS[command_name]])
     if "did you mean" in near:
         return near
-    return f"; `shiftrm {command_name} --help` says which there are"
+    return f"; `shiftrm {command_name} --help` lists the settings"
 
 
 def value_of(key: str, given: Any, hint: Any) -> Any:

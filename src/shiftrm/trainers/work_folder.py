@@ -45,20 +45,22 @@ def check(work: Path, run: dict[str, Any]) -> None:
     if not path.is_file():
         if work.is_dir() and all(p.name.startswith(".") for p in work.iterdir()):
             return  # killed before it could write its first file
-        raise UserError(f"{work}: in the way and no training's folder; move it, or choose another")
+        raise UserError(
+            f"{work}: is not the work folder of a training; move it or choose another output"
+        )
     try:
         old = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path}: broken; delete {work} to start anew") from None
+        raise UserError(f"{path}: is not valid; delete {work} to start again") from None
     if last_checkpoint(work) is None and has_samples(work):  # samples fit any training
         old, run = {"sampling": old.get("sampling")}, {"sampling": run.get("sampling")}
     found = differences(old, run)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(
-            f"{work}: holds an unfinished training of other settings or data "
-            f"({'; '.join(found[:3])}{more}); give the old ones to continue it, or delete the "
-            "folder to start anew"
+            f"{work}: holds an unfinished training with other settings or data "
+            f"({'; '.join(found[:3])}{more}); repeat it with the old "
+            "ones to continue, or delete the folder to start again"
         )
 
 
@@ -148,7 +150,7 @@ def hold_work(work: Path, record: dict[str, Any]) -> Iterator[Path | None]:
             said = "" if "checkpoint" in str(error) else f"; the last good checkpoint is {kept}"
             raise UserError(f"{error}{said}; to start with other settings, delete {work}") from None
         if is_disk_full(error):
-            again = "to start anew" if kept is None else f"to continue from {kept}"
+            again = "to start again" if kept is None else f"to continue from {kept}"
             again = "to continue" if kept is None and has_samples(work) else again
             raise UserError(
                 f"{work}: no space left on the disk; free some, then give the same command again "

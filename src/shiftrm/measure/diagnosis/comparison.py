@@ -128,7 +128,7 @@ QUIETER, UNCHANGED, UNCLEAR = "quieter", "unchanged", "unclear"
 
 LABEL_MORE = f"Give about {ENOUGH_LABELS} labelled pairs of today's policy as --eval-pairs."
 TRAIN_ON_LABELS = (
-    "Wider differences alone help nobody: label responses of today's policy, a few hundred pairs "
+    "Wider differences alone do not help: label responses of today's policy, a few hundred pairs "
     "at least, and train on them (shiftrm train)."
 )
 KEEP_THE_OLD = "Keep the model from before, or adapt with a smaller step (meta_learning_rate)."

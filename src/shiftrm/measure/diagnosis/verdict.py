@@ -261,7 +261,7 @@ def _decide(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
             f"{percent(s.noise_share)} of the {s.comparisons} comparisons get the same reward up "
             "to rounding (1e-6)."
         )
-        anew = "The score head may be untrained or its weights lost: train the model anew."
+        anew = "The score head may be untrained or its weights lost: train the model again."
         return BLIND, text, (anew,)
     if diagnosis.labels is not None:
         return _by_labels(diagnosis.labels)
@@ -336,7 +336,7 @@ def _by_spread(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
     within = diagnosis.lengths.correlation_within
     if within is not None and abs(within) >= LENGTH_ALONE:
         text = (
-            f"Within prompts the reward is length in other words: correlation {within:.2f}, the "
+            f"Within prompts the reward mostly measures length: correlation {within:.2f}, the "
             f"{'longer' if within > 0 else 'shorter'} the better."
         )
         return FOLLOWS_LENGTH, text, (LENGTH_ADVICE,)
@@ -360,6 +360,6 @@ def _by_spread(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
 
 def _coin_text(s: Spread, coin: float) -> str:
     return (
-        f"By its own account it tosses a coin: {percent(coin)} of the {s.comparisons} comparisons "
-        "get a probability between 0.49 and 0.51."
+        f"Its own probabilities are coin tosses: {percent(coin)} of the {s.comparisons} "
+        "comparisons get a probability between 0.49 and 0.51."
     )

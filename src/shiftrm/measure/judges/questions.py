@@ -121,7 +121,7 @@ def load_template(option: str) -> Template:
     used = _jinja_variables(path, text) if jinja else set(re.findall(r"\{(\w+)\}", text))
     missing = [place for place in _PLACES[:3] if place not in used]
     if missing:
-        raise UserError(f"{path}: the template has no place for {{{missing[0]}}}; write it there")
+        raise UserError(f"{path}: the template has no place for {{{missing[0]}}}; add it")
     if jinja and used - set(_PLACES):
         unknown = sorted(used - set(_PLACES))[0]
         raise UserError(f"{path}: unknown variable {unknown!r}{suggest(unknown, list(_PLACES))}")

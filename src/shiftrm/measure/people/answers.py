@@ -68,7 +68,7 @@ def read_answers(files: Sequence[str | Path], key: Key) -> list[HumanAnswer]:
             before = places.setdefault((rater, sheet, item), where)
             if before != where:
                 raise UserError(
-                    f"{where}: item {item} of {rater!r} was answered before, in {before}; give "
+                    f"{where}: item {item} of {rater!r} was already answered in {before}; give "
                     "each rater's answers once, and each rater a name of their own"
                 )
             choice, comment = _choice(row, where), _text(row, "comment")
@@ -121,7 +121,7 @@ def _choice(row: Row, where: str) -> Choice | None:
     if not text:
         return None
     if text.lower() not in CHOICES:
-        raise UserError(f"{where}: the answer {text[:40]!r} is none; write A, B or tie")
+        raise UserError(f"{where}: the answer {text[:40]!r} is not valid; write A, B or tie")
     return CHOICES[text.lower()]
 
 

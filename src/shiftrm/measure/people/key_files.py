@@ -109,7 +109,8 @@ def read_key(path: str | Path) -> Key:
         return _key(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
-            f"{path}: not a key of a sheet; give the key.json that `shiftrm evaluate sheet` wrote"
+            f"{path}: is not the key of a sheet; give the key.json that `shiftrm evaluate sheet` "
+            "wrote"
         ) from None
 
 
@@ -142,7 +143,7 @@ def read_verdicts(source: str | Path, key: Key) -> dict[str, Outcome | None]:
     for where, row in iterate_rows(source, required=("prompt", "ours", "theirs")):
         outcome = row.get("outcome")
         if outcome is not None and outcome not in OUTCOMES:
-            raise UserError(f"{where}: the outcome {outcome!r} is none of {', '.join(OUTCOMES)}")
+            raise UserError(f"{where}: the outcome {outcome!r} is not one of {', '.join(OUTCOMES)}")
         name = pair_id(Comparison(row["prompt"], row["ours"], row["theirs"]))
         if name in key.pairs:
             found[name] = outcome
