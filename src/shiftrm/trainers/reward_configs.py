@@ -37,8 +37,8 @@ class RewardConfig(trl.RewardConfig):
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": f"Learning rate of AdamW. Default: {LEARNING_RATE:g} if all weights are trained, "
-            f"{LEARNING_RATE_LORA:g} with LoRA."
+            "help": f"Learning rate of AdamW. Default: {LEARNING_RATE:g} if all weights are "
+            f"trained, {LEARNING_RATE_LORA:g} with LoRA."
         },
     )
     gradient_checkpointing: bool | None = field(
