@@ -349,7 +349,7 @@ def test_killed_while_sampling_in_a_real_process(files, shiftrm):
         (["--groups", "many.jsonl", "--model", "lora"], "lora: is an adapter, which would stay"),
         (["--groups", "many.jsonl", "--output", "rm"], "rm: already there and not empty"),
         (["--groups", "many.jsonl", "hold_out=0.5"], "'hold_out'; did you mean 'holdout'?"),
-        (["--groups", "many.jsonl", "zzzzzzz=1"], "`shiftrm adapt --help` says which"),
+        (["--groups", "many.jsonl", "zzzzzzz=1"], "`shiftrm adapt --help` lists"),
         (["--groups", "long.jsonl"], "long.jsonl: every row is longer than the model's context"),
     ],
 )
