@@ -197,7 +197,7 @@ def test_bad_configurations(shiftrm, files, kind):
     [
         (["--config", "none.yaml"], "none.yaml: no such file"),
         (["--learning-rat", "1"], "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
-        (["--zzzzzz", "1"], "unknown setting 'zzzzzz'; `shiftrm train --help` says"),
+        (["--zzzzzz", "1"], "unknown setting 'zzzzzz'; `shiftrm train --help` lists"),
         (["preset=paper"], "unknown setting 'preset'; it is MetaRM's: give --groups"),
         (["pairs=x"], "unknown setting 'pairs'; it is the option --pairs"),
         (["push_to_hub=true"], "unknown setting 'push_to_hub'; this command writes a folder"),

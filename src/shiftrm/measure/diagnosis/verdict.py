@@ -261,8 +261,8 @@ def _decide(diagnosis: Diagnosis, *, small_but_sees: bool) -> _Decision:
             f"{percent(s.noise_share)} of the {s.comparisons} comparisons get the same reward up "
             "to rounding (1e-6)."
         )
-        anew = "The score head may be untrained or its weights lost: train the model again."
-        return BLIND, text, (anew,)
+        again = "The score head may be untrained or its weights lost: train the model again."
+        return BLIND, text, (again,)
     if diagnosis.labels is not None:
         return _by_labels(diagnosis.labels)
     return _by_spread(diagnosis, small_but_sees=small_but_sees)
