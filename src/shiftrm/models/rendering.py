@@ -14,8 +14,8 @@ can hold but tokenizers reject, is read as "?".
 import datetime
 import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from shiftrm.errors import UserError
@@ -45,6 +45,9 @@ __all__ = [
     "stop_token_ids",
     "template_options",
 ]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Messages = list[dict[str, str]]
 Text = str | Messages
@@ -172,7 +175,7 @@ def encode_prompt(
     check_text(prompt, "prompt")
     if isinstance(prompt, list):
         return _plain_ids(tokenizer, opening_text(tokenizer, prompt, template_options or {}))
-    return _encode_string(tokenizer, prompt)
+    return list(_last(_encode_string, tokenizer, prompt))
 
 
 def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, ...]:
@@ -219,7 +222,7 @@ def decode_response(
     if finished:
         response_ids = response_ids[:-1]
     whole = _decode(tokenizer, [*prompt_ids, *response_ids])
-    opening = _decode(tokenizer, list(prompt_ids))
+    opening = _last(_decode, tokenizer, list(prompt_ids))
     if whole.startswith(opening):
         return whole[len(opening) :]
     return _decode(tokenizer, response_ids)
@@ -292,21 +295,25 @@ def _missing(text: str, closing: Sequence[str]) -> str:
 def _continued(tokenizer: Any, opening: str, text: str) -> list[int]:
     """Return the tokens of a text, beginning with its opening's tokens, as a policy continues."""
     ids = _plain_ids(tokenizer, text)
-    first = _opening_ids(tokenizer, opening) if opening else []
+    first = _last(_plain_ids, tokenizer, opening) if opening else []
     if ids[: len(first)] == first:
         return ids
     return first + _plain_ids(tokenizer, text[len(opening) :])
 
 
-_LAST_OPENING: WeakKeyDictionary[Any, tuple[tuple[str, int], list[int]]] = WeakKeyDictionary()
+_LAST: WeakKeyDictionary[Any, dict[Callable[..., Any], tuple[Any, Any]]] = WeakKeyDictionary()
 
 
-def _opening_ids(tokenizer: Any, opening: str) -> list[int]:
-    """Return the tokens of an opening; the last result is cached for the sides of a pair."""
-    key = (opening, len(tokenizer))
-    if tokenizer not in _LAST_OPENING or _LAST_OPENING[tokenizer][0] != key:
-        _LAST_OPENING[tokenizer] = key, _plain_ids(tokenizer, opening)
-    return _LAST_OPENING[tokenizer][1]
+def _last(function: Callable[[Any, T], R], tokenizer: Any, text: T) -> R:
+    """Return `function(tokenizer, text)`, cached if it equals the last call.
+
+    Responses to one prompt and the sides of a pair come one after another.
+    """
+    cache, key = _LAST.setdefault(tokenizer, {}), (text, len(tokenizer))
+    if function not in cache or cache[function][0] != key:
+        cache[function] = key, function(tokenizer, text)
+    result: R = cache[function][1]
+    return result
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
