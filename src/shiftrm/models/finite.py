@@ -12,7 +12,7 @@ from shiftrm.errors import UserError
 
 
 def broken_weight(model: nn.Module) -> str | None:
-    """The name of the first parameter that holds NaN or an infinity; None if all are finite."""
+    """Return the name of the first parameter that is not finite; None if all are."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             return name
@@ -28,8 +28,8 @@ def require_finite_weights(model: nn.Module, name: str) -> None:
     weight = broken_weight(model)
     if weight is not None:
         raise UserError(
-            f"{name}: its weight {weight} holds NaN or infinite numbers; the training that made "
-            "it failed: take an earlier checkpoint"
+            f"{name}: its weight {weight} holds NaN or infinite numbers, because the training "
+            "that made it failed; use an earlier checkpoint"
         )
 
 
@@ -61,7 +61,7 @@ def require_finite_gradient(
 
 
 def _last_good_checkpoint(trainer: Any) -> str:
-    """The last checkpoint before this step: one of this step would hold the weights that failed."""
+    """Return the last checkpoint before this step; one of this step would hold bad weights."""
     folders = Path(trainer.args.output_dir).glob("checkpoint-*")
     steps = [int(f.name[11:]) for f in folders if f.name[11:].isdigit()]
     good = [step for step in steps if step < trainer.state.global_step]

@@ -66,12 +66,11 @@ class Sample:
 
 
 def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
+    """Return a causal language model in evaluation mode, and its tokenizer.
 
     Weights are in fp32 unless `dtype` is given. A tokenizer without a pad token pads with EOS,
-    which is safe here: masks and lengths say what is padding, not the token. A template that asks
-    for the date is pinned (`rendering.pin_template`), so that prompts have the same tokens on the
-    day when their answers are sampled and on that when they are measured.
+    which is safe because masks and lengths mark the padding. A template that uses the date is
+    pinned (`rendering.pin_template`), so that prompts have the same tokens on every day.
 
     Raises:
         UserError: nothing there, not a causal language model, or nothing that ends a response.
@@ -98,11 +97,10 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
 
 
 def _generated(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: Any) -> torch.Tensor:
-    """Call `model.generate`; weights that are not finite become a one-line error."""
+    """Call `model.generate`; raise UserError if weights or probabilities are not finite."""
     try:
-        if (
-            settings.do_sample or broken_weight(model) is None
-        ):  # the likeliest token of NaN would be some token, silently
+        # Without sampling, generate takes some token of NaN logits without an error.
+        if settings.do_sample or broken_weight(model) is None:
             return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
@@ -177,7 +175,7 @@ def generate(
 
 
 def _pad_left(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask [B, T]; padded on the left so that responses start together."""
+    """Return ids and mask [B, T], padded on the left so that all responses start at T."""
     T = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), T), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -188,14 +186,14 @@ def _pad_left(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, tor
 
 
 def generation_config(model: Any) -> Any:
-    """A policy's generation config, inside wrappers too; None if it has none."""
+    """Return a policy's generation config, also inside wrappers; None if it has none."""
     held = (vars(module).get("generation_config") for module in model.modules())
     return next((config for config in held if config is not None), None)
 
 
 @contextmanager
 def _without_generation_defaults(model: Any) -> Iterator[None]:
-    """Replace the model's generation config, inside wrappers too, by an empty one in the block.
+    """Replace the model's generation config, also inside wrappers, by an empty one in the block.
 
     `model.generate` fills fields that are None from it, whatever config it is given.
     """
@@ -228,7 +226,7 @@ def remember_stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def padding_token(tokenizer: Any) -> int:
-    """The id that pads; EOS where there is no pad token (masks and lengths say what is padding)."""
+    """Return the pad token's id, or EOS without one (masks and lengths mark the padding)."""
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)
 

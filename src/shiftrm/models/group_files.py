@@ -44,31 +44,6 @@ def holds_groups(path: str | Path, prompts: Sequence[Text], *, num_responses: in
     raise UserError(f"{path}: already there with {found}; delete it or choose another output")
 
 
-def settings_key(settings: list[Any]) -> str:
-    """Return a short hash of JSON data."""
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-
-
-def begin_or_resume(partial: Path, header: Row, batch_size: int) -> int:
-    """Return how many groups an interrupted call wrote in whole batches; truncate the rest.
-
-    Splits bytes at LF only: str.splitlines would also split a response at U+2028 and similar
-    characters.
-    """
-    if not partial.exists():
-        atomic_write_text(partial, json_line(header))
-        return 0
-    *lines, _cut_off = partial.read_bytes().split(b"\n")
-    if not lines or lines[0] + b"\n" != json_line(header).encode():
-        raise UserError(
-            f"{partial}: begun with other prompts or settings; delete it, or repeat the old ones"
-        )
-    done = (len(lines) - 1) // batch_size * batch_size
-    with open(partial, "r+b") as handle:
-        handle.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
-    return done
-
-
 def write_groups(
     path: Path,
     batches: Callable[[int], Iterator[list[Row]]],
@@ -91,7 +66,8 @@ def write_groups(
         UserError: a partial file was begun with other settings.
     """
     partial = path.with_name(path.name + ".partial")
-    done = begin_or_resume(partial, {"settings": settings_key(settings)}, batch_size)
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    done = _begin_or_resume(partial, {"settings": key}, batch_size)
     try:
         with open(partial, "ab") as handle:
             for rows in batches(done):
@@ -104,12 +80,27 @@ def write_groups(
         if not done:  # nothing to continue from
             partial.unlink()
         raise
-    return finish(partial, path)
-
-
-def finish(partial: Path, path: Path) -> Path:
-    """Move the groups to their final name, without the settings line."""
     _, _, groups = partial.read_bytes().partition(b"\n")
     write_lines(path, groups)
     partial.unlink()
     return path
+
+
+def _begin_or_resume(partial: Path, header: Row, batch_size: int) -> int:
+    """Return how many groups an interrupted call wrote in whole batches; truncate the rest.
+
+    Splits bytes at LF only: str.splitlines would also split a response at U+2028 and similar
+    characters.
+    """
+    if not partial.exists():
+        atomic_write_text(partial, json_line(header))
+        return 0
+    *lines, _cut_off = partial.read_bytes().split(b"\n")
+    if not lines or lines[0] + b"\n" != json_line(header).encode():
+        raise UserError(
+            f"{partial}: begun with other prompts or settings; delete it, or repeat the old ones"
+        )
+    done = (len(lines) - 1) // batch_size * batch_size
+    with open(partial, "r+b") as handle:
+        handle.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
+    return done

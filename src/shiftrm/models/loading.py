@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from shiftrm.errors import UserError
 from shiftrm.models.rewards import find_head, score_head
 
 FEW_WORDS = 3
-"""From a folder without tokenizer files transformers makes a tokenizer of special tokens only (and
-a mark or two); every text is then the same."""
+"""From a folder without tokenizer files transformers makes a tokenizer of special tokens and one or
+two other tokens; every text is then the same."""
 
 A_HEAD = re.compile(r"head|score|scalar|value|reward|regress|classif|rank|critic")
 A_LANGUAGE_HEAD = re.compile(
@@ -26,10 +26,10 @@ A_LANGUAGE_HEAD = re.compile(
 
 @contextmanager
 def explain_loading(path: str | Path, what: str) -> Iterator[None]:
-    """Turn what libraries raise while they read a model's folder into one line.
+    """Turn exceptions of libraries that read a model's folder into a one-line `UserError`.
 
-    Wrap nothing but the reading: every exception is taken to be about the files, because each
-    library has its own exceptions for broken ones.
+    Wrap only the reading: every exception is assumed to be about the files, because each library
+    has its own exceptions for broken ones.
 
     Args:
         what: what the folder is loaded as, for the message.
@@ -67,14 +67,14 @@ def refuse_gguf(path: str | Path) -> None:
     if found and not whole:
         raise UserError(
             f"{path}: holds its weights as GGUF, which these commands do not read; load it with "
-            f"transformers' from_pretrained({str(path)!r}, gguf_file={found[0].name!r}), write it "
-            "with save_pretrained into another folder, tokenizer and all, and give that folder"
+            f"transformers' from_pretrained({str(path)!r}, gguf_file={found[0].name!r}), save it "
+            "and its tokenizer with save_pretrained in another folder, and give that folder"
         )
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' report of missing and unused heads."""
+    """Silence transformers' report on missing and unused weights."""
     noisy = logging.getLogger("transformers.modeling_utils")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
@@ -124,7 +124,7 @@ def require_words(tokenizer: Any, name: str) -> None:
 
 
 def known_tokens(model: nn.Module) -> int | None:
-    """The number of token ids that a model has embeddings for; None if it does not say."""
+    """Return the number of token ids that a model has embeddings for; None if unknown."""
     try:
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -137,7 +137,7 @@ def require_known_ids(ids: Collection[int], size: int | None, *, name: str) -> N
 
     Args:
         size: as `known_tokens` returns it.
-        name: how errors call these ids.
+        name: the name of these ids in errors.
 
     Raises:
         UserError: an id is negative, or `size` or more.
@@ -153,7 +153,7 @@ def require_known_ids(ids: Collection[int], size: int | None, *, name: str) -> N
 
 
 def unread_heads(unexpected_keys: Iterable[str]) -> list[str]:
-    """Weights of a trained head that a sequence classifier does not read.
+    """Return the weights of a trained head that a sequence classifier does not read.
 
     Args:
         unexpected_keys: as returned by `from_pretrained(..., output_loading_info=True)`.
@@ -163,6 +163,23 @@ def unread_heads(unexpected_keys: Iterable[str]) -> list[str]:
         for key in unexpected_keys
         if A_HEAD.search(key) and not A_LANGUAGE_HEAD.search(key) and ".layers." not in key
     )
+
+
+def load_classifier(path: str | Path, *, quiet: bool, **options: Any) -> tuple[Any, str, list[str]]:
+    """Load a sequence classifier.
+
+    Returns:
+        The model; a weight of its head that the checkpoint lacks, or ""; and the weights of the
+        checkpoint that look like a head and are not read (`unread_heads`).
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    with quiet_loading() if quiet else nullcontext():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            str(path), output_loading_info=True, **options
+        )
+    missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
+    return model, next(iter(missing), ""), unread_heads(info["unexpected_keys"])
 
 
 def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> Any:
@@ -178,8 +195,6 @@ def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> A
         OSError, ValueError, RuntimeError: as `from_pretrained` (nothing there, no classifier of
             this architecture, a head whose number of labels is not one).
     """
-    from transformers import AutoModelForSequenceClassification
-
     dtype = model_options.get("dtype", "float32")
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -192,12 +207,8 @@ def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> A
         "dtype": dtype,
         "num_labels": 1,
     }
-    with quiet_loading():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            str(path), output_loading_info=True, **options
-        )
-    if any("score" in key or "classifier" in key for key in info["missing_keys"]):
-        lost = unread_heads(info["unexpected_keys"])
+    model, missing, lost = load_classifier(path, quiet=True, **options)
+    if missing:
         if lost:
             raise UserError(
                 f"{path}: has a head of its own ({lost[0]}) that {type(model).__name__} does not "

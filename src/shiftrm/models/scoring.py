@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,10 +15,9 @@ from shiftrm.models.loading import (
     check_vocabulary,
     explain_loading,
     known_tokens,
-    quiet_loading,
+    load_classifier,
     require_known_ids,
     to_accelerator,
-    unread_heads,
 )
 from shiftrm.models.probes import require_own_reward
 from shiftrm.models.rendering import Text, check_text
@@ -111,7 +109,7 @@ class Scorer:
             UserError: the checkpoint has no trained score head (a causal language model, for
                 example).
         """
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import find_adapter_config_file
 
         with explain_loading(path, "a reward model with its tokenizer"):
@@ -120,18 +118,13 @@ class Scorer:
             if adapter:  # its base may be a policy, whose head defaults to two labels
                 # fp32, as in training: a base saved in bf16 would round the scores.
                 model_options = {"num_labels": 1, "dtype": torch.float32, **model_options}
-            with quiet_loading() if adapter else nullcontext():
-                model, info = AutoModelForSequenceClassification.from_pretrained(
-                    str(path), output_loading_info=True, **model_options
-                )
-        missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
+            model, missing, lost = load_classifier(path, quiet=adapter, **model_options)
         if adapter and any("modules_to_save" in name for name, _ in model.named_parameters()):
-            missing = []  # the adapter has the head that its base lacks
+            missing = ""  # the adapter has the head that its base lacks
         if missing:
-            lost = unread_heads(info["unexpected_keys"])
             other = f", and its {lost[0]} is not read" if lost else ""
             raise UserError(
-                f"{path}: the checkpoint has no score head ({missing[0]} is missing{other}), so it "
+                f"{path}: the checkpoint has no score head ({missing} is missing{other}), so it "
                 "is not a trained reward model; train one with RewardTrainer first"
             )
         check_vocabulary(model, tokenizer, path)
