@@ -1,4 +1,4 @@
-"""Import paths of version 0.1: they give the modules where those are now, with a warning."""
+"""Import paths of version 0.1, which import the moved modules with a warning."""
 
 import importlib
 import sys

@@ -27,7 +27,7 @@ def shortened(text: str, length: int = 80) -> str:
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` if a known word is close, else a list of them, or an empty string."""
+    """Return `; did you mean 'x'?` if a known word is close, else a list of the known words."""
     import difflib
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
@@ -41,6 +41,6 @@ def missing_embedding(error: IndexError) -> UserError | None:
     if str(error) != "index out of range in self":
         return None
     return UserError(
-        "a token has no embedding: the tokenizer is not the model's; give them as they were saved "
-        "together"
+        "a token has no embedding: the tokenizer is not the model's; use the model and tokenizer "
+        "that were saved together"
     )

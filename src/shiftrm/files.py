@@ -50,7 +50,7 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> Path:
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> Path:
     """Write rows as JSON lines, atomically. Keys keep their order; text stays readable UTF-8.
 
-    A file called .gz is packed; the same rows give the same bytes.
+    A file whose name ends in .gz is compressed; the same rows give the same bytes.
     """
     return write_lines(path, "".join(json_line(row) for row in rows).encode())
 
@@ -62,10 +62,10 @@ def write_lines(path: str | Path, lines: bytes) -> Path:
 
 
 def json_line(row: Row) -> str:
-    """One JSON line. NaN and infinities are refused: other JSON readers would not accept them.
+    """Return one JSON line; raise ValueError for NaN and infinities, which JSON does not have.
 
-    Text stays readable, except where it holds a lone surrogate (models can write such things),
-    which UTF-8 has no form for: then the line is ASCII.
+    Text stays readable, unless it holds a lone surrogate, which models can write and UTF-8 cannot
+    encode: then the line is ASCII.
     """
     line = json.dumps(row, ensure_ascii=False, allow_nan=False)
     try:
@@ -83,8 +83,8 @@ def read_jsonl(path: str | Path, *, required: tuple[str, ...] = ()) -> list[Row]
         required: columns every row must have.
 
     Raises:
-        UserError: missing file, empty file, a line that is no JSON object, bad UTF-8 or a missing
-            column; the message names file and line.
+        UserError: a missing or empty file, a line that is not a JSON object, invalid UTF-8 or a
+            missing column; the message names file and line.
     """
     rows = [row for _, row in iterate_jsonl(path, required=required)]
     if not rows:
@@ -95,7 +95,7 @@ def read_jsonl(path: str | Path, *, required: tuple[str, ...] = ()) -> list[Row]
 def iterate_jsonl(path: str | Path, *, required: tuple[str, ...] = ()) -> Iterator[tuple[str, Row]]:
     """Yield `("file:line", row)` for every non-blank line; raises as `read_jsonl` does.
 
-    A file called .gz is unpacked as it is read; one that is cut off is refused, too.
+    A file whose name ends in .gz is decompressed; one that is cut off is an error.
     """
     path = Path(path)
     if not path.is_file():
@@ -147,7 +147,7 @@ def encodable(value: Any) -> Any:
 
 
 def require_columns(row: Row, columns: tuple[str, ...], where: str) -> None:
-    """Refuse a row that lacks a column; the message lists the columns it has."""
+    """Raise `UserError` if a row lacks a column; the message lists the columns it has."""
     for column in columns:
         if column not in row:
             raise UserError(

@@ -39,7 +39,7 @@ def holding(words: Sequence[str]) -> Iterator[None]:
     """Release the locks that `hold` took inside the block when it ends.
 
     Args:
-        words: of the command, for those who find the place taken.
+        words: the command's, for the message of another command that finds the lock taken.
     """
     with ExitStack() as stack:
         token = _current.set(_Holding(stack, shlex.join(["shiftrm", *words])))
@@ -50,13 +50,13 @@ def holding(words: Sequence[str]) -> Iterator[None]:
 
 
 def hold(path: Path) -> None:
-    """Keep every other command from writing `path`, a file or a folder, until this one ends.
+    """Prevent other commands from writing `path`, a file or a folder, until this command ends.
 
-    The lock is the file `.NAME.lock` beside it. Outside of `holding`, and in all but the first of
-    several processes of one command, nothing is done.
+    The lock is the file `.NAME.lock` beside it. Does nothing outside `holding`, and in all but the
+    first process of a command.
 
     Raises:
-        UserError: another command holds it, or nothing can be written there.
+        UserError: another command holds the lock, or nothing can be written there.
     """
     current = _current.get()
     if current is None or os.environ.get("RANK", "0") != "0":
@@ -69,28 +69,28 @@ def hold(path: Path) -> None:
 def exclusive(lock: Path, path: Path, *, command: str = "") -> Iterator[None]:
     """Hold a lock while `path` is written; missing parent folders are created.
 
-    The lock is the operating system's: a process that died holds nothing, whatever file it left.
-    The file and the folders made for it go at the end, unless something was written there.
+    The lock is the operating system's: a process that died holds nothing, even if its file is left.
+    The file and the folders made for it are removed at the end, unless something was written there.
 
     Args:
         lock: the file to lock.
-        path: what it stands for, for people.
-        command: who holds it, for those who find it taken.
+        path: the path to show in messages.
+        command: the command that holds the lock, for messages of others.
 
     Raises:
-        UserError: another process holds it, a file of somebody's own has its name, or nothing can
-            be written there.
+        UserError: another process holds it, a user's own file has its name, or nothing can be
+            written there.
     """
     made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
     try:
         descriptor = _locked(lock, path)
         try:
-            with suppress(OSError):  # on a full disk the lock holds without words
+            with suppress(OSError):  # on a full disk the lock holds without its text
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, _words(command), 0)
             yield
         finally:
-            with suppress(OSError):  # first the name, then the lock: nobody else can hold this file
+            with suppress(OSError):  # the name first, while nobody else can hold the file
                 os.unlink(lock)
             os.close(descriptor)
     finally:
@@ -100,13 +100,13 @@ def exclusive(lock: Path, path: Path, *, command: str = "") -> Iterator[None]:
 
 
 def _locked(lock: Path, path: Path) -> int:
-    """A file descriptor that holds the lock on the file of this name."""
+    """Return a file descriptor that holds the lock on the file of this name."""
     for _ in range(_TRIES):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(lock, flags, 0o666)
-        except FileNotFoundError:  # whoever held it before has just removed the empty folder
+        except FileNotFoundError:  # its last holder has just removed the empty folder
             continue
         except OSError as error:
             raise UserError(
@@ -121,15 +121,15 @@ def _locked(lock: Path, path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its holder removed the name between our two calls
-    raise UserError(f"{path}: no file can be made beside it; choose another output")
+    raise UserError(f"{path}: no lock file can be made beside it; choose another output")
 
 
 def _take(descriptor: int, lock: Path, path: Path) -> None:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise UserError(f"{lock}: in the way and no lock of shiftrm's; move it")
+        raise UserError(f"{lock}: in the way, and not a lock of shiftrm; move it")
     said = os.pread(descriptor, 4096, 0).decode("utf-8", "replace")
     if said and not said.startswith(_MARK):
-        raise UserError(f"{lock}: in the way and no lock of shiftrm's; move it")
+        raise UserError(f"{lock}: in the way, and not a lock of shiftrm; move it")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

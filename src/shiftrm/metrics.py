@@ -1,7 +1,7 @@
 """Every metric that can be recorded or shown, declared once: id, label, unit, digits, direction.
 
-`records` refuses a name that is not declared, and so does `report.measurements`: the writer and the
-reader of a number cannot drift apart. `declare` adds a metric from outside the package.
+`records` and `report.measurements` refuse a name that is not declared, so that the writer and the
+reader of a number always agree. `declare` adds a metric from outside the package.
 """
 
 import enum
@@ -193,7 +193,7 @@ def declare(new: Metric) -> Metric:
 
 @cache
 def metric(name: str) -> Metric:
-    """The declared metric of a name in a record.
+    """Return the declared metric for a name in a record.
 
     Raises:
         UndeclaredMetric: no declared metric has this name.

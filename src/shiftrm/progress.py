@@ -1,8 +1,8 @@
 """Progress of long work: a line at least every half minute where no terminal shows a bar.
 
-A command opens a `Progress`; whatever works long names its task there (`task`) and says how much is
-done. A thread of its own speaks, so that a line also comes where one batch takes minutes, or where
-nobody counts.
+A command opens a `Progress`; long work names its task there (`task`) and reports how much is done.
+A separate thread prints the lines, so that they also come when one batch takes minutes, or when
+nothing is counted.
 """
 
 import contextlib
@@ -20,19 +20,18 @@ __all__ = [
 ]  # fmt: skip
 
 EVERY = 25.0
-"""Seconds of silence after which a line is due; below 30, since a busy machine wakes threads late.
-"""
+"""Seconds without output until a line is due; below 30, as busy machines wake threads late."""
 
 LOG_FILE = "progress.log"
-"""In a work folder: every line, with the time of day."""
+"""The file in a work folder that has every line, with its time."""
 
 
 class Task:
     """Work in progress, and how much of it is done.
 
     Attributes:
-        label: what, as "sampling".
-        done, total: in whatever the task counts; None where that is not known.
+        label: what is done, such as "sampling".
+        done, total: in the unit that the task counts; `total` is None if unknown.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Task:
         self.done, self.total = done, self.total if total is None else total
 
     def words(self) -> str:
-        """Done and total, elapsed time, estimated remaining time."""
+        """Return done and total, elapsed time and estimated remaining time."""
         parts = [self.label]
         if self.done or self.total:
             parts[0] += f": {self.done:,}" + (f" of {self.total:,}" if self.total else "")
@@ -61,15 +60,16 @@ class Task:
         return ", ".join(parts)
 
     def _rest(self) -> float | None:
-        """At the rate since the first count: an interrupted work may begin anywhere, and slowly.
+        """Estimate the remaining seconds from the rate since the first count.
 
-        None where nothing can be said: before the first count, and where the next is overdue.
+        Resumed work may begin anywhere, and slowly. None before the first count, and when the next
+        count is overdue.
         """
         if self.total is None or self.done >= self.total:
             return None
         (since, first), (at, last) = self._first, self._last
         seconds, done = at - since, last - first
-        if not done:  # one count so far: its own time has to do
+        if not done:  # one count so far: use the time until it
             seconds, done = at - self._start, first
         if seconds <= 0 or not done:
             return None
@@ -81,10 +81,10 @@ class Progress:
     """The tasks of one command, and the lines that report them.
 
     Args:
-        label: what is said where no task is named, as the command's name.
-        say: takes a line; None where a bar is shown instead.
-        clock: seconds, from anywhere.
-        every: seconds of silence after which a line is due.
+        label: shown if no task is named, such as the command's name.
+        say: takes a line; None if a bar is shown instead.
+        clock: returns seconds, from any origin.
+        every: seconds without output after which a line is due.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Progress:
 
     @contextlib.contextmanager
     def task(self, label: str, total: int | None) -> Iterator[Task]:
-        """A running task; lines report the latest one."""
+        """Run a task inside the block; lines report the latest task."""
         begun = self.begin(label, total)
         try:
             yield begun
@@ -111,10 +111,10 @@ class Progress:
             self.end(begun)
 
     def begin(self, label: str, total: int | None, *, done: int = 0) -> Task:
-        """As `task`, for callers whose work is not a `with` block.
+        """Begin a task, for callers whose work is not a `with` block; `end` ends it.
 
         Args:
-            done: how much of it is done before its clock starts.
+            done: how much is done before its clock starts.
         """
         with self._lock:
             self._tasks.append(Task(label, total, self._clock, done=done))
@@ -140,7 +140,7 @@ class Progress:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def speak_if_due(self) -> float:
-        """Report the latest task if it was silent for long; return seconds to the next."""
+        """Report the latest task if a line is due; return the seconds until the next."""
         with self._lock:
             if self._clock() - self._spoke >= self._every:
                 line = self._tasks[-1].words()
@@ -159,16 +159,16 @@ _stack: list[Progress] = []
 
 
 def current() -> Progress | None:
-    """The progress of the running command, if there is one."""
+    """Return the progress of the running command, if there is one."""
     return _stack[-1] if _stack else None
 
 
 @contextlib.contextmanager
 def task(label: str, total: int | None) -> Iterator[Callable[[int, int | None], None]]:
-    """A task of the running command; yields a function to call with (done, total)."""
+    """Run a task of the running command; yields a function to call with (done, total)."""
     progress = current()
     if progress is None:
-        yield Task(label, total, time.monotonic).advance  # which nobody watches
+        yield Task(label, total, time.monotonic).advance  # not shown
         return
     with progress.task(label, total) as begun:
         yield begun.advance
@@ -180,7 +180,7 @@ def reporting(label: str, *, speaks: bool) -> Iterator[Progress]:
 
     Args:
         label: the command's name.
-        speaks: whether lines go to standard error; they go to a work folder's log in any case.
+        speaks: whether lines go to standard error; they always go to a work folder's log.
     """
     progress = Progress(label, _say if speaks else None)
     over = threading.Event()
@@ -201,12 +201,12 @@ def speaks() -> bool:
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+    with contextlib.suppress(OSError, ValueError):  # standard error is closed
         print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """As "45 s", "3 min 20 s", "2 h 5 min"."""
+    """Return a duration as "45 s", "3 min 20 s" or "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -218,7 +218,7 @@ def duration(seconds: float) -> str:
 
 
 def quieten_libraries() -> None:
-    """Before TRL is imported: no telemetry, no warnings that nobody who reads them can act on."""
+    """Before TRL is imported, switch off telemetry and warnings that users cannot act on."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # TRL's and PEFT's own use of the old name.
     old_names = "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
@@ -226,7 +226,7 @@ def quieten_libraries() -> None:
 
 
 def only_on_terminals() -> None:
-    """Switch off the libraries' own bars and notes where nobody watches: an error is one line."""
+    """Switch off the libraries' bars and notes without a terminal, where an error is one line."""
     if sys.stderr.isatty():
         return
     import datasets

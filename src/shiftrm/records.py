@@ -1,7 +1,7 @@
-"""Measurements as JSON lines: the one format between running something and showing it.
+"""Measurements as JSON lines, the format between running something and showing it.
 
-A record is keyed by (stage, method, round, step, metric, seed), never by its position in the file.
-It holds no time of day, so that two runs of the same seed give identical files.
+A record's key is (stage, method, round, step, metric, seed), not its position in the file. It
+contains no time, so that two runs with the same seed give identical files.
 """
 
 import functools
@@ -31,10 +31,10 @@ class Record:
         step: optimizer or PPO step inside the stage; None for a final value.
         metric: what was measured, a name that `metrics` declares.
         value: the number, or numbers.
-        n: how many samples stand behind it, if that is meaningful.
+        n: the number of samples it is computed from, if that is meaningful.
         seed: the run's seed.
         commit: git commit of the source tree, or "unknown".
-        versions: the library versions that matter, in words.
+        versions: the versions of libraries that could change the number.
     """
 
     stage: str
@@ -58,7 +58,7 @@ class Record:
 
 
 class Recorder:
-    """Collects the records of one stage: constants are said once, numbers added one by one."""
+    """Collects the records of one stage, whose constants are given once."""
 
     def __init__(self, *, stage: str, method: str, round: int, seed: int) -> None:
         self._base = {"stage": stage, "method": method, "round": round, "seed": seed}
@@ -68,7 +68,7 @@ class Recorder:
     def add(
         self, metric: str, value: Value | None, *, step: int | None = None, n: int | None = None
     ) -> None:
-        """Add one number. None or a non-finite number is left out: not measured is not a value.
+        """Add one number; None and non-finite numbers (not measured) are left out.
 
         Raises:
             metrics.UndeclaredMetric: no metric has this name, whatever the value.
@@ -107,8 +107,8 @@ def read_records(path: str | Path) -> list[Record]:
             records.append(Record(**row))
         except UndeclaredMetric:
             raise UserError(
-                f"{where}: this version of shiftrm knows no metric {row['metric']!r}; the run is "
-                "another version's: run it again, or read it with that version"
+                f"{where}: this version of shiftrm does not know the metric {row['metric']!r}; "
+                "the run is from another version: run it again, or read it with that version"
             ) from None
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: {error}") from None
@@ -117,9 +117,9 @@ def read_records(path: str | Path) -> list[Record]:
 
 @functools.cache
 def source_commit() -> str:
-    """The commit of the source tree this package runs from, or "unknown" when it has none."""
+    """Return the commit of the source tree this package runs from, or "unknown"."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed, not a source tree: its git is somebody else's
+    if not (root / ".git").exists():  # installed: any git above is another project's
         return "unknown"
     try:
         done = subprocess.run(
@@ -137,7 +137,7 @@ def source_commit() -> str:
 
 @functools.cache
 def library_versions() -> str:
-    """Versions of the libraries whose change could change a number."""
+    """Return the versions of libraries that could change a number."""
     from shiftrm import __version__
 
     parts = [f"shiftrm {__version__}"]
