@@ -49,7 +49,9 @@ def test_what_is_not_declared_is_neither_recorded_nor_read(tmp_path):
         Measurements([]).rounds("fixed", "evaluate", "x")
     row = {"stage": "evaluate", "method": "fixed", "round": 1, "value": 0.4}
     write_jsonl(tmp_path / "r.jsonl", [{**row, "metric": m} for m in ("kl", "unparsed_vs_sft")])
-    with pytest.raises(UserError, match=r"r\.jsonl:2: .* not know the metric 'unparsed_vs_sft'; the"):
+    with pytest.raises(
+        UserError, match=r"r\.jsonl:2: .* not know the metric 'unparsed_vs_sft'; the"
+    ):
         read_records(tmp_path / "r.jsonl")
 
 
