@@ -21,9 +21,9 @@ def files(tmp_path, policy, tokenizer, pairs, groups):
 
 
 def refused(shiftrm, arguments, message):
-    """One line, status 2, nothing written."""
+    """One line, status 2, nothing said or written; `arguments` is text or a list."""
     before = sorted(os.listdir())
-    status, output = shiftrm(*arguments)
+    status, output = shiftrm(*([arguments] if isinstance(arguments, str) else arguments))
     assert status == 2
     assert message in output.err
     assert output.err.count("\n") == 1
@@ -32,12 +32,12 @@ def refused(shiftrm, arguments, message):
 
 @pytest.fixture
 def shiftrm(files, capsys, monkeypatch):
-    """shiftrm("train", ...) -> (status, output), in the folder of the files."""
+    """shiftrm("train --model m", ...) -> (status, output), in the folder of the files."""
     monkeypatch.chdir(files)
 
-    def run(*arguments):
+    def run(words, *arguments):
         capsys.readouterr()  # what making the files has printed
-        status = main([str(a) for a in arguments])
+        status = main([*words.split(), *map(str, arguments)])
         return status, capsys.readouterr()
 
     return run

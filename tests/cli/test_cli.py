@@ -40,6 +40,14 @@ def test_help_has_examples(arguments, capsys):
     assert "examples:" in capsys.readouterr().out
 
 
+def test_an_unknown_command_gets_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["trian"])
+    assert stop.value.code == 2
+    expected = "unknown command 'trian'; did you mean 'train'?; see `shiftrm --help`"
+    assert capsys.readouterr().err == f"shiftrm: error: {expected}\n"
+
+
 def test_version():
     assert shiftrm("--version").stdout.startswith("shiftrm 0.")
 
@@ -122,7 +130,7 @@ def test_demo_below_a_file(tmp_path, capsys):
         (errno.ENOTDIR, "Not a directory; choose another output"),
         (errno.EISDIR, "Is a directory; choose another output"),
         (errno.EEXIST, "File exists; choose another output"),
-        (errno.ENOENT, "No such file or directory; it went away"),
+        (errno.ENOENT, "No such file or directory; it was removed"),
     ],
 )
 def test_outputs_that_cannot_be_written(monkeypatch, capsys, number, words):

@@ -1,9 +1,5 @@
 """sample, train and score on a user's files: real models, and one line for every mistake."""
 
-import json
-import os
-import re
-
 import pytest
 from transformers import (
     AutoModelForSequenceClassification,
@@ -11,53 +7,36 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.scoring import Scorer
+from tests.cli.conftest import refused
 from tests.conftest import llama_config
 
+TRAIN = "train --model policy --pairs pairs.jsonl --output out"
 QUICK = ["max_steps=2", "logging_steps=1", "disable_tqdm=true"]
 
 
-def run(capsys, *arguments):
-    status = main([str(a) for a in arguments])
-    return status, capsys.readouterr()
+@pytest.fixture
+def scoring(files, reward_model, tokenizer, monkeypatch):
+    """A reward model beside the files, and the working folder among them."""
+    reward_model.save_pretrained(files / "rm")
+    tokenizer.save_pretrained(files / "rm")
+    monkeypatch.chdir(files)
+    return files
 
 
-def test_from_a_policy_to_scores(files, capsys):
+def test_from_a_policy_to_scores(files, shiftrm):
     """sample -> train with groups -> score, each reading what the one before wrote."""
-    status, _ = run(
-        capsys,
-        "sample",
-        "--policy",
-        files / "policy",
-        "--prompts",
-        files / "prompts.jsonl",
-        "--output",
-        files / "sampled.jsonl",
-        "--responses",
-        3,
-        "--max-new-tokens",
-        5,
+    status, _ = shiftrm(
+        "sample --policy policy --prompts prompts.jsonl --output sampled.jsonl "
+        "--responses 3 --max-new-tokens 5"
     )
     assert status == 0
     assert [len(g["responses"]) for g in read_jsonl(files / "sampled.jsonl")] == [3, 3]
 
-    status, output = run(
-        capsys,
-        "train",
-        "--model",
-        files / "policy",
-        "--pairs",
-        files / "pairs.jsonl",
-        "--eval-pairs",
-        files / "pairs.jsonl",
-        "--groups",
-        files / "sampled.jsonl",
-        "--output",
-        files / "reward",
-        "preset=scale_free",
-        "learning_rate=1e-3",
+    status, output = shiftrm(
+        "train --model policy --pairs pairs.jsonl --eval-pairs pairs.jsonl --groups "
+        "sampled.jsonl --output reward preset=scale_free learning_rate=1e-3",
         *QUICK,
     )
     assert status == 0
@@ -67,16 +46,7 @@ def test_from_a_policy_to_scores(files, capsys):
     assert AutoModelForSequenceClassification.from_pretrained(files / "reward").num_labels == 1
     assert not [p for p in files.iterdir() if p.name.startswith(".")], "no work folder is left"
 
-    status, _ = run(
-        capsys,
-        "score",
-        "--model",
-        files / "reward",
-        "--data",
-        files / "sampled.jsonl",
-        "--output",
-        files / "scored.jsonl",
-    )
+    status, _ = shiftrm("score --model reward --data sampled.jsonl --output scored.jsonl")
     assert status == 0
     scored = read_jsonl(files / "scored.jsonl")
     row = scored[1]
@@ -85,7 +55,7 @@ def test_from_a_policy_to_scores(files, capsys):
     assert row["rewards"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_three_kinds_of_rows(files, reward_model, tokenizer, capsys):
+def test_the_three_kinds_of_rows(files, reward_model, tokenizer, shiftrm):
     reward_model.save_pretrained(files / "rm")
     tokenizer.save_pretrained(files / "rm")
     write_jsonl(
@@ -96,16 +66,7 @@ def test_the_three_kinds_of_rows(files, reward_model, tokenizer, capsys):
             {"chosen": "the red cat", "rejected": "the dog", "id": 7},
         ],
     )
-    status, _ = run(
-        capsys,
-        "score",
-        "--model",
-        files / "rm",
-        "--data",
-        files / "mixed.jsonl",
-        "--output",
-        files / "out.jsonl",
-    )
+    status, _ = shiftrm("score --model rm --data mixed.jsonl --output out.jsonl")
     assert status == 0
     one, several, pair = read_jsonl(files / "out.jsonl")
     assert one["reward"] == pytest.approx(several["rewards"][0], abs=1e-6)
@@ -124,20 +85,12 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_files_are_one_line_and_status_2(files, capsys, kind):
+def test_bad_files_are_one_line_and_status_2(files, shiftrm, kind):
     content, message = BAD_FILES[kind]
     (files / "bad.jsonl").write_text(content)
-    before = sorted(files.iterdir())
     which = "--groups" if kind == "one response" else "--pairs"
-    data = {"--pairs": files / "pairs.jsonl", which: files / "bad.jsonl"}
-    arguments = [word for item in data.items() for word in item]
-    status, output = run(
-        capsys, "train", "--model", files / "policy", *arguments, "--output", files / "out", *QUICK
-    )
-    assert status == 2
-    assert message in output.err
-    assert output.err.count("\n") == 1
-    assert sorted(files.iterdir()) == before, "nothing half-written"
+    words = f"train --model policy --pairs pairs.jsonl {which} bad.jsonl --output out"
+    refused(shiftrm, [words, *QUICK], message)
 
 
 @pytest.mark.parametrize(
@@ -166,142 +119,67 @@ def test_bad_files_are_one_line_and_status_2(files, capsys, kind):
         (["--groups", "groups.jsonl", "meta_batch_size=0"], "meta_batch_size is 0"),
     ],
 )
-def test_bad_settings(files, capsys, monkeypatch, arguments, message):
-    monkeypatch.chdir(files)
-    before = sorted(files.iterdir())
-    status, output = run(
-        capsys,
-        "train",
-        "--model",
-        "policy",
-        "--pairs",
-        "pairs.jsonl",
-        "--output",
-        "out",
-        *arguments,
-        *QUICK,
-    )
-    assert status == 2
-    assert message in output.err
-    assert output.err.count("\n") == 1
-    assert sorted(files.iterdir()) == before
+def test_bad_settings(shiftrm, arguments, message):
+    refused(shiftrm, [TRAIN, *arguments, *QUICK], message)
 
 
-def test_a_prompt_longer_than_the_context(files, capsys):
+def test_a_prompt_longer_than_the_context(files, shiftrm):
     write_jsonl(files / "long.jsonl", [{"prompt": "the"}, {"prompt": "the " * 70}])
-    status, output = run(
-        capsys,
-        "sample",
-        "--policy",
-        files / "policy",
-        "--prompts",
-        files / "long.jsonl",
-        "--output",
-        files / "g.jsonl",
-        "--max-new-tokens",
-        5,
-    )
-    assert status == 2
-    assert "long.jsonl:2: the prompt has 70 tokens" in output.err
-    assert not (files / "g.jsonl").exists()
+    words = "sample --policy policy --prompts long.jsonl --output g.jsonl --max-new-tokens 5"
+    refused(shiftrm, words, "long.jsonl:2: the prompt has 70 tokens")
 
 
-def test_models_of_the_wrong_kind(files, reward_model, tokenizer, capsys):
-    reward_model.save_pretrained(files / "rm")
-    tokenizer.save_pretrained(files / "rm")
-    status, output = run(
-        capsys,
-        "score",
-        "--model",
-        files / "policy",
-        "--data",
-        files / "groups.jsonl",
-        "--output",
-        files / "o.jsonl",
-    )
-    assert (status, "has no score head" in output.err) == (2, True)
-    status, output = run(
-        capsys,
-        "sample",
-        "--policy",
-        files / "rm",
-        "--prompts",
-        files / "prompts.jsonl",
-        "--output",
-        files / "o.jsonl",
-    )
-    assert (status, "not a causal language model" in output.err) == (2, True)
-    status, output = run(
-        capsys,
-        "sample",
-        "--policy",
-        files / "nowhere",
-        "--prompts",
-        files / "prompts.jsonl",
-        "--output",
-        files / "o.jsonl",
-    )
-    assert (status, "cannot be loaded" in output.err) == (2, True)
-    (files / "x.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
-    status, output = run(
-        capsys,
-        "score",
-        "--model",
-        files / "rm",
-        "--data",
-        files / "x.jsonl",
-        "--output",
-        files / "o.jsonl",
-    )
-    assert (status, "x.jsonl:1: nothing to score" in output.err) == (2, True)
-    assert not (files / "o.jsonl").exists()
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("score --model policy --data groups.jsonl", "has no score head"),
+        ("sample --policy rm --prompts prompts.jsonl", "not a causal language model"),
+        ("sample --policy nowhere --prompts prompts.jsonl", "cannot be loaded"),
+    ],
+)
+def test_models_of_the_wrong_kind(scoring, shiftrm, words, message):
+    refused(shiftrm, f"{words} --output o.jsonl", message)
 
 
 CHAT = [{"role": "assistant", "content": "the cat"}]
+AT = "bad.jsonl:2: column '{}', message 1 has no '{}'"
 BAD_PAIRS = {
     "mixed": (
         {"prompt": [], "chosen": CHAT, "rejected": [{"role": "user", "content": "a"}]},
         "bad.jsonl:2: column 'prompt' is a list of messages, but text at",
     ),
     "margin": ({"chosen": "a", "rejected": "b", "margin": 1}, "bad.jsonl:2: column 'margin'"),
-    "no role": ({"chosen": [{"content": "a"}], "rejected": CHAT}, "bad.jsonl:2: .* has no 'role'"),
-    "no content": ({"chosen": CHAT, "rejected": [{"role": "a"}]}, "bad.jsonl:2: .* no 'content'"),
+    "no role": (
+        {"chosen": [{"content": "a"}], "rejected": CHAT},
+        "bad.jsonl:2: column 'chosen', message 1 has no 'role'",
+    ),
+    "no content": (
+        {"chosen": CHAT, "rejected": [{"role": "a"}]},
+        "bad.jsonl:2: column 'rejected', message 1 has no 'content'",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_PAIRS)
-def test_bad_pairs_are_named(files, capsys, kind):
+def test_bad_pairs_are_named(files, shiftrm, kind):
     row, message = BAD_PAIRS[kind]
     write_jsonl(files / "bad.jsonl", [{"prompt": "the", "chosen": "a", "rejected": "b"}, row])
-    before = sorted(files.iterdir())
-    status, output = run(
-        capsys,
-        *("train", "--model", files / "policy", "--pairs", files / "bad.jsonl"),
-        *("--output", files / "out", *QUICK),
-    )
-    assert status == 2
-    assert re.search(message, output.err)
-    assert output.err.count("\n") == 1
-    assert sorted(files.iterdir()) == before
+    refused(shiftrm, ["train --model policy --pairs bad.jsonl --output out", *QUICK], message)
 
 
 @pytest.mark.parametrize("word", ["None", "none", "null", "~"])
-def test_null_settings_and_columns_of_ones_own(files, capsys, pairs, word):
+def test_null_settings_and_columns_of_ones_own(files, shiftrm, pairs, word):
     """`max_length=None` keeps pairs of any length; an `id` of two types is nobody's business."""
     rows = [
         {**row, "id": number if number % 2 else str(number)} for number, row in enumerate(pairs)
     ]
     write_jsonl(files / "pairs.jsonl", rows)
-    status, output = run(
-        capsys,
-        *("train", "--model", files / "policy", "--pairs", files / "pairs.jsonl"),
-        *("--output", files / "out", f"max_length={word}", "max_steps=1e0", *QUICK[1:]),
-    )
+    status, output = shiftrm(TRAIN, f"max_length={word}", "max_steps=1e0", *QUICK[1:])
     assert status == 0
     assert "Trained on 12 pairs (0 dropped) for 1 steps" in output.out
 
 
-def test_models_that_cannot_be_trained(files, capsys, tokenizer):
+def test_models_that_cannot_be_trained(files, shiftrm, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     bare.save_pretrained(files / "policy")
     two = LlamaForSequenceClassification(llama_config(num_labels=2))
@@ -311,23 +189,10 @@ def test_models_that_cannot_be_trained(files, capsys, tokenizer):
         ("policy", "policy: the tokenizer has neither a pad nor an EOS token"),
         ("two", "two: its weights do not fit a reward model of one label"),
     ):
-        status, output = run(
-            capsys,
-            *("train", "--model", files / model, "--pairs", files / "pairs.jsonl"),
-            *("--output", files / "out", *QUICK),
-        )
+        status, output = shiftrm(TRAIN, "--model", model, *QUICK)
         assert status == 2
         assert message in output.err.splitlines()[-1]
         assert not (files / "out").exists()
-
-
-@pytest.fixture
-def scoring(files, reward_model, tokenizer, monkeypatch):
-    """A reward model beside the files, and the working folder among them."""
-    reward_model.save_pretrained(files / "rm")
-    tokenizer.save_pretrained(files / "rm")
-    monkeypatch.chdir(files)
-    return files
 
 
 @pytest.mark.parametrize(
@@ -350,17 +215,10 @@ def scoring(files, reward_model, tokenizer, monkeypatch):
         (None, "d.jsonl: the file has no rows"),
     ],
 )
-def test_rows_that_cannot_be_scored(scoring, capsys, row, message):
+def test_rows_that_cannot_be_scored(scoring, shiftrm, row, message):
     rows = [{"prompt": "the", "response": " cat"}, row] if row is not None else []
     write_jsonl("d.jsonl", rows)
-    before = sorted(os.listdir())
-    status, output = run(
-        capsys, "score", "--model", "rm", "--data", "d.jsonl", "--output", "scored.jsonl"
-    )
-    assert status == 2
-    assert message in output.err
-    assert output.err.count("\n") == 1
-    assert (output.out, sorted(os.listdir())) == ("", before)
+    refused(shiftrm, "score --model rm --data d.jsonl --output scored.jsonl", message)
 
 
 SCORE = ["score", "--model", "rm", "--data", "groups.jsonl", "--output", "o.jsonl"]
@@ -380,13 +238,8 @@ SAMPLE = ["sample", "--policy", "policy", "--prompts", "prompts.jsonl", "--outpu
         (["--output", "pairs.jsonl/o/p"], "pairs.jsonl is not a folder; choose another --output"),
     ],
 )
-def test_outputs_that_cannot_be(scoring, capsys, command, arguments, message):
-    before = sorted(os.listdir())
-    status, output = run(capsys, *command, *arguments)
-    assert status == 2
-    assert message in output.err
-    assert output.err.count("\n") == 1
-    assert sorted(os.listdir()) == before
+def test_outputs_that_cannot_be(scoring, shiftrm, command, arguments, message):
+    refused(shiftrm, [*command, *arguments], message)
 
 
 @pytest.mark.parametrize(
@@ -398,26 +251,21 @@ def test_outputs_that_cannot_be(scoring, capsys, command, arguments, message):
         ([{"role": "user"}], "p.jsonl:2: column 'prompt', message 1 has no 'content'"),
     ],
 )
-def test_prompts_that_cannot_be_continued(scoring, capsys, prompt, message):
+def test_prompts_that_cannot_be_continued(scoring, shiftrm, prompt, message):
     write_jsonl("p.jsonl", [{"prompt": "the"}, {"prompt": prompt}])
-    before = sorted(os.listdir())
-    status, output = run(capsys, *SAMPLE, "--prompts", "p.jsonl", "--max-new-tokens", "4")
-    assert status == 2
-    assert message in output.err
-    assert output.err.count("\n") == 1
-    assert sorted(os.listdir()) == before
+    refused(shiftrm, [*SAMPLE, "--prompts", "p.jsonl", "--max-new-tokens", "4"], message)
 
 
-def test_a_group_file_that_is_there(scoring, capsys):
+def test_a_group_file_that_is_there(scoring, shiftrm):
     options = ["--max-new-tokens", "4", "--responses", "2"]
-    assert run(capsys, *SAMPLE, *options)[0] == 0
+    assert shiftrm(*SAMPLE, *options)[0] == 0
     content = (scoring / "o.jsonl").read_bytes()
-    status, output = run(capsys, *SAMPLE, *options, "--policy", "nowhere")
+    status, output = shiftrm(*SAMPLE, *options, "--policy", "nowhere")
     assert (status, "o.jsonl: already there, 2 groups" in output.out) == (0, True)
     assert "left as it is" in output.out
-    status, output = run(capsys, *SAMPLE, *options, "--responses", "3")
+    status, output = shiftrm(*SAMPLE, *options, "--responses", "3")
     assert (status, "already there with groups of 2 responses, not 3" in output.err) == (2, True)
     write_jsonl("prompts.jsonl", [{"prompt": "the red"}])
-    status, output = run(capsys, *SAMPLE, *options)
+    status, output = shiftrm(*SAMPLE, *options)
     assert (status, "already there with 2 groups, not 1" in output.err) == (2, True)
     assert (scoring / "o.jsonl").read_bytes() == content

@@ -24,8 +24,8 @@ def shiftrm(tmp_path, capsys, monkeypatch):
     """shiftrm("convert", ...) -> (status, output), in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
-        status = main([str(a) for a in arguments])
+    def run(words, *arguments):
+        status = main([*words.split(), *map(str, arguments)])
         return status, capsys.readouterr()
 
     return run
@@ -39,8 +39,8 @@ def test_pairs_with_what_was_dropped(shiftrm, tmp_path):
     ]
     write_rows(tmp_path / "hh.jsonl.gz", [*rows, rows[0]])
     status, output = shiftrm(
-        *("convert", "hh_rlhf", "hh.jsonl.gz", "--kind", "pairs", "--output", "out/pairs.jsonl"),
-        *("--dropped", "out/dropped.jsonl", "responses=single"),
+        "convert hh_rlhf hh.jsonl.gz --kind pairs --output out/pairs.jsonl --dropped "
+        "out/dropped.jsonl responses=single"
     )
     assert (status, output.err) == (0, "")
     assert output.out == (
@@ -93,8 +93,7 @@ def read_prompts_of(rows, count):
 def test_options_may_stand_anywhere(shiftrm, tmp_path):
     write_oasst1(tmp_path / "oasst.jsonl", 5)
     status, output = shiftrm(
-        *("convert", "--kind", "pairs", "lang=en", "oasst1", "--output", "pairs.jsonl"),
-        *("oasst.jsonl", "limit=4"),
+        "convert --kind pairs lang=en oasst1 --output pairs.jsonl oasst.jsonl limit=4"
     )
     assert (status, output.out.splitlines()[0]) == (0, "4 pairs kept: pairs.jsonl")
 
@@ -116,8 +115,11 @@ GOOD = ("convert", "hh_rlhf", "hh.jsonl", "--kind", "pairs", "--output", "pairs.
         ),
         (("convert", "pku", *GOOD[2:]), "preference is not given; give preference=helpful"),
         (("convert", "pku", *GOOD[2:], "preference=helpful"), "hh.jsonl:1: column 'better_resp"),
-        ((*GOOD[:-1], "hh.jsonl"), "hh.jsonl: this call reads or writes it already"),
-        ((*GOOD, "--dropped", "./pairs.jsonl"), "./pairs.jsonl: this call reads or writes it"),
+        ((*GOOD[:-1], "hh.jsonl"), "hh.jsonl: this command already reads or writes it"),
+        (
+            (*GOOD, "--dropped", "./pairs.jsonl"),
+            "./pairs.jsonl: this command already reads or writes",
+        ),
         ((*GOOD[:-1], "pairs.csv"), "pairs.csv: the output is JSON lines"),
         ((*GOOD, "--eval-share", "0.1"), "--eval-share needs --eval-output"),
         ((*GOOD, "--eval-output", "e.jsonl", "--eval-share", "2"), "the share to evaluate on is 2"),

@@ -42,9 +42,9 @@ def read(path="b.json"):
 
 def test_two_models(shiftrm, models):
     status, output = shiftrm(
-        "evaluate", "best-of-n", "--samples", "samples.jsonl", "--proxy", "small", "--gold",
-        "large", "--output", "b.json", "--n", "4,1,12",
-    )  # fmt: skip
+        "evaluate best-of-n --samples samples.jsonl --proxy small --gold large --output "
+        "b.json --n 4,1,12"
+    )
     assert (status, output.err) == (0, "")
     found = read()
     small, large = Scorer.from_pretrained("small"), Scorer.from_pretrained("large")
@@ -94,9 +94,7 @@ def test_columns_and_rows_of_one_prompt(shiftrm):
         {"prompt": "b", "proxy": [0, 0, 0], "gold": [1, 2, 3]},
     ]
     write_jsonl("scored.jsonl", rows)
-    status, output = shiftrm(
-        "evaluate", "best-of-n", "--samples", "scored.jsonl", "--output", "out/b.json"
-    )
+    status, output = shiftrm("evaluate best-of-n --samples scored.jsonl --output out/b.json")
     assert (status, output.err) == (0, "")
     # a: golds by proxy 5, 3, 4: n = 2 gives 3 once and 4 twice; b ties throughout: its mean, 2.
     gold = [p["gold"]["value"] for p in read("out/b.json")["points"]]
@@ -113,9 +111,8 @@ def test_gold_world_and_one_response_a_row(shiftrm):
         ],
     )
     status, _ = shiftrm(
-        "evaluate", "best-of-n", "--samples", "samples.jsonl", "--gold", "gold", "--n", "1,3",
-        "--output", "b.json",
-    )  # fmt: skip
+        "evaluate best-of-n --samples samples.jsonl --gold gold --n 1,3 --output b.json"
+    )
     assert status == 0
     golds = [gold_reward(prompt, word, finished=word != " roses") for word in words]
     found = read()["points"]
@@ -127,9 +124,8 @@ def test_too_long_samples_are_counted(shiftrm, models):
     models[0]["responses"][3] = " cat" * 200
     write_jsonl("samples.jsonl", models)
     status, output = shiftrm(
-        "evaluate", "best-of-n", "--samples", "samples.jsonl", "--proxy", "small", "--gold",
-        "large", "--output", "b.json",
-    )  # fmt: skip
+        "evaluate best-of-n --samples samples.jsonl --proxy small --gold large --output b.json"
+    )
     assert status == 0
     assert (read()["prompts"], read()["left_out"]) == (2, 1)
     assert "1 rows left out: longer than a model's context" in output.out

@@ -45,9 +45,7 @@ def read(path="d.json"):
 def test_two_files(shiftrm):
     write_jsonl("sft.jsonl", rows(0))
     write_jsonl("ppo.jsonl", rows(1, words=["great", "cat", "a"]))
-    status, output = shiftrm(
-        "evaluate", "diversity", "sft.jsonl", "late=ppo.jsonl", "--output", "d.json"
-    )
+    status, output = shiftrm("evaluate diversity sft.jsonl late=ppo.jsonl --output d.json")
     assert (status, output.err) == (0, "")
     found = {(d["name"], d["scope"]): d for d in read()["diversities"]}
     assert set(found) == {(name, scope) for name in ("sft", "late") for scope in (WITHIN, ACROSS)}
@@ -154,9 +152,7 @@ def test_mean_pooling(embedder, tokenizer):
 
 def test_the_sum_with_an_embedder(shiftrm, embedder):
     write_jsonl("a.jsonl", rows(0))
-    status, output = shiftrm(
-        "evaluate", "diversity", "a.jsonl", "--embedder", "embedder", "--output", "d.json"
-    )
+    status, output = shiftrm("evaluate diversity a.jsonl --embedder embedder --output d.json")
     assert (status, output.err) == (0, "")
     for entry in read()["diversities"]:
         value = {name: number["value"] for name, number in entry["values"].items()}
@@ -232,7 +228,7 @@ def test_sentence_transformers_is_used_where_it_is(embedder, monkeypatch):
         (["a.jsonl", "b/a.jsonl"], "two are called 'a'"),
         (["a.jsonl", "--tokenize", "intel"], "unknown tokenizer; did you mean 'intl'?"),
         (["a\x1b[2J=a.jsonl"], "'a\\x1b[2J=a.jsonl': expected PATH or NAME=PATH"),
-        (["a.jsonl", "--output", "./a.jsonl"], "./a.jsonl: this call reads or writes it already"),
+        (["a.jsonl", "--output", "./a.jsonl"], "./a.jsonl: this command already reads or writes"),
         (["a.jsonl", "--prompts", "1"], "--prompts is 1"),
         (["a.jsonl", "--seed", "-1"], "--seed is -1"),
         (["a.jsonl", "--embedder", "nowhere"], "nowhere: cannot be loaded as an embedding model"),

@@ -62,9 +62,9 @@ def test_version_2(shiftrm, model):
     rows = rows_2(random.Random(0))
     write_jsonl("rb2.jsonl", rows)
     status, output = shiftrm(
-        "evaluate", "rewardbench", "--model", "reward", "--data", "rb2.jsonl", "--output",
-        "out/rb.json", "--scores", "scores.jsonl", "--batch-size", "3",
-    )  # fmt: skip
+        "evaluate rewardbench --model reward --data rb2.jsonl --output out/rb.json "
+        "--scores scores.jsonl --batch-size 3"
+    )
     assert (status, output.err) == (0, "")
     scorer = Scorer.from_pretrained("reward")
     expected = [
@@ -174,20 +174,8 @@ def test_hub_names_take_the_split_that_is_scored(monkeypatch):
 )
 def test_bad_rows(shiftrm, model, rows, message):
     write_jsonl("rb.jsonl", rows)
-    refused(
-        shiftrm,
-        [
-            "evaluate",
-            "rewardbench",
-            "--model",
-            "reward",
-            "--data",
-            "rb.jsonl",
-            "--output",
-            "o.json",
-        ],
-        message,
-    )
+    words = "evaluate rewardbench --model reward --data rb.jsonl --output o.json"
+    refused(shiftrm, words, message)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +185,11 @@ def test_bad_rows(shiftrm, model, rows, message):
         (["--max-length", "0"], "--max-length is 0"),
         (["--scores", "x.csv"], "the output is JSON lines"),
         (["--model", "policy"], "no score head"),
-        (["--output", "rb.jsonl"], "rb.jsonl: this call reads or writes it already"),
-        (["--output", "x.json", "--scores", "./x.json"], "./x.json: this call reads or writes it"),
+        (["--output", "rb.jsonl"], "rb.jsonl: this command already reads or writes it"),
+        (
+            ["--output", "x.json", "--scores", "./x.json"],
+            "./x.json: this command already reads or writes",
+        ),
     ],
 )
 def test_bad_options(shiftrm, model, options, message):

@@ -30,78 +30,24 @@ EXAMPLES = int(os.environ.get("SHIFTRM_FUZZ", "250"))
 SECONDS = 20
 """Of one command line; what takes longer is stopped as by Ctrl-C."""
 
-MODELS = [
-    "policy",
-    "rm",
-    "two-labels",
-    "small-embedding",
-    "small-rm",
-    "nan-policy",
-    "nan-rm",
-    "garbage",
-    "cut",
-    "no-config",
-]
-MODELS += [
-    "odd-config",
-    "no-tokenizer",
-    "broken-template",
-    "gguf",
-    "adapter",
-    "hollow",
-    "linked",
-    "policy/",
-]
-FILES = [f"{name}.jsonl" for name in SOUND] + [f"odd-{name}.jsonl" for name in ODD_ROWS]
-FILES += [
-    "packed.jsonl.gz",
-    "broken.csv",
-    "sound.csv",
-    "broken.parquet",
-    "broken.jsonl.gz",
-    "bytes.jsonl",
-]
-FILES += ["hard.jsonl", "link.jsonl", "recipe.yaml", "sound.yaml", "broken.jinja"]
-FILES += [f"{name}.yaml" for name in YAML]
-PLACES = [
-    "domains",
-    "finished",
-    "hollow",
-    "pipe",
-    "socket",
-    "loop",
-    "dangling",
-    "nowhere",
-    "owner/name",
-    ".",
-    "..",
-]
-PLACES += [
-    "",
-    "x" * 300,
-    "a/" * 3000,
-    "owner/name::x",
-    "~",
-    "rm/config.json",
-    "\udcff",
-    "a=b",
-    "=",
-    "ü",
-]
 
-NEW = [
-    "o.jsonl",
-    "o.jsonl.gz",
-    "o.json",
-    "o.html",
-    "o.csv",
-    "out",
-    "new/o.jsonl",
-    "new/out",
-    "./o.jsonl",
-    "y*",
-    "\n",
-]
+def words(text):
+    return text.split()
+
+
+MODELS = words("policy rm two-labels small-embedding small-rm nan-policy nan-rm garbage cut")
+MODELS += words("no-config odd-config no-tokenizer broken-template gguf adapter hollow linked")
+MODELS += ["policy/"]
+FILES = [f"{name}.jsonl" for name in SOUND] + [f"odd-{name}.jsonl" for name in ODD_ROWS]
+FILES += words("packed.jsonl.gz broken.csv sound.csv broken.parquet broken.jsonl.gz bytes.jsonl")
+FILES += words("hard.jsonl link.jsonl recipe.yaml sound.yaml broken.jinja")
+FILES += [f"{name}.yaml" for name in YAML]
+PLACES = words(
+    "domains finished hollow pipe socket loop dangling nowhere owner/name . .. a=b = ü ~"
+)
+PLACES += ["", "x" * 300, "a/" * 3000, "owner/name::x", "rm/config.json", "\udcff"]
+NEW = words("o.jsonl o.jsonl.gz o.json o.html o.csv out new/o.jsonl new/out ./o.jsonl y*")
+NEW += ["\n"]
 
 NUMBERS = ["0", "1", "2", "-1", "0.5", "1e-3", "nan", "inf", "-inf", "9" * 400, str(2**63), "1_0"]
 NUMBERS += ["", "x", "true", "null", "[1]", "{a: 1}", "0x10", " 1", "1.0", "2020-13-45", "'", "٣"]
@@ -155,16 +101,12 @@ def fields(command):
     from shiftrm.policies import configs
     from shiftrm.trainers.reward_configs import MetaRMConfig
 
+    configs_of_trl = [configs.RLOOConfig, configs.GRPOConfig, configs.DPOConfig]
     classes = {
         "train": [MetaRMConfig],
         "adapt": [MetaRMConfig],
         "sft": [configs.SFTConfig],
-        "optimise": [
-            configs.PPOSettings,
-            configs.RLOOConfig,
-            configs.GRPOConfig,
-            configs.DPOConfig,
-        ],
+        "optimise": [configs.PPOSettings, *configs_of_trl],
         "meta-train": [OODPLConfig],
     }
     names = [f.name for c in classes.get(command, ()) for f in dataclasses.fields(c) if f.init]
@@ -397,17 +339,11 @@ FOREIGN = "the tokenizer is not this model's: token "
     [
         ([*SAMPLE, "--policy", "small-embedding"], FOREIGN),
         ([*SAMPLE, "--policy", "nan-policy"], "the policy's probabilities are not finite"),
-        (
-            [*SAMPLE, "--policy", "nan-policy", "--temperature=0"],
-            "the policy's probabilities are not",
-        ),
+        ([*SAMPLE, "--policy", "nan-policy", "--temperature=0"], "probabilities are not finite"),
         ([*SAMPLE, "--policy", "garbage"], "garbage: cannot be loaded as a causal language model"),
         ([*SAMPLE, "--policy", "gguf"], "from_pretrained('gguf', gguf_file='model.gguf')"),
         ([*SCORE, "--model", "small-rm"], FOREIGN),
-        (
-            [*SCORE, "--model", "nan-rm"],
-            "groups.jsonl:1: the reward is nan; the checkpoint is broken",
-        ),
+        ([*SCORE, "--model", "nan-rm"], "groups.jsonl:1: the reward is nan; the checkpoint is br"),
         ([*SCORE, "--model", "cut"], "cut: cannot be loaded as a reward model"),
         ([*TRAIN, "--model", "nan-policy"], "gives states that are not finite: its weights are"),
         (

@@ -115,7 +115,7 @@ def test_mistakes_are_one_line(shiftrm, responses):
     refused(shiftrm, [*COUNT, "a.csv"], "out/key.json: no such file")
     refused(shiftrm, [*COUNT, "a.csv", "--seed", "-1"], "--seed is -1; it must be at least 0")
     same = [*COUNT, "a.csv", "--output", "out/../out/key.json"]
-    refused(shiftrm, same, "out/../out/key.json: this call reads or writes it already")
+    refused(shiftrm, same, "out/../out/key.json: this command already reads or writes it")
     assert shiftrm(*MAKE)[0] == 0
     key = (responses / "out" / "key.json").read_bytes()
     refused(shiftrm, MAKE, "out: holds a sheet already")

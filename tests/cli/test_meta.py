@@ -82,9 +82,8 @@ def test_options_and_settings_from_a_file(shiftrm, folder):
         "support_batch_size: 3\nquery_batch_size: 2\n"
     )
     status, said = shiftrm(
-        "meta-train", "--config", "recipe.yaml", "--domains", "domains", "max_steps=1",
-        "--output", "out",
-    )  # fmt: skip
+        "meta-train --config recipe.yaml --domains domains max_steps=1 --output out"
+    )
     assert status == 0, said.err
     assert "1 source domains, 1 outer steps" in said.out, "the other one is held out now"
     assert "beta = 0.2" in said.out

@@ -55,8 +55,8 @@ def test_the_file_and_over_it_the_command_line(shiftrm, files, pairs):
     }
     (files / "c.yaml").write_text(yaml.safe_dump(config))
     status, output = shiftrm(
-        *("train", "--config", "c.yaml", "max_steps=3", "--output", "out"),
-        *("--logging-steps", "2", "eval_strategy=steps", "--eval-steps", "2"),
+        "train --config c.yaml max_steps=3 --output out --logging-steps 2 "
+        "eval_strategy=steps --eval-steps 2"
     )
     assert status == 0
     assert "Trained on 12 pairs (0 dropped) for 3 steps" in output.out
@@ -120,9 +120,7 @@ def test_sample_and_score_read_every_format(shiftrm, files, reward_model, tokeni
     tokenizer.save_pretrained(files / "rm")
     write(files / "p.csv", [{"prompt": "the red"}, {"prompt": "a, dog"}])
     options = ["--max-new-tokens", 3, "--responses", 2]
-    status, _ = shiftrm(
-        *("sample", "--policy", "policy", "--prompts", "p.csv", "--output", "g.jsonl"), *options
-    )
+    status, _ = shiftrm("sample --policy policy --prompts p.csv --output g.jsonl", *options)
     assert status == 0
     rows = read_jsonl(files / "g.jsonl")
     write(files / "g.parquet", rows)

@@ -122,8 +122,14 @@ def test_a_loss_that_is_not_finite(shiftrm, stopping):
     assert checkpoint.name == "checkpoint-4"
     stopping(None)
     status, output = shiftrm(
-        *("train", "--model", checkpoint, "--pairs", "pairs.jsonl", "--output", "calmer"),
-        *("learning_rate=1e-4", "max_steps=1"),
+        "train --model",
+        checkpoint,
+        "--pairs",
+        "pairs.jsonl",
+        "--output",
+        "calmer",
+        "learning_rate=1e-4",
+        "max_steps=1",
     )
     assert status == 0, "training goes on from there with other settings"
 
@@ -132,8 +138,9 @@ def test_a_learning_rate_that_is_far_too_high(shiftrm):
     """The real thing: the first step makes weights whose loss is not finite."""
     high = ["learning_rate=1e38", "optim=sgd", "max_grad_norm=0", "warmup_steps=0", "save_steps=1"]
     status, output = shiftrm(
-        *("train", "--model", "policy", "--pairs", "pairs.jsonl", "--output", "out"),
-        *("lr_scheduler_type=constant", "max_steps=4", *high),
+        "train --model policy --pairs pairs.jsonl --output out lr_scheduler_type=constant "
+        "max_steps=4",
+        *high,
     )
     assert status == 2
     assert "step 2: the gradient is not finite" in output.err

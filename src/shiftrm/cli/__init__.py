@@ -30,7 +30,7 @@ from shiftrm.cli import (
 )
 from shiftrm.cli.options import Parser, add_commands, read
 from shiftrm.config import at_home
-from shiftrm.errors import UserError, missing_embedding, shortened
+from shiftrm.errors import UserError, missing_embedding, shortened, suggest
 from shiftrm.locks import holding
 from shiftrm.progress import quieten_libraries, reporting, speaks
 
@@ -54,7 +54,7 @@ COMMANDS: dict[str, ModuleType] = {
 EPILOG = """examples:
   shiftrm demo                       the whole loop on the embedded gold world, in minutes
   shiftrm demo --seed 1 --output runs/seed-1
-  shiftrm report runs/demo           make the page again from the run's records
+  shiftrm report runs/demo           remake the page from the run's records
   shiftrm COMMAND --help             options of a command, with examples
 """
 
@@ -65,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     words = [at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    args, others = build_parser().parse_known_args(words)
+    parser = build_parser()
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        parser.error(f"unknown command {words[0]!r}{suggest(words[0], list(COMMANDS))}")
+    args, others = parser.parse_known_args(words)
     if args.help:
         topic = getattr(args.module, "topic_help", lambda _: None)(others)
         print(args.parser.format_help() if topic is None else topic, end="")
@@ -121,7 +124,7 @@ def _output_advice(error: OSError, output: str | None) -> str | None:
     if error.errno == errno.ENOENT and output is not None and error.filename is not None:
         folder = os.path.dirname(os.path.abspath(output))
         if os.path.abspath(os.fsdecode(error.filename)).startswith(os.path.join(folder, "")):
-            return "it went away or cannot be made; choose another output"
+            return "it was removed or cannot be created; choose another output"
     return None
 
 

@@ -17,12 +17,12 @@ EPILOG = """examples:
       --prompts prompts.jsonl --responses 5 --temperature 0.8 --output models/reward-2
   shiftrm adapt --config adapt.yaml --eval-groups other=groups-of-other-prompts.jsonl
 
-It is `shiftrm train` with groups, from a trained reward model (of a policy, `shiftrm train` makes
-one), and the diagnosis of `shiftrm diagnose` before and after. That is measured on what the
-training has not seen: --eval-pairs, and a share of the prompts of the groups, unless --eval-groups
-gives others. Only labels can show that the model became sharper, so give --eval-pairs, best of
-today's policy. The output folder holds the model, before_after.html, before_after.json, the groups
-held out and those sampled.
+This runs `shiftrm train` with groups, starting from a trained reward model, and the diagnosis of
+`shiftrm diagnose` before and after. The diagnosis uses data that the training has not seen:
+--eval-pairs, and a share of the prompts of the groups, unless --eval-groups gives others. Only
+labels can show that the model became sharper, so give --eval-pairs, preferably of the current
+policy. The output folder holds the model, before_after.html, before_after.json, the groups held out
+and those sampled.
 
 """
 
@@ -34,8 +34,8 @@ interrupted, killed or stopped by a full disk continues from there when it is gi
 """
 
 ABOUT = About(
-    help="adapt a reward model to responses of today's policy; before and after",
-    description="Adapts a trained reward model to unlabelled responses of today's policy "
+    help="adapt a reward model to responses of the current policy; before and after",
+    description="Adapts a trained reward model to unlabelled responses of the current policy "
     "(MetaRM), and says whether it became sharper or only louder.",
     epilog=EPILOG + REWARD_HELP + FILES + SOURCE_HELP,
     again="to continue: samples and checkpoints are kept",
@@ -51,7 +51,7 @@ class Options(RewardOptions):
         "retrained, another registered method, or package.module:attribute",
         default="metarm",
     )
-    groups: str | None = optional("DATA", "response groups of today's policy", reads=True)
+    groups: str | None = optional("DATA", "response groups of the current policy", reads=True)
     policy: str | None = optional(
         "DIR", "instead of --groups: the policy to sample them from", reads=True
     )
@@ -84,9 +84,9 @@ class Options(RewardOptions):
 
     def __post_init__(self) -> None:
         if self.policy is not None and self.prompts is None:
-            raise UserError("--policy without --prompts: give the prompts that it shall answer")
+            raise UserError("--policy without --prompts: give the prompts to answer")
         if self.prompts is not None and self.policy is None:
-            raise UserError("--prompts without --policy: give the policy that shall answer them")
+            raise UserError("--prompts without --policy: give the policy to answer them")
         for each in fields(self) if self.policy is None else ():
             if each.metadata.get("group") == SAMPLING and getattr(self, each.name) is not None:
                 flag = f"--{each.name.replace('_', '-')}"

@@ -124,18 +124,20 @@ def _require_apart(path: Path, neighbours: list[Path], other: str, option: str) 
     if _identities(path) & taken:
         if os.path.isdir(path):
             raise UserError(
-                f"{option}: already there and not empty; this call reads it, so choose another "
+                f"{option}: already there and not empty; this command reads it, so choose another "
                 "--output"
             )
-        raise UserError(f"{option}: this call reads or writes it already; choose another file")
+        raise UserError(f"{option}: this command already reads or writes it; choose another file")
     real = Path(os.path.realpath(path))
     if os.path.isdir(other) and any(_identities(folder) & taken for folder in real.parents):
-        raise UserError(f"{option}: lies in {other}, which this call reads; choose another output")
+        raise UserError(
+            f"{option}: lies in {other}, which this command reads; choose another output"
+        )
     within = set[Any]().union(taken, *map(_identities, Path(os.path.realpath(other)).parents))
     for neighbour in neighbours:
         if _identities(neighbour) & within:
             raise UserError(
-                f"{option}: {neighbour}, which is written beside it, is what this call reads; "
+                f"{option}: {neighbour}, which is written beside it, is what this command reads; "
                 "choose another output"
             )
 
@@ -164,7 +166,7 @@ def _require_kind(path: Path, option: str, *, folder: bool) -> None:
     except OSError as error:
         raise UserError(f"{option}: {error.strerror}; choose another output") from None
     if stat.S_ISLNK(mode):
-        raise UserError(f"{option}: is a link; give the name of what it leads to, or another")
+        raise UserError(f"{option}: is a link; give the path of its target, or another name")
     if folder and not stat.S_ISDIR(mode):
         raise UserError(f"{option}: is not a folder; choose another --output")
     if not folder and stat.S_ISDIR(mode):

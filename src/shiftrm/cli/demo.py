@@ -13,7 +13,7 @@ EPILOG = """examples:
   shiftrm demo --output runs/quick ppo.steps=10 methods=[fixed,metarm_scale_free]
 
 An interrupted demo continues when the same command is given again. All settings and their values
-stand in OUTPUT/config.yaml; any of them can be given as key=value.
+are in OUTPUT/config.yaml; any of them can be given as key=value.
 """
 
 ABOUT = About(

@@ -18,9 +18,9 @@ EPILOG = """examples:
       --data policy.jsonl labelled=pairs.jsonl --output change.html --json change.json
 
 A file holds groups {"prompt", "responses", "finished"?}, as `shiftrm sample` writes them, or
-labelled pairs {"prompt"?, "chosen", "rejected"}. The first file is the reference (say, samples of
-the SFT policy); the next ones are compared with it (say, samples of today's policy). Only labels
-can show that a model sees; without them the verdict is about spread.
+labelled pairs {"prompt"?, "chosen", "rejected"}. The first file is the reference (such as samples
+of the SFT policy); the next ones are compared with it (such as samples of the current policy). Only
+labels can show that a model sees; without them the verdict is about spread.
 """
 
 ABOUT = About(

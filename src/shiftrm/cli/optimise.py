@@ -21,15 +21,15 @@ EPILOG = """examples:
 `shiftrm optimise METHOD --help` lists the method's settings.
 
 METHOD is ppo (this project's), rloo, grpo or dpo (TRL's). The reward model scores text as
-`shiftrm score` does, so its tokenizer and chat template may be others than the policy's; responses
+`shiftrm score` does, so its tokenizer and chat template may differ from the policy's; responses
 that the length limit cut off are scored as unfinished. Rewards are used as they are, except by ppo,
 which first standardises them by mean and spread over responses of the reference (reward_mean,
 reward_std).
 
-The KL to the reference (--reference, or else the policy as it was) is held by beta (rloo, grpo,
-dpo; grpo's default is 0) or kl_coefficient and kl_target (ppo). It is logged as sequence_kl, nats a
-response, and measured on kl_samples fresh responses at the end. With use_peft=true the reference
-is the base model with the adapter off, unless --reference names another.
+The KL to the reference (--reference, or else the initial policy) is controlled by beta (rloo, grpo,
+dpo; grpo's default is 0) or kl_coefficient and kl_target (ppo). It is logged as sequence_kl, in
+nats per response, and measured on kl_samples fresh responses at the end. With use_peft=true the
+reference is the base model with the adapter off, unless --reference names another.
 
 """
 

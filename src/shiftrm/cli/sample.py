@@ -22,7 +22,7 @@ with the assistant's words is continued. Each line of the output holds {"prompt"
 "finished", "prompt_ids", "response_ids", "tokenizer"}: the text for people, and the tokens that
 were sampled. A group for `shiftrm adapt` needs at least two responses. A response ends with the
 tokenizer's EOS, the end tokens of the policy's generation config, or the token with which the chat
-template closes a turn. An interrupted call continues when repeated.
+template closes a turn. An interrupted command continues when repeated.
 With vLLM the tokenizer of --policy makes and reads the tokens, and the server only continues them;
 a server that needs a key gets that of the environment variable VLLM_API_KEY.
 """

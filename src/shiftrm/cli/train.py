@@ -29,7 +29,7 @@ is given again. With LoRA the output is the merged model, and its folder adapter
 
 ABOUT = About(
     help="train a reward model on preference pairs, and adapt it to unlabelled responses",
-    description="Trains a reward model. With --groups, unlabelled responses of today's policy, "
+    description="Trains a reward model. With --groups, unlabelled responses of the current policy, "
     "it takes a MetaRM step in every optimizer step; without, it is plain Bradley-Terry training.",
     epilog=EPILOG + REWARD_HELP + FILES + SOURCE_HELP,
     again="to continue from the last checkpoint, if there is one",

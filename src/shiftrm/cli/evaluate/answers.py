@@ -11,8 +11,8 @@ EPILOG = """examples:
   shiftrm evaluate answers --key sheet/key.json --answers ann.csv bob.csv \\
       --verdicts judged/verdicts.jsonl --output human.jsonl
 
-Answers are the files that sheet.html saves, or sheet.csv with A, B or tie under `answer`. A rater
-is called by the column `rater`, or else by the file. --verdicts takes the verdicts.jsonl that
+Answers are the files that sheet.html saves, or sheet.csv with A, B or tie under `answer`. The
+column `rater` names the rater, or else the file does. --verdicts takes the verdicts.jsonl that
 `shiftrm evaluate win-rate` wrote about the same two files. The output holds one line for each item
 and rater, with the outcome for our response. All intervals are 95 % bootstrap intervals over
 prompts.

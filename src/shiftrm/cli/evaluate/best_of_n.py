@@ -21,16 +21,16 @@ EPILOG = """examples:
       --output best_of_n.json
 
 Rows are {"prompt", "responses": [...], "finished"?}, as `shiftrm sample` writes them, the more
-responses the better, or {"prompt", "response"}; rows with one prompt are put together. From N
-samples a prompt every n up to N is estimated without bias and without sampling again. Scores that
+responses the better, or {"prompt", "response"}; rows with the same prompt are put together. From N
+samples per prompt every n up to N is estimated without bias and without sampling again. Scores that
 are in the file already need no model: a list of numbers beside `responses` (or instead of them).
 Beside FILE.json the picture FILE.png is written.
 """
 
 ABOUT = About(
     help="proxy and gold of the best of n responses, against KL",
-    description="Lets a proxy reward model choose the best of n samples, and says what a gold "
-    "reward thinks of the choice as n, and with it the KL, grows.",
+    description="Lets a proxy reward model choose the best of n samples, and reports the "
+    "gold reward of the choice as n, and with it the KL, grows.",
     epilog=EPILOG + SOURCE_HELP,
 )
 

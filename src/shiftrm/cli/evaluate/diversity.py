@@ -21,8 +21,8 @@ Within prompts, the responses to one prompt are compared with each other; across
 response each to different prompts. Lower Self-BLEU, embedding similarity and compression are more
 diverse, and so are higher distinct shares. "similarity" is the MetaRM paper's sum: Self-BLEU as a
 share (n = 2..5) plus the mean cosine with negative values as 0, in [0, 2]; the paper does not say
-how it normalises. All files are cut to one number of prompts and responses, since every one of
-these numbers depends on it.
+how it normalises. All files are cut to the same number of prompts and responses, since all of
+these numbers depend on it.
 """
 
 ABOUT = About(

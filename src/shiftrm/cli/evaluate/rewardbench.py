@@ -16,9 +16,9 @@ EPILOG = """examples:
       --output rewardbench.json
 
 RewardBench 1 has rows {"prompt", "chosen", "rejected", "subset", "id"}; rows of the prior sets
-(anthropic_helpful, anthropic_hhh, shp, summarize) may stand among them and count half a section.
+(anthropic_helpful, anthropic_hhh, shp, summarize) may be among them and count as half a section.
 RewardBench 2 has lists: {"id", "prompt", "chosen": [...], "rejected": [...], "num_correct",
-"num_incorrect", "total_completions", "subset"}. Which one it is shows in the rows. Scores are those
+"num_incorrect", "total_completions", "subset"}. The rows show which one it is. Scores are those
 of reward-bench's own scripts: weighted sections in version 1; best of 4 and Ties in version 2.
 """
 

@@ -18,7 +18,7 @@ EPILOG = """examples:
 Rows are {"prompt", "responses"} as `shiftrm sample` writes them (the first response is taken), or
 {"prompt", "response"}. Both files answer the same prompts; --limit of them are drawn, the same as
 `shiftrm evaluate win-rate` draws with this seed. Order and sides are drawn from a number that only
-the key holds, so two sheets are never the same.
+the key holds, so no two sheets are the same.
 
 The folder gets sheet.html, a page that needs no network, sheet.csv for a spreadsheet (A, B or tie
 under `answer`), and key.json, which says whose response is whose: give raters one of the first

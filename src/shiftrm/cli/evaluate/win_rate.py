@@ -28,12 +28,12 @@ EPILOG = """examples:
 Files hold {"prompt", "responses", "finished"?}, as `shiftrm sample` writes them, or {"prompt",
 "response"}; the first response of a row is judged. Both files answer the same prompts.
 
-A judge behind an endpoint (any server that speaks OpenAI's API) is asked twice a prompt, with
-either response first; answers that disagree are a tie. Its key comes from the environment variable
-OPENAI_API_KEY (or --key-variable) and is written nowhere. Before anything is sent, the number of
-requests and tokens is shown. Up to --max-requests are sent without a word; more are sent with
---yes, or after a question on a terminal, and refused elsewhere. All answers are kept in --cache:
-the same command given again asks only what is missing.
+A judge behind an endpoint (any server that speaks OpenAI's API) is asked twice for each prompt,
+once with each response first; answers that disagree are a tie. Its key comes from the environment
+variable OPENAI_API_KEY (or --key-variable) and is written nowhere. Before anything is sent, the
+number of requests and tokens is shown. Up to --max-requests are sent without asking; more are sent
+with --yes, or after a question on a terminal, and refused otherwise. All answers are kept in
+--cache: the same command given again asks only what is missing.
 
 A template is general, helpful, harmless, summary, or a file: one message with {prompt},
 {response_a}, {response_b} that asks for [[A]], [[B]] or [[C]] ({fence}, if used, is a mark that no
