@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 __all__ = [
-    "EVERY", "LOG_FILE", "Progress", "Task", "current", "duration", "only_on_terminals",
-    "quieten_libraries", "reporting", "speaks", "task",
+    "EVERY", "LOG_FILE", "Advance", "Progress", "Task", "current", "duration",
+    "only_on_terminals", "quieten_libraries", "reporting", "speaks", "task",
 ]  # fmt: skip
+
+Advance = Callable[[int, int], None]
+"""Called with (done, total)."""
 
 EVERY = 25.0
 """Seconds without output until a line is due; below 30, as busy machines wake threads late."""

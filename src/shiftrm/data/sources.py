@@ -142,7 +142,7 @@ def _iterate_file(path: Path) -> Iterator[tuple[str, Row]]:
         ".jsonl": iterate_jsonl,
         ".json": _iterate_json,
         ".parquet": _iterate_parquet,
-        ".csv": _iterate_csv,
+        ".csv": iterate_csv,
     }
     suffix = path.suffix.lower()
     if suffix == ".gz" and path.with_suffix("").suffix.lower() == ".jsonl":
@@ -214,10 +214,11 @@ def _holds_rows(value: Any) -> bool:
 # -- CSV -------------------------------------------------------------------------------------
 
 
-def _iterate_csv(path: Path) -> Iterator[tuple[str, Row]]:
+def iterate_csv(path: Path, *, delimiter: str = ",") -> Iterator[tuple[str, Row]]:
+    """Yield `("file:line", row)` of a CSV file."""
     csv.field_size_limit(2**31 - 1)  # transcripts exceed the default 128 KiB
     with open(path, "rb") as handle:
-        reader = csv.reader(_decoded_lines(handle, path), strict=True)
+        reader = csv.reader(_decoded_lines(handle, path), delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
             _check_header(header, path)
@@ -229,7 +230,7 @@ def _iterate_csv(path: Path) -> Iterator[tuple[str, Row]]:
                 if len(cells) != len(header):
                     raise UserError(
                         f"{where}: {len(cells)} cells for {len(header)} columns; put text with "
-                        "commas or line breaks in double quotes"
+                        f"{delimiter!r} or line breaks in double quotes"
                     )
                 row = {c: _cell(c, text, where) for c, text in zip(header, cells, strict=True)}
                 yield where, {c: value for c, value in row.items() if value is not None}

@@ -156,7 +156,7 @@ def best_of_n_curve(
         proxies, golds: one sequence of scores per prompt, of any length.
         n: by default `powers_of_two` of the minimum number of samples of a prompt.
         prompts: identifies the prompt of each row; by default, every row is one.
-        seed, resamples: of the bootstrap.
+        seed, resamples: parameters of the bootstrap.
 
     Raises:
         ValueError: no prompts, and as `best_of_n`.
@@ -205,7 +205,7 @@ def describe(curve: BestOfNCurve) -> str:
     first, last = curve.points[0], curve.points[-1]
     peak = next(point for point in curve.points if point.n == curve.peak)
     if len(curve.points) == 1:
-        return f"Only n = {first.n} was measured, so nothing is said about more samples."
+        return f"Only n = {first.n} was measured, so more samples cannot be judged."
     if peak.n == last.n:
         return (
             f"Gold is highest at the largest n, {last.n} (KL {last.kl:.2f}): {last.gold}; no "

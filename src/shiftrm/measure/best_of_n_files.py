@@ -18,6 +18,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.measure.score_once import Tokens, score_once, tokens_of
 from shiftrm.models.scoring import Scorer, row_responses
+from shiftrm.progress import Advance
 
 Scores = Callable[[Sequence[tuple[str, Row]]], list[Floats | None]]
 """Maps rows with their locations to scores of each row's samples; None leaves a row out."""
@@ -126,7 +127,7 @@ def score_samples(
     proxy: Scores,
     gold: Scores,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
     total: int = 0,
 ) -> ScoredSamples:
     """Return proxy and gold of every sample; rows with the same prompt are merged.

@@ -216,7 +216,7 @@ def set_diversity(
     """Compute all numbers of a set of responses.
 
     Args:
-        texts, tokens, vectors: of at least two responses, none empty; n-grams up to 5.
+        texts, tokens, vectors: at least two responses, none empty; n-grams up to length 5.
         kept: which responses make up the set; by default all.
 
     Returns:
@@ -257,7 +257,7 @@ def jackknifed(
     Args:
         statistic: maps the indices that are kept to numbers by name.
         size: size of the set; below 10, there are no intervals.
-        seed: of the division into groups.
+        seed: seed of the division into groups.
     """
     whole = statistic(np.arange(size))
     if size < 10:

@@ -6,7 +6,7 @@ Both are from Kirk et al. 2024 (arXiv 2310.06452).
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from shiftrm.measure.diversity import (
 from shiftrm.measure.embeddings import Embedder
 from shiftrm.models.rendering import Text
 from shiftrm.models.scoring import row_responses
+from shiftrm.progress import Advance
 
 WITHIN, ACROSS = "within prompts", "across prompts"
 
@@ -55,7 +56,8 @@ class Diversity:
     """Numbers of a file in a scope.
 
     Attributes:
-        name, scope: of the file; `WITHIN` or `ACROSS`.
+        name: name of the file.
+        scope: `WITHIN` or `ACROSS`.
         prompts, responses: numbers compared, after cutting all files to one size.
         values: by metric, see `diversity.set_diversity`; across, with intervals of a jackknife.
     """
@@ -137,7 +139,7 @@ def measure_diversity(
     tokenizer: str = "13a",
     max_prompts: int | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> DiversityReport:
     """Measure the diversity of every file, cut to prompts and responses that all files have.
 
@@ -150,7 +152,7 @@ def measure_diversity(
             of any prompt (at least two); across prompts, the first one.
         tokenizer: see `diversity.tokenise`.
         max_prompts: if there are more, so many are drawn at random.
-        seed: of that draw, of the bootstrap and of the jackknife.
+        seed: seed of that draw, the bootstrap and the jackknife.
         progress: called with (done, total), in responses.
 
     Raises:
@@ -191,10 +193,9 @@ def measure_diversity(
 class _Count:
     """The embedder, if any, and the progress over all sets, in responses."""
 
-    def __init__(
-        self, embed: Embedder | None, progress: Callable[[int, int], None] | None, total: int
-    ) -> None:
-        self._embed, self._progress, self._total, self._done = embed, progress, total, 0
+    def __init__(self, embed: Embedder | None, progress: Advance | None, total: int) -> None:
+        self._embed, self._total, self._done = embed, total, 0
+        self._progress = progress or (lambda done, total: None)
 
     def vectors(self, texts: Sequence[str]) -> Floats | None:
         """Return the vectors of all texts; None without an embedder."""
@@ -213,8 +214,7 @@ class _Count:
 
     def _add(self, count: int) -> None:
         self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        self._progress(self._done, self._total)
 
 
 def _sets(chosen: Sequence[dict[str, tuple[str, ...]]], scope: str) -> list[list[tuple[str, ...]]]:

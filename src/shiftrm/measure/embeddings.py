@@ -65,7 +65,7 @@ def _sentence_transformer(path: str, batch_size: int) -> Embedder:
 
 
 def _mean_pooled(folder: Path) -> bool:
-    """Whether a folder in sentence-transformers' format is a transformer with mean pooling only."""
+    """Return whether a folder in sentence-transformers' format only does mean pooling."""
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         if not all(module["type"].rpartition(".")[2] in _PLAIN_MODULES for module in modules):

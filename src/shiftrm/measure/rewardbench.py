@@ -190,7 +190,7 @@ def rewardbench_1(rows: Sequence[ScoredRow]) -> RewardBench1:
 
 
 def _weighted(won: Mapping[str, float], weights: Mapping[str, int]) -> float | None:
-    """Do calculate_scores_per_section, but return None instead of 0 for a section without rows."""
+    """As calculate_scores_per_section, but return None instead of 0 for a section without rows."""
     there = [name for name in weights if name in won]
     total = sum(weights[name] for name in there)
     return sum(won[name] * weights[name] for name in there) / total if total else None

@@ -7,10 +7,11 @@ from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.measure.rewardbench import TIES, ScoredRow
-from shiftrm.measure.score_once import Progress, Tokens, require_tokens, score_once
+from shiftrm.measure.score_once import Tokens, require_tokens, score_once
 from shiftrm.models.rendering import Messages, Text, check_text, encode
 from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer
+from shiftrm.progress import Advance
 
 MAX_LENGTH = 2048
 """Maximum tokens in reward-bench (`--max_length` of its scripts)."""
@@ -132,7 +133,7 @@ def score_rewardbench(
     *,
     batch_size: int = 64,
     max_length: int = MAX_LENGTH,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> BenchScores:
     """Score every response.
 

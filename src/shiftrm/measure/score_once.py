@@ -1,16 +1,15 @@
 """Tokens and rewards of responses for every evaluation; equal tokens are scored once."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from shiftrm.errors import UserError
 from shiftrm.models.responses import Response, encode_response
 from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer
+from shiftrm.progress import Advance
 
 Tokens = tuple[int, ...]
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 
 def tokens_of(scorer: Scorer, responses: Sequence[Response], where: str) -> list[Tokens] | None:
@@ -47,7 +46,7 @@ def score_once(
     *,
     name: str,
     batch_size: int = 64,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> dict[Tokens, float]:
     """Return the reward of every sequence, so that equal responses get equal rewards.
 

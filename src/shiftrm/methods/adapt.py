@@ -91,11 +91,11 @@ class _Groups:
     """The source of the groups and the held-out prompts.
 
     Attributes:
-        name: of the file, for messages.
+        name: name of the file, for messages.
         file: None if the groups are still to be sampled.
         keys: the prompt of every group, in order.
         out: prompts held out; empty if other groups were given for evaluation.
-        names, prompts: of a prompt file, for sampling.
+        names, prompts: contents of a prompt file, for sampling.
     """
 
     name: str

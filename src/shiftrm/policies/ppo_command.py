@@ -96,12 +96,9 @@ def run_ppo(
     processes.wait_for_everyone()
     return PolicyOutcome(
         method="ppo",
-        model=job.model,
-        output=str(job.output),
-        data=job.data,
+        **job.facts(),
         settings=_beyond_defaults(config, job.chosen.given),
         seed=config.seed,
-        command=job.command,
         steps=len(rows),
         examples=len(kept),
         dropped=dropped,

@@ -101,12 +101,9 @@ def run_trl(job: Job, plan: Plan, checkpoint: Path | None) -> PolicyOutcome:
         write_training_log(job.finished, log)
     return PolicyOutcome(
         method=plan.method,
-        model=job.model,
-        output=str(job.output),
-        data=job.data,
+        **job.facts(),
         settings=used,
         seed=job.chosen.args.seed,
-        command=job.command,
         steps=trainer.state.global_step,
         examples=len(trainer.train_dataset),
         dropped={**plan.dropped, **trainer.dropped},

@@ -127,7 +127,7 @@ class Outcome(TrainedModel):
 
 
 def measurements(trainer: Any, result: Any) -> dict[str, Any]:
-    """Return the fields of `Outcome` that a trainer knows after training."""
+    """Return the fields of `Outcome` that are known after training."""
     logs = trainer.state.log_history
     sets = trainer.eval_dataset
     sets = sets if isinstance(sets, dict) else {} if sets is None else {"": sets}

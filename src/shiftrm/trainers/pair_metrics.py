@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from shiftrm.core.discrimination import auc, calibration_error, correlation
-from shiftrm.core.intervals import measured, weighted_mean
+from shiftrm.core.intervals import measured_mean
 
 
 def like_trl(
@@ -52,9 +52,9 @@ def _sides(rewards: np.ndarray, block: int) -> list[np.ndarray]:
 
 def _interval(right: np.ndarray, prompts: list[float]) -> dict[str, float]:
     known = [(i, -1.0) if prompt < 0 else (-1, prompt) for i, prompt in enumerate(prompts)]
-    accuracy = measured(lambda weights: weighted_mean(right, weights), known, seed=0)
+    accuracy = measured_mean(right, known, seed=0)
     found = {"prompts": float(len(set(known)))}
-    if accuracy is not None and accuracy.low is not None and accuracy.high is not None:
+    if accuracy.low is not None and accuracy.high is not None:
         found |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
     return found
 
@@ -80,9 +80,9 @@ class PairStatistics:
         """Add a batch.
 
         Args:
-            rewards: of chosen and rejected, [B, 2].
-            lengths: of the sequences in tokens, [B, 2].
-            losses: one per pair, [B].
+            rewards: rewards of chosen and rejected, [B, 2].
+            lengths: lengths of the sequences in tokens, [B, 2].
+            losses: loss of each pair, [B].
             prompts: prompt numbers, -1 if unknown, [B].
             counted: False for pairs that only pad the batch, [B].
             gather: joins the rows of all processes.

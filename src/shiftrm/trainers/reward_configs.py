@@ -28,7 +28,7 @@ class RewardConfig(trl.RewardConfig):
 
     Attributes:
         learning_rate_given, checkpointing_given: whether they were set; if not, the trainer decides
-            once it knows the model.
+            once the model is known.
 
     Raises:
         UserError: `max_steps` is 0.

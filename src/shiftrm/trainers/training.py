@@ -90,6 +90,15 @@ class Job:
         """Return the folder of the result before it is published."""
         return self.work / work_folder.FINISHED
 
+    def facts(self) -> dict[str, Any]:
+        """Return the fields of `TrainedModel` that are known before training."""
+        return {
+            "model": self.model,
+            "output": str(self.output),
+            "data": self.data,
+            "command": self.command,
+        }
+
     def add_data(self, name: str, source: str, rows: list[Row]) -> None:
         """Add an input to the card and the run record."""
         self.data.append(DataSet(name, source, len(rows), fingerprint(source, rows)))
@@ -231,12 +240,9 @@ def train_in_work(
     except (ImportError, NotImplementedError) as error:  # a missing optimizer or kernel
         raise job.chosen.explain(job.model, error) from error
     outcome = Outcome(
-        model=job.model,
-        output=str(job.output),
-        data=job.data,
+        **job.facts(),
         settings=used,
         seed=job.chosen.args.seed,
-        command=job.command,
         before=before,
         after=after,
         **measurements(trainer, result),

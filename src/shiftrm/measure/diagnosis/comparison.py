@@ -44,8 +44,8 @@ def compare(
     """Compare every further model with the first, file by file.
 
     Args:
-        files, diagnoses: of all models, in the same order.
-        seed: of the bootstrap.
+        files, diagnoses: those of all models, in the same order.
+        seed: seed of the bootstrap.
     """
     models = list(dict.fromkeys(file.model for file in files))
     by_key = {(f.name, f.model): (f, d) for f, d in zip(files, diagnoses, strict=True)}
@@ -101,7 +101,7 @@ def _ratio(above: Measured | None, below: Measured | None) -> float | None:
 def spread_word(
     before: Diagnosis, after: Diagnosis, factor: float | None, relative: float | None
 ) -> str:
-    """ "louder", "quieter" or "as loud"; of one file, with factors as in `ModelChange`."""
+    """Return "louder", "quieter" or "as loud" for a file, with factors as in `ModelChange`."""
     grown = after.spread.difference_variance
     if factor is None and before.spread.difference_variance is not None:  # it was 0
         return "louder" if grown is not None and grown.value > 0 else "as loud"

@@ -74,7 +74,7 @@ def lengths(groups: Sequence[ScoredGroup]) -> Lengths:
 
 
 def _columns(group: ScoredGroup) -> Floats:
-    """Rewards and lengths, shape [2, K]."""
+    """Return rewards and lengths, shape [2, K]."""
     return np.array([[r.reward, r.length] for r in group.responses], dtype=np.float64).T
 
 
@@ -202,7 +202,7 @@ class ScoredFile:
 
     @property
     def kind(self) -> str:
-        """ "pairs" or "groups"."""
+        """Return "pairs" or "groups"."""
         return "pairs" if self.pairs else "groups"
 
     @property
@@ -236,7 +236,7 @@ class Diagnosis:
     """All numbers of one file under one model.
 
     Attributes:
-        model, name: of the reward model and of the file.
+        model, name: names of the reward model and of the file.
         kind: "groups" or "pairs".
         rows, left_out: number of rows scored, and number too long for the model.
         labels: None for groups, or if both sides of every pair are the same.
@@ -259,7 +259,7 @@ def diagnose(files: Sequence[ScoredFile], *, seed: int = 0) -> list[Diagnosis]:
 
     Args:
         files: in the order given by the user.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: a file without rows, or with a group of fewer than two responses.

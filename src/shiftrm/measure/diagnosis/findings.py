@@ -15,11 +15,12 @@ from shiftrm.measure.diagnosis.comparison import ModelChange, compare
 from shiftrm.measure.diagnosis.diagnosis import Diagnosis, ScoredFile, diagnose
 from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResponse
 from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict, Overall, overall, verdicts
-from shiftrm.measure.score_once import Progress, Tokens, score_once, tokens_of
+from shiftrm.measure.score_once import Tokens, score_once, tokens_of
 from shiftrm.models.rendering import Text, encode_prompt, is_conversational
 from shiftrm.models.responses import Response
 from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer, row_responses
+from shiftrm.progress import Advance
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def score_data(
     *,
     model: str,
     batch_size: int = 64,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> tuple[ScoredFile, list[Row]]:
     """Score every response of a file.
 
@@ -172,18 +173,18 @@ def _shared(sequences: Sequence[Sequence[Any]]) -> int:
     )
 
 
-Bar = Callable[[str, int | None], AbstractContextManager[Callable[[int, int], None]]]
+Bar = Callable[[str, int | None], AbstractContextManager[Advance]]
 """`bar(label, total)` yields a function to call with (done, total); total None is unknown."""
 
 
-def no_bar(label: str, total: int | None) -> AbstractContextManager[Callable[[int, int], None]]:
+def no_bar(label: str, total: int | None) -> AbstractContextManager[Advance]:
     """A progress bar that shows nothing."""
     return nullcontext(lambda done, total: None)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that is shown. The first four lists correspond entry by entry."""
+    """The results of a diagnosis. The first four lists correspond entry by entry."""
 
     files: list[ScoredFile]
     rows: list[list[Row]]
@@ -211,7 +212,7 @@ def find(
         data: files; the first is the reference.
         load: loads the scorer of a path onto its device.
         batch_size: rows per forward pass.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
         bar: shows progress, in token sequences of a file.
 
     Raises:

@@ -59,7 +59,7 @@ def distinct(group: ScoredGroup) -> ScoredGroup:
 
 
 def differences(groups: Sequence[ScoredGroup]) -> list[Floats]:
-    """|r_i - r_j| of all i < j, one array per group, in the order of the groups."""
+    """Return |r_i - r_j| for all i < j, one array per group, in the order of the groups."""
     found: list[Floats] = [np.empty(0)] * len(groups)
     by_size: dict[int, list[int]] = {}
     for index, group in enumerate(groups):

@@ -306,7 +306,7 @@ def accuracy_verdict(accuracy: Measured) -> tuple[str, str]:
 
 
 def _right_by_length_alone(found: Labels) -> bool:
-    """Whether accuracy is clearly below 1/2 on one side of the lengths and above on the other."""
+    """Return whether accuracy is clearly below 1/2 for one length order, above for the other."""
     one, other = found.accuracy_shorter, found.accuracy_longer
     if min(found.pairs_shorter, found.pairs_longer) < FEW_PROMPTS or one is None or other is None:
         return False

@@ -3,7 +3,7 @@
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -12,10 +12,10 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text, check_text
 from shiftrm.models.responses import Response, group_responses
+from shiftrm.progress import Advance
 
 Outcome = Literal["win", "tie", "lose"]
 Letter = Literal["A", "B", "C"]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Comparison:
 
     @property
     def same_text(self) -> bool:
-        """Whether both texts are equal, so that a reader cannot prefer one."""
+        """Return whether both texts are equal, so that a reader cannot prefer one."""
         return self.ours == self.theirs
 
     @property
     def identical(self) -> bool:
-        """Whether the texts are equal, and both are finished or both truncated."""
+        """Return whether the texts are equal, and both are finished or both truncated."""
         return self.same_text and self.ours_finished == self.theirs_finished
 
 
@@ -106,7 +106,7 @@ class Judge(Protocol):
     name: str
 
     def judge(
-        self, comparisons: Sequence[Comparison], *, progress: Progress | None = None
+        self, comparisons: Sequence[Comparison], *, progress: Advance | None = None
     ) -> list[Verdict]:
         """Return one verdict per comparison, in the same order."""
 
@@ -131,7 +131,7 @@ def judge_pairs(
     *,
     limit: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[Verdict]:
     """Match two sets of responses by prompt, draw `limit` prompts, and have them judged.
 
@@ -153,7 +153,7 @@ def match_rows(
     *,
     names: tuple[str, str] = ("ours", "theirs"),
 ) -> list[Comparison]:
-    """Comparisons of rows with equal prompts, in the order of ours.
+    """Return comparisons of rows with equal prompts, in the order of ours.
 
     The first response of a row is compared, whatever others it has. A prompt that occurs several
     times must do so on both sides; the occurrences are matched in order.

@@ -12,12 +12,12 @@ from shiftrm.measure.judges.cache import AnswerCache, question_key
 from shiftrm.measure.judges.comparing import (
     Comparison,
     JudgeAnswer,
-    Progress,
     Verdict,
     of_both_orders,
 )
 from shiftrm.measure.judges.questions import Template, parse_verdict
 from shiftrm.models.endpoint import Completion, Endpoint, RefusedRequest
+from shiftrm.progress import Advance
 
 PARAMETERS: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}
 """Default parameters of a request; `max_tokens` leaves room for the reasoning."""
@@ -144,7 +144,7 @@ class EndpointJudge:
         )
 
     def judge(
-        self, comparisons: Sequence[Comparison], *, progress: Progress | None = None
+        self, comparisons: Sequence[Comparison], *, progress: Advance | None = None
     ) -> list[Verdict]:
         """See `Judge`; progress counts requests.
 
@@ -186,7 +186,7 @@ class EndpointJudge:
         return found
 
     def _ask_all(
-        self, missing: list[_Question], total: int, progress: Progress | None
+        self, missing: list[_Question], total: int, progress: Advance | None
     ) -> dict[str, str]:
         """Fill the cache; return the server's message for each refused request, by key."""
         refused: dict[str, str] = {}

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shiftrm.errors import UserError
-from shiftrm.measure.judges.comparing import Comparison, Outcome, Progress, Verdict
+from shiftrm.measure.judges.comparing import Comparison, Outcome, Verdict
 from shiftrm.measure.score_once import score_once, tokens_of
+from shiftrm.progress import Advance
 from shiftrm.world.gold import GoldReward
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class GoldJudge:
         self.name = "gold"
 
     def judge(
-        self, comparisons: Sequence[Comparison], *, progress: Progress | None = None
+        self, comparisons: Sequence[Comparison], *, progress: Advance | None = None
     ) -> list[Verdict]:
         """See `Judge`.
 
@@ -69,7 +70,7 @@ class RewardModelJudge:
         self.tie_margin, self.batch_size = tie_margin, batch_size
 
     def judge(
-        self, comparisons: Sequence[Comparison], *, progress: Progress | None = None
+        self, comparisons: Sequence[Comparison], *, progress: Advance | None = None
     ) -> list[Verdict]:
         """See `Judge`.
 

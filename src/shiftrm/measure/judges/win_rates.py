@@ -77,7 +77,7 @@ def summarise(
 
     Args:
         judge: name of the judge.
-        seed, resamples: of the bootstrap over prompts.
+        seed, resamples: parameters of the bootstrap over prompts.
 
     Raises:
         ValueError: no verdicts.
@@ -163,7 +163,7 @@ def _position(verdicts: Sequence[Verdict], *, seed: int, resamples: int) -> Posi
 def win_tie_lose(
     ours: Sequence[float], theirs: Sequence[float], *, tie_margin: float
 ) -> tuple[float, float, float]:
-    """Shares of prompts where our response is better, about equal, or worse.
+    """Return the shares of prompts where our response is better, about equal, or worse.
 
     Args:
         ours, theirs: judged values of the two responses to each prompt, in the same order.
@@ -259,7 +259,7 @@ def warnings(rate: WinRate) -> Iterator[str]:
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> list[Row]:
-    """Return one row per comparison, with everything the judge said."""
+    """Return one row per comparison, with the judge's full answers."""
     return [_row(verdict) for verdict in verdicts]
 
 

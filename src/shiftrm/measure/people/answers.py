@@ -1,13 +1,11 @@
 """Raters' answers, read with the key. Every row is checked, and missing answers are counted."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shiftrm.data.sources import iterate_rows
+from shiftrm.data.sources import iterate_csv, iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
 from shiftrm.measure.judges.comparing import Outcome
@@ -136,25 +134,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}: no such file; check the path")
     with open(path, "rb") as handle:
         semicolons = path.suffix.lower() == ".csv" and b";" in handle.readline()
-    for where, row in _semicolon_rows(path) if semicolons else iterate_rows(path):
+    # Spreadsheets in locales with decimal commas separate cells by semicolons.
+    for where, row in iterate_csv(path, delimiter=";") if semicolons else iterate_rows(path):
         if any(_text(row, column) for column in row):
             yield where, row
-
-
-def _semicolon_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Read CSV with semicolons, from spreadsheets in locales with decimal commas."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not valid UTF-8; save the file as CSV UTF-8") from None
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=";")
-    header = next(reader)
-    start = reader.line_num + 1
-    for cells in reader:
-        where, start = f"{path}:{start}", reader.line_num + 1
-        if cells and len(cells) != len(header):
-            raise UserError(
-                f"{where}: {len(cells)} cells for {len(header)} columns; put text with semicolons "
-                "in double quotes"
-            )
-        yield where, dict(zip(header, cells, strict=False))

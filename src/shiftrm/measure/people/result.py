@@ -72,7 +72,7 @@ def human_result(
     Args:
         answers: at least one must have a choice (`read_answers`).
         judge: a judge's outcome by pair id, or None for a pair without one.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     given = [answer for answer in answers if answer.choice is not None]
     prompt_of = {answer.pair: answer.prompt for answer in answers}
@@ -104,7 +104,7 @@ def human_result(
 
 
 def outcome_counts(answers: Sequence[HumanAnswer], pairs: Sequence[str]) -> Floats:
-    """Answers of each outcome, [pairs, 3] in the order of `OUTCOMES`."""
+    """Return the number of answers with each outcome, [pairs, 3] in the order of `OUTCOMES`."""
     row_of = {pair: i for i, pair in enumerate(pairs)}
     counts = np.zeros((len(pairs), len(OUTCOMES)))
     for answer in answers:
@@ -120,7 +120,7 @@ def majority(counts: Floats) -> Outcome:
 
 
 def by_rater(answers: Sequence[HumanAnswer]) -> list[dict[str, Outcome | None]]:
-    """Every rater's outcomes by pair."""
+    """Return each rater's outcomes by pair."""
     found: dict[str, dict[str, Outcome | None]] = {}
     for answer in answers:
         found.setdefault(answer.rater, {})[answer.pair] = answer.outcome
