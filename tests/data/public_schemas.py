@@ -31,6 +31,19 @@ def _question(rng, number):
     return f"what is the {_words(rng, 2)} number {number} ?"
 
 
+def placed(rows):
+    """Rows with their places, as readers give them."""
+    return [(f"f:{number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
 def write_rows(path, rows):
     """JSON lines as the public files have them: ASCII escapes, packed if the name says .gz."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from shiftrm.data.amazon import (
 from shiftrm.data.domains import load_split, write_domains
 from shiftrm.errors import UserError
 from shiftrm.files import write_jsonl
+from tests.data.public_schemas import placed
 
 CUT = CutOptions(prompt_words=3, response_words=5)
 TEXT = "one two three four five six seven eight nine"
@@ -35,10 +36,6 @@ def _row(**changes):
         "verified_purchase": True,
         **changes,
     }
-
-
-def _rows(rows):
-    return [(f"f:{number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def test_the_cut_by_hand():
@@ -127,7 +124,7 @@ def _reviews(products, *, good=2, bad=2, name="x"):
 def test_pairs_join_a_positive_and_a_negative_review_of_one_product(tmp_path):
     options = CutOptions(prompt_words=3, response_words=20, pairs_per_product=2)
     rows = _reviews(200, good=3, bad=4)
-    (domain,), dropped = amazon_domains({"Books": _rows(rows)}, options)
+    (domain,), dropped = amazon_domains({"Books": placed(rows)}, options)
     begins = Counter()
     for row in (*domain.query, *domain.eval_pairs):
         side, product, number = row["prompt"].split()
@@ -152,17 +149,17 @@ def test_pairs_join_a_positive_and_a_negative_review_of_one_product(tmp_path):
     assert len(domain.query) == 2 * len(products[1])
     # Seven reviews of a product, four of them in pairs.
     assert dropped == {"unpaired": 3 * (len(products[1]) + len(products[2]))}
-    again = amazon_domains({"Books": _rows(rows[::-1])}, options)
+    again = amazon_domains({"Books": placed(rows[::-1])}, options)
     assert again == ([domain], dropped)
-    assert amazon_domains({"Books": _rows(rows)}, options, seed=1)[0] != [domain]
-    (games,), _ = amazon_domains({"Games": _rows(_reviews(50, name="g"))}, options)
+    assert amazon_domains({"Books": placed(rows)}, options, seed=1)[0] != [domain]
+    (games,), _ = amazon_domains({"Games": placed(_reviews(50, name="g"))}, options)
     folder = write_domains(tmp_path / "all", [domain, games], held_out=["Books"])
     assert load_split(folder).held_out == (domain,)
 
 
 def test_products_with_one_sentiment_give_no_pair():
     with pytest.raises(UserError, match=r"category 'Books': .* and 0 pairs came of 40 usable"):
-        amazon_domains({"Books": _rows(_reviews(10, good=4, bad=0))}, CUT)
+        amazon_domains({"Books": placed(_reviews(10, good=4, bad=0))}, CUT)
     with pytest.raises(UserError, match="category 'Books': 0 fine-tuning rows and 0 pairs"):
         amazon_domains({"Books": []})
 
@@ -174,7 +171,7 @@ def test_the_same_text_twice_is_kept_once_and_with_both_sentiments_not_at_all():
         _row(parent_asin="y", text=TEXT, rating=5),
         _row(parent_asin="z", text=TEXT, rating=1),
     ]
-    _, dropped = amazon_domains({"Books": _rows(rows)}, CutOptions(prompt_words=3))
+    _, dropped = amazon_domains({"Books": placed(rows)}, CutOptions(prompt_words=3))
     assert dropped["duplicate"] == 4
     assert dropped["contradiction"] == 2
 
@@ -186,16 +183,16 @@ def test_equal_continuations_are_no_pair():
         for rating, word in ((5, "good"), (1, "bad"))
     ]
     with pytest.raises(UserError, match="and 0 pairs"):
-        amazon_domains({"Books": _rows(rows)}, CutOptions(prompt_words=3))
+        amazon_domains({"Books": placed(rows)}, CutOptions(prompt_words=3))
 
 
 def test_evaluation_prompts_that_are_also_trained_on_are_dropped_and_counted():
     rows = [{**row, "text": f"It begins alike {row['text']}"} for row in _reviews(200)]
-    (domain,), dropped = amazon_domains({"Books": _rows(rows)}, CutOptions(prompt_words=3))
+    (domain,), dropped = amazon_domains({"Books": placed(rows)}, CutOptions(prompt_words=3))
     assert domain.eval_pairs == domain.prompts == ()
     assert dropped["prompt_also_in_training"] > 10
     # A product in two categories goes to the same part in both.
-    both = {"A": _rows(_reviews(200)), "B": _rows(_reviews(200))}
+    both = {"A": placed(_reviews(200)), "B": placed(_reviews(200))}
     found, dropped = amazon_domains(both, CutOptions(prompt_words=3))
     assert "prompt_also_in_training" not in dropped
     assert {r["prompt"] for r in found[0].support} == {r["prompt"] for r in found[1].support}
@@ -207,7 +204,7 @@ def test_polarity_has_no_products_so_that_any_two_reviews_match():
         for i in range(150)
         for label in (0, 1)
     ]
-    (domain,), dropped = amazon_domains({"polarity": _rows(rows)}, CutOptions(prompt_words=3))
+    (domain,), dropped = amazon_domains({"polarity": placed(rows)}, CutOptions(prompt_words=3))
     assert set(dropped) <= {"unpaired"}
     assert len(domain.support) > 90
     assert len(domain.query) > 50
@@ -227,11 +224,11 @@ def test_files_are_read_with_their_line(tmp_path):
 
 def test_odd_rows_are_dropped_and_counted():
     rows = _reviews(80)
-    whole, without = amazon_domains({"Books": _rows(rows)}, CutOptions(prompt_words=3))
+    whole, without = amazon_domains({"Books": placed(rows)}, CutOptions(prompt_words=3))
     odd = [_row(rating=r) for r in (0.0, 9, -1, float("nan"), float("inf"))]
     broken = [_row(rating=None), _row(rating="5"), _row(text=None), _row(parent_asin=7), {}]
     found, dropped = amazon_domains(
-        {"Books": _rows([broken[0], *rows, *odd, *broken[1:]])}, CutOptions(prompt_words=3)
+        {"Books": placed([broken[0], *rows, *odd, *broken[1:]])}, CutOptions(prompt_words=3)
     )
     assert found == whole
     assert dropped == {**without, "rating_out_of_range": 5, "broken_row": 5}

@@ -9,21 +9,14 @@ from shiftrm.data.loaded import collect
 from shiftrm.data.named import load
 from shiftrm.errors import UserError
 from tests.data.public_schemas import (
+    assistant,
     binarized_row,
     ultrafeedback_row,
+    user,
     write_binarized,
     write_rows,
     write_ultrafeedback,
 )
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
 
 PAIR = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
 

@@ -1,5 +1,7 @@
 """Rows of pairs and groups: what is no text, no number or of another kind is named by its line."""
 
+import json
+
 import pytest
 
 from shiftrm.data.groups import check_group, read_groups
@@ -8,88 +10,69 @@ from shiftrm.errors import UserError
 from shiftrm.files import write_jsonl
 
 CHAT = [{"role": "user", "content": "a"}]
+OTHER_CHAT = [{"role": "user", "content": "b"}]
 TOOL_CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}], "content": None}]
+NO_WORDS = [{"role": "assistant", "content": ""}]
+PARTS = [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+
+GOOD_GROUP = {"prompt": "a", "responses": ["x", "y"]}
+GOOD_PAIR = {"chosen": "a", "rejected": "b"}
+
+BAD_GROUPS = [
+    ({"responses": ["x"]}, "the group has 1 response"),
+    ({"responses": "x"}, ".* expected a list"),
+    ({"responses": ["x", None]}, "response 2 holds NoneType"),
+    ({"prompt": 3}, "column 'prompt' holds int"),
+    ({"finished": [True]}, "'finished' has 1 entries for 2 responses"),
+    ({"finished": 1}, "column 'finished' must be a list of true and false"),
+]
+BAD_PAIRS = [
+    ({"rejected": "a"}, "chosen and rejected are equal"),
+    ({"chosen": "", "rejected": ""}, "both sides of the pair are empty"),
+    ({"chosen": ""}, "the response 'chosen' is empty"),
+    ({"rejected": " "}, "the response 'rejected' is empty"),
+    ({"chosen": NO_WORDS, "rejected": PARTS}, "the response 'chosen' is empty"),
+    ({"chosen": 1}, "column 'chosen' holds int"),
+    ({"rejected": None}, "column 'rejected' holds NoneType"),
+    ({"prompt": {}}, "column 'prompt'"),
+    ({"rejected": CHAT}, "chosen is text but rejected is a list of messages"),
+    (
+        {"chosen": CHAT, "rejected": [{"content": "b"}]},
+        ".*'rejected', message 1 has no 'role'",
+    ),
+    ({"chosen": [{"role": "user"}], "rejected": CHAT}, ".*'chosen', message 1 has no 'content'"),
+    (
+        {"chosen": CHAT, "rejected": OTHER_CHAT},
+        "column 'chosen' is a list of messages, but text at .*f:1",
+    ),
+    ({"margin": 1}, "column 'margin' is given, but missing at .*f:1"),
+    ({"margin": None}, ".*'margin' is None"),
+    ({"margin": float("nan")}, ".*'margin' is nan"),
+    ({"chosen_finished": "no"}, "column 'chosen_finished' is 'no'; expected true or false"),
+]
 
 
 @pytest.mark.parametrize(
-    ("reader", "row", "message"),
+    ("reader", "good", "changes", "message"),
     [
-        (read_groups, '{"prompt": "a", "responses": ["x"]}', "f:2: the group has 1 response"),
-        (read_groups, '{"prompt": "a"}', "f:2: column 'responses' is missing"),
-        (read_groups, '{"prompt": "a", "responses": "x"}', "f:2: .* expected a list"),
-        (
-            read_groups,
-            '{"prompt": "a", "responses": ["x", null]}',
-            "f:2: response 2 holds NoneType",
-        ),
-        (read_groups, '{"prompt": 3, "responses": ["x", "y"]}', "f:2: column 'prompt' holds int"),
-        (
-            read_groups,
-            '{"prompt": "a", "responses": ["x", "y"], "finished": [true]}',
-            "f:2: 'finished' has 1 entries for 2 responses",
-        ),
-        (
-            read_groups,
-            '{"prompt": "a", "responses": ["x", "y"], "finished": 1}',
-            "f:2: column 'finished' must be a list of true and false",
-        ),
-        (read_pairs, '{"chosen": "a", "rejected": "a"}', "f:2: chosen and rejected are equal"),
-        (read_pairs, '{"chosen": "", "rejected": ""}', "f:2: both sides of the pair are empty"),
-        (read_pairs, '{"chosen": "", "rejected": "a"}', "f:2: the response 'chosen' is empty"),
-        (read_pairs, '{"chosen": "a", "rejected": " "}', "f:2: the response 'rejected' is empty"),
-        (
-            read_pairs,
-            '{"chosen": [{"role": "assistant", "content": ""}], '
-            '"rejected": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}',
-            "f:2: the response 'chosen' is empty",
-        ),
-        (read_pairs, '{"chosen": "a"}', "f:2: column 'rejected' is missing"),
-        (read_pairs, '{"chosen": 1, "rejected": "a"}', "f:2: column 'chosen' holds int"),
-        (read_pairs, '{"chosen": "a", "rejected": null}', "f:2: column 'rejected' holds NoneType"),
-        (read_pairs, '{"prompt": {}, "chosen": "a", "rejected": "b"}', "f:2: column 'prompt'"),
-        (
-            read_pairs,
-            '{"chosen": "a", "rejected": [{"role": "user", "content": "b"}]}',
-            "f:2: chosen is text but rejected is a list of messages",
-        ),
-        (
-            read_pairs,
-            '{"chosen": [{"role": "user", "content": "b"}], "rejected": [{"content": "b"}]}',
-            "f:2: column 'rejected', message 1 has no 'role'",
-        ),
-        (
-            read_pairs,
-            '{"chosen": [{"role": "user"}], "rejected": [{"role": "user", "content": "b"}]}',
-            "f:2: column 'chosen', message 1 has no 'content'",
-        ),
-        (
-            read_pairs,
-            '{"chosen": [{"role": "user", "content": "a"}], '
-            '"rejected": [{"role": "user", "content": "b"}]}',
-            "f:2: column 'chosen' is a list of messages, but text at .*f:1",
-        ),
-        (
-            read_pairs,
-            '{"chosen": "a", "rejected": "b", "margin": 1}',
-            "f:2: column 'margin' is given, but missing at .*f:1",
-        ),
-        (read_pairs, '{"chosen": "a", "rejected": "b", "margin": null}', "f:2: .*'margin' is None"),
-        (read_pairs, '{"chosen": "a", "rejected": "b", "margin": NaN}', "f:2: .*'margin' is nan"),
-        (
-            read_pairs,
-            '{"chosen": "a", "rejected": "b", "chosen_finished": "no"}',
-            "f:2: column 'chosen_finished' is 'no'; expected true or false",
-        ),
+        *((read_groups, GOOD_GROUP, *case) for case in BAD_GROUPS),
+        *((read_pairs, GOOD_PAIR, *case) for case in BAD_PAIRS),
     ],
 )
-def test_bad_rows_are_named(tmp_path, reader, row, message):
-    good = {
-        read_groups: '{"prompt": "a", "responses": ["x", "y"]}',
-        read_pairs: '{"chosen": "a", "rejected": "b"}',
-    }[reader]
-    (tmp_path / "f").write_text(f"{good}\n{row}\n")
-    with pytest.raises(UserError, match=message):
+def test_bad_rows_are_named(tmp_path, reader, good, changes, message):
+    (tmp_path / "f").write_text(f"{json.dumps(good)}\n{json.dumps(good | changes)}\n")
+    with pytest.raises(UserError, match=f"f:2: {message}"):
         reader(tmp_path / "f")
+
+
+def test_missing_columns_are_named(tmp_path):
+    for reader, row, column in (
+        (read_groups, {"prompt": "a"}, "responses"),
+        (read_pairs, {"chosen": "a"}, "rejected"),
+    ):
+        write_jsonl(tmp_path / "f", [row])
+        with pytest.raises(UserError, match=f"f:1: column '{column}' is missing"):
+            reader(tmp_path / "f")
 
 
 def test_the_prompt_may_be_missing_on_some_rows_but_not_change_its_kind(tmp_path):

@@ -8,6 +8,7 @@ from shiftrm.data.domains import Domain, check_leaks, load_split, split_domains,
 from shiftrm.data.shp import LEAVE_OUT, SUBREDDITS, read_shp, shp_domains, shp_pair
 from shiftrm.errors import UserError
 from shiftrm.files import write_jsonl
+from tests.data.public_schemas import placed
 
 
 def _row(**changes):
@@ -30,10 +31,6 @@ def _row(**changes):
         "score_ratio": 2.5,
         **changes,
     }
-
-
-def _rows(rows):
-    return [(f"f:{number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def test_label_one_means_that_a_is_preferred():
@@ -119,7 +116,7 @@ def test_domains_of_posts(tmp_path):
         *_posts("askbaking", "validation", 3),
         *_posts("askvet", "train", 1),
     ]
-    found, dropped = shp_domains(_rows(rows), domains=["askbaking", "askacademia"])
+    found, dropped = shp_domains(placed(rows), domains=["askbaking", "askacademia"])
     assert [domain.name for domain in found] == ["askacademia", "askbaking"]
     assert dropped == {"other_domain": 2, "other_split": 6}
     academia, baking = found
@@ -135,8 +132,8 @@ def test_domains_of_posts(tmp_path):
         assert len(domain.query) == 2 * len(query)
         # Comments of both sides: mixed quality.
         assert {row["response"].split()[0] for row in domain.support} == {"good", "bad"}
-    assert shp_domains(_rows(rows[::-1]), domains=["askacademia", "askbaking"])[0] == found
-    other = shp_domains(_rows(rows), domains=["askacademia", "askbaking"], seed=1)[0]
+    assert shp_domains(placed(rows[::-1]), domains=["askacademia", "askbaking"])[0] == found
+    other = shp_domains(placed(rows), domains=["askacademia", "askbaking"], seed=1)[0]
     assert other != found
     folder = write_domains(tmp_path / "shp", found, held_out=["askbaking"])
     assert load_split(folder).all == tuple(found)
@@ -148,19 +145,19 @@ def test_a_comment_in_several_pairs_is_one_support_row():
         for i in range(3)
         for p in range(20)
     ]
-    (domain,), _ = shp_domains(_rows(rows))
+    (domain,), _ = shp_domains(placed(rows))
     posts = {row["prompt"] for row in domain.support}
     assert len(domain.support) == 4 * len(posts)
 
 
 def test_at_most_five_pairs_a_post_drawn_by_the_seed():
     rows = [_row(human_ref_B=f"bad {i}", history=f"q {p}") for i in range(9) for p in range(12)]
-    (domain,), dropped = shp_domains(_rows(rows))
+    (domain,), dropped = shp_domains(placed(rows))
     assert dropped == {"over_pairs_per_post": 12 * 4}
     assert set(Counter(row["prompt"] for row in domain.query).values()) == {5}
-    (other,), _ = shp_domains(_rows(rows), seed=1)
+    (other,), _ = shp_domains(placed(rows), seed=1)
     assert domain.query != other.query
-    (fewer,), dropped = shp_domains(_rows(rows), pairs_per_post=2)
+    (fewer,), dropped = shp_domains(placed(rows), pairs_per_post=2)
     assert dropped == {"over_pairs_per_post": 12 * 7}
     assert set(Counter(row["prompt"] for row in fewer.query).values()) == {2}
 
@@ -186,7 +183,7 @@ def test_a_post_on_both_sides_is_evaluated_on_only():
             score_B=10,
         ),
     ]
-    found, dropped = shp_domains(_rows(rows))
+    found, dropped = shp_domains(placed(rows))
     assert dropped == {"post_also_in_evaluation": 3, "duplicate": 1}
     check_leaks(split_domains(found, source=["askculinary"], held_out=["askbaking"]))
     assert sum(len(d.eval_pairs) for d in found) == 3
@@ -194,7 +191,7 @@ def test_a_post_on_both_sides_is_evaluated_on_only():
 
 def test_rows_that_name_no_split_are_split_by_post():
     rows = [{**row, "domain": "askvet"} for row in _posts("askvet", "train", 300)]
-    (domain,), dropped = shp_domains(_rows(rows))
+    (domain,), dropped = shp_domains(placed(rows))
     assert dropped == {}
     assert 15 <= len(domain.prompts) <= 50  # 30 expected
     assert len(domain.eval_pairs) == 2 * len(domain.prompts)
@@ -231,4 +228,4 @@ def test_six_leave_three_out_splits_cover_the_eighteen_domains():
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        shp_domains(_rows([_row()]), **options)
+        shp_domains(placed([_row()]), **options)

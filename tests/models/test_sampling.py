@@ -222,7 +222,9 @@ def test_line_separators_in_responses_survive_resuming(policy, tokenizer, tmp_pa
     assert [r["responses"] for r in read_groups(path)] == [[strange] * 2] * 5
 
 
-@pytest.mark.parametrize("content", [b"", b"half a li", b"\xff\xfe\n", b"[]\n{}\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"half a li", b"\xff\xfe\n", b"[]\n{}\n", b'{"settings": "other"}\n']
+)
 def test_a_partial_file_that_is_none_is_refused(policy, tokenizer, tmp_path, content):
     (tmp_path / "g.jsonl.partial").write_bytes(content)
     with pytest.raises(UserError, match="begun with other prompts or settings"):
@@ -251,12 +253,6 @@ def test_a_group_file_that_is_there(policy, tokenizer, tmp_path):
     path.mkdir()
     with pytest.raises(UserError, match="is a folder"):
         call()
-
-
-def test_a_partial_file_of_other_settings_is_refused(policy, tokenizer, tmp_path):
-    (tmp_path / "g.jsonl.partial").write_text('{"settings": "other"}\n')
-    with pytest.raises(UserError, match="begun with other prompts or settings"):
-        sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", Draws(CONFIG))
 
 
 def test_refusals(policy, tokenizer, tmp_path):

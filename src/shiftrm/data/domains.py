@@ -33,7 +33,7 @@ SPLITS = "splits.json"
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain's data; rows keep any further columns they have."""
+    """One domain's data; rows keep their other columns."""
 
     name: str
     support: tuple[Row, ...]  # {"prompt", "response", "finished"?}
@@ -82,13 +82,13 @@ def load_split(
     names = sorted(p.parent.name for p in folder.glob(f"*/{FINETUNE}"))
     if not names:
         raise UserError(f"{folder}: no domains; expected DOMAIN/{FINETUNE} in it")
-    said = _read_splits(folder / SPLITS)
-    held_out = said.get("held_out", []) if held_out is None else held_out
-    validation = said.get("validation", []) if validation is None else validation
+    named = _read_splits(folder / SPLITS)
+    held_out = named.get("held_out", []) if held_out is None else held_out
+    validation = named.get("validation", []) if validation is None else validation
     if source is None:
         taken = {*held_out, *validation}
-        source = [name for name in said.get("source", names) if name not in taken]
-        if "source" not in said:
+        source = [name for name in named.get("source", names) if name not in taken]
+        if "source" not in named:
             _refuse_halves(folder, {*names, *taken})
     _check_names(names, source, held_out, validation, where=str(folder))
     domains = {
@@ -321,8 +321,7 @@ def _pair_rows(path: Path) -> tuple[Row, ...]:
     for number, row in enumerate(rows, start=1):
         if not row.get("prompt"):
             raise UserError(
-                f"{path}: pair {number} has no prompt; a domain's pairs need one apart from the "
-                "responses"
+                f"{path}: pair {number} has no prompt; a domain's pairs need a separate prompt"
             )
     return tuple(rows)
 

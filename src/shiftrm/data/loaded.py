@@ -51,7 +51,7 @@ class Loaded:
 
     rows: list[Row] = field(default_factory=list)
     dropped: list[Row] = field(default_factory=list)  # {"where", "reason"}, "error" if broken
-    places: list[str] = field(default_factory=list)  # where each of `rows` stands in its source
+    places: list[str] = field(default_factory=list)  # the place of each of `rows` in its source
 
     def counts(self) -> dict[str, int]:
         """Return the number of dropped rows by reason, most frequent first."""
@@ -135,10 +135,10 @@ def demonstrations_of(outcomes: Iterable[tuple[str, Outcome]]) -> Iterator[tuple
 
 
 def option(default: Any, help: str, *, choices: tuple[Any, ...] = ()) -> Any:
-    """A field of a format's options.
+    """Declare a field of a format's options.
 
     Args:
-        help: what `shiftrm convert --help` says about it.
+        help: its text in `shiftrm convert --help`.
         choices: the allowed values besides the default; empty allows any.
     """
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -224,7 +224,7 @@ def spoken(text: Text) -> Text:
 
 
 def message(role: str, content: str) -> dict[str, str]:
-    """One chat message."""
+    """Return one chat message."""
     return {"role": role, "content": content}
 
 

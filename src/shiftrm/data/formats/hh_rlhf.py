@@ -1,4 +1,4 @@
-r"""Anthropic's HH-RLHF (Anthropic/hh-rlhf): dialogues of which people preferred one ending.
+r"""Anthropic's HH-RLHF (Anthropic/hh-rlhf): pairs of dialogues, one of which people preferred.
 
 Columns read: `chosen`, `rejected`, whole transcripts of turns "\n\nHuman: " and "\n\nAssistant: ".
 The subsets are folders with `train.jsonl.gz` and `test.jsonl.gz`.
@@ -43,7 +43,7 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Turn(NamedTuple):
-    """One turn as it stands in a transcript; text before the first marker has speaker ""."""
+    """One turn of a transcript, unchanged; text before the first marker has speaker ""."""
 
     marker: str
     speaker: str

@@ -1,4 +1,4 @@
-"""PKU-SafeRLHF (PKU-Alignment/PKU-SafeRLHF): two responses, judged for help and for harm apart.
+"""PKU-SafeRLHF (PKU-Alignment/PKU-SafeRLHF): responses judged for helpfulness and harmlessness.
 
 Columns read: `prompt`, `response_0`, `response_1`, `better_response_id` (the more helpful one),
 `safer_response_id` (the more harmless one), `is_response_0_safe`, `is_response_1_safe`. The two ids
@@ -65,7 +65,7 @@ def pku_prompt(row: Row, where: str) -> Outcome:
 
 FORMATS.register("pku")(
     Format(
-        about="PKU-SafeRLHF: two responses, judged for help and for harm apart",
+        about="PKU-SafeRLHF: two responses, judged separately for helpfulness and harmlessness",
         hub=("PKU-Alignment/PKU-SafeRLHF",),
         options=PKUOptions,
         mappers={

@@ -1,4 +1,4 @@
-"""ShareGPT: conversations of people with ChatGPT, to fine-tune on.
+"""ShareGPT: conversations with ChatGPT, to fine-tune on.
 
 Columns read: `conversations`, a list of `{"from": "human" | "gpt" | "system", "value"}` (or
 `conversation` or `messages`, of `{"role", "content"}`); `system` (or `system_prompt`), the system

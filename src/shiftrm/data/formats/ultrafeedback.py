@@ -1,7 +1,7 @@
 """UltraFeedback, in the schema of openbmb/UltraFeedback and in its binarized one.
 
 openbmb's rows have `instruction` and `completions`, each with `response` and `overall_score`. The
-option `pairs` says which pairs are made of the (mostly four) completions:
+option `pairs` selects the pairs that are made of the (mostly four) completions:
 
 - `best_random` (as the binarized set was made): the best against one of the lower-rated others,
   drawn with the seed;
