@@ -3,7 +3,6 @@
 import pytest
 
 from shiftrm.config import (
-    apply_overrides,
     at_home,
     differences,
     from_mapping,
@@ -11,45 +10,49 @@ from shiftrm.config import (
     to_mapping,
 )
 from shiftrm.errors import UserError
-from shiftrm.pipeline.demo_config import RunConfig
+from shiftrm.pipeline.experiment import Experiment
+from shiftrm.pipeline.run import read_recipe
 
 
 def build(*overrides):
-    return from_mapping(RunConfig, apply_overrides(to_mapping(RunConfig()), list(overrides)))
+    return read_recipe("gold_demo", list(overrides))
 
 
 def test_round_trip():
-    config = build("seed=3", "ppo.steps=7", "methods=[fixed]", "reward.learning_rate=5e-5")
-    assert from_mapping(RunConfig, to_mapping(config)) == config
-    assert (config.seed, config.ppo.steps, config.methods) == (3, 7, ("fixed",))
-    assert config.reward.learning_rate == 5e-5
-    assert config.ppo.sampling.max_new_tokens == RunConfig().ppo.sampling.max_new_tokens
+    words = ["seed=3", "policy.settings.steps=7", "methods=[fixed]", "data=null"]
+    config = build(*words, "reward.settings.learning_rate=5e-5", "judge.tie_margin=1")
+    assert from_mapping(Experiment, to_mapping(config)) == config
+    assert (config.seed, config.policy.settings["steps"], list(config.methods)) == (3, 7, ["fixed"])
+    assert config.judge.tie_margin == 1.0
+    assert config.sampling.max_new_tokens == 20
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("round=3", "unknown setting 'round'; did you mean 'rounds'"),
-        ("ppo.step=3", "unknown setting 'ppo.step'; did you mean 'steps'"),
-        ("poo.steps=3", "unknown setting 'poo'; did you mean 'ppo'"),
-        ("ppo.steps=many", "ppo.steps is 'many'; expected a whole number"),
-        ("ppo.steps=true", "ppo.steps is True; expected a whole number"),
-        ("matched_kl=1", "matched_kl is 1; expected true or false"),
-        ("ppo=3", "ppo is 3; expected settings below it"),
-        ("methods=fixed", "expected a list"),
-        ("methods=[fxed]", "unknown method 'fxed'; did you mean 'fixed'"),
-        ("methods=[fixed, fixed]", "name at least one arm, and none twice"),
+        ("world.pair=3", "unknown setting 'world.pair'; did you mean 'pairs'"),
+        ("wrld.pairs=3", "unknown setting 'wrld'; did you mean 'world'"),
+        ("world.pairs=many", "world.pairs is 'many'; expected a"),
+        ("world.pairs=true", "world.pairs is True; expected a"),
+        ("execution.in_process=1", "execution.in_process is 1; expected true or false"),
+        ("world=3", "world is 3; expected settings below it"),
+        ("methods=fixed", "methods is 'fixed'; expected settings below it"),
+        ("methods=[fxed]", "methods.fxed.reward is 'fxed'; did you mean 'fixed'"),
+        ("methods=[fixed, fixed]", "name no arm twice"),
         ("methods=[]", "name at least one arm"),
         ("rounds=0", "rounds is 0; it must be at least 1"),
-        ("data.responses_per_group=1", "responses_per_group is 1; it must be at least 2"),
+        ("groups.responses=1", "groups.responses is 1; a group needs at least two"),
         ("evaluation.prompts=4000", "raise world.eval_prompts"),
-        ("reward.evaluations=0", "reward.evaluations is 0; it must be above 0"),
-        ("sft.learning_rate=-1", "sft.learning_rate is -1"),
+        ("sft.batch_size=0", "sft.batch_size is 0; it must be at least 1"),
+        ("world.pairs=0", "pairs is 0"),
         ("world.seed=5", "world.seed follows the run's seed"),
-        ("ppo.reward_mean=1.0", "ppo.reward_mean is set by the run itself"),
-        ("ppo.kl_target=null", "matched_kl needs ppo.kl_target"),
-        ("ppo.steps", "write key=value"),
-        ("ppo.steps=[", "not valid YAML"),
+        ("model=x/y", "model: the gold world has its own"),
+        ("sft=null", "the gold world's base model needs it"),
+        ("world=null", "neither data nor world"),
+        ("reward.settings.seed=1", "reward.settings.seed: the run sets it"),
+        ("rounds", "write key=value"),
+        ("rounds=[", "not valid YAML"),
     ],
 )
 def test_mistakes_are_named(override, message):
@@ -58,8 +61,8 @@ def test_mistakes_are_named(override, message):
 
 
 def test_differences_name_the_setting():
-    old, new = to_mapping(build()), to_mapping(build("ppo.steps=7", "seed=1"))
-    assert differences(old, new) == ["seed: 0 -> 1", f"ppo.steps: {RunConfig().ppo.steps} -> 7"]
+    old, new = to_mapping(build()), to_mapping(build("policy.settings.steps=7", "seed=1"))
+    assert differences(old, new) == ["seed: 0 -> 1", "policy.settings.steps: 40 -> 7"]
     assert differences(old, old) == []
 
 

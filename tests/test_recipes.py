@@ -31,7 +31,12 @@ def snippet(name):
 
 def test_all_recipes_are_tested():
     """Those of `shiftrm run` in tests/pipeline/test_recipes.py."""
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*REAL, "gold_domains", *LOOP}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {
+        *REAL,
+        "gold_domains",
+        "gold_demo",
+        *LOOP,
+    }
 
 
 def test_the_gold_worlds_recipe_plans_stages_whose_needs_come_before_them():

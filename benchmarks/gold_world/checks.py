@@ -28,7 +28,7 @@ KL_TOLERANCE = 0.2
 """A run is at matched KL if its KL is within this share of the target."""
 
 SHUFFLED_ACCURACY = (0.45, 0.55)
-_ACCURACY = "eval_accuracy_final"
+_ACCURACY = "eval_accuracy"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Table:
         for r in records:
             if isinstance(r.value, list):
                 continue
-            if r.stage == "ppo" and r.step is not None:
+            if r.stage in ("ppo", "reward_model") and r.step is not None:
                 curve = curves[r.seed, r.method, r.metric]
                 if r.step in curve:
                     raise ValueError(f"{r.method}, seed {r.seed}: step {r.step} is there twice")
@@ -74,7 +74,7 @@ class Table:
         self.seeds = sorted({r.seed for r in records})
 
     def curve(self, seed: int, method: str, metric: str) -> list[float]:
-        """Return a PPO metric by step."""
+        """Return a training metric by step."""
         return self._curves[seed, method, metric]
 
     def at_end(self, seed: int, method: str, metric: str) -> float:
@@ -87,13 +87,13 @@ class Table:
         return self._finals["evaluate", seed, method, metric][0]
 
     def accuracy(self, seed: int, method: str) -> float:
-        """Held-out accuracy of a reward model."""
-        return self._finals["reward_model", seed, method, _ACCURACY][0]
+        """Held-out accuracy of a reward model at its last step."""
+        return self.curve(seed, method, _ACCURACY)[-1]
 
     def shuffled_accuracies(self, seed: int) -> list[float]:
         """Held-out accuracies of the reward models on shuffled labels, one per shuffle."""
         accuracies = [self.accuracy(seed, "shuffled_1")]
-        while ("reward_model", seed, f"shuffled_{len(accuracies) + 1}", _ACCURACY) in self._finals:
+        while (seed, f"shuffled_{len(accuracies) + 1}", _ACCURACY) in self._curves:
             accuracies.append(self.accuracy(seed, f"shuffled_{len(accuracies) + 1}"))
         return accuracies
 
@@ -161,7 +161,7 @@ def check_controls(records: Sequence[Record], config: ControlsConfig) -> list[Ch
 def proxy_without_penalty(table: Table, seed: int) -> list[Check]:
     """(a) The proxy rises throughout while gold peaks and ends below the SFT policy."""
     name = "proxy_no_kl"
-    proxy, gold = table.curve(seed, name, "proxy_mean"), table.curve(seed, name, "gold_mean")
+    proxy, gold = table.curve(seed, name, "standardised_mean"), table.curve(seed, name, "gold_mean")
     means, third = windows(proxy), len(proxy) // 3
     thirds = [sum(proxy[i * third : (i + 1) * third]) / third for i in range(3)]
     fall, noise = largest_fall(means), curve_noise(proxy)
@@ -249,7 +249,7 @@ def matched_kl(table: Table, target: float, counts: Sequence[int]) -> list[Check
     for name in names:
         runs = [at_kl(name, target)] * len(table.seeds)
         pairs = list(zip(table.seeds, runs, strict=True))
-        kls[name] = [table.at_end(seed, run, "kl") for seed, run in pairs]
+        kls[name] = [table.at_end(seed, run, "sequence_kl") for seed, run in pairs]
         golds[name] = [table.at_end(seed, run, "gold_mean") for seed, run in pairs]
     means = {name: sum(values) / len(values) for name, values in golds.items()}
     # Gold as reward may stay below the target: once nothing is left to gain, more KL only costs.

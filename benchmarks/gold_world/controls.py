@@ -6,24 +6,26 @@ world, the SFT policy, the held-out pairs, PPO's prompts and its random numbers.
 """
 
 import random
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-from shiftrm.config import to_mapping
+from shiftrm.data.pairs import read_pairs
 from shiftrm.errors import UserError
-from shiftrm.pipeline.demo_config import EvaluationSettings, SFTSettings, demo_ppo
-from shiftrm.pipeline.demo_plan import GOLD, MEASURE, STAGES, record_as
+from shiftrm.files import write_jsonl
 from shiftrm.pipeline.engine import Stage, StageContext
-from shiftrm.policies.ppo_config import PPOConfig
-from shiftrm.world.build import WorldConfig
+from shiftrm.pipeline.experiment import Experiment
+from shiftrm.pipeline.jobs import Input, Made, Optimise, TrainReward, place, plain_input
+from shiftrm.pipeline.plan import Planner
+from shiftrm.pipeline.plan_data import record_as, sources
+from shiftrm.pipeline.run import read_recipe
+from shiftrm.policies.text_rewards import GOLD_WORLD
 
-PROXY = "reward_model"
-SHUFFLED = "reward_models/shuffled_1"
+SHUFFLED = "shuffled_1"
 
 
 @dataclass(frozen=True)
 class ControlsConfig:
-    """Every setting of the controls.
+    """Every setting of the controls; whatever is not here is as in the recipe gold_demo.
 
     Attributes:
         pair_counts: preference pairs to train on; each smaller set is the beginning of the larger.
@@ -35,6 +37,7 @@ class ControlsConfig:
         free_steps: PPO steps without KL penalty, and of the run that shows what a penalty does.
         penalty: the KL coefficient of that run.
         matched_steps: PPO steps of the runs that steer to a KL.
+        settings: further `key=value` words over the recipe.
     """
 
     seed: int = 0
@@ -42,7 +45,6 @@ class ControlsConfig:
     proxy_pairs: int = 3_000
     heldout_pairs: int = 2_000
     reward_steps: int = 1_000
-    reward_batch_size: int = 32
     reward_learning_rate: float = 5e-4
     shuffles: int = 3
     kl_targets: tuple[float, ...] = (3.0, 6.0, 12.0)
@@ -50,10 +52,7 @@ class ControlsConfig:
     free_steps: int = 100
     penalty: float = 0.05
     matched_steps: int = 60
-    world: WorldConfig = field(default_factory=WorldConfig)
-    sft: SFTSettings = field(default_factory=SFTSettings)
-    ppo: PPOConfig = field(default_factory=demo_ppo)
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.proxy_pairs not in self.pair_counts:
@@ -62,28 +61,53 @@ class ControlsConfig:
                 f"({', '.join(map(str, self.pair_counts))})"
             )
 
+    @property
+    def experiment(self) -> Experiment:
+        """Return the recipe that all runs share."""
+        every = max(1, self.reward_steps // 8)
+        words = [
+            f"seed={self.seed}",
+            f"world.pairs={max(self.pair_counts)}",
+            f"world.heldout_pairs={self.heldout_pairs}",
+            f"reward.settings.max_steps={self.reward_steps}",
+            f"reward.settings.learning_rate={self.reward_learning_rate}",
+            f"reward.settings.eval_steps={every}",
+            f"reward.settings.logging_steps={every}",
+            "rounds=1",
+            "methods=[fixed]",
+        ]
+        return read_recipe("gold_demo", [*words, *self.settings])
+
 
 def plan_controls(config: ControlsConfig) -> list[Stage]:
     """Return the stages of one seed, each after the stages it needs."""
-    stages = _beginning(config)
-    proxy = _proxy_name(config, config.proxy_pairs)
+    experiment = config.experiment
+    planner = Planner(experiment, sources(experiment))
+    proxy, shuffled = _model(f"pairs_{config.proxy_pairs}"), _model(SHUFFLED)
+    stages = planner.beginning()
+    for count in config.pair_counts:
+        stages += _reward_model(planner, f"pairs_{count}", count, 0)
+    for shuffle in range(1, config.shuffles + 1):
+        stages += _reward_model(planner, f"shuffled_{shuffle}", config.proxy_pairs, shuffle)
+    stages.append(planner.responses("responses", "sft", 0, None))
+    stages.append(planner.evaluation("evaluation", "sft", 0, None, proxy, "responses"))
     free = {"steps": config.free_steps, "kl_target": None}
     no_penalty = {**free, "kl_coefficient": 0.0}
     # Runs that can contradict the world quickly come first.
-    runs: list[tuple[str, str, dict[str, Any]]] = [
+    runs: list[tuple[str, Input, dict[str, Any]]] = [
         ("proxy_no_kl", proxy, no_penalty),
-        ("gold_no_kl", GOLD, no_penalty),
+        ("gold_no_kl", GOLD_WORLD, no_penalty),
         ("proxy_kl", proxy, {**free, "kl_coefficient": config.penalty}),
-        ("shuffled_no_kl", SHUFFLED, no_penalty),
-        (at_kl("shuffled", config.shuffled_kl), SHUFFLED, _matched(config, config.shuffled_kl)),
+        ("shuffled_no_kl", shuffled, no_penalty),
+        (at_kl("shuffled", config.shuffled_kl), shuffled, _matched(config, config.shuffled_kl)),
     ]
     for target in config.kl_targets:
         for count in config.pair_counts:
             name = at_kl(f"pairs_{count}", target)
-            runs.append((name, _proxy_name(config, count), _matched(config, target)))
-        runs.append((at_kl("gold", target), GOLD, _matched(config, target)))
+            runs.append((name, _model(f"pairs_{count}"), _matched(config, target)))
+        runs.append((at_kl("gold", target), GOLD_WORLD, _matched(config, target)))
     for name, reward, changes in runs:
-        stages += _run(config, name, reward, changes)
+        stages += _run(planner, name, reward, changes)
     return stages
 
 
@@ -92,111 +116,64 @@ def at_kl(name: str, target: float) -> str:
     return f"{name}@kl{target:g}"
 
 
-def _proxy_name(config: ControlsConfig, count: int) -> str:
-    return PROXY if count == config.proxy_pairs else f"reward_models/pairs_{count}"
+def _model(name: str) -> Made:
+    return Made(f"reward_models/{name}")
 
 
 def _matched(config: ControlsConfig, target: float) -> dict[str, Any]:
     return {"steps": config.matched_steps, "kl_target": target}
 
 
-def _beginning(config: ControlsConfig) -> list[Stage]:
-    """World, SFT policy, pairs, all reward models, and the SFT policy's evaluation."""
-    sampling = asdict(config.ppo.sampling)
-    world = asdict(replace(config.world, seed=config.seed))
-    pairs = {"pairs": max(config.pair_counts), "heldout_pairs": config.heldout_pairs}
-    stages = [
-        Stage("world", f"{STAGES}:make_world", world, (), record_as("world", "sft", 0)),
-        Stage(
-            "sft", f"{STAGES}:train_sft", asdict(config.sft), ("world",), record_as("sft", "sft", 0)
-        ),
-        Stage(
-            "pairs",
-            f"{STAGES}:make_pairs",
-            {**pairs, "sampling": sampling},
-            ("world", "sft"),
-            record_as("pairs", "sft", 0),
-        ),
-    ]
-    models = [
-        (_proxy_name(config, count), f"pairs_{count}", count, 0) for count in config.pair_counts
-    ]
-    for shuffle in range(1, config.shuffles + 1):
-        name = f"shuffled_{shuffle}"
-        models.append((f"reward_models/{name}", name, config.proxy_pairs, shuffle))
-    for stage, method, count, shuffle in models:
-        settings = {
-            "batch_size": config.reward_batch_size,
-            "learning_rate": config.reward_learning_rate,
-            "evaluations": 8,
-            "preset": None,
-            "round": shuffle,  # decides head and order, as a round does in a run
-            "steps": config.reward_steps,
-            "pairs": count,
-            "shuffle": shuffle,
-        }
-        stages.append(
-            Stage(
-                stage,
-                f"{__name__}:train_control_reward",
-                settings,
-                ("sft", "pairs"),
-                record_as("reward_model", method, 0),
-            )
-        )
-    stages.append(
-        Stage(
-            "evaluation",
-            f"{MEASURE}:evaluate_start",
-            {**asdict(config.evaluation), "sampling": sampling},
-            ("world", "sft", "pairs", PROXY),
-            record_as("evaluate", "sft", 0),
-        )
+def _reward_model(planner: Planner, name: str, count: int, shuffle: int) -> list[Stage]:
+    """A reward model on the first `count` pairs; `shuffle` > 0 numbers the coin tosses."""
+    record = record_as("reward_model", name, 0)
+    chosen = Stage(
+        f"reward_models/{name}/pairs",
+        f"{__name__}:choose_pairs",
+        {"pairs": plain_input(planner.inputs.pairs), "count": count, "shuffle": shuffle},
+        (planner.inputs.pairs.stage,),
+        record,
     )
-    return stages
+    job = TrainReward(
+        Made("sft"),
+        Made(chosen.name, "pairs.jsonl"),
+        {"": planner.inputs.heldout},
+        # The shuffle decides head and order, as a round does in a recipe.
+        settings=planner.settings(planner.recipe.reward.settings, f"reward/{shuffle}"),
+    )
+    return [chosen, planner.training(_model(name).stage, job, record, "reward")]
 
 
-def _run(config: ControlsConfig, name: str, reward: str, changes: dict[str, Any]) -> list[Stage]:
+def _run(planner: Planner, name: str, reward: Input, changes: dict[str, Any]) -> list[Stage]:
     """PPO from the SFT policy against one reward, and the evaluation of the result."""
-    here = f"runs/{name}"
-    model = () if reward == GOLD else (reward,)
-    ppo = to_mapping(replace(config.ppo, **changes))
-    evaluation = {
-        **asdict(config.evaluation),
-        "sampling": asdict(config.ppo.sampling),
-        "policy": f"{here}/policy",
-        "reward": reward,
-        "before": "evaluation",
-    }
+    here, recipe = f"runs/{name}", planner.recipe
+    settings = {**recipe.policy.settings, **vars(recipe.sampling), **changes}
+    job = Optimise(
+        "ppo",
+        Made("sft"),
+        Made("sft"),
+        reward=reward,
+        prompts=planner.inputs.policy_prompts(1),
+        scale=planner.inputs.scale,
+        watch=recipe.evaluation.gold,
+        settings=planner.settings(settings, "ppo/1"),
+    )
+    policy = f"{here}/policy"
     return [
-        Stage(
-            f"{here}/policy",
-            f"{STAGES}:optimise_policy",
-            {"ppo": ppo, "policy": "sft", "reward": reward, "round": 1},
-            ("world", "sft", "pairs", *model),
-            record_as("ppo", name, 1),
-        ),
-        Stage(
-            f"{here}/evaluation",
-            f"{MEASURE}:evaluate_round",
-            evaluation,
-            ("world", "sft", "pairs", "evaluation", *model, f"{here}/policy"),
-            record_as("evaluate", name, 1),
-        ),
+        planner.training(policy, job, record_as("ppo", name, 1), None),
+        planner.responses(f"{here}/responses", name, 1, policy),
+        planner.evaluation(f"{here}/evaluation", name, 1, policy, reward, "responses"),
     ]
 
 
-def train_control_reward(context: StageContext) -> None:
-    """Train a reward model on the first `pairs` pairs, with their labels or with coin tosses."""
-    from shiftrm.data.pairs import read_pairs
-    from shiftrm.pipeline.demo_stages import fit_reward
-
+def choose_pairs(context: StageContext) -> None:
+    """Write the first `count` pairs, with their labels or with coin tosses."""
     settings = context.stage.settings
-    pairs = read_pairs(context.folder("pairs") / "train.jsonl")[: settings["pairs"]]
+    pairs = read_pairs(place(settings["pairs"], context.root))[: settings["count"]]
     if settings["shuffle"]:
         rng = random.Random(context.random_seed(f"shuffle/{settings['shuffle']}"))
         for row in pairs:
             if rng.random() < 0.5:
                 row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    write_jsonl(context.out / "pairs.jsonl", pairs)
     context.recorder.add("pairs", float(len(pairs)))
-    fit_reward(context, pairs, steps=settings["steps"])

@@ -29,7 +29,7 @@ def controls_figure(records: Sequence[Record], config: ControlsConfig) -> Figure
     proxy, gold, matched, shuffled = figure.subplots(2, 2).flat
     penalty = f"proxy, KL penalty {config.penalty:g} (e)"
     runs = {"proxy_no_kl": ("proxy, no KL penalty (a)", _ORANGE), "proxy_kl": (penalty, _BLUE)}
-    _lines(proxy, table, "proxy_mean", runs)
+    _lines(proxy, table, "standardised_mean", runs)
     _dress(
         proxy, "Proxy: what the reward model says (a, e)", "PPO step", "reward, SFT standard dev."
     )
@@ -190,7 +190,7 @@ def _matched_table(table: Table, config: ControlsConfig) -> str:
         for name, label in names.items():
             run = at_kl(name, target)
             golds = [table.at_end(seed, run, "gold_mean") for seed in table.seeds]
-            kls = [table.at_end(seed, run, "kl") for seed in table.seeds]
+            kls = [table.at_end(seed, run, "sequence_kl") for seed in table.seeds]
             cells = [f"{gold:.2f} ({kl:.1f})" for gold, kl in zip(golds, kls, strict=True)]
             rows.append([f"{target:g}", label, *cells, f"{sum(golds) / len(golds):.2f}"])
     return _markdown(["KL target", "reward", *_seed_headings(table), "mean"], rows)

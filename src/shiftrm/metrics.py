@@ -11,7 +11,7 @@ from functools import cache
 
 from shiftrm.errors import suggest
 
-__all__ = ["METRICS", "Better", "Metric", "UndeclaredMetric", "declare", "metric"]
+__all__ = ["METRICS", "Better", "Metric", "UndeclaredMetric", "declare", "is_declared", "metric"]
 
 
 class Better(enum.Enum):
@@ -205,6 +205,11 @@ def metric(name: str) -> Metric:
             return one
     near = suggest(name, [*_EXACT, *(one.id for _, one in _PATTERNS)])
     raise UndeclaredMetric(f"metric {name!r} is not declared in shiftrm.metrics{near}")
+
+
+def is_declared(name: str) -> bool:
+    """Whether a declared metric has this name."""
+    return name in _EXACT or any(pattern.fullmatch(name) for pattern, _ in _PATTERNS)
 
 
 for _one in METRICS:

@@ -55,8 +55,8 @@ def test_version():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "ppo.stepz=3"], "unknown setting 'ppo.stepz'; did you mean 'steps'?"),
-        (["demo", "methods=[metarm]"], "unknown method 'metarm'; did you mean 'metarm_paper'?"),
+        (["demo", "policy.settings.stepz=3"], "unknown setting 'stepz'; did you mean 'steps'?"),
+        (["demo", "methods=[metrm]"], "methods.metrm.reward is 'metrm'; did you mean 'metarm'?"),
         (["demo", "--rounds", "0"], "rounds is 0; it must be at least 1"),
         (["demo", "--workers", "0"], "--workers is 0"),
         (["report", "nowhere"], "nowhere: no records.jsonl"),
@@ -80,12 +80,12 @@ def test_no_traceback_from_the_real_command(tmp_path):
 
 def test_output_folder_of_another_configuration(tmp_path, capsys):
     from shiftrm.config import to_mapping
-    from shiftrm.pipeline.demo_run import configure
     from shiftrm.pipeline.folder import claim
+    from shiftrm.pipeline.run import read_recipe
 
-    claim(tmp_path / "run", to_mapping(configure(["ppo.steps=3"])), "")
-    assert main(["demo", "--output", str(tmp_path / "run"), "ppo.steps=4"]) == 2
-    assert "made with another configuration (ppo.steps: 3 -> 4)" in capsys.readouterr().err
+    claim(tmp_path / "run", to_mapping(read_recipe("gold_demo", ["rounds=3"])), "")
+    assert main(["demo", "--output", str(tmp_path / "run"), "rounds=4"]) == 2
+    assert "made with another configuration (rounds: 3 -> 4)" in capsys.readouterr().err
 
 
 def test_output_folder_that_is_not_a_run(tmp_path, capsys):
@@ -97,11 +97,11 @@ def test_output_folder_that_is_not_a_run(tmp_path, capsys):
 
 def test_a_run_killed_at_its_very_start_can_go_on(tmp_path):
     from shiftrm.config import to_mapping
-    from shiftrm.pipeline.demo_run import configure
     from shiftrm.pipeline.folder import claim
+    from shiftrm.pipeline.run import read_recipe
 
     (tmp_path / ".config.yaml.0123.tmp").write_text("seed")
-    claim(tmp_path, to_mapping(configure([])), "")
+    claim(tmp_path, to_mapping(read_recipe("gold_demo")), "")
     assert (tmp_path / "config.yaml").exists()
 
 

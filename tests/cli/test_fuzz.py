@@ -83,7 +83,7 @@ SETTINGS = {
     "optimise": ["max_steps", "steps", "beta", "num_generations", "kl_target", "max_length"],
     "meta-train": ["max_steps", "beta", "inner_steps", "support_batch_size", "curvature"],
     "meta-test": ["weighted.updates", "ppo.steps", "evaluation.pairs", "seed", "ppo"],
-    "demo": ["ppo.steps", "methods", "rounds", "seed", "world.x", "ppo"],
+    "demo": ["policy.settings.steps", "methods", "rounds", "seed", "world.x", "policy"],
     "run": ["rounds", "seed", "methods", "data.pairs.source", "judge.kind", "sft", "preset"],
 }
 SETTINGS["adapt"] = SETTINGS["train"]
@@ -304,7 +304,7 @@ def fuzz_world(tmp_path_factory, tokenizer):
     def no_stages(*_, **__):
         raise UserError("stages are not run here")
 
-    for module in ("pipeline.demo_run", "pipeline.run", "pipeline.meta_test_run"):
+    for module in ("pipeline.run", "pipeline.meta_test_run"):
         patch.setattr(f"shiftrm.{module}.run_stages", no_stages)
     patch.setattr("builtins.input", lambda _: "n")
     patch.setattr(sys, "stdin", io.StringIO())

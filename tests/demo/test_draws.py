@@ -2,9 +2,9 @@
 
 import pytest
 
-from shiftrm.pipeline.demo_plan import plan
-from shiftrm.pipeline.demo_run import configure
 from shiftrm.pipeline.engine import execute, stage_keys
+from shiftrm.pipeline.plan import plan
+from shiftrm.pipeline.run import read_recipe
 from shiftrm.trainers.pair_batches import ROW
 from tests.demo.conftest import TINY
 from tests.draws import watch
@@ -13,7 +13,7 @@ from tests.draws import watch
 @pytest.mark.slow
 def test_arms_of_a_round_share_head_and_order(tmp_path, monkeypatch):
     settings = [*TINY, "rounds=2", "methods=[fixed, retrained, metarm_scale_free]"]
-    config = configure(settings)
+    config = read_recipe("gold_demo", settings)
     stages = plan(config)
     keys = stage_keys(stages, config.seed)
     seen = watch(monkeypatch, lambda inputs: inputs[ROW].tolist() if ROW in inputs else None)

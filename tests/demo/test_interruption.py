@@ -44,11 +44,11 @@ def test_a_whole_run_is_complete(straight):
     groups = read_groups(
         straight / "methods" / "metarm_scale_free" / "round-1" / "groups" / "groups.jsonl"
     )
-    assert all(group["domain"] in group["prompt"] for group in groups)
+    assert all(len(group["responses"]) == 3 for group in groups)
     from shiftrm.models.scoring import Scorer
 
     scorer = Scorer.from_pretrained(
-        straight / "methods" / "metarm_scale_free" / "round-1" / "reward_model"
+        straight / "methods" / "metarm_scale_free" / "round-1" / "reward_model" / "model"
     )
     assert len(scorer(["describe the garden :"], [" lovely roses"])) == 1
 

@@ -1,90 +1,86 @@
-"""The plan: arms differ in the reward model of a round and in nothing else."""
+"""The demo's plan: arms differ in the reward model of a round and in nothing else."""
 
 import pytest
 
-from shiftrm.pipeline.demo_config import ARMS
-from shiftrm.pipeline.demo_plan import plan
-from shiftrm.pipeline.demo_run import configure
-from shiftrm.pipeline.engine import stage_keys
+from shiftrm.methods.method import METHODS
+from shiftrm.pipeline.engine import random_seed, stage_keys
+from shiftrm.pipeline.plan import plan
+from shiftrm.pipeline.run import read_recipe
+from shiftrm.pipeline.settings import job_of
+
+TRAINED = ("retrained", "metarm_paper", "metarm_scale_free", "fresh_labels")
+
+
+def stages(*overrides):
+    return plan(read_recipe("gold_demo", list(overrides)))
 
 
 def by_name(*overrides):
-    return {stage.name: stage for stage in plan(configure(list(overrides)))}
+    return {stage.name: stage for stage in stages(*overrides)}
 
 
 def test_needs_come_first_and_exist():
     done = set()
-    for stage in plan(configure([f"methods=[{', '.join(ARMS)}]"])):
+    for stage in stages(f"methods=[{', '.join([*METHODS.names(), 'dpo'])}]"):
         assert done.issuperset(stage.needs), stage.name
         assert stage.name not in done
         done.add(stage.name)
-    stage_keys(list(by_name().values()), 0)
+    stage_keys(stages(), 0)
 
 
 def test_what_each_arm_reads_for_its_reward_model():
-    stages = by_name("rounds=2")
-    assert "methods/fixed/round-1/reward_model" not in stages
-    reward = {
-        arm: stages[f"methods/{arm}/round-2/reward_model"].needs
-        for arm in ("retrained", "metarm_paper", "fresh_labels")
-    }
+    found = by_name("rounds=2")
+    assert "methods/fixed/round-1/reward_model" not in found
+    reward = {arm: found[f"methods/{arm}/round-2/reward_model"].needs for arm in TRAINED}
     assert reward == {
         "retrained": ("sft", "pairs"),
         "metarm_paper": ("sft", "pairs", "methods/metarm_paper/round-2/groups"),
-        "fresh_labels": (
-            "sft",
-            "pairs",
-            "methods/fresh_labels/round-1/labels",
-            "methods/fresh_labels/round-2/labels",
-        ),
+        "metarm_scale_free": ("sft", "pairs", "methods/metarm_scale_free/round-2/groups"),
+        "fresh_labels": ("sft", "methods/fresh_labels/round-2/labels", "pairs"),
     }
-
-
-def test_groups_are_of_the_previous_rounds_policy():
-    stages = by_name("rounds=3")
-    policies = [
-        stages[f"methods/metarm_paper/round-{k}/groups"].settings["policy"] for k in (1, 2, 3)
-    ]
-    assert policies == [
-        "sft",
-        "methods/metarm_paper/round-1/policy",
-        "methods/metarm_paper/round-2/policy",
+    labels = [found[f"methods/fresh_labels/round-{k}/labels"].needs for k in (1, 2)]
+    assert labels == [
+        ("methods/fresh_labels/round-1/samples", "pairs"),
+        ("methods/fresh_labels/round-2/samples", "methods/fresh_labels/round-1/labels"),
     ]
 
 
-def test_arms_get_the_same_ppo_and_the_same_training():
-    stages = by_name()
-    for kind in ("policy", "evaluation"):
-        for number in (1, 2, 3):
-            settings = []
-            for arm in ("fixed", "retrained", "metarm_paper", "metarm_scale_free", "fresh_labels"):
-                found = dict(stages[f"methods/{arm}/round-{number}/{kind}"].settings)
-                for own in ("policy", "reward", "before"):
-                    found.pop(own, None)
-                settings.append(found)
-            assert all(s == settings[0] for s in settings)
-    training = []
-    for arm in ("retrained", "metarm_paper", "metarm_scale_free", "fresh_labels"):
-        settings = dict(stages[f"methods/{arm}/round-1/reward_model"].settings)
-        settings.pop("preset")
-        training.append(settings)
-    assert all(s == training[0] for s in training)
+@pytest.mark.parametrize(("arm", "made"), [("metarm_paper", "groups"), ("fresh_labels", "samples")])
+def test_an_arm_samples_from_the_previous_rounds_policy(arm, made):
+    found = by_name("rounds=3")
+    policies = [str(job_of(found[f"methods/{arm}/round-{k}/{made}"]).policy) for k in (1, 2, 3)]
+    before = [f"methods/{arm}/round-{k}/policy/model" for k in (1, 2)]
+    assert policies == ["sft/model", *before]
 
 
-def test_the_same_coefficient_option_drops_the_target():
-    matched = by_name()["methods/fixed/round-1/policy"].settings["ppo"]
-    same = by_name("matched_kl=false")["methods/fixed/round-1/policy"].settings["ppo"]
-    assert matched["kl_target"] == 6.0
-    assert same["kl_target"] is None
-    assert same["kl_coefficient"] == matched["kl_coefficient"]
+def test_arms_get_the_same_policy_training_and_the_same_reward_training():
+    found = by_name()
+    for number in (1, 2, 3):
+        jobs = [
+            job_of(found[f"methods/{arm}/round-{number}/policy"]) for arm in ("fixed", *TRAINED)
+        ]
+        assert len({str(dict(job.settings)) for job in jobs}) == 1
+        assert len({(str(job.prompts), str(job.scale), job.watch) for job in jobs}) == 1
+    settings = [dict(job_of(found[f"methods/{a}/round-1/reward_model"]).settings) for a in TRAINED]
+    own = ("preset", "meta_batch_size")
+    assert len({str({k: v for k, v in s.items() if k not in own}) for s in settings}) == 1
+    assert settings[0]["seed"] == random_seed(0, "reward/1")
+
+
+def test_the_gold_arm_trains_on_gold_and_no_reward_model():
+    found = by_name("methods=[gold]")
+    assert job_of(found["methods/gold/round-1/policy"]).reward == "gold"
+    assert "methods/gold/round-1/reward_model" not in found
 
 
 def test_the_world_follows_the_runs_seed():
-    assert by_name("seed=5")["world"].settings["seed"] == 5
+    assert by_name("seed=5")["data"].settings["files"]["seed"] == 5
 
 
 @pytest.mark.parametrize("arm", ["retrained", "metarm_paper"])
-def test_rounds_keep_their_keys_when_more_rounds_follow(arm):
-    short, long = plan(configure(["rounds=1"])), plan(configure(["rounds=2"]))
-    name = f"methods/{arm}/round-1/evaluation"
-    assert stage_keys(short, 0)[name] == stage_keys(long, 0)[name]
+def test_later_rounds_change_no_earlier_reward_model_but_its_data(arm):
+    """Another number of rounds is another run: the prompts of all rounds are drawn at the start."""
+    short, long = (by_name(f"rounds={k}") for k in (1, 2))
+    for made in ("reward_model", "policy", "evaluation"):
+        name = f"methods/{arm}/round-1/{made}"
+        assert short[name].settings == long[name].settings

@@ -52,12 +52,12 @@ def refused(world, tmp_path, monkeypatch, capsys):
         ("lora.lora_rank=4", "unknown setting 'lora_rank'"),
         ("preset=papr", "preset is 'papr'; did you mean 'paper'?"),
         ("judge.kind=gpt", "judge.kind is 'gpt'"),
-        ("judge.kind=reward-model", "say judge.model, too"),
+        ("judge.kind=reward-model", "also set judge.model"),
         ("sampler=vlm", "sampler is 'vlm'"),
         ("execution.procesess=2", "unknown setting 'execution.procesess'; did you mean"),
         ("execution.report_to=wandb", "execution.report_to is 'wandb', which is not installed"),
-        ("sft.settings.bf16=true", "sft.settings.bf16: say execution.bf16; leave it out here"),
-        ("policy.settings.micro_batch_size=2", "say execution.micro_batch_size"),
+        ("sft.settings.bf16=true", "sft.settings.bf16: set execution.bf16; leave it out here"),
+        ("policy.settings.micro_batch_size=2", "set execution.micro_batch_size"),
         ("model=./gone", "model: ./gone: no such folder"),
         ("evaluation.gold=./gone", "evaluation.gold: ./gone: no such folder"),
         ("evaluation.best_of_n=8", "evaluation.best_of_n needs evaluation.gold"),
@@ -167,7 +167,7 @@ def test_other_commands_recipes_are_not_taken(name, capsys):
 def test_a_share_of_sets_that_are_named_is_refused(refused, world):
     sets = {name: recipe(world)["data"]["pairs"] for name in ("heldout", "eval_prompts")}
     said = refused(data={**recipe(world)["data"], **sets})
-    assert "data.heldout_share takes a share of what is not named, but data.heldout and " in said
+    assert "data.heldout_share is for sets that are not named, but data.heldout and " in said
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from shiftrm.config import from_mapping
 from shiftrm.pipeline.data_sets import assembled
 from shiftrm.pipeline.engine import random_seed
 from shiftrm.pipeline.estimate import estimate, judging_cost, sizes_of
-from shiftrm.pipeline.experiment import Recipe
+from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import read_recipe
 from shiftrm.trainers.reward import RewardConfig
@@ -41,7 +41,7 @@ def test_parameters_are_those_of_the_real_networks(world, targets):
 
 
 def estimated(world, **sections):
-    config = from_mapping(Recipe, recipe(world, **sections))
+    config = from_mapping(Experiment, recipe(world, **sections))
     found = estimate(config, plan(config))
     return found, {stage.stage: stage for stage in found.stages}
 
@@ -102,7 +102,7 @@ def test_disk_by_stage(world):
 
 def test_operations_by_stage(world):
     found, stages = estimated(world, sft={"batch_size": 5, "settings": {"max_steps": 7}})
-    config = from_mapping(Recipe, recipe(world))
+    config = from_mapping(Experiment, recipe(world))
     rows = assembled_rows(config)
     characters = sum(len(r["prompt"]) + len(r["completion"]) for r in rows["demonstrations"])
     tokens = characters / 4 / len(rows["demonstrations"])
@@ -174,12 +174,12 @@ def test_steps_of_epochs(world):
 
 def test_the_judges_requests(world):
     judge = {"kind": "endpoint", "model": "m", "price_in": 10.0, "price_out": 30.0}
-    config = from_mapping(Recipe, recipe(world, judge=judge, methods=ARMS, rounds=2))
+    config = from_mapping(Experiment, recipe(world, judge=judge, methods=ARMS, rounds=2))
     said = judging_cost(config, 6)
     # 7 rounds of 6 prompts, and six pairs of arms on the other half, both orders
     assert f"requests: at most {2 * (7 * 6 + 6 * 3)} (" in said
     assert "at the given prices" in said
-    free = from_mapping(Recipe, recipe(world, judge={"kind": "endpoint", "model": "m"}))
+    free = from_mapping(Experiment, recipe(world, judge={"kind": "endpoint", "model": "m"}))
     assert "give judge.price_in" in judging_cost(free, None)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from shiftrm.cli import main
 from shiftrm.files import write_jsonl
-from shiftrm.pipeline import stages as loop_stages
+from shiftrm.pipeline import evaluating
 from shiftrm.policies import trl_run as policy_run
 from tests.pipeline.gold_world import recipe, write_recipe
 
@@ -67,7 +67,7 @@ def test_out_of_memory_in_measuring_and_a_full_disk(fails, tmp_path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop_stages, "open_watch", full)
+        patch.setattr(evaluating, "open_watch", full)
         said = fails()
     assert "stage evaluation: out of memory; give execution.sampling_batch_size=16 (now 32)" in said
     assert (tmp_path / "run" / "responses" / "stage.json").is_file()
@@ -76,7 +76,7 @@ def test_out_of_memory_in_measuring_and_a_full_disk(fails, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop_stages, "write_jsonl", no_space)
+        patch.setattr(evaluating, "write_jsonl", no_space)
         said = fails("execution.sampling_batch_size=16")
     assert "stage evaluation: the disk is full at" in said
     assert "finished stages are kept" in said

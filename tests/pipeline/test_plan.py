@@ -10,7 +10,7 @@ from shiftrm.errors import UserError
 from shiftrm.models.sampling import SamplingConfig
 from shiftrm.models.templates import packaged
 from shiftrm.pipeline.engine import stage_keys
-from shiftrm.pipeline.experiment import Recipe
+from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.jobs import (
     Made,
     Optimise,
@@ -32,7 +32,7 @@ from tests.pipeline.gold_world import recipe
 
 
 def stages(world, **sections):
-    found = plan(from_mapping(Recipe, recipe(world, **sections)))
+    found = plan(from_mapping(Experiment, recipe(world, **sections)))
     check_settings(found)
     return {stage.name: stage for stage in found}
 
@@ -125,7 +125,7 @@ def test_an_arm_may_be_any_registered_method_or_one_from_outside(world, tmp_path
     assert "weight_decay=0.1" in mine
     assert "--groups" not in mine
     assert "methods/mine/round-1/groups" not in found
-    with pytest.raises(UserError, match="which needs new labels"):
+    with pytest.raises(UserError, match="which needs labels"):
         stages(world, methods={"x": {"reward": "fresh_labels"}})
 
 

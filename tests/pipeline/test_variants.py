@@ -10,7 +10,7 @@ from shiftrm.cli import main
 from shiftrm.files import read_jsonl
 from shiftrm.measure.overoptimisation import overoptimisation, path_from_rows, smoothed
 from shiftrm.metrics import metric
-from shiftrm.pipeline import stages as loop_stages
+from shiftrm.pipeline import evaluating
 from shiftrm.pipeline.estimate import estimate
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import read_recipe
@@ -146,7 +146,7 @@ def test_an_endpoint_judges(world, tuned, tmp_path, here, capsys, monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_ORG_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(loop_stages, "load_embedder", lambda name: Embedder())
+    monkeypatch.setattr(evaluating, "load_embedder", lambda name: Embedder())
     path = write_recipe(
         tmp_path / "mine.yaml",
         world,

@@ -28,7 +28,6 @@ from benchmarks.gold_world.report import (
 from shiftrm.errors import UserError
 from shiftrm.pipeline.engine import run_stages, stage_keys
 from shiftrm.records import Record, read_records
-from shiftrm.world.build import WorldConfig
 from shiftrm.world.gold import FEATURES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -52,6 +51,13 @@ def ideal(seed):
     def final(stage, method, metric, value, n=800):
         records.append(Record(stage, method, 1, metric, value, n=n, seed=seed))
 
+    def trained(method, accuracy):
+        for step in (500, 1000):  # the last one counts
+            value = accuracy if step == 1000 else 0.3
+            records.append(
+                Record("reward_model", method, 0, "eval_accuracy", value, step=step, seed=seed)
+            )
+
     def evaluated(method, gold, kl):
         final("evaluate", method, "gold_mean", gold)
         final("evaluate", method, "gold_std", 2.0)
@@ -65,18 +71,18 @@ def ideal(seed):
         ("shuffled_no_kl", line(0.0, 1.8), line(2.0, -9.0), -9.0, 80.0),
         ("shuffled@kl6", line(0.0, 1.2), line(2.0, 0.5), 0.5, 6.0),
     ):
-        curve(method, "proxy_mean", proxy)
+        curve(method, "standardised_mean", proxy)
         curve(method, "gold_mean", gold)
         evaluated(method, end, kl)
     for count, accuracy in zip(CONFIG.pair_counts, (0.6, 0.7, 0.75), strict=True):
-        final("reward_model", f"pairs_{count}", "eval_accuracy_final", accuracy)
+        trained(f"pairs_{count}", accuracy)
     for shuffle, accuracy in enumerate((0.44, 0.5, 0.53), start=1):  # their mean counts
-        final("reward_model", f"shuffled_{shuffle}", "eval_accuracy_final", accuracy)
+        trained(f"shuffled_{shuffle}", accuracy)
     names = [*(f"pairs_{count}" for count in CONFIG.pair_counts), "gold"]
     for target in CONFIG.kl_targets:
         for name, gold in zip(names, (3.0, 4.2, 4.8, 5.4), strict=True):
             curve(at_kl(name, target), "gold_mean", [gold] * 60)
-            curve(at_kl(name, target), "kl", [target] * 60)
+            curve(at_kl(name, target), "sequence_kl", [target] * 60)
     return records
 
 
@@ -124,9 +130,12 @@ def test_all_hold_where_all_is_as_it_should_be():
 
 
 BROKEN = {
-    "proxy falls": (("proxy_no_kl", "proxy_mean", lambda v, t: 2.5 - v), {("a", 0), ("a", 1)}),
+    "proxy falls": (
+        ("proxy_no_kl", "standardised_mean", lambda v, t: 2.5 - v),
+        {("a", 0), ("a", 1)},
+    ),
     "proxy stands still": (
-        ("proxy_no_kl", "proxy_mean", lambda v, t: v if t < 33 else 1.0),
+        ("proxy_no_kl", "standardised_mean", lambda v, t: v if t < 33 else 1.0),
         {("a", 0), ("a", 1)},
     ),
     "gold never peaks": (
@@ -142,7 +151,7 @@ BROKEN = {
         {("b", 0), ("b", 1)},
     ),
     "shuffled labels teach": (
-        ("shuffled_1", "eval_accuracy_final", lambda v, t: 0.65, "reward_model"),
+        ("shuffled_1", "eval_accuracy", lambda v, t: 0.65, "reward_model"),
         {("c", 0), ("c", 1)},
     ),
     "shuffled labels gain": (
@@ -151,8 +160,8 @@ BROKEN = {
     ),
     "more pairs are worse": (("pairs_500@kl6", "gold_mean", lambda v, t: v + 1.5), {("d", None)}),
     "better than gold": (("pairs_20000@kl12", "gold_mean", lambda v, t: v + 1), {("d", None)}),
-    "KL not matched": (("pairs_3000@kl12", "kl", lambda v, t: v * 0.7), {("d", None)}),
-    "gold went further": (("gold@kl12", "kl", lambda v, t: v * 1.3), {("d", None)}),
+    "KL not matched": (("pairs_3000@kl12", "sequence_kl", lambda v, t: v * 0.7), {("d", None)}),
+    "gold went further": (("gold@kl12", "sequence_kl", lambda v, t: v * 1.3), {("d", None)}),
     "the penalty does not help": (
         ("proxy_kl", "gold_mean", lambda v, t: v - 0.02 * max(0, t - 50)),
         {("e", 0), ("e", 1)},
@@ -167,7 +176,7 @@ def test_each_claim_fails_where_it_should(name):
 
 
 def test_gold_may_stop_short_of_the_kl_it_is_allowed():
-    assert failing(changed("gold@kl12", "kl", lambda v, t: v * 0.7)) == set()
+    assert failing(changed("gold@kl12", "sequence_kl", lambda v, t: v * 0.7)) == set()
 
 
 def test_a_missing_run_is_an_error_that_names_it():
@@ -186,7 +195,8 @@ def test_plan_needs_stand_before_those_that_need_them():
     names = {stage.record_as["method"] for stage in stages}
     assert {"proxy_no_kl", "proxy_kl", "gold_no_kl", "shuffled_3", "pairs_500@kl6"} <= names
     free = next(s for s in stages if s.name == "runs/proxy_no_kl/policy")
-    assert (free.settings["ppo"]["kl_target"], free.settings["ppo"]["kl_coefficient"]) == (None, 0)
+    settings = free.settings["job"]["settings"]
+    assert (settings["kl_target"], settings["kl_coefficient"]) == (None, 0)
     with pytest.raises(UserError, match="proxy_pairs is 10"):
         ControlsConfig(proxy_pairs=10)
 
@@ -226,8 +236,7 @@ SMALL = ControlsConfig(
     reward_steps=400,
     shuffles=1,
     free_steps=50,
-    world=WorldConfig(sft_examples=19_200),
-    ppo=replace(CONFIG.ppo, prompts_per_step=8),
+    settings=("world.sft_examples=19200", "policy.settings.prompts_per_step=8"),
 )
 
 

@@ -10,10 +10,11 @@ EPILOG = """examples:
   shiftrm demo
   shiftrm demo --output runs/seed-1 --seed 1
   shiftrm demo --rounds 4 --same-coefficient
-  shiftrm demo --output runs/quick ppo.steps=10 methods=[fixed,metarm_scale_free]
+  shiftrm demo --output runs/quick policy.settings.steps=10 methods=[fixed,metarm_scale_free]
 
-An interrupted demo continues when the same command is given again. All settings and their values
-are in OUTPUT/config.yaml; any of them can be given as key=value.
+The demo is the recipe gold_demo (`shiftrm run gold_demo --dry-run` prints its plan). An interrupted
+demo continues when the same command is given again. OUTPUT/config.yaml lists all settings with
+their values; any of them can be given as key=value.
 """
 
 ABOUT = About(
@@ -40,22 +41,23 @@ class Options:
         shown="the number of cores",
         least=1,
     )
-    settings: list[str] = option("key=value", "any setting, such as ppo.steps=10", default=[])
+    settings: list[str] = option("key=value", "any setting, such as rounds=1", default=[])
 
 
 def run(options: Options) -> None:
     import os
     import time
 
-    from shiftrm.pipeline.demo_run import configure, run_demo
+    from shiftrm.pipeline.run import read_recipe, run_recipe
 
     named = {"seed": options.seed, "rounds": options.rounds}
     overrides = [f"{key}={value}" for key, value in named.items() if value is not None]
     if options.same_coefficient:
-        overrides.append("matched_kl=false")
-    config = configure([*overrides, *options.settings])
+        overrides.append("policy.settings.kl_target=null")
+    overrides.append(f"execution.workers={options.workers or os.cpu_count() or 1}")
+    recipe = read_recipe("gold_demo", [*overrides, *options.settings])
     output, started = output_folder(options.output), time.monotonic()
-    run_demo(config, output, workers=options.workers or os.cpu_count() or 1)
+    run_recipe(recipe, output)
     from shiftrm.report.runs import finish
 
-    finish(output, to_mapping(config), started=started)
+    finish(output, to_mapping(recipe), started=started)

@@ -33,7 +33,9 @@ ABOUT = About(
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    recipe: str = option("RECIPE.yaml", "the recipe's file", positional=True)
+    recipe: str = option(
+        "RECIPE", "a YAML file, or the name of a recipe of the package", positional=True
+    )
     output: str | None = optional("DIR", "folder of the run", shown="runs/NAME of the recipe")
     dry_run: bool = option(help="print the plan; run nothing", default=False)
     settings: list[str] = option("key=value", "overrides the file's settings", default=[])
@@ -50,7 +52,9 @@ def run(options: Options) -> None:
         dry_run(recipe)
         return
     inputs = [options.recipe, recipe.model, recipe.judge.model, recipe.evaluation.gold]
-    inputs += [source.source for source in vars(recipe.data).values() if hasattr(source, "source")]
+    if recipe.data is not None:
+        sources = vars(recipe.data).values()
+        inputs += [source.source for source in sources if hasattr(source, "source")]
     output = output_folder(options.output or str(Path("runs") / recipe.name), apart_from=inputs)
     started = time.monotonic()
     run_recipe(recipe, output)

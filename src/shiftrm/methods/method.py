@@ -11,8 +11,9 @@ from typing import Any, Literal
 from shiftrm.registry import Registry
 from shiftrm.trainers.kinds import Training
 
-Need = Literal["pairs", "groups", "labels"]
-"""Preference pairs, unlabelled groups of the policy's responses, new labels of them."""
+Need = Literal["pairs", "groups", "labels", "gold"]
+"""Preference pairs, unlabelled groups of the policy's responses, new labels of them, and the gold
+world's reward itself. The last two exist in the gold world only."""
 
 
 @dataclass(frozen=True)

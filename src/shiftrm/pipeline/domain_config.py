@@ -8,7 +8,6 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.models.sampling import SamplingConfig
 from shiftrm.oodpl.fine_tuning import FineTuningConfig
 from shiftrm.oodpl.meta_test import EvaluationConfig
-from shiftrm.pipeline.demo_config import SFTSettings
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.world.build_domains import DomainWorldConfig
 from shiftrm.world.language import MAX_RESPONSE_TOKENS
@@ -27,6 +26,16 @@ METHODS: tuple[str, ...] = (
     "dpo",
 )
 """How a policy for a target domain is made; see `transfer.stages`."""
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """Supervised fine-tuning (TRL's SFTTrainer) of the random base model."""
+
+    epochs: float = 2.0
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class DomainRunConfig:
     beta: float = 1.0  # of the run's own meta-training and meta-test
     betas: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # for the effect of beta
     world: DomainWorldConfig = field(default_factory=DomainWorldConfig)
-    sft: SFTSettings = field(default_factory=lambda: SFTSettings(epochs=2.0, batch_size=64))
+    sft: SFTSettings = field(default_factory=SFTSettings)
     meta: MetaSettings = field(default_factory=MetaSettings)
     pairs: PairSettings = field(default_factory=PairSettings)
     dpo: DPOSettings = field(default_factory=DPOSettings)

@@ -41,7 +41,7 @@ def plan(config: DomainRunConfig) -> list[Stage]:
         _stage("world", "make_world", {"world": asdict(config.world)}),
         Stage(
             "sft",
-            "shiftrm.pipeline.demo_stages:train_sft",
+            f"{STAGES}:train_sft",
             asdict(config.sft),
             ("world",),
             {"stage": "sft", "method": "reference", "round": 0},

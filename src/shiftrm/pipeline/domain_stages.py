@@ -8,17 +8,20 @@ pairs.
 """
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, RewardConfig
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, RewardConfig, SFTConfig, SFTTrainer
 
 from shiftrm.config import from_mapping
 from shiftrm.data.domains import Domain, DomainSplit, load_split, split_domains
-from shiftrm.files import Row, write_jsonl
+from shiftrm.files import Row, read_jsonl, write_jsonl
+from shiftrm.models.loading import load_reward_model
+from shiftrm.models.rendering import encode, encode_prompt
 from shiftrm.models.sampling import load_policy
 from shiftrm.models.scoring import Scorer
 from shiftrm.oodpl.fine_tuning import FineTuningConfig, FineTuningLog
@@ -29,13 +32,13 @@ from shiftrm.oodpl.meta_test import (
     guide_by_weights,
 )
 from shiftrm.oodpl.trainer import OODPLConfig, OODPLTrainer
-from shiftrm.pipeline.demo_stages import new_reward_model, run_trainer, save, training_arguments
 from shiftrm.pipeline.domain_plan import sources, targets
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.policies.ppo import RewardFunction, StepLog
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.records import Recorder
 from shiftrm.trainers.reward import RewardTrainer
+from shiftrm.world.build import BASE_MODEL, SFT
 from shiftrm.world.build_domains import DOMAINS, DomainWorldConfig, read_table, write_domain_world
 from shiftrm.world.domain_gold import gold_of
 
@@ -260,3 +263,78 @@ def _split(context: StageContext) -> DomainSplit:
 
 def _pair(row: Row) -> Row:
     return {key: row[key] for key in PAIR_COLUMNS}
+
+
+def train_sft(context: StageContext) -> None:
+    """Supervised fine-tuning of the base model on the world's demonstrations (TRL)."""
+    settings, files = context.stage.settings, context.folder("world") / "files"
+    model, tokenizer = load_policy(files / BASE_MODEL)
+    rows = []
+    for row in read_jsonl(files / SFT):
+        ids = encode(tokenizer, row["prompt"], row["completion"])
+        length = len(encode_prompt(tokenizer, row["prompt"]))
+        rows.append({"input_ids": ids, "completion_mask": [0] * length + [1] * (len(ids) - length)})
+    args = SFTConfig(
+        **training_arguments(context, "sft"),
+        num_train_epochs=settings["epochs"],
+        per_device_train_batch_size=settings["batch_size"],
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type="linear",
+        warmup_steps=settings["warmup_steps"],
+        logging_steps=20,
+        completion_only_loss=True,
+    )
+    trainer = SFTTrainer(
+        model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    run_trainer(trainer, context.recorder, {"loss": "loss"})
+    save(context.out, trainer.model, tokenizer)
+
+
+def new_reward_model(folder: Path, *, seed: int) -> Any:
+    """The policy's backbone under a new, small, seeded head."""
+    return load_reward_model(folder, seed=seed)
+
+
+def save(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Safetensors and tokenizer, loadable through transformers alone."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def training_arguments(context: StageContext, role: str) -> dict[str, Any]:
+    """What every transformers trainer of a stage shares: CPU-sized, quiet, nothing saved."""
+    return {
+        "output_dir": str(context.out / "trainer"),
+        "use_cpu": True,
+        "seed": context.random_seed(role),
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "weight_decay": 0.0,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+
+
+class _Recording(TrainerCallback):
+    """Turns a trainer's logs into records."""
+
+    def __init__(self, recorder: Recorder, names: dict[str, str]) -> None:
+        self._recorder, self._names = recorder, names
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        for name, metric in self._names.items():
+            if name in (logs or {}):
+                self._recorder.add(metric, logs[name], step=state.global_step)
+
+
+def run_trainer(trainer: Any, recorder: Recorder, names: dict[str, str]) -> None:
+    callback = _Recording(recorder, names)
+    trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.remove_callback(callback)
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)

@@ -13,11 +13,14 @@ from typing import Any
 from shiftrm.errors import UserError
 from shiftrm.pipeline.data_sets import assembled, place_of, read_source
 from shiftrm.pipeline.engine import Stage, random_seed
-from shiftrm.pipeline.experiment import Recipe
+from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.inputs import KINDS
 from shiftrm.pipeline.jobs import Optimise, Sample, Sft, TrainReward
 from shiftrm.pipeline.resources import Disk, Sizes, disk_of, mean_tokens, operations
+from shiftrm.pipeline.sections import WorldSection
 from shiftrm.pipeline.settings import job_of, settings_of
+from shiftrm.world.build import base_model_config
+from shiftrm.world.language import MAX_RESPONSE_TOKENS, PROMPT_TOKENS, build_tokenizer
 
 __all__ = [
     "MEMORY_NOTE",
@@ -80,10 +83,14 @@ class Estimate:
         return None if self.sizes is None else self.sizes.policy
 
 
-def estimate(recipe: Recipe, stages: list[Stage]) -> Estimate:
+def estimate(recipe: Experiment, stages: list[Stage]) -> Estimate:
     """Read local data and the model's configuration; what only the hub has stays unknown."""
-    rows, tokens, exact = _rows(recipe, stages[0])
-    sizes = sizes_of(recipe.model, recipe.lora)
+    if recipe.world is None:
+        rows, tokens, exact = _rows(recipe, stages[0])
+        sizes = sizes_of(str(recipe.model), recipe.lora)
+    else:
+        rows, tokens, exact = _world_rows(recipe, stages[0])
+        sizes = sizes_of(_world_model(recipe.world), recipe.lora)
     found = []
     for stage in stages:
         steps = _steps(recipe, stage, rows)
@@ -98,7 +105,7 @@ def estimate(recipe: Recipe, stages: list[Stage]) -> Estimate:
 # -- rows ----------------------------------------------------------------------------------------
 
 
-def _rows(recipe: Recipe, data: Stage) -> tuple[dict[str, int | None], dict[str, float], bool]:
+def _rows(recipe: Experiment, data: Stage) -> tuple[dict[str, int | None], dict[str, float], bool]:
     """How many rows each data set has, how many tokens a row, and whether the count is exact."""
     settings = data.settings
     used = [name for name in KINDS if name != "demonstrations" or recipe.sft is not None]
@@ -123,10 +130,30 @@ def _rows(recipe: Recipe, data: Stage) -> tuple[dict[str, int | None], dict[str,
     return rows, tokens, False
 
 
+def _world_rows(
+    recipe: Experiment, data: Stage
+) -> tuple[dict[str, int | None], dict[str, float], bool]:
+    """Rows and tokens of the gold world; pairs of equal responses will be dropped."""
+    world, settings = recipe.world, data.settings
+    assert world is not None
+    rows: dict[str, int | None] = {
+        "demonstrations": world.sft_examples,
+        "pairs": world.pairs,
+        "heldout": world.heldout_pairs,
+        "prompts": world.policy_prompts,
+        **settings["evaluated"],
+        **{name: count for name, (_, count) in settings["draws"].items()},
+    }
+    whole = float(PROMPT_TOKENS + MAX_RESPONSE_TOKENS)
+    tokens = {name: float(PROMPT_TOKENS) for name in rows}
+    tokens |= {"demonstrations": whole, "pairs": 2 * whole, "heldout": 2 * whole}
+    return rows, tokens, False
+
+
 # -- steps ---------------------------------------------------------------------------------------
 
 
-def _steps(recipe: Recipe, stage: Stage, rows: Mapping[str, int | None]) -> int | None:
+def _steps(recipe: Experiment, stage: Stage, rows: Mapping[str, int | None]) -> int | None:
     given = settings_of(stage)
     if not given:
         return None
@@ -172,10 +199,18 @@ def _config_class(job: Any) -> Any:
 # -- memory --------------------------------------------------------------------------------------
 
 
-def sizes_of(model: str, lora: Mapping[str, Any] | None) -> Sizes | None:
-    """Parameters, counted on the networks themselves without making their weights.
+def _world_model(world: WorldSection) -> Any:
+    return base_model_config(world, build_tokenizer(model_max_length=world.max_positions))
 
-    None where the model's configuration is not on this machine.
+
+def sizes_of(model: Any, lora: Mapping[str, Any] | None) -> Sizes | None:
+    """Count the parameters on the networks themselves, without making their weights.
+
+    Args:
+        model: folder, hub name, or configuration.
+
+    Returns:
+        None if the model's configuration is not on this machine.
 
     Raises:
         UserError: adapters that do not fit the model.
@@ -184,7 +219,9 @@ def sizes_of(model: str, lora: Mapping[str, Any] | None) -> Sizes | None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True)
+        config = model
+        if isinstance(model, str):
+            config = AutoConfig.from_pretrained(model, local_files_only=True)
         with torch.device("meta"):
             policy = AutoModelForCausalLM.from_config(config)
             config.num_labels = 1
@@ -227,7 +264,7 @@ def stage_memory(stage: Stage, sizes: Sizes) -> int:
     policy, reward = FP32 * sizes.policy, FP32 * sizes.reward
     if job is None:
         if stage.name.endswith("evaluation"):  # the reward model goes before the policies come
-            return max(reward, 0 if stage.settings["start"] else 2 * policy)
+            return max(reward, 0 if stage.settings["policy_stage"] is None else 2 * policy)
         return reward if stage.name.startswith("best_of_n") else 0
     if isinstance(job, Sample):
         return 0 if job.vllm or job.server else policy
@@ -264,7 +301,7 @@ def _trained(size: int, adapters: int | None) -> int:
 # -- the judge -----------------------------------------------------------------------------------
 
 
-def judging_cost(recipe: Recipe, eval_prompts: int | None) -> str:
+def judging_cost(recipe: Experiment, eval_prompts: int | None) -> str:
     """Requests of a judge, both orders of every comparison, and what they may cost.
 
     Each round against SFT on all judged prompts; at the end every two arms on half of them (the

@@ -1,4 +1,4 @@
-"""What a recipe names outside itself, looked at before anything runs."""
+"""Checks, before anything runs, of the files and models that a recipe names."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +7,8 @@ from shiftrm.config import from_mapping
 from shiftrm.data.named import COMMON, FORMATS
 from shiftrm.errors import UserError, suggest
 from shiftrm.pipeline.data_sets import place_of
-from shiftrm.pipeline.experiment import Recipe, Source
+from shiftrm.pipeline.experiment import Experiment
+from shiftrm.pipeline.sections import Source
 
 __all__ = ["KINDS", "check_data", "check_judge", "check_models"]
 
@@ -18,16 +19,15 @@ KINDS = {
     "prompts": "prompts",
     "eval_prompts": "prompts",
 }
-"""Which rows each data set of a recipe has to give."""
-
+"""The kind of rows that each data set of a recipe must give."""
 
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
-"""Ends of names that are no data set's on the hub."""
+"""Endings of names that cannot be data sets on the hub."""
 
 
-def check_data(recipe: Recipe) -> None:
+def check_data(recipe: Experiment) -> None:
     """Refuse unknown formats and options, and local files that are not there."""
-    for name, kind in KINDS.items():
+    for name, kind in KINDS.items() if recipe.data is not None else ():
         source = getattr(recipe.data, name)
         if source is None or (name == "demonstrations" and recipe.sft is None):
             continue
@@ -54,13 +54,15 @@ def _check_source(source: Source, kind: str) -> None:
         raise UserError(f"{place}: no such file or folder, and not a name on the hub")
 
 
-def check_models(recipe: Recipe) -> None:
-    """Refuse folders that are not there or hold another kind of model."""
+def check_models(recipe: Experiment) -> None:
+    """Refuse folders that are missing or hold another kind of model."""
     from shiftrm.models.templates import PACKAGED
     from shiftrm.policies.loading import check_policy
     from shiftrm.policies.text_rewards import check_watch
 
-    _named("model", lambda: check_policy(recipe.model, "model"))
+    model = recipe.model
+    if model is not None:
+        _named("model", lambda: check_policy(model, "model"))
     template = recipe.chat_template
     if template is not None and recipe.sft is not None:
         known = sorted(path.stem for path in PACKAGED.glob("*.jinja"))
@@ -74,7 +76,7 @@ def check_models(recipe: Recipe) -> None:
         _named("evaluation.gold", lambda: check_watch(gold))
 
 
-def check_judge(recipe: Recipe) -> None:
+def check_judge(recipe: Experiment) -> None:
     """Refuse a judge that cannot be opened: its key, template or folder. Nothing is asked."""
     judge = recipe.judge
     if judge.kind == "reward-model":

@@ -185,7 +185,12 @@ class TrainReward(_Training):
 
 @dataclass(frozen=True)
 class Optimise(_Training):
-    """Train a policy against a reward model or on pairs; see `policies.commands.optimise`."""
+    """Train a policy against a reward model or on pairs; see `policies.commands.optimise`.
+
+    Attributes:
+        scale: responses of the reference, from which mean and standard deviation of the rewards are
+            measured, unless the settings give them; None: the training samples its own.
+    """
 
     method: str
     policy: Input
@@ -193,10 +198,11 @@ class Optimise(_Training):
     reward: Input | None = None
     prompts: Input | None = None
     pairs: Input | None = None
+    scale: Input | None = None
     watch: Input | None = None
 
     def _words(self) -> list[str]:
-        named = ("policy", "reference", "reward", "prompts", "pairs", "watch")
+        named = ("policy", "reference", "reward", "prompts", "pairs", "scale", "watch")
         return ["optimise", self.method, *_options(**{n: getattr(self, n) for n in named})]
 
     def run(self, output: Path) -> str | None:
@@ -211,9 +217,18 @@ class Optimise(_Training):
             pairs=_text(self.pairs),
             watch=_text(self.watch),
             output=output,
-            settings=self.settings,
+            settings={**self._scale(), **self.settings},
             command=self._told(output),
         )
+
+    def _scale(self) -> dict[str, float]:
+        """Return the settings that standardise the rewards."""
+        if self.scale is None or self.method != "ppo":
+            return {}
+        from shiftrm.policies.text_rewards import scale_of
+
+        mean, spread = scale_of(str(self.reward), str(self.scale))
+        return {"reward_mean": mean, "reward_std": spread}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from shiftrm.errors import UserError, missing_embedding
 from shiftrm.files import atomic_write_text, iterate_jsonl
+from shiftrm.metrics import is_declared
 from shiftrm.pipeline.children import run_child
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import Optimise, Sample, from_plain, located, plain
@@ -114,8 +115,8 @@ def launcher(job: Any, execution: Mapping[str, Any], files: Sequence[str]) -> li
 def run_job(context: StageContext) -> None:
     """Run a stage's job; what it makes becomes the stage's.
 
-    Settings: `job`, see `jobs.plain`; `logged`, names in its training log by metric. Execution: an
-    `Execution` as plain data, and `way`, see `Job.on_machine`.
+    Settings: `job`, see `jobs.plain`. Execution: an `Execution` as plain data, and `way`, see
+    `Job.on_machine`.
     """
     stage, keep = context.stage, context.keep
     _begin_or_continue(keep, stage.execution)
@@ -234,12 +235,11 @@ def _environment() -> dict[str, str]:
 
 
 def _record_log(context: StageContext, model: Path) -> None:
-    """The training log as records."""
+    """Record the declared metrics of the training log, under the names they have there."""
     path = (model if model.is_dir() else model.parent) / TRAINING_LOG
-    names = context.stage.settings.get("logged", {})
     if not path.is_file():
         return
     for _, row in iterate_jsonl(path, required=("step",)):
-        for name, metric in names.items():
-            if isinstance(row.get(name), int | float):
-                context.recorder.add(metric, float(row[name]), step=int(row["step"]))
+        for name, value in row.items():
+            if isinstance(value, int | float) and is_declared(name):
+                context.recorder.add(name, float(value), step=int(row["step"]))

@@ -1,12 +1,10 @@
-"""Which stages a recipe has. Each training is a job that a command can also do alone."""
+"""The stages of an experiment. Each training is a job that a command can also do alone."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from shiftrm.config import to_mapping
-from shiftrm.pipeline.demo_plan import record_as
 from shiftrm.pipeline.engine import Stage, random_seed
-from shiftrm.pipeline.experiment import Arm, Recipe
+from shiftrm.pipeline.experiment import DPO, Arm, Experiment
 from shiftrm.pipeline.jobs import (
     Input,
     Job,
@@ -20,48 +18,36 @@ from shiftrm.pipeline.jobs import (
     plain_input,
 )
 from shiftrm.pipeline.launch import accumulation
+from shiftrm.pipeline.plan_data import (
+    RESPONSES,
+    Sources,
+    data_stages,
+    label_stage,
+    record_as,
+    sources,
+)
+from shiftrm.policies.text_rewards import GOLD_WORLD
 from shiftrm.trainers.kinds import pairs_only, with_groups
 
 RUN_JOB = "shiftrm.pipeline.launch:run_job"
-STAGES = "shiftrm.pipeline.stages"
+EVALUATING = "shiftrm.pipeline.evaluating"
 GROUPS = "groups.jsonl"
 
-REWARD_LOG = {
-    "loss": "loss",
-    "eval_accuracy": "eval_accuracy",
-    "meta_objective_before": "meta_objective_before",
-    "meta_objective": "meta_objective_before",
-    "meta_objective_after": "meta_objective_after",
-    "meta_gradient_norm": "meta_gradient_norm",
-    "meta_influence": "meta_influence",
-    "meta_skipped": "meta_skipped",
-}
-POLICY_LOG = {
-    "gold_mean": "gold_mean",
-    "standardised_mean": "proxy_mean",
-    "reward": "score_mean",
-    "sequence_kl": "kl",
-    "difference_variance": "difference_variance",
-    "kl_coefficient": "kl_coefficient",
-    "entropy": "entropy",
-    "length_mean": "length_mean",
-    "truncated_share": "truncated_share",
-    "loss": "loss",
-    "rewards/accuracies": "accuracy",
-}
 
-
-def plan(recipe: Recipe) -> list[Stage]:
-    """The stages of a run, each after those it needs."""
-    return _Planner(recipe).stages()
+def plan(recipe: Experiment) -> list[Stage]:
+    """Return the stages of a run, each after those it needs."""
+    return Planner(recipe, sources(recipe)).stages()
 
 
 @dataclass(frozen=True)
-class _Planner:
-    recipe: Recipe
+class Planner:
+    """Makes the stages of an experiment."""
+
+    recipe: Experiment
+    inputs: Sources
 
     def stages(self) -> list[Stage]:
-        found = self._beginning()
+        found = self.beginning() + self._first_models()
         for name, arm in self.recipe.methods.items():
             for number in range(1, self.recipe.rounds_of(name) + 1):
                 found += self._round(name, arm, number)
@@ -71,58 +57,47 @@ class _Planner:
 
     # -- before the rounds ---------------------------------------------------------------------
 
-    def _beginning(self) -> list[Stage]:
+    def beginning(self) -> list[Stage]:
+        """Return the stages up to the labelled pairs."""
         recipe = self.recipe
-        rounds = max(recipe.rounds_of(name) for name in recipe.methods)
-        data = Stage(
-            "data",
-            f"{STAGES}:prepare_data",
-            {
-                **to_mapping(recipe.data),
-                "heldout_share": recipe.data.share,
-                "group_prompts": recipe.groups.prompts,
-                "eval_prompts_count": recipe.evaluation.prompts,
-                "best_of_n_prompts": recipe.evaluation.best_of_n
-                and recipe.evaluation.best_of_n_prompts,
-                "rounds": rounds,
-                "demonstrations_needed": recipe.sft is not None,
-            },
-            record_as=record_as("data", "sft", 0),
-        )
-        found = [data]
-        if recipe.sft is not None:
-            job = Sft(
-                recipe.model,
-                Made("data", "demonstrations.jsonl"),
-                settings=self._settings(recipe.sft.settings, "sft")
-                | ({"chat_template_path": recipe.chat_template} if recipe.chat_template else {}),
-            )
-            found.append(self._training("sft", job, record_as("sft", "sft", 0), "sft"))
-        found.append(self._reward("reward_model", "sft", 0, None, ()))
-        found.append(self._responses("responses", "sft", 0, None))
-        found.append(self._evaluation("evaluation", "sft", 0, None, "reward_model", "responses"))
-        if recipe.evaluation.best_of_n is not None:
-            found += self._best_of_n(recipe.evaluation.best_of_n)
+        data, pairs = data_stages(recipe, self.start_samples)
+        if recipe.sft is None:
+            return [data, *pairs]
+        settings = self.settings(recipe.sft.settings, "sft")
+        if recipe.chat_template:
+            settings["chat_template_path"] = recipe.chat_template
+        job = Sft(self.inputs.base, self.inputs.demonstrations, settings=settings)
+        return [data, self.training("sft", job, record_as("sft", "sft", 0), "sft"), *pairs]
+
+    def _first_models(self) -> list[Stage]:
+        """The first reward model, and the SFT policy measured under it."""
+        found = [
+            self._reward("reward_model", "sft", 0, None, None, self.inputs.pairs),
+            self.responses("responses", "sft", 0, None),
+            self.evaluation("evaluation", "sft", 0, None, Made("reward_model"), "responses"),
+        ]
+        if self.recipe.evaluation.best_of_n is not None:
+            found += self._best_of_n(self.recipe.evaluation.best_of_n)
         return found
+
+    def start_samples(self, here: str, role: str, prompts: Made, responses: int) -> Stage:
+        """Return the stage that samples from the SFT policy."""
+        record = record_as("responses", "sft", 0)
+        return self._sampling(here, role, None, prompts, responses, record)
 
     def _best_of_n(self, n: int) -> list[Stage]:
         measured = self.recipe.evaluation
         name = "best_of_n/responses"
-        prompts = Made("data", "best_of_n_prompts.jsonl")
-        samples = self._sampling(
-            name, "best_of_n", None, prompts, n, record_as("responses", "sft", 0)
+        samples = self.start_samples(name, "best_of_n", Made("data", "best_of_n_prompts.jsonl"), n)
+        scores = Stage(
+            "best_of_n/scores",
+            f"{EVALUATING}:measure_best_of_n",
+            {"gold": measured.gold},
+            (name, "reward_model"),
+            record_as("best_of_n", "sft", 0),
+            self._execution({}),
         )
-        return [
-            samples,
-            Stage(
-                "best_of_n/scores",
-                f"{STAGES}:measure_best_of_n",
-                {"gold": measured.gold},
-                (name, "reward_model"),
-                record_as("best_of_n", "sft", 0),
-                self._execution({}),
-            ),
-        ]
+        return [samples, scores]
 
     # -- one round -----------------------------------------------------------------------------
 
@@ -131,25 +106,23 @@ class _Planner:
         before = f"methods/{name}/round-{number - 1}"
         policy = f"{before}/policy" if number > 1 else None
         stages: list[Stage] = []
-        reward = "reward_model"
-        if not arm.is_dpo and arm.method.trains:
-            groups: tuple[str, ...] = ()
-            if "groups" in arm.method.needs:
-                stages.append(self._groups(f"{here}/groups", name, number, policy))
-                groups = (f"{here}/groups",)
-            reward = f"{here}/reward_model"
-            stages.append(self._reward(reward, name, number, arm, groups))
+        reward: Input = Made("reward_model")
+        if not arm.is_dpo and "gold" in arm.method.needs:
+            reward = GOLD_WORLD
+        elif not arm.is_dpo and arm.method.trains:
+            stages += self._adapted(name, arm, number, policy)
+            reward = Made(stages[-1].name)
         stages.append(self._policy(f"{here}/policy", name, number, policy, reward))
-        stages.append(self._responses(f"{here}/responses", name, number, f"{here}/policy"))
+        stages.append(self.responses(f"{here}/responses", name, number, f"{here}/policy"))
         earlier = f"{before}/responses" if number > 1 else "responses"
         stages.append(
-            self._evaluation(f"{here}/evaluation", name, number, f"{here}/policy", reward, earlier)
+            self.evaluation(f"{here}/evaluation", name, number, f"{here}/policy", reward, earlier)
         )
         if self.recipe.judge.kind != "none":
             stages.append(
                 Stage(
                     f"{here}/judgement",
-                    f"{STAGES}:judge_against_sft",
+                    f"{EVALUATING}:judge_against_sft",
                     {"judge": self._judge(), "judged": self.recipe.evaluation.judged}
                     | {"ours": f"{here}/responses"},
                     ("responses", f"{here}/responses"),
@@ -159,14 +132,36 @@ class _Planner:
             )
         return stages
 
-    def _groups(self, here: str, name: str, number: int, policy: str | None) -> Stage:
-        prompts, responses = f"group_prompts-{number}.jsonl", self.recipe.groups.responses
-        record = record_as("groups", name, number)
-        return self._sampling(
-            here, f"groups/{number}", policy, Made("data", prompts), responses, record, GROUPS
-        )
+    def _adapted(self, name: str, arm: Arm, number: int, policy: str | None) -> list[Stage]:
+        """This round's reward model, after what it needs of the round's policy."""
+        here = f"methods/{name}/round-{number}"
+        stages: list[Stage] = []
+        groups, pairs = None, self.inputs.pairs
+        if "groups" in arm.method.needs:
+            stages.append(self._groups(f"{here}/groups", name, number, policy))
+            groups = Made(f"{here}/groups", GROUPS)
+        if "labels" in arm.method.needs:
+            prompts, role = Made("data", f"label_prompts-{number}.jsonl"), f"labels/{number}"
+            record = record_as("responses", name, number)
+            samples = self._sampling(f"{here}/samples", role, policy, prompts, 2, record)
+            if number > 1:
+                pairs = Made(f"methods/{name}/round-{number - 1}/labels", "pairs.jsonl")
+            labels = label_stage(f"{here}/labels", samples.name, pairs, number, name)
+            stages += [samples, labels]
+            pairs = Made(labels.name, "pairs.jsonl")
+        stages.append(self._reward(f"{here}/reward_model", name, number, arm, groups, pairs))
+        return stages
 
-    def _responses(self, here: str, name: str, number: int, policy: str | None) -> Stage:
+    def _groups(self, here: str, name: str, number: int, policy: str | None) -> Stage:
+        settings = self.recipe.groups
+        prompts, record = f"group_prompts-{number}.jsonl", record_as("groups", name, number)
+        role, made = f"groups/{number}", Made("data", prompts)
+        job = replace(self._sample(role, policy, made, settings.responses), makes=GROUPS)
+        size = settings.batch_size or self.recipe.execution.sampling_batch_size
+        return self._stage(here, job, record, {"batch_size": size})
+
+    def responses(self, here: str, name: str, number: int, policy: str | None) -> Stage:
+        """Return the stage that answers the evaluation prompts with a policy."""
         prompts, responses = "eval_prompts.jsonl", self.recipe.evaluation.responses
         record = record_as("responses", name, number)
         return self._sampling(here, "evaluation", policy, Made("data", prompts), responses, record)
@@ -179,29 +174,39 @@ class _Planner:
         prompts: Made,
         responses: int,
         record: dict[str, Any],
-        makes: str = "responses.jsonl",
     ) -> Stage:
+        job = self._sample(role, policy, prompts, responses)
+        return self._stage(
+            here, job, record, {"batch_size": self.recipe.execution.sampling_batch_size}
+        )
+
+    def _sample(self, role: str, policy: str | None, prompts: Made, responses: int) -> Sample:
         recipe = self.recipe
-        job = Sample(
+        return Sample(
             self._of_policy(policy),
             prompts,
-            makes,
+            RESPONSES,
             responses=responses,
             sampling=recipe.sampling,
             seed=random_seed(recipe.seed, role),
             server=None if recipe.sampler in ("transformers", "vllm") else recipe.sampler,
             vllm=recipe.sampler == "vllm",
         )
-        return self._stage(here, job, record, {"batch_size": recipe.execution.sampling_batch_size})
 
     def _reward(
-        self, here: str, name: str, number: int, arm: Arm | None, groups: tuple[str, ...]
+        self,
+        here: str,
+        name: str,
+        number: int,
+        arm: Arm | None,
+        groups: Made | None,
+        pairs: Made,
     ) -> Stage:
-        """From the fine-tuned policy's backbone and a new head, as every round's reward model.
+        """A reward model from the fine-tuned policy's backbone and a new head.
 
-        All arms of a round share the head's draws and the order of the pairs, so that what differs
-        between two reward models of a round is what was trained, and not the luck of a start. The
-        first one, which an arm may keep, shares those of round 1.
+        All arms of a round share the draws of the head and the order of the pairs, so that two
+        reward models of a round differ only in what they were trained on. The first reward model,
+        which an arm may keep, shares those of round 1.
         """
         section = self.recipe.reward
         settings: dict[str, Any] = dict(section.settings)
@@ -214,25 +219,26 @@ class _Planner:
             settings |= {**arm.method.settings, **arm.settings}
         job = TrainReward(
             self._of_policy(None),
-            Made("data", "pairs.jsonl"),
-            {"": Made("data", "heldout.jsonl")},
-            Made(groups[0], GROUPS) if groups else None,
+            pairs,
+            {"": self.inputs.heldout},
+            groups,
             own,
-            settings=self._settings(settings, f"reward/{max(number, 1)}"),
+            settings=self.settings(settings, f"reward/{max(number, 1)}"),
         )
         record = record_as("reward_model", name, number)
-        return self._training(here, job, record, "reward", REWARD_LOG)
+        return self.training(here, job, record, "reward")
 
-    def _policy(self, here: str, name: str, number: int, policy: str | None, reward: str) -> Stage:
+    def _policy(
+        self, here: str, name: str, number: int, policy: str | None, reward: Input
+    ) -> Stage:
         recipe = self.recipe
         method, arm = recipe.optimiser_of(name), recipe.methods[name]
         record = record_as("ppo", name, number)
         start, reference = self._of_policy(policy), self._of_policy(None)
-        if method == "dpo":
-            settings = self._settings({**recipe.dpo.settings, **arm.policy_settings}, "dpo")
-            pairs = Made("data", "pairs.jsonl")
-            job = Optimise(method, start, reference, pairs=pairs, settings=settings)
-            return self._training(here, job, record, "dpo", POLICY_LOG)
+        if method == DPO:
+            settings = self.settings({**recipe.dpo.settings, **arm.policy_settings}, DPO)
+            job = Optimise(method, start, reference, pairs=self.inputs.pairs, settings=settings)
+            return self.training(here, job, record, "dpo")
         settings = dict(recipe.policy.settings) if method == recipe.policy.method else {}
         settings |= arm.policy_settings
         if method == "ppo":
@@ -248,34 +254,44 @@ class _Planner:
             method,
             start,
             reference,
-            reward=Made(reward),
-            prompts=Made("data", "prompts.jsonl"),
+            reward=reward,
+            prompts=self.inputs.policy_prompts(number),
+            scale=self.inputs.scale if method == "ppo" else None,
             watch=recipe.evaluation.gold,
-            settings=self._settings(settings, f"policy/{number}"),
+            settings=self.settings(settings, f"ppo/{number}"),
         )
         section = None if method == "ppo" else "policy"
-        return self._training(here, job, record, section, POLICY_LOG)
+        return self.training(here, job, record, section)
 
-    def _evaluation(
-        self, here: str, name: str, number: int, policy: str | None, reward: str, before: str
+    def evaluation(
+        self, here: str, name: str, number: int, policy: str | None, reward: Input, before: str
     ) -> Stage:
+        """Return the stage `evaluating.evaluate` of a policy and a reward model.
+
+        Args:
+            before: stage of the responses of the policy that the reward model was adapted for.
+        """
         recipe = self.recipe
         responses = here.replace("evaluation", "responses")
+        read: dict[str, Input | None] = {
+            "policy": self._of_policy(policy),
+            "reference": self._of_policy(None),
+            "reward": reward,
+            "heldout": self.inputs.heldout,
+            "scale": self.inputs.scale,
+            "sft": Made("responses", RESPONSES),
+            "before": Made(before, RESPONSES),
+            "after": Made(responses, RESPONSES),
+        }
         settings = {
             **asdict(recipe.evaluation),
-            "policy": plain_input(self._of_policy(policy)),
-            "reference": plain_input(self._of_policy(None)),
-            "reward": reward,
-            "responses_stage": responses,
-            "before": before,
-            "start": policy is None,
+            "inputs": {name: plain_input(value) for name, value in read.items() if value},
             "policy_stage": policy,
         }
-        needs = ["data", "responses", responses, before, reward, *self._needs_policy(None)]
-        needs += self._needs_policy(policy)
+        needs = [value.stage for value in read.values() if isinstance(value, Made)]
         return Stage(
             here,
-            f"{STAGES}:evaluate",
+            f"{EVALUATING}:evaluate",
             settings,
             tuple(dict.fromkeys(needs)),
             record_as("evaluate", name, number),
@@ -291,7 +307,7 @@ class _Planner:
         rounds = [here for names in arms.values() for here in names]
         return Stage(
             "comparison",
-            f"{STAGES}:compare",
+            f"{EVALUATING}:compare",
             {"judge": self._judge(), "judged": recipe.evaluation.judged, "arms": arms},
             (
                 "responses",
@@ -305,15 +321,10 @@ class _Planner:
     # -- what they share -----------------------------------------------------------------------
 
     def _of_policy(self, policy: str | None) -> Input:
-        """The policy that a stage makes; by default the fine-tuned one."""
+        """Return the policy that a stage makes; by default the fine-tuned one."""
         if policy is not None:
             return Made(policy)
-        return Made("sft") if self.recipe.sft is not None else self.recipe.model
-
-    def _needs_policy(self, policy: str | None) -> tuple[str, ...]:
-        if policy is not None:
-            return (policy,)
-        return ("sft",) if self.recipe.sft is not None else ()
+        return Made("sft") if self.recipe.sft is not None else self.inputs.base
 
     def _judge(self) -> dict[str, Any]:
         settings = asdict(self.recipe.judge)
@@ -325,21 +336,20 @@ class _Planner:
     def _execution(self, way: dict[str, Any]) -> dict[str, Any]:
         return {**asdict(self.recipe.execution), "way": way}
 
-    def _settings(self, chosen: dict[str, Any], role: str) -> dict[str, Any]:
-        """A training's settings with its seed, and LoRA's where the recipe has it."""
+    def settings(self, chosen: dict[str, Any], role: str) -> dict[str, Any]:
+        """Return the settings of a training with its seed, and LoRA's if the recipe has them."""
         recipe = self.recipe
         found = {**chosen, "seed": random_seed(recipe.seed, role)}
         return found if recipe.lora is None else {**found, "use_peft": True, **recipe.lora}
 
-    def _training(
+    def training(
         self,
         here: str,
         job: Job,
         record: dict[str, Any],
         section: str | None,
-        logged: dict[str, str] | None = None,
     ) -> Stage:
-        """A job that trains, and how this machine runs it."""
+        """Return the stage of a job that trains, with the way this machine runs it."""
         recipe, execution = self.recipe, self.recipe.execution
         way: dict[str, Any] = {"report_to": execution.report_to, "bf16": execution.bf16}
         way["gradient_checkpointing"] = execution.gradient_checkpointing
@@ -353,19 +363,12 @@ class _Planner:
             way["micro_batch_size"] = execution.micro_batch_size
             if "forward_batch_size" not in job.settings:  # type: ignore[attr-defined]
                 way["forward_batch_size"] = execution.sampling_batch_size
-        return self._stage(here, job, record, way, logged or {"loss": "loss"})
+        return self._stage(here, job, record, way)
 
-    def _stage(
-        self,
-        here: str,
-        job: Job,
-        record: dict[str, Any],
-        way: dict[str, Any],
-        logged: dict[str, str] | None = None,
-    ) -> Stage:
-        settings = {"job": plain(job), "logged": logged or {}}
+    def _stage(self, here: str, job: Job, record: dict[str, Any], way: dict[str, Any]) -> Stage:
+        settings = {"job": plain(job)}
         return Stage(here, RUN_JOB, settings, inputs_of(job), record, self._execution(way))
 
 
 JUDGING = ("concurrency", "price_in", "price_out", "max_requests", "key_variable")
-"""How the judge is asked, not what it says."""
+"""Settings of how the judge is asked, which do not change its verdicts."""

@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from shiftrm.files import Row
 from shiftrm.pipeline.engine import Stage
-from shiftrm.pipeline.experiment import Recipe
-from shiftrm.pipeline.jobs import Sample, Sft, TrainReward, is_training
+from shiftrm.pipeline.experiment import Experiment
+from shiftrm.pipeline.jobs import Made, Sample, Sft, TrainReward, is_training
 from shiftrm.pipeline.settings import job_of, settings_of
 
 __all__ = ["Disk", "Sizes", "disk_of", "mean_tokens", "operations", "speed", "time_note"]
@@ -86,7 +87,7 @@ def _characters(value: Any) -> int:
 
 
 def operations(
-    recipe: Recipe,
+    recipe: Experiment,
     stage: Stage,
     sizes: Sizes,
     steps: int | None,
@@ -115,7 +116,7 @@ def operations(
     policy, reward = sizes.policy, sizes.reward
     answer = tokens.get("prompts", math.nan) + recipe.sampling.max_new_tokens
     if isinstance(job, Sample):
-        made = _sampled(recipe, stage, job, rows)
+        made = _sampled(recipe, job, rows)
         return None if made is None or math.isnan(answer) else 2.0 * policy * made * answer
     if steps is None:
         return None
@@ -146,7 +147,7 @@ def operations(
 
 
 def _evaluation(
-    recipe: Recipe, sizes: Sizes, rows: Mapping[str, int | None], tokens: Mapping[str, float]
+    recipe: Experiment, sizes: Sizes, rows: Mapping[str, int | None], tokens: Mapping[str, float]
 ) -> float | None:
     """Three sets of responses scored, and the KL of one of them."""
     prompts, length = rows["eval_prompts"], tokens.get("prompts", math.nan)
@@ -157,16 +158,15 @@ def _evaluation(
     return float(made * length * (6 * sizes.reward + 4 * sizes.policy))
 
 
-def _sampled(
-    recipe: Recipe, stage: Stage, job: Sample, rows: Mapping[str, int | None]
-) -> int | None:
-    """Responses that a `sample` stage draws."""
-    measured = recipe.evaluation
-    name, limit = "eval_prompts", measured.prompts
-    if stage.name.endswith("groups"):
-        name, limit = "prompts", recipe.groups.prompts  # type: ignore[assignment]
-    elif stage.name.startswith("best_of_n"):
-        limit = measured.best_of_n_prompts
+def _sampled(recipe: Experiment, job: Sample, rows: Mapping[str, int | None]) -> int | None:
+    """Return the number of responses that a `sample` stage draws."""
+    file = job.prompts.file if isinstance(job.prompts, Made) else str(job.prompts)
+    name, limit = Path(file).stem, None
+    if name not in rows:  # a share of a data set
+        measured = recipe.evaluation
+        name, limit = {
+            "best_of_n_prompts": ("eval_prompts", measured.best_of_n_prompts),
+        }.get(name, ("prompts", recipe.groups.prompts))
     there = rows[name]
     if there is None:
         return None

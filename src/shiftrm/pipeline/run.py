@@ -1,4 +1,4 @@
-"""A recipe from its file to a finished folder, or to a plan in words (`--dry-run`)."""
+"""Run an experiment from its recipe file, or print its plan (`--dry-run`)."""
 
 import shlex
 import sys
@@ -15,16 +15,18 @@ from shiftrm.errors import UserError
 from shiftrm.pipeline.data_sets import place_of
 from shiftrm.pipeline.engine import Stage, run_stages
 from shiftrm.pipeline.estimate import MEMORY_NOTE, Estimate, estimate, judging_cost
-from shiftrm.pipeline.experiment import Recipe
+from shiftrm.pipeline.experiment import Experiment, arms_by_name
 from shiftrm.pipeline.folder import claim, progress
 from shiftrm.pipeline.plan import JUDGING, plan
 from shiftrm.pipeline.resources import speed, time_note
 from shiftrm.pipeline.settings import check_job, job_of, settings_of
 
-__all__ = ["dry_run", "read_recipe", "run_recipe"]
+__all__ = ["RECIPES", "dry_run", "find_recipe", "read_recipe", "run_recipe"]
 
 FREE = ("execution", *(f"judge.{name}" for name in JUDGING))
-"""What may change between an interruption and the call that continues."""
+"""Settings that may differ in the call that continues an interrupted run."""
+
+RECIPES = Path(__file__).parent / "recipes"
 
 FOLDER_README = """This folder holds one run of iterative RLHF (shiftrm run).
 
@@ -32,7 +34,9 @@ report.html     what happened, in words and pictures; open it in a browser
 records.jsonl   every measured number; the page is made from this file alone
 config.yaml     every setting of the run
 data/           what the run reads: pairs, prompts, demonstrations, held-out sets; dropped.jsonl
-                says which rows were left out and why
+                lists the rows that were left out and why. In the gold world: world/, the language
+                with its base model, and the prompts of every stage
+pairs/          in the gold world: the labelled pairs and the held-out ones
 sft/model       the policy after supervised fine-tuning (an ordinary transformers checkpoint)
 reward_model/   the first reward model (model/: an ordinary sequence-classification checkpoint)
 responses/      the SFT policy's responses to the test prompts
@@ -47,29 +51,42 @@ or to make the page anew. .unfinished holds the checkpoints of a stage that was 
 """
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe file with `key=value` words over it.
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a recipe file, with `key=value` words over it.
+
+    Args:
+        path: a file, or the name of a recipe of this package, such as "gold_demo".
 
     Raises:
         UserError: no such file, an unknown setting (the nearest is suggested), or a bad value.
     """
+    path = find_recipe(path)
     found = read_with_base(path)
-    if "data" not in found:
+    if not {"data", "world"} & set(found):
         raise UserError(
-            f"{path}: not a recipe for `shiftrm run`: it has no section data; recipes of OODPL say "
-            "in their first lines which command takes them"
+            f"{path}: not a recipe for `shiftrm run`: it has neither data nor world; recipes of "
+            "OODPL say in their first lines which command takes them"
         )
     mapping = apply_overrides(found, list(overrides), create=True)
-    if mapping.get("model") is None:
-        raise UserError(f"{path}: model is missing; give model=FOLDER or a hub name")
+    for methods in (found, mapping):
+        if isinstance(methods.get("methods"), list):
+            known = found.get("methods")
+            arms = known if isinstance(known, dict) else {}
+            methods["methods"] = arms_by_name([str(m) for m in methods["methods"]], arms)
     try:
-        return from_mapping(Recipe, {"name": Path(path).stem, **mapping})
+        return from_mapping(Experiment, {"name": path.stem, **mapping})
     except TypeError as error:  # a required field of a section
         raise UserError(f"{path}: {error}") from None
 
 
+def find_recipe(path: str | Path) -> Path:
+    """Return the recipe's file; the name of one of this package is a path, too."""
+    packaged = RECIPES / f"{path}.yaml"
+    return packaged if not Path(path).exists() and packaged.is_file() else Path(path)
+
+
 def read_with_base(path: str | Path) -> dict[str, Any]:
-    """A YAML file over the one that it names as `base`, if any, in the same folder.
+    """Read a YAML file over the one that it names as `base`, if any, in the same folder.
 
     Sections are merged setting by setting; `methods` and the data sets are taken whole.
 
@@ -106,8 +123,8 @@ def _over(old: dict[str, Any], new: dict[str, Any], *, whole: bool) -> dict[str,
     return result
 
 
-def run_recipe(recipe: Recipe, output: Path) -> None:
-    """Run all stages that are not finished."""
+def run_recipe(recipe: Experiment, output: Path) -> None:
+    """Run all stages that are not finished yet."""
     stages = plan(recipe)
     check_settings(stages)
     check_inputs(recipe)
@@ -125,8 +142,8 @@ def run_recipe(recipe: Recipe, output: Path) -> None:
         )
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Refuse what a stage hours from now would stumble over: models, formats, files, the judge.
+def check_inputs(recipe: Experiment) -> None:
+    """Check models, formats, files and the judge before a stage hours from now needs them.
 
     Raises:
         UserError: names the setting.
@@ -157,17 +174,18 @@ def check_settings(stages: Sequence[Stage]) -> None:
             raise UserError(f"stage {stage.name}: {error}") from None
 
 
-def notes(recipe: Recipe) -> list[str]:
-    """What a recipe says that has less effect than one might think, a line each."""
+def notes(recipe: Experiment) -> list[str]:
+    """Return a line for each setting that has less effect than one might expect."""
     data, found = recipe.data, []
-    named, other = ("heldout", "prompts") if data.heldout else ("eval_prompts", "pairs")
-    if data.heldout_share is not None and (data.heldout or data.eval_prompts):
+    named, other = ("heldout", "prompts") if data and data.heldout else ("eval_prompts", "pairs")
+    if data and data.heldout_share is not None and (data.heldout or data.eval_prompts):
         found.append(
             f"note: data.heldout_share={data.heldout_share} is a share of data.{other} alone: "
             f"data.{named} is named"
         )
     for name, arm in recipe.methods.items():
-        if arm.reward == "retrained" and not arm.is_dpo and not arm.settings:
+        again = arm.reward == "retrained" and recipe.rounds_of(name) == 1
+        if again and not arm.is_dpo and not arm.settings:
             found.append(
                 f"note: methods.{name} trains on the same pairs, from the same head and in the "
                 "same order as the first reward model, so it will be that one again; give it "
@@ -176,7 +194,7 @@ def notes(recipe: Recipe) -> list[str]:
     return found
 
 
-def dry_run(recipe: Recipe) -> None:
+def dry_run(recipe: Experiment) -> None:
     """Print the resolved plan: rows, stages, steps, memory, disk, time, and every command."""
     stages = plan(recipe)
     check_settings(stages)
@@ -212,13 +230,16 @@ def dry_run(recipe: Recipe) -> None:
     )
 
 
-def _sizes(recipe: Recipe, found: Estimate) -> list[str]:
+def _sizes(recipe: Experiment, found: Estimate) -> list[str]:
     lines = []
     size = "unknown (its configuration is not on this machine)"
     if found.parameters is not None:
         size = f"{found.parameters / 1e6:,.1f} million parameters"
-    lines.append(f"model {recipe.model}: {size}")
+    lines.append(f"model {recipe.model or 'of the gold world'}: {size}")
     for name, rows in found.rows.items():
+        if recipe.data is None:
+            lines.append(f"{name}: gold world: at most {rows:,} rows")
+            continue
         source = getattr(recipe.data, name)
         if name == "demonstrations" and recipe.sft is None:
             continue
@@ -259,7 +280,7 @@ def _duration(seconds: float | None) -> str:
     return "under 1 s"
 
 
-def _disk(recipe: Recipe, found: Estimate) -> str:
+def _disk(recipe: Experiment, found: Estimate) -> str:
     """All that the run leaves, and the most that lies there while it runs."""
     disks = [stage.disk for stage in found.stages if stage.disk is not None]
     if found.sizes is None:

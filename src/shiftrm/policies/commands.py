@@ -15,11 +15,9 @@ from shiftrm.models.rendering import Text
 from shiftrm.policies import configs
 from shiftrm.policies.loading import (
     check_policy,
-    check_reward_model,
     fitting_prompts,
     load,
     load_reference,
-    load_scorer,
     same_model,
 )
 from shiftrm.policies.ppo_command import reporting_arguments, run_ppo
@@ -129,7 +127,7 @@ def optimise(
     if method == "dpo":
         plan = _dpo_plan(job, str(pairs), reference)
         return run_in_work(job, lambda checkpoint: run_trl(job, plan, checkpoint), more=more)
-    check_reward_model(str(reward))
+    check_watch(str(reward), "--reward")
     if watch is not None:
         check_watch(watch)
     rows = _prompts(job, str(prompts))
@@ -256,7 +254,7 @@ def _rewarded_plan(
     watch: str | None,
 ) -> Plan:
     args, name, apart = _reference(job, reference)
-    scorer = load_scorer(reward, batch_size=args.per_device_train_batch_size)
+    scorer = open_watch(reward, batch_size=args.per_device_train_batch_size)
     model, tokenizer = load(job.model, job.chosen)
     kept, dropped = fitting_prompts(
         model,

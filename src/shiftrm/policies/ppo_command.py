@@ -24,7 +24,6 @@ from shiftrm.policies.loading import (
     fitting_prompts,
     load,
     load_reference,
-    load_scorer,
     same_model,
 )
 from shiftrm.policies.outcome import MeasuredKL, PolicyOutcome, measure_kl
@@ -157,7 +156,7 @@ def _load(
     job: Job, config: PPOConfig, prompts: Sequence[Text], reference: str, reward: str
 ) -> Problem:
     """Load policy (with a new adapter if LoRA is on), reference and reward model."""
-    reward_fn = load_scorer(reward, batch_size=min(64, config.forward_batch_size))
+    reward_fn = open_watch(reward, batch_size=min(64, config.forward_batch_size))
     policy, tokenizer = load(job.model, job.chosen)
     adapter = job.chosen.trainer_options.get("peft_config")
     if adapter is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text, decode_response, encode_prompt, stop_token_ids
@@ -30,6 +31,7 @@ __all__ = [
     "check_watch",
     "open_watch",
     "reward_scale",
+    "scale_of",
     "with_gold",
 ]
 
@@ -116,6 +118,24 @@ def reward_scale(
     return mean_and_spread(rewards)
 
 
+def scale_of(reward: str, responses: str) -> tuple[float, float]:
+    """Return mean and standard deviation of a reward model's rewards of a group file.
+
+    Args:
+        reward: folder of the reward model, or "gold".
+        responses: source of rows as `sample_rows` makes them, of the reference policy.
+
+    Raises:
+        UserError: as `read_groups` and `open_watch`, or a reward that is not finite.
+    """
+    rows = read_groups(responses, least=1)
+    rewards = score_rows(open_watch(reward, batch_size=64), rows)
+    for row, found in zip(rows, rewards, strict=True):
+        for value in found:
+            _require_finite(value, row["prompt"])
+    return mean_and_spread(rewards)
+
+
 def _require_finite(reward: float, prompt: Text) -> None:
     if not math.isfinite(reward):
         raise UserError(f"the reward is {reward} for the prompt {prompt!r}; check the reward model")
@@ -130,10 +150,10 @@ WATCHED_FILE = "watched.jsonl"
 """In PPO's work folder: the watched rewards, which a resumed run reads again."""
 
 
-def check_watch(name: str) -> None:
-    """Refuse what is clearly no reward model, before weights are read."""
+def check_watch(name: str, option: str = "--watch") -> None:
+    """Check for what is clearly not a reward model, before weights are read."""
     if name != GOLD_WORLD:
-        check_reward_model(name, "--watch")
+        check_reward_model(name, option)
 
 
 def open_watch(name: str, *, batch_size: int = 32) -> RewardFunction:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text, write_jsonl
@@ -126,14 +127,11 @@ def make_room(directory: Path, names: Sequence[str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
-def write_base_model(directory: Path, config: WorldConfig) -> None:
-    """Write the tokenizer and an untrained Llama of the configured size and seed."""
-    import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+def base_model_config(config: WorldConfig, tokenizer: Any) -> Any:
+    """Return the `LlamaConfig` of the world's base model."""
+    from transformers import LlamaConfig
 
-    tokenizer = build_tokenizer(model_max_length=config.max_positions)
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    llama = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -143,8 +141,18 @@ def write_base_model(directory: Path, config: WorldConfig) -> None:
         max_position_embeddings=config.max_positions,
         tie_word_embeddings=True,
         bos_token_id=None,  # the tokenizer has none
-        **ends,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def write_base_model(directory: Path, config: WorldConfig) -> None:
+    """Write the tokenizer and an untrained Llama of the configured size and seed."""
+    import torch
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer(model_max_length=config.max_positions)
+    llama = base_model_config(config, tokenizer)
     with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
         torch.manual_seed(config.seed)
         model = LlamaForCausalLM(llama)
@@ -155,7 +163,8 @@ def write_base_model(directory: Path, config: WorldConfig) -> None:
         top_k=0,
         top_p=1.0,
         max_new_tokens=MAX_RESPONSE_TOKENS,
-        **ends,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

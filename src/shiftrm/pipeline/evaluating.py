@@ -1,7 +1,6 @@
-"""The stages of a recipe that are no single command: data, measuring, judging, comparing."""
+"""The stages that measure and judge: each round of each arm, best of n, and the comparison."""
 
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from shiftrm.core.discrimination import (
     difference_variance,
     pair_accuracy,
 )
-from shiftrm.data.loaded import Loaded
 from shiftrm.data.pairs import read_pairs
 from shiftrm.errors import UserError
 from shiftrm.files import Row, read_jsonl, write_jsonl
@@ -19,7 +17,6 @@ from shiftrm.measure.diversity import set_diversity, tokenise
 from shiftrm.measure.embeddings import load_embedder
 from shiftrm.measure.overoptimisation import overoptimisation, path_from_rows, smoothed
 from shiftrm.models.scoring import mean_and_spread, score_rows
-from shiftrm.pipeline.data_sets import assembled
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import place
 from shiftrm.pipeline.measures import Measured, free, policy_kl
@@ -35,52 +32,11 @@ KL_POINTS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 """Nats at which gold is recorded, where a round's path reaches them."""
 
 
-# -- data ----------------------------------------------------------------------------------------
-
-
-def prepare_data(context: StageContext) -> None:
-    """Read every data set, split by prompt, and write the files that all stages read.
-
-    No evaluation prompt stays in any training file. Every row that was dropped is counted by
-    reason in the records and named in `dropped.jsonl`.
-    """
-    settings = context.stage.settings
-    found = assembled(settings, seed=context.random_seed("splits"))
-    dropped: list[Row] = []
-    for name, loaded in found.items():
-        dropped += [{"data": name, **row} for row in loaded.dropped]
-        _write(context, name, loaded)
-    write_jsonl(context.out / "dropped.jsonl", dropped)
-    if settings["best_of_n_prompts"]:
-        first = found["eval_prompts"].rows[: settings["best_of_n_prompts"]]
-        write_jsonl(context.out / "best_of_n_prompts.jsonl", first)
-    prompts = found["prompts"].rows
-    for number in range(1, settings["rounds"] + 1):
-        draws = random.Random(context.random_seed(f"groups/{number}"))
-        wanted = settings["group_prompts"]
-        count = len(prompts) if wanted == "all" else min(wanted, len(prompts))
-        drawn = draws.sample(prompts, count)
-        write_jsonl(context.out / f"group_prompts-{number}.jsonl", drawn)
-
-
-def _write(context: StageContext, name: str, loaded: Loaded) -> None:
-    if not loaded.rows:
-        counts = ", ".join(f"{count} {reason}" for reason, count in loaded.counts().items())
-        raise UserError(f"data.{name}: no rows are left ({counts or 'the source is empty'})")
-    write_jsonl(context.out / f"{name}.jsonl", loaded.rows)
-    context.recorder.add(name, float(len(loaded.rows)))
-    for reason, count in loaded.counts().items():
-        context.recorder.add(f"{name}_dropped_{reason}", float(count))
-
-
-# -- measuring -----------------------------------------------------------------------------------
-
-
 def evaluate(context: StageContext) -> None:
-    """The policy and the reward model of a round, on responses to the test prompts.
+    """Measure the policy and the reward model of a round on responses to the test prompts.
 
-    "before" responses are of the policy the reward model was adapted for, "after" those of the
-    policy made with it; both are compared with responses of the SFT policy.
+    "before" responses are of the policy that the reward model was adapted for, "after" those of
+    the policy that was trained with it; both are compared with responses of the SFT policy.
     """
     try:
         _evaluate(context)
@@ -96,56 +52,67 @@ def evaluate(context: StageContext) -> None:
 
 def _evaluate(context: StageContext) -> None:
     settings, recorder = context.stage.settings, context.recorder
-    policy, reference = (place(settings[name], context.root) for name in ("policy", "reference"))
-    rows = {
-        "sft": read_jsonl(context.folder("responses") / RESPONSES),
-        "before": read_jsonl(context.folder(settings["before"]) / RESPONSES),
-        "after": read_jsonl(context.folder(settings["responses_stage"]) / RESPONSES),
-    }
+    inputs = {name: place(value, context.root) for name, value in settings["inputs"].items()}
+    rows = {name: read_jsonl(inputs[name]) for name in ("sft", "before", "after")}
     size = context.stage.execution["sampling_batch_size"]
-    scorer = open_watch(str(context.folder(settings["reward"]) / "model"), batch_size=size)
-    _record_heldout(context, scorer)
+    scorer = open_watch(inputs["reward"], batch_size=size)
+    _record_heldout(recorder, scorer, read_pairs(inputs["heldout"]))
     rewards = {name: score_rows(scorer, rows[name]) for name in rows}
+    scale = rewards["sft"]
+    if "scale" in inputs:
+        scale = score_rows(scorer, read_jsonl(inputs["scale"]))
     del scorer
     free()
-    measured = Measured.of(rows["after"], rewards["after"], mean_and_spread(rewards["sft"]))
+    measured = Measured.of(rows["after"], rewards["after"], mean_and_spread(scale))
     measured.record(recorder)
-    _record_spread(recorder, rewards, settings)
+    _record_spread(recorder, rewards, settings["kept_values"])
+    golds = None
     if settings["gold"] is not None:
-        _record_gold(recorder, open_watch(settings["gold"], batch_size=size), rows, rewards)
+        judge = open_watch(settings["gold"], batch_size=size)
+        golds = _record_gold(recorder, judge, rows, rewards)
+        del judge
         free()
-    if settings["start"]:
+    if settings["policy_stage"] is None:
         recorder.add("kl", 0.0)
     else:
-        kl, n = policy_kl(policy, reference, rows["after"], size)
+        kl, n = policy_kl(inputs["policy"], inputs["reference"], rows["after"], size)
         recorder.add("kl", kl, n=n)
         _record_overoptimisation(context)
     _record_diversity(context, rows["after"])
-    written = [
-        {**row, "rewards": [round(r, 6) for r in found]}
-        for row, found in zip(rows["after"], rewards["after"], strict=True)
-    ]
-    write_jsonl(context.out / "scored.jsonl", written)
+    write_jsonl(context.out / "scored.jsonl", _scored(rows["after"], rewards["after"], golds))
 
 
-def _record_spread(
-    recorder: Recorder, rewards: dict[str, list[list[float]]], settings: dict[str, Any]
-) -> None:
-    """Variance and distribution of reward differences (the MetaRM paper's Figures 1 and 5)."""
+def _scored(
+    rows: list[Row], rewards: list[list[float]], golds: list[list[float]] | None
+) -> list[Row]:
+    """Return the rows with the rewards of each response."""
+
+    def rounded(found: list[float]) -> list[float]:
+        return [round(value, 6) for value in found]
+
+    scored = [{**row, "rewards": rounded(found)} for row, found in zip(rows, rewards, strict=True)]
+    if golds is not None:
+        scored = [
+            {**row, "golds": rounded(found)} for row, found in zip(scored, golds, strict=True)
+        ]
+    return scored
+
+
+def _record_spread(recorder: Recorder, rewards: dict[str, list[list[float]]], kept: int) -> None:
+    """Record variance and distribution of reward differences (the paper's Figures 1 and 5)."""
     pairs = {name: [row[:2] for row in found] for name, found in rewards.items()}
     reference = difference_variance(pairs["sft"])
     for name, found in pairs.items():
         variance = difference_variance(found)
         recorder.add(f"difference_variance_{name}", variance, n=len(found))
-        values = absolute_differences(found)[: settings["kept_values"]]
-        recorder.add(f"difference_values_{name}", values)
+        recorder.add(f"difference_values_{name}", absolute_differences(found)[:kept])
         if name != "sft" and reference > 0:
             relative = variance / reference
             recorder.add(f"relative_difference_variance_{name}", relative, n=len(found))
 
 
 def _record_overoptimisation(context: StageContext) -> None:
-    """Gold against KL along this round's policy training (Gao et al., arXiv 2210.10760)."""
+    """Record gold against KL along this round's policy training (Gao et al., arXiv 2210.10760)."""
     log = context.folder(context.stage.settings["policy_stage"]) / "model" / TRAINING_LOG
     rows = read_jsonl(log) if log.is_file() and log.stat().st_size else []
     proxy = "standardised_mean" if any("standardised_mean" in row for row in rows) else "reward"
@@ -171,7 +138,7 @@ def _record_overoptimisation(context: StageContext) -> None:
 
 
 def measure_best_of_n(context: StageContext) -> None:
-    """What the first reward model picks out of n samples of SFT, by proxy and by gold."""
+    """Measure what the first reward model picks out of n samples of the SFT policy."""
     rows = read_jsonl(context.folder("best_of_n/responses") / RESPONSES)
     rewards = []
     for name in (str(context.folder("reward_model") / "model"), context.stage.settings["gold"]):
@@ -187,15 +154,19 @@ def measure_best_of_n(context: StageContext) -> None:
     context.recorder.add("bon_drop", curve.drop.value, n=curve.prompts)
 
 
-def _record_heldout(context: StageContext, scorer: Any) -> None:
-    pairs = read_pairs(context.folder("data") / "heldout.jsonl")
-    scores = [
-        scorer([pair.get("prompt") for pair in pairs], [pair[side] for pair in pairs])
+def _record_heldout(recorder: Recorder, scorer: RewardFunction, pairs: list[Row]) -> None:
+    prompts: list[Any] = [pair.get("prompt") for pair in pairs]
+    chosen, rejected = (
+        scorer(
+            prompts,
+            [pair[side] for pair in pairs],
+            finished=[pair.get(f"{side}_finished", True) for pair in pairs],
+        )
         for side in ("chosen", "rejected")
-    ]
-    differences = [a - b for a, b in zip(*scores, strict=True)]
+    )
+    differences = [a - b for a, b in zip(chosen, rejected, strict=True)]
     accuracy, n = pair_accuracy(differences, [1.0] * len(differences))
-    context.recorder.add("accuracy_heldout", accuracy, n=n)
+    recorder.add("accuracy_heldout", accuracy, n=n)
 
 
 def _record_gold(
@@ -203,24 +174,29 @@ def _record_gold(
     judge: RewardFunction,
     rows: dict[str, list[Row]],
     rewards: dict[str, list[list[float]]],
-) -> None:
-    """A second reward model that trained nothing: how well ours agrees with it, and its mean."""
+) -> list[list[float]]:
+    """Record how well our reward model agrees with one that trained nothing, and its mean.
+
+    Returns:
+        Its rewards of the rows "after".
+    """
+    golds: list[list[float]] = []
     for name in ("before", "after"):
         golds = score_rows(judge, rows[name])
         accuracy, n = pair_accuracy(
             [row[0] - row[1] for row in rewards[name]], [row[0] - row[1] for row in golds]
         )
         recorder.add(f"accuracy_policy_{name}", accuracy, n=n)
-        if name == "after":
-            flat = [g for row in golds for g in row]
-            mean = sum(flat) / len(flat)
-            recorder.add("gold_mean", mean, n=len(flat))
-            spread = math.sqrt(sum((g - mean) ** 2 for g in flat) / max(1, len(flat) - 1))
-            recorder.add("gold_std", spread, n=len(flat))
+    flat = [g for row in golds for g in row]
+    mean = sum(flat) / len(flat)
+    recorder.add("gold_mean", mean, n=len(flat))
+    spread = math.sqrt(sum((g - mean) ** 2 for g in flat) / max(1, len(flat) - 1))
+    recorder.add("gold_std", spread, n=len(flat))
+    return golds
 
 
 def _record_diversity(context: StageContext, rows: list[Row]) -> None:
-    """Of the first response to each of the first prompts (the paper's Table 3)."""
+    """Record diversity of the first response to each of the first prompts (Table 3)."""
     settings = context.stage.settings
     texts = [row["responses"][0] for row in rows[: settings["diversity_prompts"]]]
     tokens = tokenise(texts)
@@ -241,14 +217,14 @@ def _record_diversity(context: StageContext, rows: list[Row]) -> None:
 
 
 def judge_against_sft(context: StageContext) -> None:
-    """Win, tie and lose of this round's policy against SFT (the paper's Table 1)."""
+    """Judge this round's policy against SFT: win, tie and lose (the paper's Table 1)."""
     ours = _judged_rows(context, context.stage.settings["ours"])
     theirs = _judged_rows(context, "responses")
     _judge(context, context.recorder, ours, theirs, (context.stage.record_as["method"], "sft"))
 
 
 def compare(context: StageContext) -> None:
-    """Every arm's best round against the others (the paper's Table 2).
+    """Judge every arm's best round against the others (the paper's Table 2).
 
     The best round is the one that wins most against SFT on the first half of the judged prompts;
     rates are measured on the second half, so that choosing does not flatter the choice.
@@ -270,7 +246,7 @@ def compare(context: StageContext) -> None:
 
 
 def _judged_rows(context: StageContext, stage: str) -> list[Row]:
-    """The responses a judge sees: to the same prompts for every arm."""
+    """Return the responses that a judge sees, to the same prompts for every arm."""
     return read_jsonl(context.folder(stage) / RESPONSES)[: context.stage.settings["judged"]]
 
 
@@ -300,7 +276,7 @@ def _verdicts_file(method: str, other: str) -> str:
 
 
 def _wins(folder: Path, method: str) -> float:
-    """Share of wins less losses on the first half of the judged prompts."""
+    """Return the share of wins minus that of losses on the first half of the judged prompts."""
     verdicts = read_jsonl(folder / _verdicts_file(method, "sft"))
     half = verdicts[: len(verdicts) // 2]
     values = {"win": 1.0, "lose": -1.0}
