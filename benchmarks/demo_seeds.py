@@ -12,13 +12,15 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from shiftrm.config import read_yaml
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
 from shiftrm.records import read_records
-from shiftrm.report import tables
-from shiftrm.report.arms import arm_name, arm_short, arm_styles, is_policy_arm
-from shiftrm.report.measurements import Measurements, estimate
-from shiftrm.report.narrative import headline, kl_verdict
+from shiftrm.report import sight, tables, win_tables
+from shiftrm.report.headline import headline, kl_sentences
+from shiftrm.report.measurements import estimate
+from shiftrm.report.results import Results
+from shiftrm.report.warnings import warnings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="default: docs/")
     args = parser.parse_args()
     records = [record for run in args.runs for record in read_records(run / "records.jsonl")]
-    m = Measurements(records)
+    m = Results(records, read_yaml(args.runs[0] / "config.yaml"))
     if len(m.seeds) < 2:
         raise UserError("give the runs of at least two seeds")
     args.docs.mkdir(parents=True, exist_ok=True)
@@ -64,14 +66,13 @@ def main() -> None:
     print(f"{args.docs / 'demo.md'}, {args.docs / 'demo.png'}")
 
 
-def picture(m: Measurements) -> Figure:
+def picture(m: Results) -> Figure:
     """Gold by round, accuracy on the policy's pairs by round, variance while PPO runs."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     gold, accuracy, variance = figure.subplots(1, 3)
-    arms = [arm for arm in m.methods() if is_policy_arm(arm)]
-    styles = arm_styles(arms)
+    arms = m.with_rewards
     for place, arm in enumerate(arms):
-        style = styles[arm]
+        style = m.arms[arm]
         shift = 0.07 * (place - (len(arms) - 1) / 2)
         for axes, metric in ((gold, "gold_mean"), (accuracy, "accuracy_policy_before")):
             rounds = m.rounds(arm)
@@ -85,7 +86,7 @@ def picture(m: Measurements) -> Figure:
                 capsize=2,
                 linewidth=1.5,
                 markersize=5,
-                label=arm_short(arm),
+                label=style.short,
             )
             for r in rounds:
                 values = list(m.final("evaluate", arm, r, metric).values())
@@ -112,7 +113,7 @@ def picture(m: Measurements) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in (gold, accuracy):
         axes.set_xlabel("round")
-        axes.set_xticks(m.all_rounds())
+        axes.set_xticks(m.all_rounds)
     figure.legend(
         *gold.get_legend_handles_labels(),
         loc="outside lower center",
@@ -123,7 +124,7 @@ def picture(m: Measurements) -> Figure:
     return figure
 
 
-def _variance(m: Measurements, axes) -> None:  # type: ignore[no-untyped-def]
+def _variance(m: Results, axes) -> None:  # type: ignore[no-untyped-def]
     """The fixed arm's rounds one after the other, on a logarithmic axis."""
     lines: dict[int, list[tuple[int, float]]] = {}
     offset = 0
@@ -139,44 +140,44 @@ def _variance(m: Measurements, axes) -> None:  # type: ignore[no-untyped-def]
     axes.set_xlabel("PPO step, all rounds")
 
 
-def page(m: Measurements, machine: str) -> str:
+def page(m: Results, machine: str) -> str:
     """The page's text, from the numbers."""
     head = headline(m)
     (_, versions), *_ = sorted(m.provenance)
-    steps = max(p[-1][0] for p in m.curve("ppo", "fixed", 1, "kl").values())
+    steps = max(int(p[-1][0]) for p in m.curve("ppo", "fixed", 1, "sequence_kl").values())
     text = INTRODUCTION.format(
         seeds=len(m.seeds),
-        arms=len(m.policy_arms()),
-        rounds=len(m.all_rounds()),
+        arms=len(m.with_rewards),
+        rounds=len(m.all_rounds),
         steps=steps,
         machine=machine,
         versions=versions,
         commits=" and ".join(sorted({commit for commit, _ in m.provenance})),
         seed_list=" ".join(map(str, m.seeds)),
         headline=head.title,
-        sentences="\n".join(f"- {s}" for s in [*head.sentences, *head.warnings]),
-        kl=kl_verdict(m),
+        sentences="\n".join(f"- {s}" for s in [*head.by_gold, *warnings(m)]),
+        kl=" ".join(kl_sentences(m)),
     )
     shown = (
         _gold_by_seed(m),
-        tables.win_table(m),
-        tables.best_round_table(m),
+        win_tables.win_table(m),
+        win_tables.best_round_table(m),
         tables.metrics_table(m),
-        tables.adaptation_table(m),
+        *sight.sight_tables(m),
     )
     return text + "\n" + "\n".join(_markdown(table) for table in shown)
 
 
-def _gold_by_seed(m: Measurements) -> tables.Table:
+def _gold_by_seed(m: Results) -> tables.Table:
     rows = []
-    for arm in m.policy_arms():
+    for arm in m.with_rewards:
         for r in m.rounds(arm):
             values = m.final("evaluate", arm, r, "gold_mean")
             kls = m.final("evaluate", arm, r, "kl")
             found = estimate(values)
             rows.append(
                 (
-                    arm_name(arm),
+                    m.name(arm),
                     str(r),
                     *(f"{values[s]:.2f} @ {kls[s]:.1f}" if s in values else "-" for s in m.seeds),
                     tables.number(found),

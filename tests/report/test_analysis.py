@@ -15,16 +15,17 @@ from shiftrm.report.analysis import (
     normalised_differences,
     relative_gap,
 )
-from shiftrm.report.captions import kl_caption
 from shiftrm.report.measurements import Measurements
+from shiftrm.report.pictures import pictures
+from shiftrm.report.results import Results
 
-from .conftest import change
+from .records import DEMO, change
 
 
 def test_gold_gap_is_paired_by_seed(three_seeds):
     # 4.77-4.32, 5.10-4.46, 4.73-4.62 = 0.45, 0.64, 0.11: mean 0.40, sd sqrt(0.1442/2) = 0.26851,
     # half width 4.3027 * 0.26851 / sqrt(3) = 0.66703.
-    gap = gold_gap(Measurements(three_seeds), "metarm_scale_free")
+    gap = gold_gap(Measurements(three_seeds), "metarm_scale_free", "fixed")
     assert gap is not None
     assert gap.round == 3
     assert gap.difference.mean == pytest.approx(0.40)
@@ -35,7 +36,7 @@ def test_gold_gap_is_paired_by_seed(three_seeds):
 
 def test_gold_gap_that_excludes_zero(three_seeds):
     # 0.51, 0.49, 0.53: mean 0.51, sd 0.02, half width 4.3027 * 0.02 / sqrt(3) = 0.04968.
-    gap = gold_gap(Measurements(three_seeds), "fresh_labels")
+    gap = gold_gap(Measurements(three_seeds), "fresh_labels", "fixed")
     assert gap is not None
     assert gap.difference.mean == pytest.approx(0.51)
     assert gap.difference.half_width == pytest.approx(0.04968, abs=1e-4)
@@ -44,7 +45,7 @@ def test_gold_gap_that_excludes_zero(three_seeds):
 
 def test_sampling_error_of_one_seed(one_seed):
     # Both arms: standard deviation 1.5 over 400 responses; 1.96 * sqrt(2 * 2.25 / 400) = 0.20789.
-    gap = gold_gap(Measurements(one_seed), "retrained")
+    gap = gold_gap(Measurements(one_seed), "retrained", "fixed")
     assert gap is not None
     assert gap.difference.half_width is None
     assert gap.sampling_half_width == pytest.approx(0.20789, abs=1e-5)
@@ -52,17 +53,19 @@ def test_sampling_error_of_one_seed(one_seed):
 
 def test_gold_gap_takes_the_last_round_both_arms_have(one_seed):
     records = change(one_seed, None, method="fixed", round=3, metric="gold_mean")
-    gap = gold_gap(Measurements(records), "retrained")
+    gap = gold_gap(Measurements(records), "retrained", "fixed")
     assert gap is not None
     assert gap.round == 2
-    assert gold_gap(Measurements(change(records, None, method="fixed")), "retrained") is None
+    assert (
+        gold_gap(Measurements(change(records, None, method="fixed")), "retrained", "fixed") is None
+    )
 
 
 def test_gold_gap_uses_common_seeds_only(three_seeds):
     records = change(
         three_seeds, None, method="fixed", round=3, metric="gold_mean", seed=1, stage="evaluate"
     )
-    gap = gold_gap(Measurements(records), "metarm_scale_free")
+    gap = gold_gap(Measurements(records), "metarm_scale_free", "fixed")
     assert gap is not None
     assert gap.difference.count == 2
     assert gap.difference.mean == pytest.approx((0.45 + 0.11) / 2)
@@ -80,11 +83,11 @@ def test_kl_spread_names_the_extremes(one_seed):
     records = change(
         one_seed, 9.0, method="metarm_scale_free", round=3, metric="kl", stage="evaluate", step=None
     )
-    spreads = kl_spreads(Measurements(records))
+    spreads = kl_spreads(Results(records, DEMO))
     assert [spread.matched for spread in spreads] == [True, True, False]
     assert (spreads[2].highest, spreads[2].highest_kl) == ("metarm_scale_free", 9.0)
     assert spreads[2].gap == pytest.approx(0.5)
-    gap = gold_gap(Measurements(records), "metarm_scale_free")
+    gap = gold_gap(Measurements(records), "metarm_scale_free", "fixed")
     assert gap is not None
     assert gap.matched is False
 
@@ -98,16 +101,16 @@ def test_accuracy_noise():
 
 def test_adaptation_compares_two_reward_models_on_one_policy(three_seeds):
     # Round 2: the round-1 model after PPO (0.66, spread 0.5) against the adapted one (0.70, 1.8).
-    found = adaptation(Measurements(three_seeds), "metarm_scale_free", 2)
+    found = adaptation(Results(three_seeds, DEMO), "metarm_scale_free", 2)
     assert (found.accuracy_old, found.accuracy_new) == pytest.approx((0.66, 0.70))
     assert (found.relative_variance_old, found.relative_variance_new) == pytest.approx((0.5, 1.8))
     assert found.reading == "sharper"
 
 
 def test_first_adaptation_is_compared_with_the_vanilla_model(three_seeds):
-    found = adaptation(Measurements(three_seeds), "metarm_scale_free", 1)
+    found = adaptation(Results(three_seeds, DEMO), "metarm_scale_free", 1)
     assert (found.accuracy_old, found.accuracy_new) == pytest.approx((0.72, 0.76))
-    without_fixed = Measurements([r for r in three_seeds if r.method != "fixed"])
+    without_fixed = Results([r for r in three_seeds if r.method != "fixed"], DEMO)
     assert adaptation(without_fixed, "metarm_scale_free", 1) == found
 
 
@@ -129,7 +132,7 @@ def test_reading_of_an_adaptation(three_seeds, accuracy, relative_variance, read
         records, relative_variance, **where, metric="relative_difference_variance_before"
     )
     records = change(records, 0.4, **where, metric="difference_variance_before")
-    assert adaptation(Measurements(records), "metarm_scale_free", 2).reading == reading
+    assert adaptation(Results(records, DEMO), "metarm_scale_free", 2).reading == reading
 
 
 def test_mere_rescaling_is_louder(three_seeds):
@@ -137,7 +140,7 @@ def test_mere_rescaling_is_louder(three_seeds):
     where = {"stage": "evaluate", "method": "metarm_paper", "round": 2}
     records = change(three_seeds, 4.0, **where, metric="difference_variance_before")
     records = change(records, 0.5, **where, metric="relative_difference_variance_before")
-    found = adaptation(Measurements(records), "metarm_paper", 2)
+    found = adaptation(Results(records, DEMO), "metarm_paper", 2)
     assert found.reading == "louder, not sharper"
 
 
@@ -170,12 +173,13 @@ def test_normalised_by_the_own_maximum_of_every_seed():
 
 def test_a_kl_below_zero_in_old_records_is_said_on_the_page(one_seed):
     def with_kl(*values):
-        point = {"method": "retrained", "round": 1, "seed": 0, "metric": "kl"}
+        point = {"method": "retrained", "round": 1, "seed": 0, "metric": "sequence_kl"}
         new = [Record(stage="ppo", step=900 + k, value=v, **point) for k, v in enumerate(values)]
-        return Measurements([*one_seed, *new])
+        return Results([*one_seed, *new], DEMO)
 
-    steps = sum(r.stage == "ppo" and r.metric == "kl" for r in one_seed)
+    steps = sum(r.stage == "ppo" and r.metric == "sequence_kl" for r in one_seed)
     assert kl_below_zero(with_kl(0.0, -0.05)) == "", "noise around 0"
     said = kl_below_zero(with_kl(-1.2, 0.4, -0.3))
     assert said.startswith(f"2 of {steps + 3} policy steps have a KL clearly below 0")
-    assert kl_caption(with_kl(-1.2, 0.4, -0.3)).endswith(said)
+    [picture] = [p for p in pictures(with_kl(-1.2, 0.4, -0.3)) if "against KL" in p.title]
+    assert picture.caption.endswith(said)

@@ -51,7 +51,7 @@ def findings(*made):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made but not drawn, which is most of a page's time."""
-    monkeypatch.setattr("shiftrm.report.page.plots.render", lambda figure: b"<svg/>")
+    monkeypatch.setattr("shiftrm.report.plots.render", lambda figure: b"<svg/>")
 
 
 def test_page_has_everything(tmp_path):

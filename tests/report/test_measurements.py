@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from shiftrm.metrics import UndeclaredMetric
 from shiftrm.records import Record
 from shiftrm.report.measurements import Estimate, Measurements, estimate, t_quantile_95
 
@@ -75,13 +76,21 @@ def test_sample_sizes_add_up_over_seeds_only_if_all_are_known():
     assert one.sample_size("evaluate", "fixed", 1, "gold_mean") is None
 
 
-def test_arms_in_the_order_of_the_demo_then_unknown_ones(three_seeds):
-    extra = Record("evaluate", "aaa", 1, "gold_mean", 1.0)
-    m = Measurements([extra, *three_seeds])
-    assert m.methods() == [
-        "fixed", "retrained", "metarm_paper", "metarm_scale_free", "fresh_labels", "dpo", "sft",
-        "aaa",
-    ]  # fmt: skip
-    assert m.policy_arms()[-1] == "aaa"
-    assert m.all_rounds() == [1, 2, 3]
-    assert m.seeds == [0, 1, 2]
+def test_names_of_earlier_training_logs_are_read_as_todays():
+    """Where they were renamed: "kl" of a training is another number than "kl" of an evaluation."""
+    m = Measurements(
+        [
+            Record("ppo", "fixed", 1, "kl", 1.0, step=1),
+            Record("ppo", "fixed", 1, "proxy_mean", 2.0, step=1),
+            Record("evaluate", "fixed", 1, "kl", 3.0),
+        ]
+    )
+    assert m.curve("ppo", "fixed", 1, "sequence_kl") == {0: [(1, 1.0)]}
+    assert m.rounds("fixed", "ppo", "standardised_mean") == [1]
+    assert m.mean("fixed", 1, "kl") == 3.0
+    assert m.mean("fixed", 1, "sequence_kl") is None
+
+
+def test_an_undeclared_metric_cannot_be_read():
+    with pytest.raises(UndeclaredMetric, match="kll"):
+        Measurements([]).final("evaluate", "fixed", 1, "kll")

@@ -9,7 +9,7 @@ EPILOG = """examples:
   shiftrm report runs/demo
   shiftrm report runs/seed-0 runs/seed-1 runs/seed-2 --output three-seeds.html
 
-Takes runs of `shiftrm demo`, or runs of a recipe (`shiftrm run`): each has its own page.
+Takes the folders of `shiftrm demo` and of `shiftrm run`.
 """
 
 ABOUT = About(

@@ -1,6 +1,9 @@
-"""Plots and HTML pages from records, and the summary that a run prints at its end."""
+"""Tables, plots and sentences from records; the page and the summary of a run.
 
-from shiftrm.report.narrative import terminal_summary
-from shiftrm.report.page import write_report
+Import `write_report`, `render_page` and `summary` from here.
+"""
 
-__all__ = ["terminal_summary", "write_report"]
+from shiftrm.report.page import render_page, write_report
+from shiftrm.report.terminal import summary
+
+__all__ = ["render_page", "summary", "write_report"]

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from shiftrm.measure.diagnosis.thresholds import SPREAD_FACTOR
-from shiftrm.report.arms import FIXED, SFT
 from shiftrm.report.measurements import Estimate, Measurements, estimate
+from shiftrm.report.results import SFT, Results
 
 KL_MEANING = (
     "How far the policy has moved from SFT: at each token of its responses the KL between the two "
@@ -69,7 +69,7 @@ def _sampling_half_width(m: Measurements, arms: tuple[str, str], round_: int) ->
     return 1.96 * math.sqrt(variance)
 
 
-def gold_gap(m: Measurements, method: str, reference: str = FIXED) -> GoldGap | None:
+def gold_gap(m: Measurements, method: str, reference: str) -> GoldGap | None:
     """Return the gap after the last round that both arms have for a common seed."""
     rounds = set(m.rounds(method, "evaluate", "gold_mean"))
     for round_ in sorted(rounds & set(m.rounds(reference, "evaluate", "gold_mean")), reverse=True):
@@ -96,9 +96,12 @@ def gold_gap(m: Measurements, method: str, reference: str = FIXED) -> GoldGap | 
     return None
 
 
-def gold_gaps(m: Measurements) -> list[GoldGap]:
-    """Compare every arm of the loop with the fixed reward model, in the order of the demo."""
-    gaps = (gold_gap(m, arm) for arm in m.policy_arms() if arm != FIXED)
+def gold_gaps(m: Results) -> list[GoldGap]:
+    """Compare every other arm with the first one whose reward model is kept."""
+    vanilla = m.vanilla
+    if vanilla is None:
+        return []
+    gaps = (gold_gap(m, arm, vanilla) for arm in m.trained if arm != vanilla)
     return [gap for gap in gaps if gap is not None]
 
 
@@ -123,13 +126,13 @@ class KlSpread:
         return self.gap <= KL_TOLERANCE
 
 
-def kl_below_zero(m: Measurements) -> str:
+def kl_below_zero(m: Results) -> str:
     """Return a warning if a KL logged during policy training is negative, else ""."""
     steps = [
         value
-        for arm in m.policy_arms()
-        for round_ in m.rounds(arm, "ppo", "kl")
-        for points in m.curve("ppo", arm, round_, "kl").values()
+        for arm in m.with_rewards
+        for round_ in m.rounds(arm, "ppo", "sequence_kl")
+        for points in m.curve("ppo", arm, round_, "sequence_kl").values()
         for _, value in points
     ]
     below = sum(value < -0.1 for value in steps)  # larger than the noise around 0
@@ -143,12 +146,12 @@ def kl_below_zero(m: Measurements) -> str:
     )
 
 
-def kl_spreads(m: Measurements) -> list[KlSpread]:
-    """Return one entry per round in which at least two arms have a KL."""
+def kl_spreads(m: Results) -> list[KlSpread]:
+    """Return one entry per round in which at least two arms with reward models have a KL."""
     spreads = []
-    for round_ in m.all_rounds():
-        found = {arm: m.estimate("evaluate", arm, round_, "kl") for arm in m.policy_arms()}
-        means = {arm: value.mean for arm, value in found.items() if value is not None}
+    for round_ in m.all_rounds:
+        found = {arm: m.mean(arm, round_, "kl") for arm in m.with_rewards}
+        means = {arm: value for arm, value in found.items() if value is not None}
         if len(means) < 2:
             continue
         lowest, highest = min(means, key=lambda a: means[a]), max(means, key=lambda a: means[a])
@@ -210,22 +213,18 @@ class Adaptation:
         return "duller" if change < -self.noise else "no clear change"
 
 
-def adaptation(m: Measurements, method: str, round_: int) -> Adaptation:
+def adaptation(m: Results, method: str, round_: int) -> Adaptation:
     """Compare the reward model before and after the adaptation that starts a round."""
+    vanilla = m.vanilla
     if round_ > 1:
         old_arm, old_round, when = method, round_ - 1, "after"
-    elif m.final("evaluate", FIXED, 1, "accuracy_policy_before"):
-        # In round 1 the fixed arm has the vanilla reward model and the SFT policy.
-        old_arm, old_round, when = FIXED, 1, "before"
-    else:  # the evaluation of SFT, which is recorded as "after" since there is no PPO
+    elif vanilla and m.final("evaluate", vanilla, 1, "accuracy_policy_before"):
+        # In round 1 the vanilla arm has the first reward model and the SFT policy.
+        old_arm, old_round, when = vanilla, 1, "before"
+    else:  # the evaluation of SFT, which is recorded as "after" since there is no policy training
         old_arm, old_round, when = SFT, 0, "after"
-
-    def mean(arm: str, at: int, metric: str) -> float | None:
-        found = m.estimate("evaluate", arm, at, metric)
-        return found.mean if found else None
-
-    accuracy_old = mean(old_arm, old_round, f"accuracy_policy_{when}")
-    accuracy_new = mean(method, round_, "accuracy_policy_before")
+    accuracy_old = m.mean(old_arm, old_round, f"accuracy_policy_{when}")
+    accuracy_new = m.mean(method, round_, "accuracy_policy_before")
     noise = math.inf
     if accuracy_old is not None and accuracy_new is not None:
         noise = accuracy_noise(
@@ -240,33 +239,21 @@ def adaptation(m: Measurements, method: str, round_: int) -> Adaptation:
         accuracy_old=accuracy_old,
         accuracy_new=accuracy_new,
         noise=noise,
-        relative_variance_old=mean(old_arm, old_round, f"relative_difference_variance_{when}"),
-        relative_variance_new=mean(method, round_, "relative_difference_variance_before"),
-        variance_old=mean(old_arm, old_round, f"difference_variance_{when}"),
-        variance_new=mean(method, round_, "difference_variance_before"),
+        relative_variance_old=m.mean(old_arm, old_round, f"relative_difference_variance_{when}"),
+        relative_variance_new=m.mean(method, round_, "relative_difference_variance_before"),
+        variance_old=m.mean(old_arm, old_round, f"difference_variance_{when}"),
+        variance_new=m.mean(method, round_, "difference_variance_before"),
     )
 
 
-def adaptations(m: Measurements) -> list[Adaptation]:
-    """Return all rounds of all arms of the loop except `fixed`."""
-    return [
-        adaptation(m, arm, round_)
-        for arm in m.policy_arms()
-        if arm != FIXED
-        for round_ in m.rounds(arm)
-    ]
+def adaptations(m: Results) -> list[Adaptation]:
+    """Return all rounds of all arms that train reward models of their own."""
+    trains = [arm for arm in m.with_rewards if m.arms[arm].trains]
+    return [adaptation(m, arm, round_) for arm in trains for round_ in m.rounds(arm)]
 
 
 def influence(m: Measurements, method: str, round_: int) -> Estimate | None:
-    """Return the mean of `
-
-    grad L(theta') - grad L(theta)
-
-     /
-
-    grad L(theta)
-
-    `, by seed."""
+    """Return the mean of `|grad L(theta') - grad L(theta)| / |grad L(theta)|`, by seed."""
     curves = m.curve("reward_model", method, round_, "meta_influence")
     return estimate(
         {seed: sum(v for _, v in points) / len(points) for seed, points in curves.items()}
@@ -274,9 +261,7 @@ def influence(m: Measurements, method: str, round_: int) -> Estimate | None:
 
 
 def normalised_differences(m: Measurements, method: str, round_: int) -> list[float]:
-    """Return
-    r_i - r_j
-     on the policy's samples, divided by the reward model's maximum.
+    """Return `|r_i - r_j|` on the policy's samples, divided by the reward model's maximum.
 
     The maximum is over differences on SFT and policy samples, per seed (every seed has its own
     reward model). The seeds are then pooled.

@@ -1,92 +1,160 @@
-"""Names, order, colours and markers of the arms, for tables and pictures."""
+"""The arms of a page: what the configuration says of them, their names, colours and markers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from shiftrm.methods.method import METHODS
+from shiftrm.errors import UserError
+from shiftrm.methods.method import METHODS, Method
+from shiftrm.report.measurements import Measurements
 
-FIXED = "fixed"
-RETRAINED = "retrained"
-FRESH_LABELS = "fresh_labels"
-DPO = "dpo"
 SFT = "sft"
+"""The name in records of the policy that all arms start from."""
+
+# Okabe and Ito's palette suits the common colour-vision deficiencies; the markers differ too.
+_START = Method("SFT", "SFT", "#56B4E9", "*")
+_DPO = Method("DPO", "DPO", "#CC79A7", "X")
+_SPARE = (
+    ("#882255", "v"), ("#117733", "<"), ("#999933", ">"), ("#332288", "p"), ("#AA4499", "h"),
+    ("#44AA99", "d"), ("#661100", "8"), ("#6699CC", "H"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class ArmStyle:
-    """Style of an arm. `short` is its name in legends and terminals, `colour` a hex code."""
+class Arm:
+    """An arm as the page shows it.
+
+    Attributes:
+        name: the name in tables and sentences.
+        short: the name in legends and terminals.
+        colour, marker: in plots: hex code, and Matplotlib's letter.
+        words: what happens to the reward model.
+        optimiser: of the policy, if the configuration says it.
+        is_dpo: whether the policy is trained without a reward model.
+        keeps: whether the first reward model is kept.
+        trains: whether the arm trains reward models of its own.
+        adapts: whether they take meta steps on the policy's responses.
+        buys_labels: whether they are trained on new labels.
+    """
 
     name: str
     short: str
     colour: str
     marker: str
+    words: str = "trained in every round"
+    optimiser: str | None = None
+    is_dpo: bool = False
+    keeps: bool = False
+    trains: bool = False
+    adapts: bool = False
+    buys_labels: bool = False
 
 
-# Okabe and Ito's palette suits the common colour-vision deficiencies; the markers differ too.
-_OTHERS = {
-    DPO: ArmStyle("DPO", "DPO", "#CC79A7", "X"),
-    SFT: ArmStyle("SFT", "SFT", "#56B4E9", "*"),
-}
+def arms_of(m: Measurements, config: Mapping[str, Any]) -> dict[str, Arm]:
+    """Return the arms that have records: SFT, then those of the configuration in its order.
+
+    An arm that the configuration does not name is described by what it recorded: meta-step metrics
+    of a reward model, another reward model of its own, or the accuracies that only DPO logs.
+    """
+    settings = arm_settings(config)
+    found = m.methods()
+    names = [name for name in dict.fromkeys([SFT, *settings, *found]) if name in found]
+    return _distinct({name: _arm(m, name, settings.get(name), config) for name in names})
 
 
-def _style(method: str) -> ArmStyle:
-    """Return the style that the arm's method declares, or that of a baseline."""
-    if method in _OTHERS:
-        return _OTHERS[method]
-    found = METHODS.get(method)
-    return ArmStyle(found.label, found.short, found.colour, found.marker)
+def arm_settings(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of each arm. Earlier demos list the names of methods."""
+    methods = config.get("methods")
+    if isinstance(methods, Mapping):
+        return {str(name): arm if isinstance(arm, Mapping) else {} for name, arm in methods.items()}
+    found: dict[str, Mapping[str, Any]] = {}
+    if isinstance(methods, list):
+        found = {str(name): {"reward": name} for name in methods}
+        found["dpo"] = {"policy": "dpo"}
+    return found
 
 
-_KNOWN = {
-    name: _style(name)
-    for name in (
-        FIXED, RETRAINED, "metarm_paper", "metarm_scale_free", FRESH_LABELS, DPO, SFT,
+def _arm(
+    m: Measurements, name: str, settings: Mapping[str, Any] | None, config: Mapping[str, Any]
+) -> Arm:
+    if name == SFT:
+        return _styled(_START, name, words="where all arms start")
+    if settings is None:
+        return _recorded(m, name)
+    if settings.get("policy") == "dpo":
+        return _styled(_DPO, name, words="none", optimiser="dpo", is_dpo=True)
+    method = _method(settings.get("reward"))
+    if method is None:
+        return _recorded(m, name)
+    optimiser = settings.get("policy") or _policy(config)
+    keeps = not method.trains and not method.needs
+    arm = _styled(
+        method,
+        name if name != settings.get("reward") else "",
+        words="kept fixed" if keeps else method.label,
+        optimiser=optimiser,
+        keeps=keeps,
+        trains=method.trains,
+        adapts="groups" in method.needs,
+        buys_labels="labels" in method.needs,
     )
-}  # fmt: skip
-ARM_ORDER = tuple(_KNOWN)
-_SPARE_COLOURS = ("#882255", "#117733", "#999933", "#332288", "#AA4499", "#44AA99")
-_SPARE_MARKERS = ("v", "<", ">", "p", "h", "d")
+    if not keeps:
+        return arm
+    label = method.label if name == settings.get("reward") else name
+    return replace(arm, name=f"{label} (vanilla{f' {optimiser.upper()}' if optimiser else ''})")
 
 
-def in_order(methods: Iterable[str]) -> list[str]:
-    """Return the distinct methods: known arms in the order of the demo, then others by name."""
-    distinct = set(methods)
-    known = [method for method in ARM_ORDER if method in distinct]
-    return known + sorted(distinct - set(ARM_ORDER))
+def _policy(config: Mapping[str, Any]) -> str | None:
+    """Return the configuration's policy optimiser; earlier demos have a section of PPO only."""
+    policy = config.get("policy")
+    if isinstance(policy, Mapping):
+        return policy.get("method")
+    return "ppo" if "ppo" in config else None
 
 
-def arm_name(method: str) -> str:
-    """Return the display name; for an unknown arm, `method` itself."""
-    return _KNOWN[method].name if method in _KNOWN else method
+def _method(reward: Any) -> Method | None:
+    """Return the method of this name; None if it is unknown or cannot be imported here."""
+    try:
+        return METHODS.get(reward) if isinstance(reward, str) else None
+    except UserError:
+        return None
 
 
-def arm_short(method: str) -> str:
-    """Return the name for legends and terminal columns; for an unknown arm, `method` itself."""
-    return _KNOWN[method].short if method in _KNOWN else method
+def _styled(method: Method, name: str, **facts: Any) -> Arm:
+    """Return an arm in the method's style. An arm with a name of its own keeps it."""
+    own = name not in ("", "sft", "dpo")
+    return Arm(
+        name=f"{name} ({method.short})" if own else method.label,
+        short=name if own else method.short,
+        colour=method.colour,
+        marker=method.marker,
+        **facts,
+    )
 
 
-def arm_styles(methods: Iterable[str]) -> dict[str, ArmStyle]:
-    """Return the styles of all arms; unknown arms get the spare colours in sorted order."""
-    styles: dict[str, ArmStyle] = {}
-    spare = 0
-    for method in in_order(methods):
-        if method in _KNOWN:
-            styles[method] = _KNOWN[method]
-            continue
-        colour = _SPARE_COLOURS[spare % len(_SPARE_COLOURS)]
-        marker = _SPARE_MARKERS[spare % len(_SPARE_MARKERS)]
-        styles[method] = ArmStyle(method, method, colour, marker)
-        spare += 1
-    return styles
+def _recorded(m: Measurements, name: str) -> Arm:
+    logged = set(m.metrics("reward_model", name))
+    if any(metric.startswith("meta_") for metric in logged):
+        return Arm(f"{name} (MetaRM)", name, "", "", trains=True, adapts=True)
+    if logged:
+        return Arm(f"{name} (retrained)", name, "", "", trains=True)
+    if m.rounds(name, "ppo", "rewards/accuracies"):
+        return _styled(_DPO, name, words="none", optimiser="dpo", is_dpo=True)
+    return Arm(f"{name} (vanilla)", name, "", "", words="kept fixed", keeps=True)
 
 
-def is_metarm(method: str) -> bool:
-    """Whether the meta step adapts the arm's reward model."""
-    return method.startswith("metarm")
-
-
-def is_policy_arm(method: str) -> bool:
-    """Whether the arm has PPO rounds with a reward model (SFT and DPO have none)."""
-    return method not in (SFT, DPO)
+def _distinct(arms: dict[str, Arm]) -> dict[str, Arm]:
+    """Give spare colours and markers to arms that have none, or those of an arm before them."""
+    declared = {arm.colour for arm in arms.values()}
+    spare = [look for look in _SPARE if look[0] not in declared]
+    seen: set[str] = {""}
+    number = 0
+    for name, arm in arms.items():
+        if arm.colour in seen:
+            colour, marker = spare[number % len(spare)]
+            arms[name] = replace(arm, colour=colour, marker=marker)
+            number += 1
+        seen.add(arm.colour)
+    return arms

@@ -20,7 +20,8 @@ from shiftrm.report.diagnosis_plots import (
     length_figure,
 )
 from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables, source_names
-from shiftrm.report.page import Picture, image_of, page_template
+from shiftrm.report.page import page_template
+from shiftrm.report.pictures import Picture, image_of
 from shiftrm.report.tables import NOT_MEASURED
 
 __all__ = ["Findings", "numbers", "render_page", "write_numbers", "write_page"]

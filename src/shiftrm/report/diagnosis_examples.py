@@ -13,7 +13,7 @@ from shiftrm.files import Row
 from shiftrm.measure.diagnosis.diagnosis import ScoredFile
 from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredResponse, distinct
 from shiftrm.report.diagnosis_tables import short
-from shiftrm.report.page import RESPONSE_LIMIT
+from shiftrm.report.samples import RESPONSE_LIMIT
 
 EXAMPLES = 2  # examples of each kind
 RESPONSES = 6  # responses shown per group

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from shiftrm.core.intervals import t_quantile_95
 from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
-from shiftrm.report.arms import SFT, in_order, is_policy_arm
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,20 @@ def estimate(values: Mapping[int, float]) -> Estimate | None:
 
 _Key = tuple[str, str, int, str]  # stage, method, round, metric
 
+_EARLIER_NAMES = {
+    ("ppo", "kl"): "sequence_kl",
+    ("ppo", "proxy_mean"): "standardised_mean",
+    ("ppo", "score_mean"): "reward",
+    ("ppo", "accuracy"): "rewards/accuracies",
+    ("reward_model", "meta_objective_before"): "meta_objective",
+}
+"""Earlier versions renamed the metrics of the training logs; their records are read as today's."""
+
 
 def _key(stage: str, method: str, round_: int, metric: str) -> _Key:
     """Return the lookup key; an undeclared metric is a programming error."""
     declared(metric)
-    return stage, method, round_, metric
+    return stage, method, round_, _EARLIER_NAMES.get((stage, metric), metric)
 
 
 class Measurements:
@@ -70,6 +78,7 @@ class Measurements:
         self._sizes: dict[_Key, dict[int, int]] = defaultdict(dict)
         self._curves: dict[_Key, dict[int, dict[int, float]]] = defaultdict(dict)
         self._lists: dict[_Key, dict[int, list[float]]] = defaultdict(dict)
+        self._read: set[str] = set()
         self.provenance: dict[tuple[str, str], set[int]] = defaultdict(set)
         seeds: set[int] = set()
         for record in records:
@@ -79,7 +88,7 @@ class Measurements:
         self.seeds: list[int] = sorted(seeds)
 
     def _add(self, record: Record) -> None:
-        key = (record.stage, str(record.method), record.round, record.metric)
+        key = _key(record.stage, str(record.method), record.round, record.metric)
         value = record.value
         if isinstance(value, list):
             self._lists[key][record.seed] = [float(number) for number in value]
@@ -92,6 +101,8 @@ class Measurements:
 
     def final(self, stage: str, method: str, round_: int, metric: str) -> dict[int, float]:
         """Return the final value (step null) of each seed."""
+        if stage == "evaluate":
+            self._read.add(metric)
         return dict(self._finals.get(_key(stage, method, round_, metric), {}))
 
     def by_seed(
@@ -107,6 +118,19 @@ class Measurements:
         """Return the mean of `final` over the seeds."""
         return estimate(self.final(stage, method, round_, metric))
 
+    def mean(self, method: str, round_: int, metric: str) -> float | None:
+        """Return the mean of an evaluation's metric over the seeds."""
+        found = self.estimate("evaluate", method, round_, metric)
+        return found.mean if found else None
+
+    def course(self, method: str, metric: str) -> list[tuple[int, Estimate]]:
+        """Return (round, estimate) of an evaluation's metric, in the order of the rounds."""
+        found = [
+            (r, self.estimate("evaluate", method, r, metric))
+            for r in self.rounds(method, "evaluate", metric)
+        ]
+        return [(round_, value) for round_, value in found if value is not None]
+
     def sample_size(self, stage: str, method: str, round_: int, metric: str) -> int | None:
         """Return the sample size summed over the seeds; None if a seed has none."""
         key = _key(stage, method, round_, metric)
@@ -117,37 +141,58 @@ class Measurements:
 
     def curve(
         self, stage: str, method: str, round_: int, metric: str
-    ) -> dict[int, list[tuple[int, float]]]:
+    ) -> dict[int, list[tuple[float, float]]]:
         """Return (step, value) of each seed, sorted by step."""
         by_seed = self._curves.get(_key(stage, method, round_, metric), {})
-        return {seed: sorted(points.items()) for seed, points in sorted(by_seed.items()) if points}
+        return {
+            seed: [(float(step), value) for step, value in sorted(points.items())]
+            for seed, points in sorted(by_seed.items())
+            if points
+        }
 
     def values(self, stage: str, method: str, round_: int, metric: str) -> dict[int, list[float]]:
         """Return the list of each seed (`*_values` metrics); empty lists are left out."""
         by_seed = self._lists.get(_key(stage, method, round_, metric), {})
         return {seed: list(values) for seed, values in sorted(by_seed.items()) if values}
 
-    def _keys(self) -> set[_Key]:
-        return {
+    def pooled(self, method: str, round_: int, metric: str) -> list[float]:
+        """Return the lists of all seeds of an evaluation, joined."""
+        found = self.values("evaluate", method, round_, metric)
+        return [value for values in found.values() for value in values]
+
+    def _keys(self) -> list[_Key]:
+        return [
             key
             for store in (self._finals, self._curves, self._lists)
             for key, by_seed in store.items()
             if by_seed
-        }
+        ]
 
     def methods(self) -> list[str]:
-        """Return the methods that have results, in the order of the demo."""
+        """Return the arms that have results, in the order of their first records."""
         stages = ("reward_model", "ppo", "evaluate", "compare")
-        return in_order(method for stage, method, _, _ in self._keys() if stage in stages)
+        found = (method for stage, method, *_ in self._keys() if stage in stages)
+        return list(dict.fromkeys(found))
 
-    def policy_arms(self) -> list[str]:
-        """Return the arms of the loop (without SFT and DPO)."""
-        return [method for method in self.methods() if is_policy_arm(method)]
+    def metrics(self, stage: str, method: str | None = None) -> list[str]:
+        """Return the sorted names of all metrics of a stage."""
+        return sorted(
+            {
+                metric
+                for key_stage, key_method, _, metric in self._keys()
+                if key_stage == stage and method in (None, key_method)
+            }
+        )
+
+    def unread(self) -> list[str]:
+        """Return the sorted final metrics of stage "evaluate" that nobody has asked for yet."""
+        found = {metric for stage, _, _, metric in self._finals if stage == "evaluate"}
+        return sorted(found - self._read)
 
     def rounds(self, method: str, stage: str = "evaluate", metric: str | None = None) -> list[int]:
         """Return the rounds that have records, in order."""
         if metric is not None:
-            declared(metric)
+            metric = _key(stage, method, 0, metric)[-1]
         return sorted(
             {
                 round_
@@ -158,29 +203,11 @@ class Measurements:
             }
         )
 
-    def metrics(self, stage: str, method: str, round_: int) -> list[str]:
-        """Return the sorted names of final metrics (step null)."""
-        found = (key for key in self._finals if key[:3] == (stage, method, round_))
-        return sorted(metric for *_, metric in found)
-
-    def all_rounds(self) -> list[int]:
-        """Return the evaluated rounds of all arms of the loop."""
-        return sorted({round_ for arm in self.policy_arms() for round_ in self.rounds(arm)})
-
-    def last_round(self, method: str, metric: str) -> int | None:
-        """Return the last evaluated round that has this metric."""
-        rounds = self.rounds(method, "evaluate", metric)
-        return rounds[-1] if rounds else None
-
-    def world(self) -> dict[str, Estimate]:
-        """Return the metrics of stage "world", means over the seeds."""
-        merged: dict[str, dict[int, float]] = defaultdict(dict)
-        for (stage, _, _, metric), by_seed in self._finals.items():
-            if stage == "world":
-                merged[metric].update(by_seed)
-        found = {metric: estimate(by_seed) for metric, by_seed in sorted(merged.items())}
-        return {metric: value for metric, value in found.items() if value is not None}
-
-    def sft(self, metric: str) -> Estimate | None:
-        """Return a metric of the SFT policy (round 0)."""
-        return self.estimate("evaluate", SFT, 0, metric)
+    def merged(self, stage: str) -> dict[str, Estimate]:
+        """Return the final metrics of a stage by name, means over the seeds; later rounds count."""
+        found: dict[str, dict[int, float]] = defaultdict(dict)
+        for (key_stage, _, _, metric), by_seed in self._finals.items():
+            if key_stage == stage:
+                found[metric].update(by_seed)
+        estimates = {metric: estimate(by_seed) for metric, by_seed in sorted(found.items())}
+        return {metric: value for metric, value in estimates.items() if value is not None}

@@ -1,31 +1,16 @@
-"""Text tables of records, for the page and the terminal."""
+"""Tables of text: their cells, and the tables of all numbers, over-optimisation and diversity."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from shiftrm.metrics import metric as declared
-from shiftrm.report.analysis import adaptations, influence
-from shiftrm.report.arms import DPO, FIXED, SFT, arm_name, in_order, is_metarm
-from shiftrm.report.measurements import Estimate, Measurements, estimate
+from shiftrm.report.analysis import influence
+from shiftrm.report.measurements import Estimate, estimate
+from shiftrm.report.results import SFT, Results
 
 NOT_MEASURED = "not measured"
-OPPONENTS = (SFT, FIXED, DPO)
-
-# Win/tie/lose against SFT by round in the paper (GPT-4 as judge; arXiv 2405.00438).
-PAPER_ROUNDS = {
-    "Harmless": ("44 / 44 / 12", "65 / 31 / 4", "69 / 28 / 3", "64 / 31 / 5"),
-    "Helpful": ("39 / 52 / 9", "62 / 33 / 5", "73 / 23 / 4", "67 / 27 / 6"),
-    "Summary": ("51 / 11 / 38", "55 / 15 / 30", "67 / 14 / 19", "78 / 5 / 17", "72 / 8 / 20"),
-}
-PAPER_BEST = {  # the paper's best round against vanilla PPO and DPO
-    "Harmless": ("54 / 31 / 15", "49 / 16 / 35"),
-    "Helpful": ("65 / 30 / 5", "58 / 35 / 7"),
-    "Summary": ("62 / 7 / 31", "59 / 6 / 35"),
-}
 
 
 @dataclass(frozen=True)
@@ -37,6 +22,9 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     text_columns: int = 1
+
+
+# -- cells -------------------------------------------------------------------------------------
 
 
 def number(found: Estimate | None, digits: int = 2) -> str:
@@ -57,72 +45,55 @@ def fixed_point(value: float, digits: int = 2, *, sign: bool = False) -> str:
     return f"{rounded:+.{digits}f}" if sign else f"{rounded:.{digits}f}"
 
 
-def shares(
-    m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str
-) -> dict[str, Estimate] | None:
-    """Return win, tie and lose, means over seeds; None if one is missing."""
-    found = {}
-    for outcome in ("win", "tie", "lose"):
-        share = estimate(m.by_seed(stage, method, rounds, f"{outcome}_vs_{opponent}"))
-        if share is None:
-            return None
-        found[outcome] = share
-    return found
-
-
-def triple(m: Measurements, stage: str, method: str, rounds: Sequence[int], opponent: str) -> str:
-    """Format win, tie and lose in per cent as `64 / 31 / 5`, or "not measured"."""
-    found = shares(m, stage, method, rounds, opponent)
-    if found is None:
+def arrow(old: float | None, new: float | None, digits: int = 2) -> str:
+    """Format `0.50 → 0.25`, or "not measured" if both are missing."""
+    if old is None and new is None:
         return NOT_MEASURED
-    return " / ".join(f"{100 * share.mean:.0f}" for share in found.values())
+    said = (NOT_MEASURED if end is None else fixed_point(end, digits) for end in (old, new))
+    return " → ".join(said)
 
 
-def measured(m: Measurements, method: str, round_: int, metric: str) -> str:
-    """Format a number of stage "evaluate" with the digits that its metric declares."""
-    return number(m.estimate("evaluate", method, round_, metric), declared(metric).digits)
+def cell(m: Results, arm: str, round_: int, metric: str) -> str:
+    """Format a number of an evaluation with the digits that its metric declares.
+
+    "—" where a number does not apply: SFT has no policy training, so its numbers are recorded as
+    "after", and only arms with meta steps have an influence.
+    """
+    if metric == "meta_influence":
+        return _influence_cell(m, arm, round_)
+    text = number(m.estimate("evaluate", arm, round_, metric), declared(metric).digits)
+    return "—" if (text, arm, metric[-7:]) == (NOT_MEASURED, SFT, "_before") else text
+
+
+def _influence_cell(m: Results, arm: str, round_: int) -> str:
+    found = influence(m, arm, round_)
+    if found is None:
+        return NOT_MEASURED if m.arms[arm].adapts else "—"
+    digits = declared("meta_influence").digits
+    return f"{found.mean:.1e}" if abs(found.mean) < 1e-3 else number(found, digits)
+
+
+def seed_note(m: Results) -> str:
+    return " ± is the 95 % t-interval over the seeds." if len(m.seeds) > 1 else ""
 
 
 def number_table(
-    m: Measurements,
+    m: Results,
     title: str,
     keys: Sequence[tuple[str, int]],
     metrics: Sequence[str],
-    *,
-    name: Callable[[str], str],
-    adapted: Callable[[str], bool],
     note: str,
+    *,
+    heading: Callable[[str], str] = lambda metric: declared(metric).heading,
 ) -> Table:
-    """Return a table with a row per (arm, round) and a column per metric.
-
-    Args:
-        name: display name of an arm.
-        adapted: whether an arm has a meta step, and so a meta influence.
-    """
-
-    def cell(arm: str, round_: int, metric: str) -> str:
-        if metric == "meta_influence":
-            return _influence_cell(m, arm, round_, adapted(arm))
-        text = measured(m, arm, round_, metric)
-        if text == NOT_MEASURED and arm == SFT and metric.endswith("_before"):
-            return "—"  # SFT has no policy training; its numbers are recorded as "after"
-        return text
-
+    """Return a table with a row for each (arm, round) and a column for each metric."""
     return Table(
         title,
-        ("Arm", "Round", *(declared(metric).heading for metric in metrics)),
-        tuple((name(a), str(r), *(cell(a, r, metric) for metric in metrics)) for a, r in keys),
+        ("Arm", "Round", *map(heading, metrics)),
+        tuple((m.name(a), str(r), *(cell(m, a, r, metric) for metric in metrics)) for a, r in keys),
         note,
         text_columns=2,
     )
-
-
-def _influence_cell(m: Measurements, method: str, round_: int, adapted: bool) -> str:
-    found = influence(m, method, round_)
-    if found is None:
-        return NOT_MEASURED if adapted else "—"
-    digits = declared("meta_influence").digits
-    return f"{found.mean:.1e}" if abs(found.mean) < 1e-3 else number(found, digits)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -134,209 +105,166 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def win_table(m: Measurements) -> Table:
-    """Return win/tie/lose against SFT by round, one row per arm (the paper's Table 1)."""
-    rounds = m.all_rounds()
-    rows = [
-        (arm_name(arm), *(triple(m, "evaluate", arm, [r], SFT) for r in rounds))
-        for arm in m.policy_arms()
-    ]
-    if DPO in m.methods():
-        dpo = triple(m, "evaluate", DPO, [1], SFT)
-        rows.append((f"{arm_name(DPO)} (has no rounds)", dpo, *("" for _ in rounds[1:])))
-    return Table(
-        "Win / tie / lose against SFT by round, in %",
-        ("Arm", *(f"Round {r}" for r in rounds)),
-        tuple(rows),
-        "By gold reward, on the same prompts." + _seed_note(m, "Means over the seeds."),
-    )
-
-
-def paper_table(other: str = "another world and another judge") -> Table:
-    """Return the paper's results for MetaRM.
-
-    Args:
-        other: why they are not comparable.
-    """
-    width = max(len(rounds) for rounds in PAPER_ROUNDS.values())
-    rows = [
-        (f"MetaRM, {task}", *rounds, *("" for _ in range(width - len(rounds))), *PAPER_BEST[task])
-        for task, rounds in PAPER_ROUNDS.items()
-    ]
-    return Table(
-        "For comparison: the paper's MetaRM, win / tie / lose in %",
-        (
-            "Task",
-            *(f"Round {r}" for r in range(1, width + 1)),
-            "Best round vs PPO",
-            "Best round vs DPO",
-        ),
-        tuple(rows),
-        f"Llama-2-7B judged by GPT-4 (arXiv 2405.00438): {other}, so compare the course over the "
-        "rounds, not the numbers.",
-    )
-
-
-def best_round_table(m: Measurements) -> Table:
-    """Return every arm's best round against SFT, vanilla PPO and DPO (the paper's Table 2)."""
-    rows = []
-    for method in in_order(method for method in m.methods() if method != SFT):
-        rounds = m.rounds(method, "compare")
-        if method == DPO and not rounds:
-            continue
-        by_seed = best_round_by_seed(m, method, rounds, (*OPPONENTS, *m.methods()))
-        best = ", ".join(str(r) for r in by_seed.values()) if by_seed else NOT_MEASURED
-        cells = ["—" if o == method else triple(m, "compare", method, rounds, o) for o in OPPONENTS]
-        rows.append((arm_name(method), "—" if method == DPO else best, *cells))
-    return Table(
-        "Best round against SFT, vanilla PPO and DPO: win / tie / lose in %",
-        ("Arm", "Best round", *(f"vs {_opponent_name(o)}" for o in OPPONENTS)),
-        tuple(rows),
-        "How the best round was chosen, of an arm and of its opponent: by mean gold on one half of "
-        "the evaluation prompts; the rates are measured on the other half, so that choosing does "
-        "not flatter them. DPO's KL is not steered: see it in the table of KLs."
-        + _seed_note(m, "Best rounds are listed seed by seed, rates are means over the seeds."),
-    )
-
-
-def _opponent_name(opponent: str) -> str:
-    return "vanilla PPO" if opponent == FIXED else arm_name(opponent)
-
-
-def best_round_by_seed(
-    m: Measurements, method: str, rounds: Sequence[int], opponents: Sequence[str]
-) -> dict[int, int]:
-    """Return the round of each seed that has "compare" records."""
-    found: dict[int, int] = {}
-    for round_ in rounds:
-        for opponent in opponents:
-            for seed in m.final("compare", method, round_, f"win_vs_{opponent}"):
-                found[seed] = round_
-    return dict(sorted(found.items()))
-
+# -- all numbers -------------------------------------------------------------------------------
 
 METRICS = (
     "gold_mean", "kl", "proxy_mean_standardised", "accuracy_heldout", "accuracy_policy_before",
     "accuracy_policy_after", "relative_difference_variance_before",
     "relative_difference_variance_after", "meta_influence", "length_mean", "truncated_share",
 )  # fmt: skip
-"""Columns of "All final numbers"."""
+_BY_GOLD = ("gold_mean", "accuracy_policy_before", "accuracy_policy_after")
 
 
-SIGHT = ("accuracy_policy", "relative_difference_variance")
-"""Metrics of a reward model on a policy's responses, each `_before` and `_after` a round."""
-
-
-def metrics_table(m: Measurements) -> Table:
-    """Return all final numbers of every arm and round."""
+def metrics_table(m: Results) -> Table:
+    """Return the main numbers of every arm and round."""
+    gold = m.has("gold_mean")
     return number_table(
         m,
         "All final numbers",
-        [(arm, round_) for arm in m.methods() for round_ in m.rounds(arm)],
-        METRICS,
-        name=arm_name,
-        adapted=is_metarm,
-        note="Before and after: the round's PPO. SFT (round 0) and DPO have no reward model of "
-        "their own: theirs is the vanilla one. “—”: does not apply (no PPO, no meta step)."
-        + _seed_note(m, "± is the 95 % t-interval over the seeds."),
+        m.keys,
+        [x for x in METRICS if gold or x not in _BY_GOLD],
+        "“Before” is the round's reward model on responses of the policy the round began with, "
+        "“after” on those of the policy trained on it; the variance is relative to the same reward "
+        "model's on SFT responses. SFT (round 0) and DPO have no reward model of their own: theirs "
+        f"is the first one. “—”: does not apply (no policy training, no meta step).{seed_note(m)}",
     )
 
 
-def kl_table(m: Measurements) -> Table:
+def kl_table(m: Results) -> Table:
     """Return KL and gold of every arm and round."""
-    rounds = m.all_rounds()
-    methods = [*m.policy_arms(), *(method for method in (DPO,) if method in m.methods())]
+    rounds = m.all_rounds
     rows = []
-    for method in methods:
-        cells: list[str] = []
-        for round_ in rounds:
-            known = round_ in m.rounds(method)
-            blank = "" if method == DPO else NOT_MEASURED
-            for metric in ("gold_mean", "kl"):
-                found = m.estimate("evaluate", method, round_, metric)
-                cells.append(number(found) if known else blank)
-        rows.append((arm_name(method), *cells))
-    columns = [f"{what}, round {r}" for r in rounds for what in ("Gold", "KL")]
+    for arm in m.trained if m.has("gold_mean") else ():
+        own = m.rounds(arm)
+        cells = (
+            cell(m, arm, r, metric) if r in own else "—"
+            for r in rounds
+            for metric in ("gold_mean", "kl")
+        )
+        rows.append((m.name(arm), *cells))
     return Table(
         "Gold and the KL it was reached at",
-        ("Arm", *columns),
+        ("Arm", *(f"{what}, round {r}" for r in rounds for what in ("Gold", "KL"))),
         tuple(rows),
         "Compare gold numbers of one round only where the KLs beside them agree; DPO's KL is "
         "not steered.",
     )
 
 
-def blindness_table(m: Measurements) -> Table:
-    """Return the metrics of the fixed reward model before and after every round."""
-    metrics = [f"{what}_{when}" for what in SIGHT for when in ("before", "after")]
+def other_table(m: Results) -> Table:
+    """Return the numbers of each arm's last round that nothing has asked for so far.
+
+    Build it after all other blocks. A metric that a user declares and records appears here.
+    """
+    last = {arm: m.rounds(arm)[-1] for arm in m.arms if m.rounds(arm)}
+    rows = []
+    for metric in m.unread():
+        one = declared(metric)
+        cells = [m.estimate("evaluate", arm, r, metric) for arm, r in last.items()]
+        if any(cells):
+            label = f"{one.label} ({one.unit})" if one.unit else one.label
+            label += f": {metric}" if "*" in one.id else ""
+            rows.append((label, *("—" if x is None else number(x, one.digits) for x in cells)))
     return Table(
-        f"{arm_name(FIXED)}: what the reward model still sees",
-        ("Round", *(f"{declared(metric).heading} PPO" for metric in metrics)),
-        tuple((str(r), *(measured(m, FIXED, r, x) for x in metrics)) for r in m.rounds(FIXED)),
-        "Relative variance: of reward differences. Accuracy 0.5 is a coin. Relative variance 1 is "
-        "the spread on SFT samples.",
+        "Other measurements",
+        ("Measurement", *(f"{m.name(arm)}, round {r}" for arm, r in last.items())),
+        tuple(rows),
+        f"All other recorded numbers, after each arm's last round.{seed_note(m)}",
     )
 
 
-def adaptation_table(m: Measurements) -> Table:
-    """Return the changes by each adaptation on the same policy, with a reading."""
+# -- over-optimisation and diversity -----------------------------------------------------------
 
-    def arrow(old: float | None, new: float | None, digits: int) -> str:
-        if old is None or new is None:
-            return NOT_MEASURED
-        return f"{fixed_point(old, digits)} → {fixed_point(new, digits)}"
+_ALONG = (
+    "overopt_peak_gold", "overopt_peak_kl", "overopt_final_gold", "overopt_final_kl",
+    "overopt_drop",
+)  # fmt: skip
+_AT = "overopt_gold_at_kl_"
 
-    rows = tuple(
-        (
-            arm_name(a.method),
-            str(a.round),
-            a.reading,
-            arrow(a.accuracy_old, a.accuracy_new, 3),
-            arrow(a.relative_variance_old, a.relative_variance_new, 2),
-            arrow(a.variance_old, a.variance_new, 3),
-        )
-        for a in adaptations(m)
+
+def over_optimisation_table(m: Results) -> Table:
+    """Return the table of gold along policy training: at the peak, the end and fixed KL."""
+    keys = [(arm, r) for arm in m.arms for r in m.rounds(arm, "evaluate", "overopt_peak_gold")]
+    at = [metric for metric in m.metrics("evaluate") if metric.startswith(_AT)]
+
+    def heading(metric: str) -> str:
+        kl = metric.removeprefix(_AT) if metric in at else ""
+        return f"{declared(metric).heading} {kl}".strip()
+
+    source = (
+        "the mean reward of the gold world"
+        if m.gold_is_true
+        else "the mean of a second reward model, which trains nothing (evaluation.gold),"
     )
+    return number_table(
+        m,
+        "Gold along policy training",
+        keys,
+        [*_ALONG, *sorted(at, key=lambda metric: float(metric.removeprefix(_AT)))],
+        f"Gold is {source} on the responses of each step, smoothed over a twentieth of the steps. "
+        "A drop after the peak, while the proxy rises, is over-optimisation. Each round begins "
+        "where the one before ended.",
+        heading=heading,
+    )
+
+
+def best_of_n_table(m: Results) -> Table:
+    """Return the table of best-of-n on SFT's responses, chosen by the first reward model."""
+    names = ("bon_kl", "bon_proxy", "bon_gold")
+    curves = {name: m.curve("best_of_n", SFT, 0, name) for name in names}
+    steps = sorted({n for points in curves["bon_gold"].values() for n, _ in points})
+
+    def at(name: str, n: float) -> str:
+        by_seed = {seed: dict(points).get(n) for seed, points in curves[name].items()}
+        return number(estimate({s: value for s, value in by_seed.items() if value is not None}))
+
+    drop = m.estimate("best_of_n", SFT, 0, "bon_drop")
+    end = "." if drop is None else f". Gold falls {fixed_point(drop.mean)} from its peak."
     return Table(
-        "What each adaptation changed (old → adapted reward model, same policy)",
-        ("Arm", "Round", "Reading", "Accuracy", "Relative variance", "Raw variance"),
-        rows,
-        "Old: the reward model of the round before (round 1: the vanilla one). A change of "
-        "accuracy counts beyond two standard errors and 0.02, more spread beyond a quarter.",
-        text_columns=3,
+        "Best of n responses of SFT",
+        ("n", *(declared(name).heading for name in names)),
+        tuple((f"{n:.0f}", *(at(name, n) for name in names)) for n in steps),
+        f"The unbiased estimator over all subsets of the responses; KL = log n - (n - 1) / n{end}",
+        text_columns=0,
     )
 
 
-def config_table(config: Mapping[str, Any]) -> Table:
-    """Return a nested configuration as a table of dotted keys."""
-    rows: list[tuple[str, str]] = []
+_DIVERSITY = (
+    "similarity", "self_bleu", "embedding_similarity", "distinct_1", "distinct_2", "distinct_3",
+    "compression_ratio", "distinct_share",
+)  # fmt: skip
 
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            rows.append((prefix, text))
-
-    walk("", config)
-    return Table("Configuration", ("Setting", "Value"), tuple(rows), text_columns=2)
+# Lower = more diverse (arXiv 2405.00438, Table 3). The normalisation is not documented.
+PAPER_DIVERSITY = {
+    "Harmless": ("0.14", "0.07", "0.47", "0.39", "0.41"),
+    "Helpful": ("0.09", "0.04", "0.29", "0.31", "0.25"),
+    "Summary": ("0.07", "0.06", "0.36", "0.38", "0.33"),
+}
 
 
-def versions_table(m: Measurements) -> Table:
-    """Return the versions of code and libraries."""
-    rows = tuple(
-        (commit or "unknown", versions or "unknown", ", ".join(str(s) for s in sorted(seeds)))
-        for (commit, versions), seeds in sorted(m.provenance.items())
-    )
-    return Table("Versions", ("Commit", "Versions", "Seeds"), rows, text_columns=3)
-
-
-def world_table(m: Measurements) -> Table:
-    """Return the metrics of stage "world"."""
-    rows = tuple((metric, f"{found.mean:.6g}") for metric, found in m.world().items())
-    return Table("The world", ("Quantity", "Value"), rows)
-
-
-def _seed_note(m: Measurements, text: str) -> str:
-    return f" {text}" if len(m.seeds) > 1 else ""
+def diversity_tables(m: Results) -> list[Table]:
+    """Return the similarity of responses by arm and round, and the paper's Table 3."""
+    keys = [key for key in m.keys if m.final("evaluate", *key, "self_bleu")]
+    if not keys:
+        return []
+    metrics = [x for x in _DIVERSITY if any(m.final("evaluate", *key, x) for key in keys)]
+    missing = " No embedder was given (evaluation.embedder), so the paper's sum was not measured."
+    return [
+        number_table(
+            m,
+            "Diversity of the responses (Table 3)",
+            keys,
+            metrics,
+            "Self-BLEU, embedding similarity, their sum and the compression ratio: lower = more "
+            "diverse. Distinct n-grams and different responses: higher = more diverse. All depend "
+            "on how many responses there are and how long they are."
+            f"{'' if 'similarity' in metrics else missing}{seed_note(m)}",
+        ),
+        Table(
+            "For comparison: diversity in the paper",
+            ("Task", "Raw data", "SFT", "PPO", "DPO", "MetaRM"),
+            tuple((task, *values) for task, values in PAPER_DIVERSITY.items()),
+            "Self-BLEU and embedding similarity, both normalised (how is not said) and summed; "
+            "lower = more diverse. Compare the order of the columns, not the numbers.",
+        ),
+    ]

@@ -2,6 +2,4 @@
 
 from shiftrm.methods.method import METHODS, Method
 
-METHODS.register("fixed")(
-    Method("Reward model kept fixed (vanilla PPO)", "Kept fixed", "#333333", "o")
-)
+METHODS.register("fixed")(Method("Reward model kept fixed", "Kept fixed", "#333333", "o"))
