@@ -86,6 +86,13 @@ def run(capsys, *arguments):
     return status, capsys.readouterr()
 
 
+def refused(capsys, message, *arguments):
+    status, output = run(capsys, *arguments)
+    assert status == 2
+    assert message in output.err
+    assert (output.err.count("\n"), output.out) == (1, "")
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -215,11 +222,8 @@ def test_rows_that_are_too_long_are_left_out_and_counted(here, capsys, tmp_path)
     assert "1 row(s) longer than the model's context left out" in output.out
     assert f"{N} groups" in output.out
     write_jsonl(tmp_path / "all.jsonl", rows[-1:])
-    status, output = run(capsys, "--model", "sharp", "--data", tmp_path / "all.jsonl")
-    assert (status, "every row is longer than the model's context (64 tokens)" in output.err) == (
-        2,
-        True,
-    )
+    message = "every row is longer than the model's context (64 tokens)"
+    refused(capsys, message, "--model", "sharp", "--data", tmp_path / "all.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -237,13 +241,8 @@ def test_rows_that_are_too_long_are_left_out_and_counted(here, capsys, tmp_path)
 )  # fmt: skip
 def test_bad_files(here, capsys, tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
-    status, output = run(
-        capsys, "--model", "sharp", "--data", "groups.jsonl", tmp_path / "bad.jsonl",
-        "--output", tmp_path / "o",
-    )  # fmt: skip
-    assert status == 2
-    assert message in output.err
-    assert (output.err.count("\n"), output.out) == (1, "")
+    data = ["--data", "groups.jsonl", tmp_path / "bad.jsonl", "--output", tmp_path / "o"]
+    refused(capsys, message, "--model", "sharp", *data)
     assert not (tmp_path / "o").exists()
 
 
@@ -266,10 +265,7 @@ def test_bad_options(here, capsys, arguments, message):
     base = ["--model", "sharp"]
     if "--data" not in arguments:
         base += ["--data", "groups.jsonl"]
-    status, output = run(capsys, *base, *arguments)
-    assert status == 2
-    assert message in output.err
-    assert (output.err.count("\n"), output.out) == (1, "")
+    refused(capsys, message, *base, *arguments)
 
 
 def test_models_of_the_wrong_kind(here, capsys, tmp_path, policy, tokenizer):
@@ -286,10 +282,7 @@ def test_models_of_the_wrong_kind(here, capsys, tmp_path, policy, tokenizer):
         ("three", "three has num_labels=3"),
         ("nan", "groups.jsonl:1: nan gives a reward that is not a number"),
     ):
-        status, output = run(capsys, "--model", tmp_path / name, "--data", "groups.jsonl")
-        assert status == 2
-        assert message in output.err
-        assert (output.err.count("\n"), output.out) == (1, "")
+        refused(capsys, message, "--model", tmp_path / name, "--data", "groups.jsonl")
 
 
 def test_names_are_shown_as_they_are(here, capsys, monkeypatch):
@@ -297,10 +290,3 @@ def test_names_are_shown_as_they_are(here, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     status, output = run(capsys, "--model", "[/b]=zero", "--data", "[red]=groups.jsonl")
     assert (status, "[red]: blind" in output.out) == (0, True)
-
-
-def test_help_has_examples_and_is_light(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["diagnose", "--help"])
-    assert stop.value.code == 0
-    assert "examples:" in capsys.readouterr().out

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from shiftrm.cli import main
 from shiftrm.files import write_jsonl
 from shiftrm.measure.best_of_n import best_of_n
 from shiftrm.models.scoring import Scorer
@@ -16,6 +15,8 @@ from shiftrm.world.gold import gold_reward
 from tests.cli.conftest import refused
 from tests.conftest import WORDS, llama_config
 
+ROW = {"prompt": "a", "proxy": [1]}
+COMMAND = "evaluate best-of-n --samples s.jsonl --output b.json"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -67,18 +68,10 @@ def test_two_models(shiftrm, models):
         assert handle.read(8) == PNG
 
 
-@pytest.mark.parametrize("name", ["best-of-n", "diversity", "rewardbench"])
-def test_help_has_examples(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", name, "--help"])
-    assert stop.value.code == 0
-    assert "examples:" in capsys.readouterr().out
-
-
 def test_gaos_form_is_fitted(shiftrm):
     ranks = list(range(64))
     write_jsonl("s.jsonl", [{"prompt": str(i), "proxy": ranks, "gold": ranks} for i in range(2)])
-    assert shiftrm("evaluate", "best-of-n", "--samples", "s.jsonl", "--output", "b.json")[0] == 0
+    assert shiftrm(COMMAND)[0] == 0
     found = read()
     points = found["points"]
     d = np.sqrt([p["kl"] for p in points])
@@ -146,28 +139,16 @@ def test_too_long_samples_are_counted(shiftrm, models):
         ([{"prompt": "a", "proxy": [1], "gold": [1]}], ["--n", "two"], "expected whole numbers"),
         ([{"prompt": "a", "proxy": [1], "gold": [1]}], ["--output", "b.txt"], "call it b.json"),
         ([{"prompt": "a", "proxy": [1], "gold": [1]}], ["--seed", "-1"], "--seed is -1"),
-        ([{"prompt": "a", "proxy": [1]}], ["--gold", "gold"], "nothing to score"),
-        (
-            [{"prompt": "a", "proxy": [1], "response": "x"}],
-            ["--gold", "gold"],
-            "s.jsonl:1: not a row of the gold world",
-        ),
-        ([{"prompt": "a", "proxy": [1], "response": "x"}], ["--gold", "none"], "none: cannot be"),
+        ([ROW], ["--gold", "gold"], "nothing to score"),
+        ([{**ROW, "response": "x"}], ["--gold", "gold"], "s.jsonl:1: not a row of the gold world"),
+        ([{**ROW, "response": "x"}], ["--gold", "none"], "none: cannot be"),
     ],
 )
 def test_mistakes(shiftrm, rows, options, message):
     write_jsonl("s.jsonl", rows)
-    refused(
-        shiftrm,
-        ["evaluate", "best-of-n", "--samples", "s.jsonl", "--output", "b.json", *options],
-        message,
-    )
+    refused(shiftrm, [COMMAND, *options], message)
 
 
 def test_not_finite(shiftrm, files):
     (files / "s.jsonl").write_text('{"prompt": "a", "proxy": [NaN], "gold": [1]}\n')
-    refused(
-        shiftrm,
-        ["evaluate", "best-of-n", "--samples", "s.jsonl", "--output", "b.json"],
-        "holds nan; expected finite numbers",
-    )
+    refused(shiftrm, COMMAND, "holds nan; expected finite numbers")

@@ -192,11 +192,8 @@ def test_mean_pooled_folders_do_without_sentence_transformers(embedder, tokenize
 def test_others_need_it(shiftrm, embedder, options):
     in_format(embedder, **options)
     write_jsonl("a.jsonl", rows(0))
-    refused(
-        shiftrm,
-        ["evaluate", "diversity", "a.jsonl", "--embedder", "embedder", "--output", "d.json"],
-        "embedder: needs sentence-transformers, which is not installed; run pip install",
-    )
+    message = "embedder: needs sentence-transformers, which is not installed; run pip install"
+    refused(shiftrm, "evaluate diversity a.jsonl --embedder embedder --output d.json", message)
 
 
 def test_sentence_transformers_is_used_where_it_is(embedder, monkeypatch):

@@ -40,16 +40,11 @@ def everything(folder):
     }
 
 
+SAME = ("data.jsonl", "./data.jsonl", "model/../data.jsonl", "linked/../data.jsonl", "DATA.jsonl")
+SAME = (*SAME, "hard.jsonl")
 OUTPUTS = {
-    "data.jsonl": "already reads or writes it",
-    "./data.jsonl": "already reads or writes it",
-    "model/../data.jsonl": "already reads or writes it",
-    "linked/../data.jsonl": "already reads or writes it",
-    "DATA.jsonl": "already reads or writes it",
-    "hard.jsonl": "already reads or writes it",
-    "link.jsonl": "is a link",
-    "dangling.jsonl": "is a link",
-    "loop": "is a link",
+    **dict.fromkeys(SAME, "already reads or writes it"),
+    **dict.fromkeys(("link.jsonl", "dangling.jsonl", "loop"), "is a link"),
     "pipe": "is a device, pipe or socket",
     "model": "is a folder",
     "model/config.json": "lies in model, which this command reads",

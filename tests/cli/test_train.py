@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import time
 
 import pytest
 import torch
@@ -250,18 +249,6 @@ def test_chats_need_a_template(shiftrm, files, tokenizer):
     row = {"chosen": chat, "rejected": [{"role": "user", "content": "the"}]}
     write_jsonl(files / "pairs.jsonl", [row])
     refused(shiftrm, TRAIN, "the tokenizer has no chat template")
-
-
-def test_help_is_quick(capsys):
-    start = time.monotonic()
-    from shiftrm.cli import main
-
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    assert time.monotonic() - start < 1
-    text = capsys.readouterr().out
-    assert "FILE.yaml holds" in text
-    assert "Data is a .jsonl" in text
 
 
 def test_what_the_card_says_can_be_repeated(shiftrm, files, monkeypatch):

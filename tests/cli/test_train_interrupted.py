@@ -121,16 +121,8 @@ def test_a_loss_that_is_not_finite(shiftrm, stopping):
     checkpoint = Path(output.err.split("checkpoint is ")[1].split(";")[0])
     assert checkpoint.name == "checkpoint-4"
     stopping(None)
-    status, output = shiftrm(
-        "train --model",
-        checkpoint,
-        "--pairs",
-        "pairs.jsonl",
-        "--output",
-        "calmer",
-        "learning_rate=1e-4",
-        "max_steps=1",
-    )
+    calmer = ["--model", checkpoint, "--output", "calmer", "learning_rate=1e-4", "max_steps=1"]
+    status, output = shiftrm("train --pairs pairs.jsonl", *calmer)
     assert status == 0, "training goes on from there with other settings"
 
 
