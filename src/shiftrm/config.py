@@ -1,4 +1,4 @@
-"""Typed configuration: one dataclass field per option, unknown keys refused with a suggestion."""
+"""Typed configuration: one dataclass field per setting; an unknown key is an error."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], *, where: str = "") -> T
     """Build a (nested) dataclass from plain data.
 
     Raises:
-        UserError: an unknown key (the nearest known one is suggested) or a value of another type.
+        UserError: an unknown key (the message suggests the nearest), or a value of another type.
     """
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -47,10 +47,10 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def apply_overrides(
     mapping: dict[str, Any], overrides: list[str], *, create: bool = False
 ) -> dict[str, Any]:
-    """Apply `a.b=value` words (values are YAML) to plain data, in order; returns a new mapping.
+    """Apply `a.b=value` words (values are YAML) to plain data, in order. Return a new mapping.
 
     Args:
-        create: make sections that are not there; `from_mapping` refuses the unknown ones later.
+        create: make missing sections; `from_mapping` rejects unknown ones later.
     """
     result = _plain(mapping)
     for word in overrides:
@@ -73,7 +73,7 @@ def apply_overrides(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping; `~/` in its strings is the home folder."""
+    """Read a YAML file that holds one mapping; `~/` in its strings stands for the home folder."""
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
@@ -82,7 +82,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected settings as `key: value`, found nothing of the kind")
+        raise UserError(f"{path}: expected settings as `key: value`")
     return at_home(content)
 
 
@@ -101,7 +101,7 @@ def parse_yaml(text: str, where: str, *, word: bool = False) -> Any:
     """Parse YAML text into plain data.
 
     Args:
-        word: it is one value of a command line, where lines and columns say nothing.
+        word: the text is one value of a command line, so the message omits lines and columns.
 
     Raises:
         UserError: not valid YAML, a value that cannot be (the 40th of a month), or data beyond
@@ -114,13 +114,13 @@ def parse_yaml(text: str, where: str, *, word: bool = False) -> Any:
         said = "the value is not valid YAML" if word else f"not valid YAML: {error}"
         raise UserError(f"{where}: {said}") from None
     except RecursionError:
-        raise UserError(f"{where}: YAML that is nested too deep; write it flatter") from None
+        raise UserError(f"{where}: the YAML is nested too deep; write it flatter") from None
     waiting, seen = [(value, 0)], 0
     while waiting:
         found, depth = waiting.pop()
         seen += 1
         if depth > DEEPEST or seen > MOST:
-            raise UserError(f"{where}: YAML that is nested too deep or too large; write it flatter")
+            raise UserError(f"{where}: the YAML is nested too deep or too large; write it flatter")
         if isinstance(found, int) and abs(found) >= 10**LONGEST:
             raise UserError(f"{where}: a number of more than {LONGEST} digits; give a smaller one")
         if isinstance(found, dict):
@@ -131,7 +131,7 @@ def parse_yaml(text: str, where: str, *, word: bool = False) -> Any:
 
 
 def check_seed(value: int, name: str) -> None:
-    """Refuse a seed that one of the libraries would not accept.
+    """Reject a seed that one of the libraries would not accept.
 
     Raises:
         UserError: below 0 or not below 2^32.
@@ -141,7 +141,7 @@ def check_seed(value: int, name: str) -> None:
 
 
 def differences(old: Any, new: Any, *, where: str = "") -> list[str]:
-    """The settings that differ, as `a.b: 1 -> 2`, in the order of the new configuration."""
+    """Return the settings that differ, as `a.b: 1 -> 2`, in the order of the new configuration."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in [*new, *(k for k in old if k not in new)]:
