@@ -67,6 +67,18 @@ def test_arms_get_the_same_policy_training_and_the_same_reward_training():
     assert settings[0]["seed"] == random_seed(0, "reward/1")
 
 
+def test_a_method_shapes_the_reward_and_an_arm_resets_the_reference():
+    arms = "{shaped: {reward: log_sigmoid}, reset: {reward: fixed, reference_reset: true}}"
+    found = by_name("rounds=2", f"methods={arms}")
+    shaped, reset = (job_of(found[f"methods/{arm}/round-2/policy"]) for arm in ("shaped", "reset"))
+    assert shaped.settings["reward_shaping"] == "log_sigmoid"
+    assert "reward_shaping" not in reset.settings
+    assert str(shaped.reference) == "sft/model"
+    assert str(reset.reference) == str(reset.policy) == "methods/reset/round-1/policy/model"
+    measured = found["methods/reset/round-2/evaluation"].settings["inputs"]
+    assert measured["reference"] == {"stage": "sft", "file": "model"}
+
+
 def test_the_gold_arm_trains_on_gold_and_no_reward_model():
     found = by_name("methods=[gold]")
     assert job_of(found["methods/gold/round-1/policy"]).reward == "gold"

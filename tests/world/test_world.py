@@ -167,10 +167,10 @@ def test_labels_see_whether_a_response_ended():
     n = 4000
     pairs = [PROMPT] * n, [BETTER] * n, [WORSE] * n
     p = 1 / (1 + math.exp(-0.489))  # 1.489 - 1
-    rows = label_pairs(*pairs, seed=1, first_finished=[False] * n)
+    rows = label_pairs(*pairs, seed=1, finished=[(False, True)] * n)
     assert abs(_share_first(rows, BETTER) - p) < 4 * math.sqrt(p * (1 - p) / n)
     p = 1 / (1 + math.exp(-2.489))
-    rows = label_pairs(*pairs, seed=1, second_finished=[False] * n)
+    rows = label_pairs(*pairs, seed=1, finished=[(True, False)] * n)
     assert abs(_share_first(rows, BETTER) - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
@@ -194,12 +194,6 @@ def test_the_noise_of_many_pairs_is_what_the_gold_differences_say():
     deviation = math.sqrt(sum(p * (1 - p) for p in wrong))
     assert abs(sum(gap < 0 for gap in gaps) - expected) < 4 * deviation
     assert 0.1 < expected / len(rows) < 0.35  # noisy, and far from chance
-
-
-def test_shuffled_labels_carry_nothing():
-    n = 4000
-    rows = label_pairs([PROMPT] * n, [BETTER] * n, [WORSE] * n, seed=0, shuffle_labels=True)
-    assert abs(_share_first(rows, BETTER) - 0.5) < 4 * math.sqrt(0.25 / n)
 
 
 def test_labels_depend_on_the_seed_only_and_pairs_do_not_shift_each_other():

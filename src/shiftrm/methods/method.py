@@ -28,6 +28,10 @@ class Method:
         training: returns the configuration class and the trainer class; a function, because both
             are slow to import. None: the reward model is kept as it is.
         settings: defaults of that configuration which differ from the class's.
+        policy_settings: settings of PPO for this method, such as
+            `{"reward_shaping": "log_sigmoid"}`; other optimisers do not get them.
+        reference_reset: whether the KL of a round is to the policy that the round starts from,
+            instead of the SFT policy.
     """
 
     label: str
@@ -37,6 +41,8 @@ class Method:
     needs: frozenset[Need] = frozenset()
     training: Callable[[], Training] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    policy_settings: Mapping[str, Any] = field(default_factory=dict)
+    reference_reset: bool = False
 
     @property
     def trains(self) -> bool:

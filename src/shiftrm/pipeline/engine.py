@@ -148,7 +148,8 @@ def run_stages(
                 notify("skipped", stage.name)
         waiting = [stage for stage in stages if stage.name not in finished]
         if waiting:
-            _run_pool(waiting, finished, root, keys, seed, workers, threads, notify)
+            run = _Run(root, keys, seed, notify)
+            _run_pool(run, waiting, finished, workers, threads)
         _discard_work(root)
         shutil.rmtree(root / UNFINISHED_FOLDER, ignore_errors=True)  # of a stage killed at its end
         collect_records(stages, root)
@@ -166,15 +167,18 @@ def collect_records(stages: Sequence[Stage], root: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the stages of a run share; see `run_stages`."""
+
+    root: Path
+    keys: dict[str, str]
+    seed: int
+    notify: Callable[[str, str], None]
+
+
 def _run_pool(
-    waiting: list[Stage],
-    finished: set[str],
-    root: Path,
-    keys: dict[str, str],
-    seed: int,
-    workers: int,
-    threads: int | None,
-    notify: Callable[[str, str], None],
+    run: _Run, waiting: list[Stage], finished: set[str], workers: int, threads: int | None
 ) -> None:
     running: dict[Future[None], Stage] = {}
     pool = ProcessPoolExecutor(
@@ -188,16 +192,16 @@ def _run_pool(
             ready = [s for s in waiting if finished.issuperset(s.needs)]
             for stage in ready[: workers - len(running)]:
                 waiting.remove(stage)
-                future = pool.submit(execute, stage, root, keys[stage.name], seed)
+                future = pool.submit(execute, stage, run.root, run.keys[stage.name], run.seed)
                 running[future] = stage
-                notify("start", stage.name)
+                run.notify("start", stage.name)
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 stage = running.pop(future)
                 future.result()
                 finished.add(stage.name)
-                _failure_log(root, stage.name).unlink(missing_ok=True)
-                notify("done", stage.name)
+                _failure_log(run.root, stage.name).unlink(missing_ok=True)
+                run.notify("done", stage.name)
     except BrokenExecutor:
         names = ", ".join(stage.name for stage in [stage, *running.values()])
         raise RuntimeError(

@@ -53,8 +53,10 @@ class Arm:
         policy: optimiser of this arm; by default the recipe's. "dpo" needs no reward model.
         rounds: number of rounds; by default the recipe's, and 1 for DPO.
         settings: override those of the section `reward`.
-        policy_settings: settings of the optimiser; override those of the section `policy` if the
-            method is the same.
+        policy_settings: settings of the optimiser; override those of the method, and those of the
+            section `policy` if that has the same optimiser.
+        reference_reset: whether the KL of a round is to the policy that the round starts from; by
+            default as the method says. What is measured is always the KL to the SFT policy.
     """
 
     reward: str = "metarm"
@@ -62,6 +64,7 @@ class Arm:
     rounds: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     policy_settings: dict[str, Any] = field(default_factory=dict)
+    reference_reset: bool | None = None
 
     @property
     def method(self) -> Method:
@@ -71,6 +74,12 @@ class Arm:
     @property
     def is_dpo(self) -> bool:
         return self.policy == DPO
+
+    @property
+    def resets_reference(self) -> bool:
+        """Whether the KL of a round is to the policy that the round starts from."""
+        given = self.reference_reset
+        return self.method.reference_reset if given is None else given
 
 
 def arms_by_name(names: list[str], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -234,13 +234,17 @@ class Planner:
         recipe = self.recipe
         method, arm = recipe.optimiser_of(name), recipe.methods[name]
         record = record_as("ppo", name, number)
-        start, reference = self._of_policy(policy), self._of_policy(None)
+        start = self._of_policy(policy)
+        reference = start if arm.resets_reference else self._of_policy(None)
         if method == DPO:
             settings = self.settings({**recipe.dpo.settings, **arm.policy_settings}, DPO)
             job = Optimise(method, start, reference, pairs=self.inputs.pairs, settings=settings)
             return self.training(here, job, record, "dpo")
         settings = dict(recipe.policy.settings) if method == recipe.policy.method else {}
-        settings |= arm.policy_settings
+        settings |= {
+            **(arm.method.policy_settings if method == "ppo" else {}),
+            **arm.policy_settings,
+        }
         if method == "ppo":
             settings |= asdict(recipe.sampling)
         else:

@@ -103,8 +103,7 @@ def _labelled(samples: list[Row], *, seed: int) -> list[Row]:
         each("responses", 0),
         each("responses", 1),
         seed=seed,
-        first_finished=each("finished", 0),
-        second_finished=each("finished", 1),
+        finished=[tuple(row["finished"]) for row in samples],
     )
 
 

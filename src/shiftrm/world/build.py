@@ -197,9 +197,7 @@ def label_pairs(
     second: Sequence[str],
     *,
     seed: int,
-    first_finished: Sequence[bool] | None = None,
-    second_finished: Sequence[bool] | None = None,
-    shuffle_labels: bool = False,
+    finished: Sequence[tuple[bool, bool]] | None = None,
     reward: Callable[..., float] = gold_reward,
     domain: str | None = None,
 ) -> list[Row]:
@@ -210,10 +208,8 @@ def label_pairs(
     Args:
         prompts, first, second: one prompt and two responses per pair.
         seed: seed of the draws; pair i always gets the i-th draw.
-        first_finished, second_finished: whether each response ended by itself; None means all.
-            The gold reward uses it, and the rows contain it.
-        shuffle_labels: ignore the gold reward and toss a fair coin for every pair, for the control
-            in which nothing can be learned.
+        finished: whether the first and the second response of each pair ended by itself; None
+            means all. The gold reward uses it, and the rows contain it.
         reward: the gold reward, with the signature of `gold_reward`.
         domain: the rows' domain; None reads the topic from each prompt.
 
@@ -227,21 +223,17 @@ def label_pairs(
         UserError: a text that is not a prompt of the language.
     """
     rng = random.Random(seed)
-    first_ended = [True] * len(prompts) if first_finished is None else first_finished
-    second_ended = [True] * len(prompts) if second_finished is None else second_finished
+    ended = [(True, True)] * len(prompts) if finished is None else finished
     rows: list[Row] = []
-    for prompt, a, b, a_ended, b_ended in zip(
-        prompts, first, second, first_ended, second_ended, strict=True
-    ):
+    for prompt, a, b, (a_ended, b_ended) in zip(prompts, first, second, ended, strict=True):
         difference = reward(prompt, a, finished=bool(a_ended)) - reward(
             prompt, b, finished=bool(b_ended)
         )
         draw = rng.random()  # also for omitted pairs, so that they do not shift the others
         if a == b or not a.strip() or not b.strip():
             continue
-        chance = 0.5 if shuffle_labels else _sigmoid(difference)
         sides = ((a, bool(a_ended)), (b, bool(b_ended)))
-        chosen, rejected = sides if draw < chance else sides[::-1]
+        chosen, rejected = sides if draw < _sigmoid(difference) else sides[::-1]
         rows.append(
             {
                 "prompt": prompt,

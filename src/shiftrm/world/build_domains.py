@@ -281,8 +281,7 @@ def _pairs(
         [a["response"] for a in first],
         [b["response"] for b in second],
         seed=rng.getrandbits(32),
-        first_finished=[a["finished"] for a in first],
-        second_finished=[b["finished"] for b in second],
+        finished=[(a["finished"], b["finished"]) for a, b in zip(first, second, strict=True)],
         reward=gold_of(name, table),
         domain=name,
     )
