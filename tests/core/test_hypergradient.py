@@ -34,6 +34,11 @@ FAMILIES = ["llama", "qwen3", "gpt2", "gpt_neox"]
 OPTIONS = {"inner_learning_rate": 0.005, "beta": 0.7}
 
 
+def make_case(family, D, *, B=3, **changes):
+    """Policy, reward model, inner batches and outer batch."""
+    return make_policy(family, **changes), make_reward_model(), *make_problem(D, B=B)
+
+
 def flat(gradients):
     return torch.cat([g.flatten() for g in gradients.values()])
 
@@ -56,8 +61,7 @@ def lora(policy):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_equals_the_whole_unroll(family, D, normalize):
     """Every parameter; padded rows of unequal lengths; the pad token also stands in sequences."""
-    policy, reward_model = make_policy(family), make_reward_model()
-    inner, outer = make_problem(D)
+    policy, reward_model, inner, outer = make_case(family, D)
     options = {**OPTIONS, "normalize_weights": normalize}
     loss, oracle = whole_unroll(policy, reward_model, inner, outer, **options)
     ours = hypergradient(policy, reward_model, inner, outer, **options)
@@ -69,8 +73,7 @@ def test_exact_equals_the_whole_unroll(family, D, normalize):
 @pytest.mark.parametrize("D", [2, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_finite_differences_are_close(family, D):
-    policy, reward_model = make_policy(family), make_reward_model()
-    inner, outer = make_problem(D)
+    policy, reward_model, inner, outer = make_case(family, D)
     _, oracle = whole_unroll(policy, reward_model, inner, outer, **OPTIONS)
     ours = hypergradient(
         policy, reward_model, inner, outer, curvature="finite_difference", **OPTIONS
@@ -102,11 +105,10 @@ def test_without_curvature_one_step_is_exact_and_more_are_not(family):
 
 @pytest.mark.parametrize("last", [1, 2, 3])
 def test_truncation_equals_an_unroll_whose_earlier_steps_are_detached(last):
-    policy, reward_model = make_policy("llama"), make_reward_model()
-    inner, outer = make_problem(4)
+    case = make_case("llama", 4)
     options = {**OPTIONS, "normalize_weights": True}
-    _, oracle = whole_unroll(policy, reward_model, inner, outer, detach_before=4 - last, **options)
-    ours = hypergradient(policy, reward_model, inner, outer, last_steps=last, **options)
+    _, oracle = whole_unroll(*case, detach_before=4 - last, **options)
+    ours = hypergradient(*case, last_steps=last, **options)
     assert relative_error(ours.gradients, oracle) < 1e-10
     assert [bool(g.any()) for g in ours.reward_gradients] == [False] * (4 - last) + [True] * last
 
@@ -162,10 +164,9 @@ def test_differences_across_jumps_of_the_policys_gradient_are_refused(family):
 @pytest.mark.parametrize("curvature", ["exact", "finite_difference", "none"])
 def test_mixture_of_experts_without_gates(curvature):
     """Its router computes in fp32, hence the tolerance. The norm is taken over all parameters."""
-    policy, reward_model = make_policy("qwen3_moe"), make_reward_model()
-    inner, outer = make_problem(2 if curvature != "none" else 1)
-    _, oracle = whole_unroll(policy, reward_model, inner, outer, **OPTIONS)
-    ours = hypergradient(policy, reward_model, inner, outer, curvature=curvature, **OPTIONS)
+    case = make_case("qwen3_moe", 2 if curvature != "none" else 1)
+    _, oracle = whole_unroll(*case, **OPTIONS)
+    ours = hypergradient(*case, curvature=curvature, **OPTIONS)
     error = flat(ours.gradients) - flat(oracle)
     assert error.norm() < 1e-3 * flat(oracle).norm()
 
@@ -184,22 +185,18 @@ def test_mean_over_tokens_and_a_frozen_part():
 
 @pytest.mark.parametrize("curvature", ["exact", "finite_difference", "none"])
 def test_micro_batches_change_nothing(curvature):
-    policy, reward_model = make_policy("llama"), make_reward_model()
-    inner, outer = make_problem(3, B=5)
+    case = make_case("llama", 3, B=5)
     options = {**OPTIONS, "normalize_weights": True, "curvature": curvature}
-    whole = hypergradient(
-        policy, reward_model, inner, outer, curvature_micro_batch_size=5, **options
-    )
+    whole = hypergradient(*case, curvature_micro_batch_size=5, **options)
     for size in (1, 2, 5):
-        parts = hypergradient(policy, reward_model, inner, outer, micro_batch_size=size, **options)
+        parts = hypergradient(*case, micro_batch_size=size, **options)
         assert relative_error(parts.gradients, whole.gradients) < 1e-8
         torch.testing.assert_close(parts.margins, whole.margins)
         assert parts.inner_losses == pytest.approx(whole.inner_losses)
 
 
 def test_order_and_padding_change_nothing():
-    policy, reward_model = make_policy("gpt2"), make_reward_model()
-    inner, outer = make_problem(3, B=4)
+    policy, reward_model, inner, outer = make_case("gpt2", 3, B=4)
 
     def pad(sequences, columns=3):
         ids, attention, response = (torch.nn.functional.pad(t, (0, columns)) for t in sequences)
@@ -257,8 +254,7 @@ def replace_ids(batch, word):
 
 
 def test_what_is_returned():
-    policy, reward_model = make_policy("llama"), make_reward_model()
-    inner, outer = make_problem(2)
+    policy, reward_model, inner, outer = make_case("llama", 2)
     result = hypergradient(policy, reward_model, inner, outer, return_adapted=True, **OPTIONS)
     for rewards, weights in zip(result.rewards, result.weights, strict=True):
         torch.testing.assert_close(weights, torch.exp(rewards / 0.7))
@@ -276,8 +272,7 @@ def test_what_is_returned():
 
 def test_reward_gradients_by_finite_difference_of_the_rewards():
     """dL/dr of one example, from the outer loss after its weight is changed by hand."""
-    policy, reward_model = make_policy("gpt_neox"), make_reward_model()
-    inner, outer = make_problem(2)
+    policy, reward_model, inner, outer = make_case("gpt_neox", 2)
     result = hypergradient(policy, reward_model, inner, outer, normalize_weights=True, **OPTIONS)
 
     def loss(shift):
@@ -392,8 +387,7 @@ def fused_kernel():
 def test_a_kernel_from_outside_torch_is_left_where_it_has_no_second_derivative(
     fused_kernel, outcome, caplog
 ):
-    policy, reward_model = make_policy("llama"), make_reward_model()
-    inner, outer = make_problem(3)
+    policy, reward_model, inner, outer = make_case("llama", 3)
     _, oracle = whole_unroll(policy, reward_model, inner, outer, **OPTIONS)
     policy.config._attn_implementation = "fused_test"
     say_once.cache_clear()
@@ -420,8 +414,7 @@ def test_a_kernel_from_outside_torch_is_left_where_it_has_no_second_derivative(
 
 def test_no_graph_is_held_across_steps():
     """What backward passes keep, at its peak: the same for 2 steps and for 6."""
-    policy, reward_model = make_policy("llama"), make_reward_model()
-    inner, outer = make_problem(1)
+    policy, reward_model, inner, outer = make_case("llama", 1)
     peaks = {}
     for D in (2, 6):
         live, peak = [0], [0]
@@ -465,8 +458,7 @@ def test_products_by_differences_from_parameters_that_are_all_zero():
 
 @pytest.mark.parametrize("curvature", ["exact", "finite_difference", "none"])
 def test_gradient_checkpointing(curvature):
-    policy, reward_model = make_policy("gpt2"), make_reward_model()
-    inner, outer = make_problem(3)
+    policy, reward_model, inner, outer = make_case("gpt2", 3)
     plain = hypergradient(policy, reward_model, inner, outer, curvature=curvature, **OPTIONS)
     calls = count_calls(policy.transformer.h[0])
     for model in (policy, reward_model):
@@ -488,8 +480,7 @@ def count_calls(layer):
 
 
 def test_dropout_is_off():
-    policy, reward_model = make_policy("gpt2", resid_pdrop=0.5, attn_pdrop=0.5), make_reward_model()
-    inner, outer = make_problem(2)
+    policy, reward_model, inner, outer = make_case("gpt2", 2, resid_pdrop=0.5, attn_pdrop=0.5)
     oracle = hypergradient(policy, reward_model, inner, outer, **OPTIONS).gradients
     policy.train()
     ours = hypergradient(policy, reward_model, inner, outer, **OPTIONS).gradients
@@ -523,12 +514,9 @@ def test_bf16_autocast(curvature):
 
 
 def test_a_trajectory_kept_elsewhere():
-    policy, reward_model = make_policy("llama"), make_reward_model()
-    inner, outer = make_problem(2)
-    plain = hypergradient(policy, reward_model, inner, outer, **OPTIONS)
-    moved = hypergradient(
-        policy, reward_model, inner, outer, trajectory_device=torch.device("cpu"), **OPTIONS
-    )
+    case = make_case("llama", 2)
+    plain = hypergradient(*case, **OPTIONS)
+    moved = hypergradient(*case, trajectory_device=torch.device("cpu"), **OPTIONS)
     assert relative_error(moved.gradients, plain.gradients) == 0
 
 
@@ -587,8 +575,7 @@ def other_size(inner):
     ],
 )
 def test_bad_input(change, message):
-    policy, reward_model = make_policy("llama"), make_reward_model()
-    inner, outer = make_problem(2)
+    policy, reward_model, inner, outer = make_case("llama", 2)
     before = policy.lm_head.weight.clone()
     arguments = {"inner_batches": inner, "outer_batch": outer, **OPTIONS, **change(inner)}
     reward_model = arguments.pop("reward_model", reward_model)
