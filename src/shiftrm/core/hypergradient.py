@@ -24,7 +24,7 @@ model (all passes must compute the same function), and LoRA. Imports torch only;
 the reward function.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -38,6 +38,7 @@ from shiftrm.core.inner_loop import (
     InnerProblem,
     InnerSettings,
     Rewarder,
+    Unrolled,
     adapted_policy,
     copy_into,
     unrolled,
@@ -163,20 +164,7 @@ def hypergradient(
         with unrolled(inner, rewarder, batches, settings, keep_last=D - first) as run:  # step 1
             adapted = _copies(policy) if return_adapted else None
             outer_loss, margins, lam = _outer_gradient(inner, outer_batch)  # step 2
-            reward_gradients = [torch.zeros_like(w) for w in run.weights]
-            for t in range(D - 1, first - 1, -1):  # step 3
-                copy_into(inner.parameters, run.trajectory.pop())
-                weights = run.weights[t]
-                # Nothing uses lam after the first step.
-                rule = "none" if t == first else settings.curvature
-                products, curved = _products(inner, batches[t].policy, weights, lam, curvature=rule)
-                # dL/dlog w = w dL/dw is sufficient, and finite for any weight.
-                reward_gradients[t] = _through_weights(
-                    -settings.inner_learning_rate * products, weights, settings
-                )
-                if curved is not None:
-                    torch._foreach_add_(lam, curved, alpha=-settings.inner_learning_rate)
-                del curved
+            reward_gradients = _back_through_steps(inner, batches, run, lam, settings, first=first)
         gradients = rewarder.gradient(batches[first:], reward_gradients[first:])  # step 4
     return Hypergradient(
         outer_loss=outer_loss,
@@ -220,6 +208,32 @@ def gradient_cosine(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
     squares = dot(left, left) * dot(right, right)
     return dot(left, right) / squares**0.5 if squares > 0 else float("nan")
+
+
+def _back_through_steps(
+    inner: InnerLoss,
+    batches: Sequence[InnerBatch],
+    run: Unrolled,
+    lam: list[Tensor],
+    settings: InnerSettings,
+    *,
+    first: int,
+) -> list[Tensor]:
+    """Return dL/dr of each step's examples (step 3); empties the trajectory and changes lam."""
+    reward_gradients = [torch.zeros_like(w) for w in run.weights]
+    for t in range(len(batches) - 1, first - 1, -1):
+        copy_into(inner.parameters, run.trajectory.pop())
+        weights = run.weights[t]
+        # Nothing uses lam after the first step.
+        rule = "none" if t == first else settings.curvature
+        products, curved = _products(inner, batches[t].policy, weights, lam, curvature=rule)
+        # dL/dlog w = w dL/dw is sufficient, and finite for any weight.
+        q = -settings.inner_learning_rate * products
+        reward_gradients[t] = _through_weights(q, weights, settings)
+        if curved is not None:
+            torch._foreach_add_(lam, curved, alpha=-settings.inner_learning_rate)
+        del curved
+    return reward_gradients
 
 
 def _products(

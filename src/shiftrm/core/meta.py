@@ -189,15 +189,13 @@ def metarm_gradient(
 
     Args:
         parameters: leaf tensors that require gradients; `objective` and `loss` read them.
-        objective: computes J, a scalar, at the parameters' current values.
-        loss: computes L, a scalar, likewise.
+        objective, loss: compute J and L, scalars, at the parameters' current values.
         state: Adam's moments, for `meta_step="adaptive"`; updated in place.
         diagnose: also measure J after the step and its influence, at the cost of one forward pass
             of J and one gradient of L.
 
     Returns:
-        The gradient of L at theta', one tensor per parameter (zeros where L does not depend on it),
-        and a report.
+        The gradient of L, one tensor per parameter (zeros if L does not depend on it); a report.
 
     Raises:
         UserError: see `hessian_vector_product`.
