@@ -66,7 +66,15 @@ class Options(TrainingOptions):
     reference: str | None = optional(
         "DIR", "the model to stay close to", shown="the policy", reads=True
     )
-    reward: str | None = optional("DIR", "reward model (ppo, rloo, grpo)", reads=True)
+    reward: str | None = optional(
+        "DIR", "reward model, or gold, the gold world's (ppo, rloo, grpo)", reads=True
+    )
+    scale: str | None = optional(
+        "DATA",
+        "responses of the reference that standardise the rewards (ppo)",
+        shown="ppo samples its own",
+        reads=True,
+    )
     watch: str | None = optional(
         "DIR",
         "second reward model (or gold, the gold world's) that scores the samples and trains "

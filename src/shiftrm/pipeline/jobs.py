@@ -223,8 +223,10 @@ class Optimise(_Training):
 
     def _scale(self) -> dict[str, float]:
         """Return the settings that standardise the rewards."""
-        if self.scale is None or self.method != "ppo":
+        if self.scale is None:
             return {}
+        if self.method != "ppo":
+            raise UserError(f"{self.method} does not standardise rewards; leave out --scale")
         from shiftrm.policies.text_rewards import scale_of
 
         mean, spread = scale_of(str(self.reward), str(self.scale))

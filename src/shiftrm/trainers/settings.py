@@ -69,7 +69,7 @@ OPTIONS = {
         *("responses", "max_new_tokens", "temperature", "top_p", "repetition_penalty"),
     ),
     "sft": ("model", "demonstrations"),
-    "optimise": ("policy", "reference", "reward", "watch", "prompts", "pairs"),
+    "optimise": ("policy", "reference", "reward", "scale", "watch", "prompts", "pairs"),
 }
 """Options that are not settings, by command; also suggested for a mistyped setting."""
 
