@@ -30,7 +30,7 @@ from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.sampling import load_policy
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies import ppo_command, ppo_runtime
-from shiftrm.policies.commands import METHODS, optimise
+from shiftrm.policies.commands import METHODS, Inputs, optimise
 from shiftrm.policies.configs import refused as refused_settings
 from shiftrm.policies.outcome import measure_kl
 from shiftrm.policies.ppo import PPOTrainer, Problem
@@ -471,14 +471,13 @@ def test_bad_input(run, shiftrm, words, message):
 def test_from_python(run, files):
     summary = optimise(
         "dpo",
-        "policy",
-        pairs="pairs.jsonl",
+        Inputs("policy", pairs="pairs.jsonl"),
         output=files / "out",
         settings={"max_steps": 1, "kl_samples": 0, "activation_checkpointing": False},
     )
     assert summary.startswith("Direct preference optimisation (DPO) on 12 pairs")
     with pytest.raises(UserError, match="already there and not empty"):
-        optimise("dpo", "policy", pairs="pairs.jsonl", output=files / "out", settings={})
+        optimise("dpo", Inputs("policy", pairs="pairs.jsonl"), output=files / "out", settings={})
 
 
 @pytest.mark.slow

@@ -206,16 +206,12 @@ class Optimise(_Training):
         return ["optimise", self.method, *_options(**{n: getattr(self, n) for n in named})]
 
     def run(self, output: Path) -> str | None:
-        from shiftrm.policies.commands import optimise
+        from shiftrm.policies.commands import Inputs, optimise
 
+        named = ("reference", "reward", "prompts", "pairs", "watch")
         return optimise(
             self.method,
-            str(self.policy),
-            reference=_text(self.reference),
-            reward=_text(self.reward),
-            prompts=_text(self.prompts),
-            pairs=_text(self.pairs),
-            watch=_text(self.watch),
+            Inputs(str(self.policy), **{name: _text(getattr(self, name)) for name in named}),
             output=output,
             settings={**self._scale(), **self.settings},
             command=self._told(output),

@@ -14,6 +14,7 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.models.rendering import Text
 from shiftrm.policies import configs
 from shiftrm.policies.loading import (
+    Inputs,
     check_policy,
     fitting_prompts,
     load,
@@ -27,7 +28,7 @@ from shiftrm.policies.trl_trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, 
 from shiftrm.trainers.pair_batches import table
 from shiftrm.trainers.training import Job, begin
 
-__all__ = ["METHODS", "elsewhere", "optimise", "sft"]
+__all__ = ["METHODS", "Inputs", "elsewhere", "optimise", "sft"]
 
 METHODS: dict[str, Any] = {
     "ppo": configs.PPOSettings,
@@ -89,14 +90,9 @@ def sft(
 
 def optimise(
     method: str,
-    policy: str,
+    inputs: Inputs,
     *,
     output: Path,
-    reference: str | None = None,
-    reward: str | None = None,
-    prompts: str | None = None,
-    pairs: str | None = None,
-    watch: str | None = None,
     settings: Mapping[str, Any],
     command: str | None = None,
 ) -> str | None:
@@ -105,12 +101,7 @@ def optimise(
     Resumes and fails as `sft` does.
 
     Args:
-        method: a key of `METHODS`; dpo takes pairs, the others a reward model and prompts.
-        policy: checkpoint folder or hub name to start from.
-        reference: the model to stay close to; by default the policy as it is.
-        reward: a reward model; its tokenizer and template may be others than the policy's.
-        prompts, pairs: sources (`data.sources`).
-        watch: a second reward model, or "gold": scores the roll-outs and trains nothing.
+        method: a key of `METHODS`.
         settings: values by field of the method's configuration class and `trl.ModelConfig`.
 
     Raises:
@@ -118,29 +109,28 @@ def optimise(
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}{suggest(method, list(METHODS))}")
-    _check_inputs(method, reward=reward, prompts=prompts, pairs=pairs, watch=watch)
-    job = _begin(method, policy, "--policy", output, settings, METHODS[method], command)
-    if reference is not None:
-        check_policy(reference, "--reference")
-    more = {"method": method, "reference": reference, "reward": reward}
-    more |= {"watch": watch} if watch is not None else {}
+    inputs.check(method)
+    job = _begin(method, inputs.policy, "--policy", output, settings, METHODS[method], command)
+    if inputs.reference is not None:
+        check_policy(inputs.reference, "--reference")
+    more = {"method": method, "reference": inputs.reference, "reward": inputs.reward}
+    more |= {"watch": inputs.watch} if inputs.watch is not None else {}
     if method == "dpo":
-        plan = _dpo_plan(job, str(pairs), reference)
+        plan = _dpo_plan(job, inputs)
         return run_in_work(job, lambda checkpoint: run_trl(job, plan, checkpoint), more=more)
-    check_watch(str(reward), "--reward")
-    if watch is not None:
-        check_watch(watch)
-    rows = _prompts(job, str(prompts))
+    check_watch(str(inputs.reward), "--reward")
+    if inputs.watch is not None:
+        check_watch(inputs.watch)
+    prompts = _prompts(job, str(inputs.prompts))
     if method == "ppo":
         config = configs.ppo_config(job.chosen.given)
-        report_as = reporting_arguments(job)
-        named = {"reference": reference, "reward": str(reward), "report_as": report_as}
-        named["watch"] = watch
-        return run_in_work(job, lambda kept: run_ppo(job, config, rows, kept, **named), more=more)
+        args = reporting_arguments(job)
+        return run_in_work(
+            job, lambda kept: run_ppo(job, inputs, config, prompts, args, kept), more=more
+        )
 
     def train(checkpoint: Path | None) -> Any:
-        plan = _rewarded_plan(job, method, rows, reference, str(reward), watch)
-        return run_trl(job, plan, checkpoint)
+        return run_trl(job, _rewarded_plan(job, method, prompts, inputs), checkpoint)
 
     return run_in_work(job, train, more=more)
 
@@ -179,33 +169,6 @@ def elsewhere(method: str) -> dict[str, str]:
     }
 
 
-def _check_inputs(
-    method: str,
-    *,
-    reward: str | None,
-    prompts: str | None,
-    pairs: str | None,
-    watch: str | None = None,
-) -> None:
-    """Check that the inputs are those of the method.
-
-    Raises:
-        UserError: names the option.
-    """
-    if method == "dpo":
-        if pairs is None:
-            raise UserError("dpo learns from preference pairs; give --pairs")
-        for option, given in (("prompts", prompts), ("reward", reward), ("watch", watch)):
-            if given is not None:
-                raise UserError(f"dpo learns from --pairs alone; leave out --{option}")
-        return
-    if pairs is not None:
-        raise UserError(f"{method} answers prompts; give --prompts, not --pairs")
-    for option, given in (("reward", reward), ("prompts", prompts)):
-        if given is None:
-            raise UserError(f"--{option} is missing; {method} needs a reward model and prompts")
-
-
 def _prompts(job: Job, source: str) -> list[Text]:
     _, found = read_prompts(source)
     rows = [{"prompt": prompt} for prompt in found]
@@ -214,11 +177,12 @@ def _prompts(job: Job, source: str) -> list[Text]:
     return found
 
 
-def _dpo_plan(job: Job, source: str, reference: str | None) -> Plan:
+def _dpo_plan(job: Job, inputs: Inputs) -> Plan:
+    source, name = str(inputs.pairs), inputs.reference_name
     rows = read_pairs(source)
     job.tables["pairs"] = table(source, rows, PAIR_COLUMNS)
     job.add_data("pairs", source, rows)
-    args, name, apart = _reference(job, reference)
+    args, apart = job.chosen.args, not same_model(name, job.model)
     lora = job.chosen.model.use_peft
 
     def make() -> DPOTrainer:
@@ -245,16 +209,10 @@ def _dpo_plan(job: Job, source: str, reference: str | None) -> Plan:
     )
 
 
-def _rewarded_plan(
-    job: Job,
-    method: str,
-    prompts: Sequence[Text],
-    reference: str | None,
-    reward: str,
-    watch: str | None,
-) -> Plan:
-    args, name, apart = _reference(job, reference)
-    scorer = open_watch(reward, batch_size=args.per_device_train_batch_size)
+def _rewarded_plan(job: Job, method: str, prompts: Sequence[Text], inputs: Inputs) -> Plan:
+    args, name = job.chosen.args, inputs.reference_name
+    apart = not same_model(name, job.model)
+    scorer = open_watch(str(inputs.reward), batch_size=args.per_device_train_batch_size)
     model, tokenizer = load(job.model, job.chosen)
     kept, dropped = fitting_prompts(
         model,
@@ -272,7 +230,7 @@ def _rewarded_plan(
             load_reference(name, job.chosen, tokenizer) if beside else None,
             args,
             reward_fn=scorer,
-            watch_fn=None if watch is None else open_watch(watch),
+            watch_fn=None if inputs.watch is None else open_watch(inputs.watch),
             tokenizer=tokenizer,
             train_dataset=table("prompts", [{"prompt": p} for p in kept], ("prompt",)),
             peft_config=job.chosen.trainer_options.get("peft_config"),
@@ -283,16 +241,10 @@ def _rewarded_plan(
         make,
         prompts=kept,
         reference=name,
-        reward=reward,
+        reward=inputs.reward,
         load_reference=lambda: load(name, job.chosen)[0],
         apart=apart,
         kl_samples=args.kl_samples,
         max_new_tokens=args.max_completion_length,
         dropped=dropped,
     )
-
-
-def _reference(job: Job, reference: str | None) -> tuple[Any, str, bool]:
-    """Return the settings, the reference's name, and whether it differs from the policy."""
-    name = job.model if reference is None else reference
-    return job.chosen.args, name, not same_model(name, job.model)

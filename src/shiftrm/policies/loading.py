@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from shiftrm.trainers.settings import Settings
 from shiftrm.trainers.training import exists
 
 __all__ = [
+    "Inputs",
     "check_policy",
     "check_reward_model",
     "fitting_prompts",
@@ -29,6 +31,49 @@ __all__ = [
 ]
 
 CLASSIFIER = "ForSequenceClassification"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a policy is optimised on: paths and names as given on the command line.
+
+    Attributes:
+        policy: checkpoint folder or hub name to start from.
+        reference: the model to stay close to; None for the policy as it is.
+        reward: a reward model; it may have another tokenizer and template than the policy.
+        prompts, pairs: sources (`data.sources`).
+        watch: a second reward model, or "gold": scores the roll-outs and trains nothing.
+    """
+
+    policy: str
+    reference: str | None = None
+    reward: str | None = None
+    prompts: str | None = None
+    pairs: str | None = None
+    watch: str | None = None
+
+    def check(self, method: str) -> None:
+        """Check that these are the inputs of the method: pairs for dpo, else reward and prompts.
+
+        Raises:
+            UserError: names the option.
+        """
+        if method == "dpo":
+            if self.pairs is None:
+                raise UserError("dpo learns from preference pairs; give --pairs")
+            for option in ("prompts", "reward", "watch"):
+                if getattr(self, option) is not None:
+                    raise UserError(f"dpo learns from --pairs alone; leave out --{option}")
+            return
+        if self.pairs is not None:
+            raise UserError(f"{method} answers prompts; give --prompts, not --pairs")
+        for option in ("reward", "prompts"):
+            if getattr(self, option) is None:
+                raise UserError(f"--{option} is missing; {method} needs a reward model and prompts")
+
+    @property
+    def reference_name(self) -> str:
+        return self.policy if self.reference is None else self.reference
 
 
 def check_policy(path: str, option: str) -> None:

@@ -9,7 +9,7 @@ import random
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ from shiftrm.policies.rollouts import (
     Problem,
     RewardFunction,
     Rollouts,
+    StepLog,
     difference_variance,
     require_finite,
     sample_chunks,
@@ -78,53 +79,6 @@ __all__ = [
     "token_rewards",
     "whiten",
 ]
-
-
-@dataclass(frozen=True)
-class StepLog:
-    """Measurements of one step, all on the policy before the update.
-
-    Attributes:
-        step: counts from 1.
-        score_mean: mean raw reward.
-        standardised_mean: `(reward - reward_mean) / reward_std`.
-        shaped_mean: mean of the shaped rewards; None without `reward_shaping`.
-        kl: sequence KL to the reference in nats, mean over the responses of the sum over their
-            states of KL(pi || pi_ref) over the whole vocabulary. Never negative, whatever the
-            sampling. Unbiased for the policy's KL if sampling does not modify the policy
-            (temperature 1, top-p 1, no penalty), else the KL over the visited states. Input of
-            the controller.
-        kl_sampled: the estimate `sum_t log pi/pi_ref` over sampled tokens (k1): the penalty in the
-            rewards. With modified sampling it does not estimate a KL and can be negative
-            while the policy moves away.
-        kl_coefficient: value used in this step.
-        entropy: nats per token, over the whole vocabulary at the visited states.
-        clip_fraction: share of tokens with a ratio outside the clip range, mean over updates.
-        policy_loss, value_loss, gradient_norm: mean over the updates of the step.
-        explained_variance: share of the returns' variance that the old values explain; 1 is a
-            perfect critic; None if all returns are equal.
-        length_mean: tokens per response, including EOS.
-        truncated_share: share of responses cut off by the length limit.
-        difference_variance: variance of the raw reward difference between two responses to one
-            prompt, unbiased; None with one response per prompt.
-    """
-
-    step: int
-    score_mean: float
-    standardised_mean: float
-    kl: float
-    kl_sampled: float
-    kl_coefficient: float
-    entropy: float
-    clip_fraction: float
-    policy_loss: float
-    value_loss: float
-    gradient_norm: float
-    explained_variance: float | None
-    length_mean: float
-    truncated_share: float
-    difference_variance: float | None
-    shaped_mean: float | None = None
 
 
 class _Old(NamedTuple):

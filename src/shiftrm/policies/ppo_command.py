@@ -21,6 +21,7 @@ from shiftrm.files import Row, atomic_write_text
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import remember_stop_tokens
 from shiftrm.policies.loading import (
+    Inputs,
     fitting_prompts,
     load,
     load_reference,
@@ -48,30 +49,24 @@ RENAMED = {"kl": "sequence_kl", "kl_sampled": "sequence_kl_sampled", "score_mean
 
 def run_ppo(
     job: Job,
+    inputs: Inputs,
     config: PPOConfig,
     prompts: Sequence[Text],
-    checkpoint: Path | None,
-    *,
-    reference: str | None,
-    reward: str,
     report_as: TrainingArguments,
-    watch: str | None = None,
+    checkpoint: Path | None,
 ) -> PolicyOutcome:
     """Train by PPO in the job's work folder; write model and log to `job.finished`.
 
     Args:
-        checkpoint: the one that `PPOTrainer` will resume from, for the message.
-        reference: the model to stay close to; None for the policy as it is.
         report_as: see `reporting_arguments`.
-        watch: as in `commands.optimise`.
+        checkpoint: the one that `PPOTrainer` will resume from, for the message.
 
     Raises:
         UserError: as `PPOTrainer`; models that cannot be loaded; an integration that is not there.
     """
-    name = job.model if reference is None else reference
     processes = PartialState()
     with reporting(report_as) as report:
-        problem = _load(job, config, prompts, name, reward)
+        problem = _load(job, inputs, config, prompts)
         kept, dropped = fitting_prompts(
             problem.policy,
             problem.tokenizer,
@@ -83,7 +78,7 @@ def run_ppo(
         config = _scaled(job, config, problem)
         if checkpoint is not None and processes.is_main_process:
             print(f"Continuing from {checkpoint}", flush=True)
-        rows = _train(job, config, problem, report, _watch(job, watch))
+        rows = _train(job, config, problem, report, _watch(job, inputs.watch))
         kl = _final_kl(job, config, problem)
         if kl is not None and rows:
             rows[-1]["final_sequence_kl"] = kl.kl
@@ -104,8 +99,8 @@ def run_ppo(
         processes=processes.num_processes,
         lora=lora,
         log=rows,
-        reference=name,
-        reward=reward,
+        reference=inputs.reference_name,
+        reward=inputs.reward,
         kl=kl,
     )
 
@@ -152,11 +147,10 @@ def _watch(job: Job, name: str | None) -> Watch | None:
     return Watch(open_watch(name), job.work)
 
 
-def _load(
-    job: Job, config: PPOConfig, prompts: Sequence[Text], reference: str, reward: str
-) -> Problem:
+def _load(job: Job, inputs: Inputs, config: PPOConfig, prompts: Sequence[Text]) -> Problem:
     """Load policy (with a new adapter if LoRA is on), reference and reward model."""
-    reward_fn = open_watch(reward, batch_size=min(64, config.forward_batch_size))
+    reference = inputs.reference_name
+    reward_fn = open_watch(str(inputs.reward), batch_size=min(64, config.forward_batch_size))
     policy, tokenizer = load(job.model, job.chosen)
     adapter = job.chosen.trainer_options.get("peft_config")
     if adapter is not None:

@@ -1,4 +1,4 @@
-"""What policy training starts from (`Problem`), and what PPO samples in one step (`Rollouts`)."""
+"""What policy training starts from (`Problem`), and what a PPO step samples and measures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.ppo_update import autocast, reference_of
 from shiftrm.policies.shaping import REFERENCES
 
-__all__ = ["Problem", "RewardFunction", "Rollouts", "difference_variance", "require_finite"]
+__all__ = ["Problem", "RewardFunction", "Rollouts", "StepLog"]
 
 
 class RewardFunction(Protocol):
@@ -91,6 +91,53 @@ class Rollouts:
         ids = [sample.response_ids for sample in self.samples]
         columns = zip(self.prompts, self.responses, self.finished, ids, strict=True)
         return [Response(*row, self.tokenizer) for row in columns]
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """Measurements of one step, all on the policy before the update.
+
+    Attributes:
+        step: counts from 1.
+        score_mean: mean raw reward.
+        standardised_mean: `(reward - reward_mean) / reward_std`.
+        shaped_mean: mean of the shaped rewards; None without `reward_shaping`.
+        kl: sequence KL to the reference in nats, mean over the responses of the sum over their
+            states of KL(pi || pi_ref) over the whole vocabulary. Never negative, whatever the
+            sampling. Unbiased for the policy's KL if sampling does not modify the policy
+            (temperature 1, top-p 1, no penalty), else the KL over the visited states. Input of
+            the controller.
+        kl_sampled: the estimate `sum_t log pi/pi_ref` over sampled tokens (k1): the penalty in the
+            rewards. With modified sampling it does not estimate a KL and can be negative
+            while the policy moves away.
+        kl_coefficient: value used in this step.
+        entropy: nats per token, over the whole vocabulary at the visited states.
+        clip_fraction: share of tokens with a ratio outside the clip range, mean over updates.
+        policy_loss, value_loss, gradient_norm: mean over the updates of the step.
+        explained_variance: share of the returns' variance that the old values explain; 1 is a
+            perfect critic; None if all returns are equal.
+        length_mean: tokens per response, including EOS.
+        truncated_share: share of responses cut off by the length limit.
+        difference_variance: variance of the raw reward difference between two responses to one
+            prompt, unbiased; None with one response per prompt.
+    """
+
+    step: int
+    score_mean: float
+    standardised_mean: float
+    kl: float
+    kl_sampled: float
+    kl_coefficient: float
+    entropy: float
+    clip_fraction: float
+    policy_loss: float
+    value_loss: float
+    gradient_norm: float
+    explained_variance: float | None
+    length_mean: float
+    truncated_share: float
+    difference_variance: float | None
+    shaped_mean: float | None = None
 
 
 class Scored(NamedTuple):

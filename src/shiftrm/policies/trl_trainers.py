@@ -7,6 +7,7 @@ card (the command writes its own).
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,16 +70,13 @@ class SFTTrainer(_Guarded, trl.SFTTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: Any, *rest: Any
     ) -> Dataset:
-        dataset, self.dropped = _encoded(
-            dataset,
-            processing_class,
-            encode_demonstration,
+        rows = _Rows(
             "demonstrations",
-            args,
-            context=self._context,
-            length=lambda row: len(row["input_ids"]),
-            more={"in which nothing is to be learnt": lambda row: any(row["completion_mask"])},
+            encode_demonstration,
+            lambda row: len(row["input_ids"]),
+            ("in which nothing is to be learnt", lambda row: any(row["completion_mask"])),
         )
+        dataset, self.dropped = rows.encoded(dataset, processing_class, args, self._context)
         return super()._prepare_dataset(dataset, processing_class, args, *rest)
 
 
@@ -101,55 +99,59 @@ class DPOTrainer(_Guarded, trl.DPOTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset:
-        dataset, self.dropped = _encoded(
-            dataset,
-            processing_class,
-            encode_preference,
+        rows = _Rows(
             "pairs",
-            args,
-            context=self._context,
-            length=lambda row: (
+            encode_preference,
+            lambda row: (
                 len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
             ),
-            more={
-                "whose two sides are the same tokens": lambda row: (
-                    row["chosen_ids"] != row["rejected_ids"]
-                )
-            },
+            (
+                "whose two sides are the same tokens",
+                lambda row: row["chosen_ids"] != row["rejected_ids"],
+            ),
         )
+        dataset, self.dropped = rows.encoded(dataset, processing_class, args, self._context)
         return dataset
 
 
-def _encoded(
-    dataset: Dataset,
-    tokenizer: Any,
-    encode: Callable[..., dict[str, list[int]]],
-    name: str,
-    args: Any,
-    *,
-    context: int | None,
-    length: Callable[[dict[str, Any]], int],
-    more: dict[str, Any],
-) -> tuple[Dataset, dict[str, int]]:
-    """Encode rows and drop those that are too long; return the number dropped by reason."""
-    pin_template(tokenizer)
-    with PartialState().main_process_first():
-        dataset = dataset.map(
-            _encode_row,
-            with_indices=True,
-            fn_kwargs={"encode": encode, "tokenizer": tokenizer, "name": name},
-            remove_columns=dataset.column_names,
-            num_proc=args.dataset_num_proc,
-            desc=f"Tokenising {name}",
-        )
-        filters = {}
-        limit = args.max_length
+@dataclass(frozen=True)
+class _Rows:
+    """How a trainer encodes its rows, and which it drops.
+
+    Attributes:
+        name: of the data, for messages.
+        length: of an encoded row, in tokens.
+        keep: a reason for dropping rows, and whether to keep an encoded row.
+    """
+
+    name: str
+    encode: Callable[..., dict[str, list[int]]]
+    length: Callable[[dict[str, Any]], int]
+    keep: tuple[str, Callable[[dict[str, Any]], bool]]
+
+    def encoded(
+        self, dataset: Dataset, tokenizer: Any, args: Any, context: int | None
+    ) -> tuple[Dataset, dict[str, int]]:
+        """Encode rows and drop those that are too long; return the number dropped by reason."""
+        pin_template(tokenizer)
+        length, limit = self.length, args.max_length
+        filters: dict[str, Any] = {}
         if limit is not None:
             filters[f"longer than max_length={limit} tokens"] = lambda row: length(row) <= limit
         if context is not None and (limit is None or limit > context):
             reason = f"longer than the model's context of {context} tokens"
             filters[reason] = lambda row: length(row) <= context
-        return drop(dataset, name, filters | more, advice="raise max_length")
+        with PartialState().main_process_first():
+            dataset = dataset.map(
+                _encode_row,
+                with_indices=True,
+                fn_kwargs={"encode": self.encode, "tokenizer": tokenizer, "name": self.name},
+                remove_columns=dataset.column_names,
+                num_proc=args.dataset_num_proc,
+                desc=f"Tokenising {self.name}",
+            )
+            filters |= dict([self.keep])
+            return drop(dataset, self.name, filters, advice="raise max_length")
 
 
 def _encode_row(
