@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_weights
@@ -42,6 +42,7 @@ from shiftrm.policies.ppo_update import (
     Batch,
     Updater,
     activity,
+    adamw,
     autocast,
     check_models,
     frozen_parameters,
@@ -82,11 +83,7 @@ __all__ = [
 
 
 class _Old(NamedTuple):
-    """Quantities of the roll-outs before the update, shape [B, A] each.
-
-    Log-probabilities of the sampled tokens under policy and reference, the critic's values, KL to
-    the reference and entropy over the whole vocabulary.
-    """
+    """Quantities before the update, [B, A] each: log-probs of the sampled tokens, values, ..."""
 
     logprobs: Tensor
     reference: Tensor
@@ -164,7 +161,7 @@ class PPOTrainer:
             policy,
             critic,
             trained,
-            {name: _adamw(trained[name], rate) for name, rate in rates.items()},
+            {name: adamw(trained[name], rate) for name, rate in rates.items()},
             config,
             self.processes,
             continues=checkpoints is not None,
@@ -398,9 +395,3 @@ class PPOTrainer:
     def _out_of_memory(self, step: int, what: str) -> AbstractContextManager[None]:
         advice = f"lower forward_batch_size (now {self.config.forward_batch_size})"
         return out_of_memory(step, what, advice, continues=self.checkpoints is not None)
-
-
-def _adamw(trained: Mapping[str, nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        trained.values(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )

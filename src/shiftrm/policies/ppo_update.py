@@ -334,6 +334,13 @@ class Updater:
         return sums
 
 
+def adamw(trained: Mapping[str, nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    """Return the optimizer of one model, without weight decay."""
+    return torch.optim.AdamW(
+        trained.values(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+
+
 def check_models(
     models: Mapping[str, nn.Module],
     trained: Mapping[str, Mapping[str, nn.Parameter]],
