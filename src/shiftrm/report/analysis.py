@@ -9,11 +9,6 @@ from shiftrm.measure.diagnosis.thresholds import SPREAD_FACTOR
 from shiftrm.report.measurements import Estimate, Measurements, estimate
 from shiftrm.report.results import SFT, Results
 
-KL_MEANING = (
-    "How far the policy has moved from SFT: at each token of its responses the KL between the two "
-    "models' distributions over the whole vocabulary, added up, in nats a response."
-)
-
 KL_TOLERANCE = 0.25  # arms that differ by more are not "at matched KL"
 MINIMUM_ACCURACY_CHANGE = 0.02  # a smaller change in accuracy counts as noise
 

@@ -10,7 +10,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from shiftrm.files import atomic_write_text
 from shiftrm.records import Record
-from shiftrm.report import notes as page_notes
 from shiftrm.report import setup_tables, sight, tables, win_tables
 from shiftrm.report.headline import headline, kl_sentences, why_no_wins
 from shiftrm.report.pictures import pictures
@@ -59,7 +58,7 @@ def render_page(
     """Return the page's HTML, which depends only on the arguments."""
     m = Results(records, config)
     over = _with_rows(tables.over_optimisation_table(m), tables.best_of_n_table(m))
-    diversity = tables.diversity_tables(m)
+    diversity = _with_rows(tables.diversity_table(m))
     name = m.config.get("name")
     blocks = {
         "title": f"shiftrm run: {name}" if name else "shiftrm: does the reward model still see?",
@@ -75,7 +74,6 @@ def render_page(
         "win_tables": [
             win_tables.win_table(m),
             *_with_rows(win_tables.best_round_table(m), win_tables.judging_table(m)),
-            win_tables.paper_table(),
         ],
         "over_optimisation": over,
         "diversity": diversity,
@@ -86,8 +84,6 @@ def render_page(
         "data_tables": _with_rows(setup_tables.data_table(m), setup_tables.world_table(m)),
         "config": setup_tables.config_table(m.config),
         "versions": setup_tables.versions_table(m),
-        "how": page_notes.how(m),
-        "glossary": page_notes.glossary(m),
     }
     others = _with_rows(tables.other_table(m))  # what no block above has asked for
     return page_template("report.html.j2").render(

@@ -234,37 +234,19 @@ _DIVERSITY = (
     "compression_ratio", "distinct_share",
 )  # fmt: skip
 
-# Lower = more diverse (arXiv 2405.00438, Table 3). The normalisation is not documented.
-PAPER_DIVERSITY = {
-    "Harmless": ("0.14", "0.07", "0.47", "0.39", "0.41"),
-    "Helpful": ("0.09", "0.04", "0.29", "0.31", "0.25"),
-    "Summary": ("0.07", "0.06", "0.36", "0.38", "0.33"),
-}
 
-
-def diversity_tables(m: Results) -> list[Table]:
-    """Return the similarity of responses by arm and round, and the paper's Table 3."""
+def diversity_table(m: Results) -> Table:
+    """Return the similarity of responses by arm and round (the paper's Table 3)."""
     keys = [key for key in m.keys if m.final("evaluate", *key, "self_bleu")]
-    if not keys:
-        return []
     metrics = [x for x in _DIVERSITY if any(m.final("evaluate", *key, x) for key in keys)]
     missing = " No embedder was given (evaluation.embedder), so the paper's sum was not measured."
-    return [
-        number_table(
-            m,
-            "Diversity of the responses (Table 3)",
-            keys,
-            metrics,
-            "Self-BLEU, embedding similarity, their sum and the compression ratio: lower = more "
-            "diverse. Distinct n-grams and different responses: higher = more diverse. All depend "
-            "on how many responses there are and how long they are."
-            f"{'' if 'similarity' in metrics else missing}{seed_note(m)}",
-        ),
-        Table(
-            "For comparison: diversity in the paper",
-            ("Task", "Raw data", "SFT", "PPO", "DPO", "MetaRM"),
-            tuple((task, *values) for task, values in PAPER_DIVERSITY.items()),
-            "Self-BLEU and embedding similarity, both normalised (how is not said) and summed; "
-            "lower = more diverse. Compare the order of the columns, not the numbers.",
-        ),
-    ]
+    return number_table(
+        m,
+        "Diversity of the responses (Table 3)",
+        keys,
+        metrics,
+        "Self-BLEU, embedding similarity, their sum and the compression ratio: lower = more "
+        "diverse. Distinct n-grams and different responses: higher = more diverse. All depend on "
+        "how many responses there are and how long they are."
+        f"{'' if 'similarity' in metrics else missing}{seed_note(m)}",
+    )

@@ -11,18 +11,6 @@ from shiftrm.report.measurements import Estimate, estimate
 from shiftrm.report.results import SFT, Results
 from shiftrm.report.tables import NOT_MEASURED, Table, number
 
-# Win/tie/lose against SFT by round in the paper (GPT-4 as judge; arXiv 2405.00438).
-PAPER_ROUNDS = {
-    "Harmless": ("44 / 44 / 12", "65 / 31 / 4", "69 / 28 / 3", "64 / 31 / 5"),
-    "Helpful": ("39 / 52 / 9", "62 / 33 / 5", "73 / 23 / 4", "67 / 27 / 6"),
-    "Summary": ("51 / 11 / 38", "55 / 15 / 30", "67 / 14 / 19", "78 / 5 / 17", "72 / 8 / 20"),
-}
-PAPER_BEST = {  # the paper's best round against vanilla PPO and DPO
-    "Harmless": ("54 / 31 / 15", "49 / 16 / 35"),
-    "Helpful": ("65 / 30 / 5", "58 / 35 / 7"),
-    "Summary": ("62 / 7 / 31", "59 / 6 / 35"),
-}
-
 
 @dataclass(frozen=True)
 class Contest:
@@ -213,20 +201,3 @@ def _judged(m: Results, key: tuple[str, int], name: str) -> Estimate | None:
         return recorded
     wins, ties = (m.final("evaluate", *key, f"{outcome}_vs_sft") for outcome in ("win", "tie"))
     return estimate({seed: wins[seed] + 0.5 * ties[seed] for seed in wins.keys() & ties.keys()})
-
-
-def paper_table() -> Table:
-    """Return the paper's results for MetaRM."""
-    width = max(len(rounds) for rounds in PAPER_ROUNDS.values())
-    rows = [
-        (f"MetaRM, {task}", *rounds, *("" for _ in range(width - len(rounds))), *PAPER_BEST[task])
-        for task, rounds in PAPER_ROUNDS.items()
-    ]
-    numbered = (f"Round {r}" for r in range(1, width + 1))
-    return Table(
-        "For comparison: the paper's MetaRM, win / tie / lose in %",
-        ("Task", *numbered, "Best round vs PPO", "Best round vs DPO"),
-        tuple(rows),
-        "Llama-2-7B judged by GPT-4 (arXiv 2405.00438): another model and another judge, so "
-        "compare the course over the rounds, not the numbers.",
-    )
