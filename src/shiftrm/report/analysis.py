@@ -74,9 +74,6 @@ def gold_gap(m: Measurements, method: str, reference: str) -> GoldGap | None:
         difference = estimate({seed: ours[seed] - theirs[seed] for seed in seeds})
         if difference is None:
             continue
-        kl, reference_kl = (
-            estimate(m.final("evaluate", arm, round_, "kl")) for arm in (method, reference)
-        )
         return GoldGap(
             method=method,
             reference=reference,
@@ -85,8 +82,8 @@ def gold_gap(m: Measurements, method: str, reference: str) -> GoldGap | None:
             reference_gold=sum(theirs[seed] for seed in seeds) / len(seeds),
             difference=difference,
             sampling_half_width=_sampling_half_width(m, (method, reference), round_),
-            kl=kl.mean if kl else None,
-            reference_kl=reference_kl.mean if reference_kl else None,
+            kl=m.mean(method, round_, "kl"),
+            reference_kl=m.mean(reference, round_, "kl"),
         )
     return None
 
@@ -166,79 +163,68 @@ def accuracy_noise(first: float, second: float, n_first: int | None, n_second: i
     return max(MINIMUM_ACCURACY_CHANGE, 2 * math.sqrt(variance))
 
 
+Change = tuple[float | None, float | None]
+"""Old and new value; None where it was not measured."""
+
+
 @dataclass(frozen=True)
 class Adaptation:
     """Changes by a round's adaptation, on responses of the same policy.
 
-    Before: the reward model of the previous round (round 1: the vanilla one); after: the adapted
-    one. A number is None if it was not measured.
+    Old: the reward model of the previous round (round 1: the first one); new: the adapted one.
+    Changes of accuracy up to `noise` do not count.
     """
 
     method: str
     round: int
-    accuracy_old: float | None
-    accuracy_new: float | None
+    accuracy: Change
     noise: float
-    relative_variance_old: float | None
-    relative_variance_new: float | None
-    variance_old: float | None
-    variance_new: float | None
+    relative_variance: Change
+    variance: Change
 
     @property
     def spread_up(self) -> bool:
         """Whether reward differences grew, relative to SFT samples or in raw units."""
-        pairs = (
-            (self.relative_variance_old, self.relative_variance_new),
-            (self.variance_old, self.variance_new),
-        )
         return any(
-            old is not None and new is not None and new > SPREAD_FACTOR * old for old, new in pairs
+            old is not None and new is not None and new > SPREAD_FACTOR * old
+            for old, new in (self.relative_variance, self.variance)
         )
 
     @property
     def reading(self) -> str:
         """Return "sharper", "louder, not sharper", "duller" or similar words."""
-        if self.accuracy_old is None or self.accuracy_new is None:
+        old, new = self.accuracy
+        if old is None or new is None:
             return "not measured"
-        change = self.accuracy_new - self.accuracy_old
-        if change > self.noise:
+        if new - old > self.noise:
             return "sharper"
         if self.spread_up:
             return "louder, not sharper"
-        return "duller" if change < -self.noise else "no clear change"
+        return "duller" if new - old < -self.noise else "no clear change"
 
 
 def adaptation(m: Results, method: str, round_: int) -> Adaptation:
     """Compare the reward model before and after the adaptation that starts a round."""
     vanilla = m.vanilla
     if round_ > 1:
-        old_arm, old_round, when = method, round_ - 1, "after"
+        old, when = (method, round_ - 1), "after"
     elif vanilla and m.final("evaluate", vanilla, 1, "accuracy_policy_before"):
         # In round 1 the vanilla arm has the first reward model and the SFT policy.
-        old_arm, old_round, when = vanilla, 1, "before"
+        old, when = (vanilla, 1), "before"
     else:  # the evaluation of SFT, which is recorded as "after" since there is no policy training
-        old_arm, old_round, when = SFT, 0, "after"
-    accuracy_old = m.mean(old_arm, old_round, f"accuracy_policy_{when}")
-    accuracy_new = m.mean(method, round_, "accuracy_policy_before")
-    noise = math.inf
-    if accuracy_old is not None and accuracy_new is not None:
-        noise = accuracy_noise(
-            accuracy_old,
-            accuracy_new,
-            m.sample_size("evaluate", old_arm, old_round, f"accuracy_policy_{when}"),
-            m.sample_size("evaluate", method, round_, "accuracy_policy_before"),
-        )
-    return Adaptation(
-        method=method,
-        round=round_,
-        accuracy_old=accuracy_old,
-        accuracy_new=accuracy_new,
-        noise=noise,
-        relative_variance_old=m.mean(old_arm, old_round, f"relative_difference_variance_{when}"),
-        relative_variance_new=m.mean(method, round_, "relative_difference_variance_before"),
-        variance_old=m.mean(old_arm, old_round, f"difference_variance_{when}"),
-        variance_new=m.mean(method, round_, "difference_variance_before"),
+        old, when = (SFT, 0), "after"
+
+    def change(metric: str) -> Change:
+        return m.mean(*old, f"{metric}_{when}"), m.mean(method, round_, f"{metric}_before")
+
+    accuracy = change("accuracy_policy")
+    sizes = (
+        m.sample_size("evaluate", *old, f"accuracy_policy_{when}"),
+        m.sample_size("evaluate", method, round_, "accuracy_policy_before"),
     )
+    noise = accuracy_noise(accuracy[0] or 0.0, accuracy[1] or 0.0, *sizes)
+    relative, raw = change("relative_difference_variance"), change("difference_variance")
+    return Adaptation(method, round_, accuracy, noise, relative, raw)
 
 
 def adaptations(m: Results) -> list[Adaptation]:

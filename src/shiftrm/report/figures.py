@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from shiftrm.metrics import metric as declared
 from shiftrm.report.analysis import normalised_differences
+from shiftrm.report.measurements import Estimate
 from shiftrm.report.plots import (
     GREY,
     Curve,
@@ -43,50 +43,44 @@ def _entry(m: Results, arm: str) -> tuple[Line2D, str]:
 
 def variance_figure(m: Results, arm: str | None) -> Figure | None:
     """Plot the variance of reward differences by policy step of an arm (the paper's Figure 1)."""
-    curves = {} if arm is None else _all_rounds(m, "ppo", arm, "difference_variance")
+    metric = "difference_variance"
+    curves, starts = ({}, {}) if arm is None else _all_rounds(m, "ppo", arm, metric)
     if arm is None or not curves:
         return None
-    figure, axes = new_axes(
-        "policy training step (all rounds)", "variance", declared("difference_variance").label
-    )
+    title = declared(metric).label
+    figure, axes = new_axes("policy training step (all rounds)", "variance", title)
     draw_seeds(axes, list(curves.values()), colour=m.arms[arm].colour)
     axes.set_ylim(bottom=0)
-    _mark_rounds(m, axes, "ppo", arm, "difference_variance")
-    return figure
-
-
-def _all_rounds(m: Results, stage: str, arm: str, metric: str) -> dict[int, Curve]:
-    """Return the curve of each seed over all rounds, one behind the other."""
-    by_seed: dict[int, Curve] = {}
-    for round_, offset in _offsets(m, stage, arm, metric):
-        for seed, points in m.curve(stage, arm, round_, metric).items():
-            by_seed.setdefault(seed, []).extend((offset + step, value) for step, value in points)
-    return by_seed
-
-
-def _offsets(m: Results, stage: str, arm: str, metric: str) -> list[tuple[int, float]]:
-    """Return (round, the step at which it begins)."""
-    found, offset = [], 0.0
-    for round_ in m.rounds(arm, stage, metric):
-        found.append((round_, offset))
-        curves = m.curve(stage, arm, round_, metric)
-        offset += max((points[-1][0] for points in curves.values()), default=0)
-    return found
-
-
-def _mark_rounds(m: Results, axes: Axes, stage: str, arm: str, metric: str) -> None:
-    for round_, start in _offsets(m, stage, arm, metric):
+    for round_, start in starts.items():
         if start:
             axes.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
         axes.text(
             start, 1.0, f" round {round_}", transform=axes.get_xaxis_transform(), va="top",
             color=GREY, fontsize=9,
         )  # fmt: skip
+    return figure
+
+
+def _all_rounds(
+    m: Results, stage: str, arm: str, metric: str
+) -> tuple[dict[int, Curve], dict[int, float]]:
+    """Return each seed's curve with one round behind the other, and the step each begins at."""
+    by_seed: dict[int, Curve] = {}
+    starts: dict[int, float] = {}
+    offset = 0.0
+    for round_ in m.rounds(arm, stage, metric):
+        starts[round_] = offset
+        curves = m.curve(stage, arm, round_, metric)
+        for seed, points in curves.items():
+            start = starts[round_]
+            by_seed.setdefault(seed, []).extend((start + step, value) for step, value in points)
+        offset += max((points[-1][0] for points in curves.values()), default=0)
+    return by_seed, starts
 
 
 def meta_figure(m: Results, metric: str) -> Figure | None:
     """Plot a metric of the meta step by training step, for every arm that takes meta steps."""
-    found = {arm: _all_rounds(m, "reward_model", arm, metric) for arm in m.adapted}
+    found = {arm: _all_rounds(m, "reward_model", arm, metric)[0] for arm in m.adapted}
     found = {arm: curves for arm, curves in found.items() if curves}
     if not found:
         return None
@@ -102,27 +96,44 @@ def meta_figure(m: Results, metric: str) -> Figure | None:
 def accuracy_curve_figure(m: Results, arm: str) -> Figure | None:
     """Plot held-out accuracy in training: the first reward model, plain retraining and an arm.
 
-    This is the paper's Figure 4.
+    This is the paper's Figure 4. A diamond marks the parameters that were deployed.
     """
     rounds = m.rounds(arm, "reward_model", "eval_accuracy")
     if not rounds:
         return None
-    title = plain_label(f"Held-out accuracy: {m.short(arm)}", 48)
-    figure, axes = new_axes("training step", "accuracy", title)
-    entries: list[tuple[Line2D, str]] = []
-    _accuracy_line(m, axes, entries, (SFT, 0), "vanilla", "#000000", "--")
+    lines: list[tuple[str, int, str, str, LineStyle]] = [(SFT, 0, "vanilla", "#000000", "--")]
     plain = m.retrained
     if plain is not None and plain != arm:
-        for round_ in m.rounds(plain, "reward_model", "eval_accuracy")[-1:]:
-            label = f"retrained, round {round_}"
-            _accuracy_line(m, axes, entries, (plain, round_), label, m.arms[plain].colour, "--")
-    for i, round_ in enumerate(rounds):
+        for r in m.rounds(plain, "reward_model", "eval_accuracy")[-1:]:
+            lines.append((plain, r, f"retrained, round {r}", m.arms[plain].colour, "--"))
+    for i, r in enumerate(rounds):
         white = 0.55 * (len(rounds) - 1 - i) / max(1, len(rounds) - 1)
-        shade = _blend(m.arms[arm].colour, white)
-        _accuracy_line(m, axes, entries, (arm, round_), f"round {round_}", shade, "-")
+        lines.append((arm, r, f"round {r}", _blend(m.arms[arm].colour, white), "-"))
+    title = plain_label(f"Held-out accuracy: {m.short(arm)}", 48)
+    figure, axes = new_axes("training step", "accuracy", title)
+    entries = []
+    for method, round_, label, colour, style in lines:
+        curves = list(m.curve("reward_model", method, round_, "eval_accuracy").values())
+        if not curves:
+            continue
+        draw_seeds(axes, curves, colour=colour, linestyle=style)
+        deployed = deployed_accuracy(m, method, round_)
+        marker = "D" if deployed is not None else ""
+        if deployed is not None:
+            at = max(points[-1][0] for points in curves), deployed.mean
+            look = {"color": colour, "markeredgecolor": "white", "markersize": 8}
+            axes.plot(*([x] for x in at), marker, **look)  # type: ignore[arg-type]
+        handle = Line2D([], [], color=colour, linestyle=style, marker=marker, markersize=5)
+        entries.append((handle, label))
     axes.set_ylim(*_training_range(m))
     draw_legend(figure, entries)
     return figure
+
+
+def deployed_accuracy(m: Results, arm: str, round_: int) -> Estimate | None:
+    """Return the held-out accuracy of the reward model that a round deployed."""
+    final = m.estimate("reward_model", arm, round_, "eval_accuracy_final")
+    return final or m.estimate("evaluate", arm, round_, "accuracy_heldout")
 
 
 def _training_range(m: Results) -> tuple[float, float]:
@@ -139,34 +150,6 @@ def _training_range(m: Results) -> tuple[float, float]:
 def _range(values: Sequence[float], least: float) -> tuple[float, float]:
     margin = 0.05 * (max(values) - min(values)) + least
     return min(values) - margin, max(values) + margin
-
-
-def _accuracy_line(
-    m: Results,
-    axes: Axes,
-    entries: list[tuple[Line2D, str]],
-    key: tuple[str, int],
-    label: str,
-    colour: str,
-    linestyle: LineStyle,
-) -> None:
-    """Draw the curve of one training, and a marker at the parameters that were deployed."""
-    curves = list(m.curve("reward_model", *key, "eval_accuracy").values())
-    if not curves:
-        return
-    draw_seeds(axes, curves, colour=colour, linestyle=linestyle)
-    deployed = m.estimate("reward_model", *key, "eval_accuracy_final")
-    if deployed is None:
-        deployed = m.estimate("evaluate", *key, "accuracy_heldout")
-    marker = "D" if deployed is not None else ""
-    if deployed is not None:
-        end = max(points[-1][0] for points in curves)
-        axes.plot(
-            [end], [deployed.mean], marker, color=colour, markeredgecolor="white", markersize=8
-        )
-    entries.append(
-        (Line2D([], [], color=colour, linestyle=linestyle, marker=marker, markersize=5), label)
-    )
 
 
 def _blend(colour: str, white: float) -> str:

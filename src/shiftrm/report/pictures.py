@@ -147,16 +147,12 @@ def _held_out(m: Results) -> Picture:
     trains = [arm for arm in m.with_rewards if m.arms[arm].trains]
     shown = m.adapted or trains
     parts = []
-    first = m.estimate("reward_model", SFT, 0, "eval_accuracy_final")
-    if (first := first or m.estimate("evaluate", SFT, 0, "accuracy_heldout")) is not None:
+    first = figures.deployed_accuracy(m, SFT, 0)
+    if first is not None:
         parts.append(f"the first reward model reaches {fixed_point(first.mean, 3)}")
     for arm in trains:
         rounds = m.rounds(arm, "reward_model", "eval_accuracy")
-        ends = [
-            m.estimate("reward_model", arm, r, "eval_accuracy_final")
-            or m.estimate("evaluate", arm, r, "accuracy_heldout")
-            for r in rounds or m.rounds(arm)
-        ]
+        ends = [figures.deployed_accuracy(m, arm, r) for r in rounds or m.rounds(arm)]
         if ends and all(ends):
             numbers = ", ".join(fixed_point(end.mean, 3) for end in ends if end is not None)
             parts.append(f"{m.name(arm)} deploys {numbers} (rounds in order)")

@@ -152,9 +152,9 @@ def _adaptation_table(m: Results) -> Table | None:
             m.name(a.method),
             str(a.round),
             a.reading,
-            arrow(a.accuracy_old, a.accuracy_new, 3),
-            arrow(a.relative_variance_old, a.relative_variance_new, 2),
-            arrow(a.variance_old, a.variance_new, 3),
+            arrow(*a.accuracy, 3),
+            arrow(*a.relative_variance, 2),
+            arrow(*a.variance, 3),
         )
         for a in adaptations(m)
     )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from shiftrm.measure.diagnosis.thresholds import INFLUENCE_CEILING, INFLUENCE_FLOOR
-from shiftrm.report.analysis import KlSpread, adaptations, influence, kl_spreads
+from shiftrm.report.analysis import adaptations, influence, kl_spreads
 from shiftrm.report.measurements import estimate
 from shiftrm.report.results import SFT, Results
 from shiftrm.report.tables import fixed_point
@@ -64,20 +64,13 @@ def kl_warnings(m: Results) -> list[str]:
     if not apart:
         return []
     worst = max(apart, key=lambda spread: spread.gap)
+    size = "" if math.isinf(worst.gap) else f", {100 * worst.gap:.0f} % apart"
     return [
-        f"The KL did not match in {rounds_text([spread.round for spread in apart])}: "
-        f"{_kl_range(m, worst)}. A policy that moved further can gain or lose by that alone, so "
-        "read every comparison beside KL there."
+        f"The KL did not match in {rounds_text([spread.round for spread in apart])}: in round "
+        f"{worst.round} it ran from {fixed_point(worst.lowest_kl)} ({m.name(worst.lowest)}) to "
+        f"{fixed_point(worst.highest_kl)} ({m.name(worst.highest)}){size}. A policy that moved "
+        "further can gain or lose by that alone, so read every comparison beside KL there."
     ]
-
-
-def _kl_range(m: Results, spread: KlSpread) -> str:
-    size = "" if math.isinf(spread.gap) else f", {100 * spread.gap:.0f} % apart"
-    return (
-        f"in round {spread.round} it ran from {fixed_point(spread.lowest_kl)} "
-        f"({m.name(spread.lowest)}) to {fixed_point(spread.highest_kl)} "
-        f"({m.name(spread.highest)}){size}"
-    )
 
 
 def _where(
@@ -133,17 +126,17 @@ def _influence_flags(m: Results) -> list[str]:
         means = {r: value.mean for r, value in found.items() if value is not None}
         small = {r: mean for r, mean in means.items() if mean < INFLUENCE_FLOOR}
         large = {r: mean for r, mean in means.items() if mean > INFLUENCE_CEILING}
+        start = f"{m.name(arm)}: the meta step changed the gradient by"
         if small:
             texts.append(
-                f"{m.name(arm)}: the meta step changed the gradient by at most "
-                f"{max(small.values()):.1e} of its length in {rounds_text(sorted(small))}: too "
-                "small to matter. While it trains, this arm is as good as plain retraining."
+                f"{start} at most {max(small.values()):.1e} of its length in "
+                f"{rounds_text(list(small))}: too small to matter. While it trains, this arm is as "
+                "good as plain retraining."
             )
         if large:
             texts.append(
-                f"{m.name(arm)}: the meta step changed the gradient by up to "
-                f"{max(large.values()):.1f} times its length in {rounds_text(sorted(large))}: it "
-                "outweighs the pairs, and knows no labels."
+                f"{start} up to {max(large.values()):.1f} times its length in "
+                f"{rounds_text(list(large))}: it outweighs the pairs, and knows no labels."
             )
     return texts
 
@@ -170,17 +163,16 @@ def _below_half_flags(m: Results) -> list[str]:
 
     An accuracy is below one half if it is lower by more than two standard errors at p = 1/2.
     """
+    metric = "accuracy_policy_after"
     worse: list[str] = []
     coin: dict[str, list[int]] = {}
     for arm in m.with_rewards:
-        for round_, found in m.course(arm, "accuracy_policy_after"):
-            size = m.sample_size("evaluate", arm, round_, "accuracy_policy_after")
-            if not size:
-                continue
-            noise = 2 * math.sqrt(0.25 / size)  # size: pairs of all seeds
-            if found.mean < 0.5 - noise:
+        for round_, found in m.course(arm, metric):
+            size = m.sample_size("evaluate", arm, round_, metric)  # pairs of all seeds
+            above = (found.mean - 0.5) / (2 * math.sqrt(0.25 / size)) if size else math.inf
+            if above < -1:
                 worse.append(f"{m.name(arm)}, round {round_} ({fixed_point(found.mean, 3)})")
-            elif found.mean < 0.5 + noise:
+            elif above < 1:
                 coin.setdefault(arm, []).append(round_)
     texts = []
     if worse:
