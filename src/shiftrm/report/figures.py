@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from shiftrm.measure.diagnosis.thresholds import INFLUENCE_FLOOR
 from shiftrm.metrics import metric as declared
 from shiftrm.report.analysis import normalised_differences
 from shiftrm.report.measurements import Estimate
@@ -84,9 +85,10 @@ def meta_figure(m: Results, metric: str) -> Figure | None:
     found = {arm: curves for arm, curves in found.items() if curves}
     if not found:
         return None
-    one = declared(metric)
-    unit = f" ({one.unit})" if one.unit else ""
-    figure, axes = new_axes("training step (all rounds)", f"{metric}{unit}", one.label)
+    label = declared(metric).label
+    figure, axes = new_axes("training step (all rounds)", label, "While the reward model trains")
+    if metric == "meta_influence":
+        axes.set_yscale("symlog", linthresh=INFLUENCE_FLOOR)
     for arm, curves in found.items():
         draw_seeds(axes, list(curves.values()), colour=m.arms[arm].colour)
     draw_legend(figure, [_entry(m, arm) for arm in found])
