@@ -172,7 +172,7 @@ def test_the_policy_without_its_adapter_is_the_reference():
     assert runs[0][0] == runs[1][0]
     assert_equal(runs[0][1], runs[1][1], tolerance=0)
     assert runs[0][0][0].kl > 0.01
-    with pytest.raises(UserError, match="no adapter to take off; also give a reference model"):
+    with pytest.raises(UserError, match="no adapter to switch off; also give a reference model"):
         train(base)
 
 

@@ -69,7 +69,7 @@ def measure_kl(
     """Measure the KL to the reference on responses of the policy (temperature 1, top-p 1).
 
     Args:
-        problem: its prompts are drawn with replacement, from those that leave room for a response.
+        problem: prompts that leave room for a response are drawn from it, with replacement.
         samples: number of responses, one per prompt.
         batch_size: responses sampled at once; changing it changes the draws.
 
@@ -184,8 +184,8 @@ def policy_card(outcome: PolicyOutcome) -> str:
     return outcome.card(
         [
             f"# {TITLES[outcome.method]} from {outcome.model}",
-            "An ordinary causal language model, loaded by transformers alone. What was logged, "
-            "step by step, is in `training_log.jsonl`.",
+            "An ordinary causal language model that transformers loads. The log of all steps is in "
+            "`training_log.jsonl`.",
             "\n".join([*_sentences(outcome), *([lora] if outcome.lora else [])]),
             markdown_table(("model", "from"), [(what, f"`{name}`") for what, name in made_of]),
         ],

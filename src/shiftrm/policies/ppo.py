@@ -135,7 +135,7 @@ class PPOTrainer:
         if problem.tokenizer.pad_token_id is None:
             raise UserError("the tokenizer has no pad token; PPO needs one to sample")
         if reference is None and not is_peft(policy):
-            raise UserError("the policy has no adapter to take off; also give a reference model")
+            raise UserError("the policy has no adapter to switch off; also give a reference model")
         models = {"policy": policy, "reference": reference, "critic": critic}
         for name, model in models.items():
             if model is not None:
@@ -234,8 +234,8 @@ class PPOTrainer:
             return [StepLog(**log) for log in state["logs"]]
         except TypeError:
             raise UserError(
-                f"{self.checkpoints}: the checkpoint's log is of another version of shiftrm; "
-                "continue with that one, or delete the folder to start anew"
+                f"{self.checkpoints}: the checkpoint's log was written by another version of "
+                "shiftrm; continue with that version, or delete the folder to start anew"
             ) from None
 
     def _save(self, logs: list[StepLog]) -> None:

@@ -1,7 +1,7 @@
 """The equations of PPO for language models, as pure functions on tensors, and the model passes.
 
-Rows are `prompt + response`, padded on the right, so that models with absolute positions read them
-as in training. Only the last `A` columns are used, from the end of the shortest prompt on: column
+Rows are `prompt + response`, padded on the right, so that absolute positions are the same as in
+training. Only the last `A` columns are used, from the end of the shortest prompt on: column
 `a` of every [B, A] tensor belongs to the token at `T - A + a` (its log-probability, the value of
 the state before it). A mask marks the response tokens, including EOS. It is computed from lengths,
 not from token ids, so pad may equal EOS.
@@ -73,8 +73,8 @@ def clipped_policy_loss(
         logprobs_BT: of the policy being trained, shape [B, T]; the old ones are constants.
         mask_BT: True at response tokens; the mean runs over all tokens of the batch.
         clip_ratio: e.
-        tokens: how many the batch has of which these rows are a part, so that the parts' losses
-            add up to the batch's; by default the rows are all of it.
+        tokens: number of response tokens of the whole batch, if these rows are a part of it; the
+            losses of the parts then add up to that of the batch. By default the rows are the batch.
 
     Returns:
         The loss, and the share of tokens whose ratio lies outside the clip range; both scalars.

@@ -272,8 +272,9 @@ def load(folder: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         ) from error
     if found:
         raise UserError(
-            f"{path}: of a run with other settings or data ({'; '.join(found[:3])}); give the old "
-            "ones to continue it, or delete the folder to start anew"
+            f"{path}: the checkpoint is from a run with other settings or data "
+            f"({'; '.join(found[:3])}); use those to continue it, or delete the folder to start "
+            "anew"
         )
     return state, tensors
 

@@ -1,4 +1,4 @@
-"""Rewards of texts in policy training: for TRL's trainers, their scale, and a watched second one.
+"""Text rewards in policy training: for TRL's trainers, their scale, and a second one to watch.
 
 A watched reward model scores the roll-outs and trains nothing. Its mean is logged as `gold_mean`:
 when the reward keeps rising while this falls, the reward model is being over-optimised.
@@ -151,7 +151,7 @@ WATCHED_FILE = "watched.jsonl"
 
 
 def check_watch(name: str, option: str = "--watch") -> None:
-    """Check for what is clearly not a reward model, before weights are read."""
+    """Reject a name that cannot be a reward model, before weights are loaded."""
     if name != GOLD_WORLD:
         check_reward_model(name, option)
 
@@ -179,7 +179,7 @@ class _TextsOnly:
         self, prompts: list[Text], responses: list[str], /, *, finished: list[bool]
     ) -> list[float]:
         if not all(isinstance(prompt, str) for prompt in prompts):
-            raise UserError("the gold reward reads texts of the gold world only, no messages")
+            raise UserError("the gold reward reads texts of the gold world, not chat messages")
         return list(self._reward(prompts, responses, finished))
 
 

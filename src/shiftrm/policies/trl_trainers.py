@@ -41,7 +41,7 @@ class _Guarded:
     """Number of dropped rows by reason."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called before every optimizer step; raises if the norm is not finite."""
+        """Return the gradient norm before an optimizer step; raise if it is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         require_finite_gradient(self, norm)
         return norm
@@ -179,15 +179,15 @@ class _Rewarded(_Guarded):
     """RLOO or GRPO with any text reward, any reference, and the sequence KL in the log.
 
     `sequence_kl` is `ppo_math.exact_token_kl` of at most `KL_ROWS` of the samples that a process
-    draws at once: between the models as they are, along the samples as they are drawn. What TRL's
-    loss penalises is logged, too, in nats a response, as `sequence_kl_sampled` (TRL logs it by
-    token, as `kl`): an estimate by the sampled tokens, between the models tempered as the samples
-    are, which top-p and penalties bias, below 0 even.
+    draws at once, between the unmodified models. `sequence_kl_sampled` is the KL that TRL's loss
+    penalises, in nats per response (TRL logs it per token, as `kl`). It is estimated from the
+    sampled tokens with the sampling temperature applied to both models; top-p and penalties bias
+    it, and it can be negative.
 
     Args:
-        reference: a model to stay close to. None: under LoRA the base with its adapter off; no
+        reference: the model to stay close to. None: with LoRA, the policy with its adapter off; no
             reference if `beta` is 0.
-        reward_fn: a `ppo.RewardFunction`: takes text, so the reward model may have another
+        reward_fn: a `rollouts.RewardFunction`: takes text, so the reward model may have another
             tokenizer. Its rewards are used unchanged.
         watch_fn: a second reward function; its rewards are logged with weight 0.
     """
