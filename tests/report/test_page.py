@@ -139,7 +139,7 @@ def test_a_missing_metric_reads_not_measured(one_seed, metric, undrawn):
 
 def test_what_was_not_measured_is_said(undrawn):
     text = text_of(render_page(recipe_records(judged=False), config=RECIPE))
-    assert "No judge was there (judge.kind is none)" in text
+    assert "There was no judge (judge.kind is none)" in text
     assert "no second reward model was given: evaluation.gold" in text
     assert "whether it ranks worse was not measured" in text
     assert "one seed proves little" in text

@@ -24,10 +24,10 @@ NOTHING_TO_COMPARE = (
     "arm in the same round."
 )
 NO_JUDGE = (
-    "No judge was there (judge.kind is none), so which arm answers better than SFT was not measured"
+    "There was no judge (judge.kind is none), so which arm answers better than SFT was not measured"
 )
 NO_VERDICT = (
-    "Not one verdict of the judge could be read, so which arm answers better than SFT was not "
+    "None of the judge's verdicts could be read, so which arm answers better than SFT was not "
     "measured"
 )
 STILL = 0.05  # nats per response; below, a policy counts as SFT

@@ -123,7 +123,7 @@ def _wins(m: Results) -> Picture:
         course = m.course(arm, "win_vs_sft")
         if len(course) > 1:
             best[arm] = max(course, key=lambda entry: entry[1].mean)
-    caption = "Not measured: there was no judge, or not one verdict of it could be read."
+    caption = "Not measured: there was no judge, or none of its verdicts could be read."
     if m.judged:
         rounds = {round_ for round_, _ in best.values()}
         parts = [
@@ -253,7 +253,7 @@ def _policy_accuracy(m: Results) -> Picture:
         else:
             span = f"it runs from {high} for {m.name(best)} down to {low} for {m.name(worst)}"
         caption = (
-            f"After policy training, in the last round, {span}; the dotted line is a coin. What an "
+            f"After policy training, in the last round, {span}; the dotted line is chance. What an "
             "adaptation gave is the step from a round's point in the second picture to the next "
             "round's in the first."
         )

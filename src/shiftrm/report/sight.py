@@ -34,7 +34,7 @@ def blindness(m: Results) -> list[str]:
         texts.append(
             f"The accuracy of the reward model kept fixed on pairs of the policy's own responses "
             f"{word} from {fixed_point(first, 3)} before the first round to "
-            f"{fixed_point(last, 3)} after round {last_round} (0.5 is a coin)."
+            f"{fixed_point(last, 3)} after round {last_round} (0.5 is chance)."
         )
     if spread is not None:
         first, last, _, _ = spread
@@ -48,10 +48,10 @@ def blindness(m: Results) -> list[str]:
     if not m.has("gold_mean"):
         texts.append(
             "No second reward model was given (evaluation.gold), so nothing here says whether "
-            "any arm's reward model ranks the policy's responses rightly."
+            "any arm's reward model ranks the policy's responses correctly."
         )
     elif not m.gold_is_true:
-        texts.append("Rightly ranked means here: as the second reward model ranks.")
+        texts.append("Correctly means here: as the second reward model ranks them.")
     return texts
 
 
@@ -74,23 +74,23 @@ def _first_last(m: Results, arm: str, metric: str) -> tuple[float, float, float,
 
 def _verdict(fell: bool | None, spread_fell: bool | None) -> str:
     if fell and spread_fell:
-        return "So it did go blind: it tells the policy's responses apart less, and less rightly."
+        return "So it did go blind: it tells the policy's responses apart less, and less correctly."
     if fell:
         return "So it ranks the policy's responses worse than it ranked those of SFT."
     if spread_fell and fell is False:
         return (
-            "So its rewards drew together, but it ranks the responses about as well as before: "
-            "quieter rather than blind."
+            "So its rewards moved closer together, but it ranks the responses about as well as "
+            "before: quieter rather than blind."
         )
     if spread_fell:
-        return "So its rewards drew together; whether it ranks worse was not measured."
+        return "So its rewards moved closer together; whether it ranks worse was not measured."
     if fell is False:
         return "So in these numbers it did not go blind."
-    return "Its rewards did not draw together by half; whether it ranks worse was not measured."
+    return "Its spread did not fall by half; whether it ranks worse was not measured."
 
 
 def others_spread(m: Results) -> list[str]:
-    """Say how far apart the other arms' reward models hold the responses in the end."""
+    """Say how far apart the other arms' reward models put the responses at the end."""
     texts = []
     for arm in m.with_rewards:
         last = m.last(arm, "relative_difference_variance_after")
@@ -118,7 +118,7 @@ def _vanilla_table(m: Results) -> Table | None:
         ("Round", *(declared(metric).heading for metric in _SIGHT)),
         tuple((str(r), *(cell(m, arm, r, x) for x in _SIGHT)) for r in m.rounds(arm)),
         "Before and after the round's policy training. Relative variance: of reward differences; "
-        "1 is the spread on SFT samples. Accuracy 0.5 is a coin.",
+        "1 is the spread on SFT samples. Accuracy 0.5 is chance.",
     )
 
 

@@ -49,7 +49,7 @@ def summary(records: Iterable[Record], config: Mapping[str, Any] | None = None) 
         lines += ["", HALVES]
     lines += ["", head.title, *(f"- {text}" for text in sentences)]
     lines += [" ".join(blindness(m)), " ".join(kl), *_data_sentence(m)]
-    lines += [f"Mind: {text}" for text in (*warnings(m), *flags(m)) if text not in kl]
+    lines += [f"Warning: {text}" for text in (*warnings(m), *flags(m)) if text not in kl]
     return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
 

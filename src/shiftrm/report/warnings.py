@@ -33,8 +33,8 @@ def warnings(m: Results) -> list[str]:
     judge = _JUDGES.get(m.judge or "")
     if judge and not m.gold_is_true:
         texts.append(
-            f"The judge is {judge}, not a person and not a language model that reads: wins are "
-            "wins by its number."
+            f"The judge is {judge}, not a person and not a language model that reads: a win is a "
+            "higher score."
         )
     cut = _where(m, "truncated_share", lambda value: value > TRUNCATED)
     if cut:
@@ -100,7 +100,7 @@ def _unjudged_warning(m: Results) -> list[str]:
                 found.append(f"{m.name(arm)}, round {round_} ({missing:.0f} of {asked})")
     if not found:
         return []
-    return [f"Prompts without a verdict of the judge, which do not count: {listing(found)}."]
+    return [f"Prompts on which the judge gave no verdict, which are not counted: {listing(found)}."]
 
 
 def _length_warning(m: Results) -> list[str]:
@@ -136,7 +136,7 @@ def _influence_flags(m: Results) -> list[str]:
         if large:
             texts.append(
                 f"{start} up to {max(large.values()):.1f} times its length in "
-                f"{rounds_text(list(large))}: it outweighs the pairs, and knows no labels."
+                f"{rounds_text(list(large))}: it outweighs the pairs, and it uses no labels."
             )
     return texts
 
@@ -183,7 +183,7 @@ def _below_half_flags(m: Results) -> list[str]:
         )
     if coin:
         texts.append(
-            "After its training the policy's own pairs are ranked no better than by a coin, within "
+            "After its training the policy's own pairs are ranked no better than by chance, within "
             f"the noise, in {_arms_and_rounds(m, coin)}."
         )
     return texts
@@ -205,8 +205,8 @@ def _proxy_flags(m: Results) -> list[str]:
     if not found:
         return []
     return [
-        "The mark of over-optimisation, its own reward model scoring the policy higher while gold "
-        f"fell: {listing(found)}."
+        "A sign of over-optimisation: the arm's own reward model scored the policy higher while "
+        f"gold fell: {listing(found)}."
     ]
 
 
