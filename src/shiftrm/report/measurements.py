@@ -78,6 +78,7 @@ class Measurements:
         self._sizes: dict[_Key, dict[int, int]] = defaultdict(dict)
         self._curves: dict[_Key, dict[int, dict[int, float]]] = defaultdict(dict)
         self._lists: dict[_Key, dict[int, list[float]]] = defaultdict(dict)
+        self._rounds: dict[tuple[str, str, str], set[int]] = defaultdict(set)
         self._read: set[str] = set()
         self.provenance: dict[tuple[str, str], set[int]] = defaultdict(set)
         seeds: set[int] = set()
@@ -89,6 +90,8 @@ class Measurements:
 
     def _add(self, record: Record) -> None:
         key = _key(record.stage, str(record.method), record.round, record.metric)
+        stage, method, round_, metric = key
+        self._rounds[stage, method, metric].add(round_)
         value = record.value
         if isinstance(value, list):
             self._lists[key][record.seed] = [float(number) for number in value]
@@ -160,29 +163,15 @@ class Measurements:
         found = self.values("evaluate", method, round_, metric)
         return [value for values in found.values() for value in values]
 
-    def _keys(self) -> list[_Key]:
-        return [
-            key
-            for store in (self._finals, self._curves, self._lists)
-            for key, by_seed in store.items()
-            if by_seed
-        ]
-
     def methods(self) -> list[str]:
         """Return the arms that have results, in the order of their first records."""
         stages = ("reward_model", "ppo", "evaluate", "compare")
-        found = (method for stage, method, *_ in self._keys() if stage in stages)
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(method for stage, method, _ in self._rounds if stage in stages))
 
     def metrics(self, stage: str, method: str | None = None) -> list[str]:
         """Return the sorted names of all metrics of a stage."""
-        return sorted(
-            {
-                metric
-                for key_stage, key_method, _, metric in self._keys()
-                if key_stage == stage and method in (None, key_method)
-            }
-        )
+        found = {key[2] for key in self._rounds if key[0] == stage and method in (None, key[1])}
+        return sorted(found)
 
     def unread(self) -> list[str]:
         """Return the sorted final metrics of stage "evaluate" that nobody has asked for yet."""
@@ -193,15 +182,9 @@ class Measurements:
         """Return the rounds that have records, in order."""
         if metric is not None:
             metric = _key(stage, method, 0, metric)[-1]
-        return sorted(
-            {
-                round_
-                for key_stage, key_method, round_, key_metric in self._keys()
-                if key_stage == stage
-                and key_method == method
-                and (metric is None or key_metric == metric)
-            }
-        )
+            return sorted(self._rounds.get((stage, method, metric), ()))
+        found = (rounds for key, rounds in self._rounds.items() if key[:2] == (stage, method))
+        return sorted(set().union(*found))
 
     def merged(self, stage: str) -> dict[str, Estimate]:
         """Return the final metrics of a stage by name, means over the seeds; later rounds count."""
