@@ -163,6 +163,23 @@ def _blend(colour: str, white: float) -> str:
 # -- distributions -----------------------------------------------------------------------------
 
 
+def _histograms(
+    labels: tuple[str, str],
+    series: Sequence[tuple[list[float], str, str]],
+    bins: np.ndarray,
+    lines: Sequence[LineStyle],
+) -> Figure:
+    """Plot shares of pairs per bin of (values, colour, name); `labels`: x axis and title."""
+    figure, axes = new_axes(labels[0], "share of pairs", labels[1])
+    entries = []
+    for i, (values, colour, name) in enumerate(series):
+        line = lines[i % len(lines)]
+        draw_histogram(axes, values, bins, colour, line)
+        entries.append((Line2D([], [], color=colour, linestyle=line, linewidth=2), name))
+    draw_legend(figure, entries, columns=2)
+    return figure
+
+
 def distribution_figure(m: Results, arm: str | None) -> Figure | None:
     """Plot `|r_i - r_j|` of an arm's reward model on samples of SFT and of the latest policy."""
     rounds = [] if arm is None else m.rounds(arm, "evaluate", "difference_values_after")
@@ -173,19 +190,13 @@ def distribution_figure(m: Results, arm: str | None) -> Figure | None:
     )
     if not latest or not first:
         return None
-    title = plain_label(f"Reward differences: {m.short(arm)}", 60)
-    figure, axes = new_axes("$|r_i - r_j|$", "share of pairs", title)
-    bins = np.linspace(0, max(first + latest) or 1.0, 25)
     sft = m.arms[SFT].colour if SFT in m.arms else GREY
-    entries = []
-    for values, colour, label in (
+    series = [
         (first, sft, "initial policy (SFT)"),
         (latest, m.arms[arm].colour, f"policy after round {rounds[-1]}"),
-    ):
-        draw_histogram(axes, values, bins, colour)
-        entries.append((Line2D([], [], color=colour, linewidth=2), label))
-    draw_legend(figure, entries)
-    return figure
+    ]
+    labels = "$|r_i - r_j|$", plain_label(f"Reward differences: {m.short(arm)}", 60)
+    return _histograms(labels, series, np.linspace(0, max(first + latest) or 1.0, 25), ("-",))
 
 
 def normalised(m: Results) -> dict[str, tuple[int, list[float]]]:
@@ -200,19 +211,14 @@ def normalised(m: Results) -> dict[str, tuple[int, list[float]]]:
 
 def normalised_figure(m: Results) -> Figure | None:
     """Plot normalised reward differences of all arms with reward models (Figure 5)."""
-    found = normalised(m)
-    if not found:
+    series = [
+        (values, m.arms[arm].colour, f"{m.short(arm)}, round {last}")
+        for arm, (last, values) in normalised(m).items()
+    ]
+    if not series:
         return None
-    figure, axes = new_axes("normalised $|r_i - r_j|$", "share of pairs", "Normalised differences")
-    entries = []
-    lines: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
-    for i, (arm, (last, values)) in enumerate(found.items()):
-        style, line = m.arms[arm], lines[i % len(lines)]
-        draw_histogram(axes, values, np.linspace(0, 1, 26), style.colour, line)
-        handle = Line2D([], [], color=style.colour, linestyle=line, linewidth=2)
-        entries.append((handle, f"{style.short}, round {last}"))
-    draw_legend(figure, entries, columns=2)
-    return figure
+    labels = "normalised $|r_i - r_j|$", "Normalised differences"
+    return _histograms(labels, series, np.linspace(0, 1, 26), ("-", "--", "-.", ":"))
 
 
 # -- by round ----------------------------------------------------------------------------------

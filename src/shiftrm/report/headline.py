@@ -124,7 +124,7 @@ def _gap_sentence(m: Results, gap: GoldGap) -> str:
     judge = "" if m.gold_is_true else "By the second reward model (gold), "
     text = (
         f"{judge}{m.name(gap.method)}: gold {fixed_point(gap.gold)} against "
-        f"{fixed_point(gap.reference_gold)} of {m.name(gap.reference)} after round {gap.round}, a "
+        f"{fixed_point(gap.reference_gold)} for {m.name(gap.reference)} after round {gap.round}, a "
         f"difference of {fixed_point(gap.difference.mean, sign=True)} ({_uncertainty(gap)})"
     )
     if gap.kl is None or gap.reference_kl is None:
