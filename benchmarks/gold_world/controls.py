@@ -128,7 +128,7 @@ def _reward_model(planner: Planner, name: str, count: int, shuffle: int) -> list
     """A reward model on the first `count` pairs; `shuffle` > 0 numbers the coin tosses."""
     record = record_as("reward_model", name, 0)
     chosen = Stage(
-        f"reward_models/{name}/pairs",
+        f"chosen_pairs/{name}",
         f"{__name__}:choose_pairs",
         {"pairs": plain_input(planner.inputs.pairs), "count": count, "shuffle": shuffle},
         (planner.inputs.pairs.stage,),
