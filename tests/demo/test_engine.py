@@ -91,6 +91,12 @@ def test_runs_in_order_and_skips_what_is_done(tmp_path):
     assert not (root / ".work").exists()
 
 
+@pytest.mark.parametrize("name", ["a", "a/b", "deep"])
+def test_stages_that_would_write_into_one_folder_are_a_mistake_in_the_plan(name):
+    with pytest.raises(ValueError, match="into one folder"):
+        stage_keys([*stages(), Stage(name, f"{HERE}:add", {"number": 1})], 0)
+
+
 def test_a_missing_stage_is_made_again(tmp_path):
     import shutil
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -101,6 +101,7 @@ def stage_keys(stages: Sequence[Stage], seed: int) -> dict[str, str]:
     """The key of every stage; `stages` must list needs before those that need them."""
     keys: dict[str, str] = {}
     for stage in stages:
+        _check_place(stage.name, keys)
         content = {
             "versions": library_versions(),
             "function": stage.function,
@@ -111,6 +112,13 @@ def stage_keys(stages: Sequence[Stage], seed: int) -> dict[str, str]:
         text = json.dumps(content, sort_keys=True)
         keys[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:20]
     return keys
+
+
+def _check_place(name: str, others: Mapping[str, Any]) -> None:
+    """Refuse a plan in which one stage's folder is inside another's, which replaces it."""
+    for other in others:
+        if name == other or name.startswith(f"{other}/") or other.startswith(f"{name}/"):
+            raise ValueError(f"stages {other} and {name} would write into one folder")
 
 
 def run_stages(
