@@ -175,6 +175,16 @@ def _parse(raw: bytes, where: str) -> Row:
     return row
 
 
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` that gets its name when the block ends without an error."""
+    work = target.with_name(f".{target.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    yield work
+    replace_directory(work, target)
+
+
 def replace_directory(temporary: Path, target: Path) -> None:
     """Publish a finished folder under its name in one rename.
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from shiftrm.cli.checks import output_folder
-from shiftrm.cli.options import About, inputs, option, optional
+from shiftrm.cli.options import About, build, inputs, option, optional
 from shiftrm.cli.progress import only_on_terminals
+from shiftrm.config import apply_overrides, to_mapping
 
 EPILOG = """examples:
   shiftrm meta-test --policy models/sft --reward models/reward --domains domains --output runs/test
@@ -14,10 +15,11 @@ EPILOG = """examples:
 
 Ways: weighted (fine-tuning on the domain's finetune.jsonl, weighted by exp(r/beta)), ppo (PPO with
 a KL penalty on its prompts), rloo (the same by TRL's RLOO), plain (fine-tuning without a reward
-model: the baseline).
+model: the baseline), none (the policy is measured as it is).
 
 Measured before and after, for every domain: A_PL on eval_pairs.jsonl, KL to the reference, the mean
-reward of the guiding reward model and of the judge on responses to prompts.jsonl.
+reward of the guiding reward model and of the judge on responses to prompts.jsonl. In the gold world
+of domains, --judge WORLD/weights.json is the gold reward.
 
 Settings, as key=value: seed, weighted.* (updates, batch_size, learning_rate, beta, ...), ppo.*
 (steps, kl_coefficient, kl_target, ...), rloo.* (steps, kl_coefficient, ...), evaluation.*
@@ -36,11 +38,14 @@ ABOUT = About(
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    policy: str = option("DIR", "the reference policy", reads=True)
+    policy: str = option("DIR", "the policy to start from", reads=True)
+    reference: str | None = optional(
+        "DIR", "the policy to stay close to and to compare with", shown="--policy", reads=True
+    )
     reward: str | None = optional("DIR", "reward model that guides", reads=True)
     domains: str = option("DIR", "folder of domains", reads=True)
     output: str = option("DIR", "folder of the result")
-    way: str = option("WAY", "weighted, ppo, rloo or plain", default="weighted")
+    way: str = option("WAY", "weighted, ppo, rloo, plain or none", default="weighted")
     only: list[str] | None = optional(
         "NAME,NAME", "these domains", comma=True, shown="the held-out domains"
     )
@@ -52,19 +57,10 @@ class Options:
 def run(options: Options) -> None:
 
     output = output_folder(options.output, apart_from=inputs(options))
-    from shiftrm.pipeline.meta_test_run import meta_test
+    from shiftrm.pipeline.meta_jobs import MetaTest
+    from shiftrm.pipeline.meta_test_run import MetaTestConfig, meta_test
 
     only_on_terminals()
-    print(
-        meta_test(
-            options.policy,
-            reward=options.reward,
-            domains=options.domains,
-            output=output,
-            way=options.way,
-            names=options.only,
-            judge=options.judge,
-            settings=options.settings,
-            workers=options.workers,
-        )
-    )
+    settings = apply_overrides(to_mapping(MetaTestConfig()), options.settings)
+    job = build(MetaTest, options, domain="", settings=settings)
+    print(meta_test(job, output, names=options.only, workers=options.workers))

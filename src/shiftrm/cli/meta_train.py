@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from shiftrm.cli.options import About, command_line, option, optional
-from shiftrm.cli.progress import only_on_terminals
-from shiftrm.cli.training import TrainingOptions, result_folder
+from shiftrm.cli.options import About, option, optional
+from shiftrm.cli.training import TrainingOptions, run_job
 
 EPILOG = """examples:
   shiftrm meta-train --model models/sft --domains domains --output models/reward max_steps=1000
@@ -45,20 +44,4 @@ class Options(TrainingOptions):
 
 
 def run(options: Options) -> None:
-
-    output = result_folder(options)
-    from shiftrm.oodpl.training_command import meta_train
-
-    only_on_terminals()
-    summary = meta_train(
-        options.model,
-        policy=options.policy or options.model,
-        domains=options.domains,
-        output=output,
-        held_out=options.held_out,
-        validation=options.validation,
-        settings=options.settings,
-        command=command_line(),
-    )
-    if summary is not None:
-        print(summary)
+    run_job("MetaTrain", options)

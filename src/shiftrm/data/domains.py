@@ -10,7 +10,8 @@ On disk a domain is a folder inside DIR:
 
 `finetune.jsonl` is required, as is `pairs.jsonl` in a source domain; the other files are optional.
 Source domains are for meta-training, validation domains monitor it, and held-out domains are for
-the meta-test: their `pairs.jsonl`, if any, is for the baseline that may see it.
+the meta-test: their `pairs.jsonl`, if any, is for the baseline that may see it. A held-out domain
+may also be named as a validation domain, to be watched.
 """
 
 import json
@@ -53,7 +54,8 @@ class DomainSplit:
     @property
     def all(self) -> tuple[Domain, ...]:
         """Return every domain once."""
-        return (*self.source, *self.validation, *self.held_out)
+        named = {d.name: d for d in (*self.source, *self.validation, *self.held_out)}
+        return tuple(named.values())
 
 
 def load_split(
@@ -283,7 +285,8 @@ def _check_names(
         for name in names:
             if name not in known:
                 raise UserError(f"{where}: no {role} domain {name!r}{suggest(name, known)}")
-            if name in roles:
+            watched = role == "held-out" and roles.get(name) == "validation"
+            if name in roles and not watched:
                 first = f"both {roles[name]} and {role}" if roles[name] != role else f"twice {role}"
                 raise UserError(f"{where}: domain {name!r} is {first}; name each domain once")
             roles[name] = role

@@ -18,10 +18,8 @@ from shiftrm.oodpl.trainer import OODPLTrainer
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.progress import ProgressInWords
 from shiftrm.trainers.settings import REFUSED, command_defaults, first_line, value_of
-from shiftrm.trainers.training import (
-    exists,
-    write_model,
-)
+from shiftrm.trainers.training import exists, write_model
+from shiftrm.trainers.training_log import write_training_log
 
 __all__ = ["meta_train", "settings_of"]
 
@@ -96,6 +94,8 @@ def meta_train(
         finished = work / work_folder.FINISHED
         write_model(trainer, finished)
         if trainer.accelerator.is_main_process:
+            start = [{"step": 0, **before}] if watched else []  # the trainer's log has no such row
+            write_training_log(finished, [*start, *trainer.state.log_history])
             card = _card(summary, model, policy, domains, args, command)
             work_folder.publish_folder(finished, work, target, card)
         trainer.accelerator.wait_for_everyone()

@@ -4,24 +4,26 @@ A job is a frozen dataclass with its inputs, its settings and `run(out)`. `shift
 others build the same object from their options; the pipeline reads it from a stage.
 """
 
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from shiftrm.errors import UserError
 from shiftrm.methods.method import METHODS
 from shiftrm.models.generation import SamplingConfig
+from shiftrm.pipeline.job import Input, Job, Made, Training, as_word, options, text
+from shiftrm.pipeline.meta_jobs import MetaTest, MetaTrain
 from shiftrm.progress import task
 
 if TYPE_CHECKING:
-    from shiftrm.trainers.kinds import Training
+    from shiftrm.trainers.kinds import Training as Kind
 
 __all__ = [
-    "JOBS", "Input", "Job", "Made", "Optimise", "Sample", "Sft", "TrainReward",
+    "JOBS", "Input", "Job", "Made", "MetaTest", "MetaTrain", "Optimise", "Sample", "Sft",
+    "TrainReward",
     "as_word", "from_plain", "inputs_of", "is_training", "located", "place", "plain", "plain_input",
 ]  # fmt: skip
 
@@ -29,74 +31,7 @@ Bar = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
 
 
 @dataclass(frozen=True)
-class Made:
-    """A file or folder that another stage of the run makes."""
-
-    stage: str
-    file: str = "model"
-
-    def __str__(self) -> str:
-        return f"{self.stage}/{self.file}"
-
-
-Input = str | Made
-"""A path, a hub name or any other source; or what another stage makes."""
-
-
-class Job(Protocol):
-    """One piece of work.
-
-    Attributes:
-        makes: the file or folder below `out` that is the result.
-        several: whether it may run on several processes under `accelerate launch`.
-    """
-
-    several: ClassVar[bool]
-
-    @property
-    def makes(self) -> str: ...
-
-    def command(self, output: str) -> list[str]:
-        """Return the words after `shiftrm` that do the same by hand."""
-
-    def on_machine(self, way: Mapping[str, Any]) -> "Job":
-        """Return the job with settings that change how it is computed and not what."""
-
-    def run(self, output: Path) -> str | None:
-        """Write `output`, and return a summary in words (None on all but the main process)."""
-
-
-@dataclass(frozen=True)
-class _Training:
-    """What the jobs that train have in common.
-
-    Attributes:
-        settings: values by field of the job's configuration class and `trl.ModelConfig`.
-        told: the command line that a person gave, for the model card.
-    """
-
-    makes: ClassVar[str] = "model"
-    several: ClassVar[bool] = True
-
-    settings: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    told: str | None = field(default=None, kw_only=True)
-
-    def on_machine(self, way: Mapping[str, Any]) -> Any:
-        return replace(self, settings={**self.settings, **way})
-
-    def command(self, output: str) -> list[str]:
-        words = [*self._words(), "--output", output]
-        return words + [as_word(key, value) for key, value in self.settings.items()]
-
-    def _words(self) -> list[str]:
-        raise NotImplementedError
-
-    def _told(self, output: Path) -> str:
-        return self.told or shlex.join(["shiftrm", *self.command(str(output))])
-
-
-@dataclass(frozen=True)
-class Sft(_Training):
+class Sft(Training):
     """Fine-tune a policy on demonstrations; see `policies.commands.sft`.
 
     The setting `chat_template_path` may be the name of a template of this package.
@@ -106,7 +41,7 @@ class Sft(_Training):
     demonstrations: Input
 
     def _words(self) -> list[str]:
-        return ["sft", *_options(model=self.model, demonstrations=self.demonstrations)]
+        return ["sft", *options(model=self.model, demonstrations=self.demonstrations)]
 
     def run(self, output: Path) -> str | None:
         from shiftrm.models.templates import packaged
@@ -125,7 +60,7 @@ class Sft(_Training):
 
 
 @dataclass(frozen=True)
-class TrainReward(_Training):
+class TrainReward(Training):
     """Train a reward model on pairs, with MetaRM where groups are given; see `trainers.training`.
 
     Attributes:
@@ -139,7 +74,7 @@ class TrainReward(_Training):
     groups: Input | None = None
     adaptation: str | None = None
 
-    def training(self) -> "Training":
+    def training(self) -> "Kind":
         """Return the classes that train; importing them takes seconds.
 
         Raises:
@@ -163,10 +98,10 @@ class TrainReward(_Training):
         return {} if self.adaptation is None else METHODS.get(self.adaptation).settings
 
     def _words(self) -> list[str]:
-        words = ["train", *_options(model=self.model, pairs=self.pairs)]
+        words = ["train", *options(model=self.model, pairs=self.pairs)]
         for name, source in self.eval_pairs.items():
             words += ["--eval-pairs", f"{name}={source}" if name else str(source)]
-        return words + _options(groups=self.groups, method=self.adaptation)
+        return words + options(groups=self.groups, method=self.adaptation)
 
     def run(self, output: Path) -> str | None:
         from shiftrm.trainers.training import TrainingRequest, train
@@ -176,7 +111,7 @@ class TrainReward(_Training):
             pairs=str(self.pairs),
             output=output,
             settings={**self._defaults(), **self.settings},
-            groups=_text(self.groups),
+            groups=text(self.groups),
             eval_pairs={name: str(source) for name, source in self.eval_pairs.items()},
             command=self._told(output),
         )
@@ -184,7 +119,7 @@ class TrainReward(_Training):
 
 
 @dataclass(frozen=True)
-class Optimise(_Training):
+class Optimise(Training):
     """Train a policy against a reward model or on pairs; see `policies.commands.optimise`.
 
     Attributes:
@@ -203,7 +138,7 @@ class Optimise(_Training):
 
     def _words(self) -> list[str]:
         named = ("policy", "reference", "reward", "prompts", "pairs", "scale", "watch")
-        return ["optimise", self.method, *_options(**{n: getattr(self, n) for n in named})]
+        return ["optimise", self.method, *options(**{n: getattr(self, n) for n in named})]
 
     def run(self, output: Path) -> str | None:
         from shiftrm.policies.commands import Inputs, optimise
@@ -211,7 +146,7 @@ class Optimise(_Training):
         named = ("reference", "reward", "prompts", "pairs", "watch")
         return optimise(
             self.method,
-            Inputs(str(self.policy), **{name: _text(getattr(self, name)) for name in named}),
+            Inputs(str(self.policy), **{name: text(getattr(self, name)) for name in named}),
             output=output,
             settings={**self._scale(), **self.settings},
             command=self._told(output),
@@ -256,10 +191,10 @@ class Sample:
     vllm_arguments: tuple[str, ...] = ()
 
     def command(self, output: str) -> list[str]:
-        words = ["sample", *_options(policy=self.policy, prompts=self.prompts, output=output)]
-        words += _options(responses=self.responses, **vars(self.sampling))
-        words += _options(batch_size=self.batch_size, seed=self.seed)
-        words += _options(server=self.server, served_model=self.served_model)
+        words = ["sample", *options(policy=self.policy, prompts=self.prompts, output=output)]
+        words += options(responses=self.responses, **vars(self.sampling))
+        words += options(batch_size=self.batch_size, seed=self.seed)
+        words += options(server=self.server, served_model=self.served_model)
         words += ["--vllm"] if self.vllm else []
         if self.vllm_arguments:
             words.append(f"--vllm-arguments={shlex.join(self.vllm_arguments)}")
@@ -334,7 +269,7 @@ class Sample:
 
 def is_training(job: Any) -> bool:
     """Whether a job trains, and so has settings."""
-    return isinstance(job, _Training)
+    return isinstance(job, Training)
 
 
 JOBS: dict[str, type] = {
@@ -342,6 +277,8 @@ JOBS: dict[str, type] = {
     "train_reward": TrainReward,
     "optimise": Optimise,
     "sample": Sample,
+    "meta_train": MetaTrain,
+    "meta_test": MetaTest,
 }
 """The jobs by the name that a file calls them."""
 
@@ -412,24 +349,3 @@ def _typed(value: Any) -> Any:
             return Made(**value)
         return {key: _typed(inner) for key, inner in value.items()}
     return value
-
-
-def _text(value: Input | None) -> str | None:
-    return None if value is None else str(value)
-
-
-def _options(**values: Any) -> list[str]:
-    words: list[str] = []
-    for name, value in values.items():
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
-
-
-def as_word(key: str, value: Any) -> str:
-    """Return `key=value` as a word of a command, the value as YAML reads it back."""
-    if isinstance(value, bool):
-        return f"{key}={'true' if value else 'false'}"
-    if isinstance(value, list | tuple | dict):
-        return f"{key}={json.dumps(value)}"
-    return f"{key}={'null' if value is None else value}"

@@ -16,12 +16,13 @@ from shiftrm.errors import UserError, missing_embedding
 from shiftrm.files import atomic_write_text, iterate_jsonl
 from shiftrm.metrics import is_declared
 from shiftrm.pipeline.children import run_child
-from shiftrm.pipeline.engine import StageContext
+from shiftrm.pipeline.engine import RECORDS_FILE, StageContext
 from shiftrm.pipeline.jobs import Optimise, Sample, from_plain, located, plain
 from shiftrm.progress import only_on_terminals, quieten_libraries, reporting, speaks
+from shiftrm.records import read_records
 from shiftrm.trainers.training_log import TRAINING_LOG
 
-__all__ = ["Execution", "accumulation", "launcher", "perform", "run_job"]
+__all__ = ["Execution", "accumulation", "launcher", "perform", "record_made", "run_job"]
 
 JOB_FILE, ERROR_FILE = "job.json", "error.json"
 """What a child process is given, and where it says why it ended."""
@@ -135,6 +136,14 @@ def run_job(context: StageContext) -> None:
         text = card.read_text(encoding="utf-8")
         atomic_write_text(card, text.replace(str(keep), str(context.root / stage.name)))
     _record_log(context, made)
+    record_made(context, made)
+
+
+def record_made(context: StageContext, folder: Path) -> None:
+    """Record again, as the stage's own, what a job measured and wrote into its folder."""
+    path = folder / RECORDS_FILE
+    for record in read_records(path) if path.is_file() else ():
+        context.recorder.add(record.metric, record.value, step=record.step, n=record.n)
 
 
 def _begin_or_continue(keep: Path, execution: Mapping[str, Any]) -> None:

@@ -2,36 +2,40 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shiftrm.config import apply_overrides, from_mapping, to_mapping
+from shiftrm.config import from_mapping
 from shiftrm.data.domains import Domain, load_domain, load_split
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
 from shiftrm.files import write_jsonl
 from shiftrm.models.sampling import load_policy
 from shiftrm.models.scoring import Scorer
-from shiftrm.oodpl.fine_tuning import FineTuningConfig
+from shiftrm.oodpl.fine_tuning import FineTuningConfig, FineTuningLog
 from shiftrm.oodpl.meta_test import (
-    Evaluation,
     EvaluationConfig,
     evaluate_policy,
     guide_by_ppo,
     guide_by_weights,
 )
-from shiftrm.oodpl.rloo import RLOOLog, RLOOSettings, guide_by_rloo
-from shiftrm.pipeline.engine import RECORDS_FILE, Stage, StageContext, run_stages
+from shiftrm.oodpl.rloo import RLOOSettings, guide_by_rloo
+from shiftrm.pipeline.engine import RECORDS_FILE, Stage, StageContext, random_seed, run_stages
 from shiftrm.pipeline.folder import progress
+from shiftrm.pipeline.jobs import Input, MetaTest, from_plain, plain
+from shiftrm.pipeline.launch import record_made
+from shiftrm.pipeline.meta_jobs import WAYS
 from shiftrm.policies.ppo_config import PPOConfig
-from shiftrm.records import Record, Recorder, read_records
+from shiftrm.records import Record, Recorder, read_records, write_records
+from shiftrm.world.build_domains import WEIGHTS, read_table
+from shiftrm.world.domain_gold import gold_of
 
-__all__ = ["WAYS", "MetaTestConfig", "meta_test", "meta_test_domain"]
+__all__ = ["MetaTestConfig", "measure_domain", "measure_stage", "meta_test"]
 
-WAYS = ("weighted", "ppo", "rloo", "plain")
-"""How the policy is made: weighted by the reward model, by PPO or RLOO against it, or without."""
+GUIDED = ("weighted", "ppo", "rloo")
+"""The ways that need a reward model."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +50,16 @@ class MetaTestConfig:
 
 
 def meta_test(
-    policy: str,
-    *,
-    reward: str | None,
-    domains: str,
-    output: Path,
-    way: str = "weighted",
-    names: Sequence[str] | None = None,
-    judge: str | None = None,
-    settings: Sequence[str] = (),
-    workers: int = 1,
+    job: MetaTest, output: Path, *, names: Sequence[str] | None = None, workers: int = 1
 ) -> str:
-    """Make a policy for every held-out domain under a frozen reward model, and measure it.
+    """Run a job for every held-out domain, after measuring the reference there.
 
-    Writes `OUTPUT/<domain>/policy` and `responses.jsonl`, and `OUTPUT/records.jsonl`. The same call
-    continues an interrupted one.
+    Writes `OUTPUT/<domain>/policy` and `responses.jsonl`, the same for the reference policy below
+    `OUTPUT/reference`, and `OUTPUT/records.jsonl`. The same call continues an interrupted one.
 
     Args:
-        policy: the reference policy.
-        reward: the reward model's folder; None for way "plain".
-        domains: a folder in the layout of `shiftrm.data.domains`.
-        way: one of `WAYS`.
+        job: its `domain` is not read.
         names: domains; None takes the held-out ones of `splits.json`.
-        judge: an evaluation reward model that guides nothing.
-        settings: `key=value` words by field of `MetaTestConfig`, as `weighted.updates=50`.
 
     Returns:
         A table in words.
@@ -77,125 +67,175 @@ def meta_test(
     Raises:
         UserError: bad folders or settings, a domain with nothing to measure on.
     """
-    if way not in WAYS:
-        raise UserError(f"--way is {way!r}; choose one of {', '.join(WAYS)}")
-    if (reward is None) != (way == "plain"):
-        raise UserError(
-            "--reward goes with --way weighted, ppo and rloo, which need it, and not with plain"
-        )
-    config = from_mapping(
-        MetaTestConfig, apply_overrides(to_mapping(MetaTestConfig()), list(settings))
-    )
-    folder = Path(domains)
+    if job.way not in WAYS:
+        raise UserError(f"--way is {job.way!r}; choose one of {', '.join(WAYS)}")
+    if job.reward is None and job.way in GUIDED:
+        raise UserError("--reward goes with --way weighted, ppo and rloo, which need it")
+    if job.reward is not None and job.way == "plain":
+        raise UserError("--reward goes with --way weighted, ppo and rloo, and not with plain")
+    config = from_mapping(MetaTestConfig, dict(job.settings))
+    folder = Path(str(job.domains))
     if names is None:
         names = [domain.name for domain in load_split(folder).held_out]
+    as_it_is = job.way == "none" and job.reference is None
+    methods = ["reference"] if as_it_is else ["reference", job.way]
     stages = []
     for name in names:
         domain = load_domain(folder / name, labelled=False)
-        if not domain.eval_pairs and not domain.prompts:
-            raise UserError(
-                f"{folder / name}: neither eval_pairs.jsonl nor prompts.jsonl to measure on"
+        _check_rows(domain, folder, job.way, config)
+        for method in methods:
+            one = replace(job, domain=name)
+            if method == "reference":
+                one = replace(one, way="none", policy=job.reference or job.policy, reference=None)
+            stages.append(
+                Stage(
+                    name if method != "reference" else f"reference/{name}",
+                    "shiftrm.pipeline.meta_test_run:measure_stage",
+                    {"data": fingerprint("", _read(domain))[:16], "job": plain(one)},
+                    record_as={"stage": f"evaluate/{name}", "method": method, "round": 0},
+                )
             )
-        if way in ("weighted", "plain") and len(domain.support) < config.weighted.batch_size:
-            raise UserError(
-                f"domain {name!r}: {len(domain.support)} fine-tuning rows, but a batch takes "
-                f"{config.weighted.batch_size}; set weighted.batch_size"
-            )
-        stages.append(
-            Stage(
-                name,
-                "shiftrm.pipeline.meta_test_run:meta_test_domain",
-                {
-                    "policy": policy,
-                    "reward": reward,
-                    "judge": judge,
-                    "way": way,
-                    "folder": str(folder / name),
-                    "data": fingerprint("", _read(domain))[:16],
-                    "config": to_mapping(config),
-                },
-                record_as={"stage": f"evaluate/{name}", "method": way, "round": 0},
-            )
-        )
-    for path in (policy, reward, judge):
-        if path is not None and not Path(path).is_dir() and path.count("/") != 1:
+    for path in (job.policy, job.reference, job.reward, job.judge):
+        found = path is None or Path(str(path)).is_dir() or _is_gold(path)
+        if not found and str(path).count("/") != 1:
             raise UserError(f"{path}: no such folder; give a checkpoint folder or a hub name")
     with progress(stages) as on_progress:
         run_stages(stages, output, seed=config.seed, workers=workers, on_progress=on_progress)
-    return _table(read_records(output / RECORDS_FILE), list(names), way, output)
+    return _table(read_records(output / RECORDS_FILE), list(names), methods, output)
 
 
-def meta_test_domain(context: StageContext) -> None:
-    """One domain: the reference measured, the policy made, measured and saved."""
+def _check_rows(domain: Domain, folder: Path, way: str, config: MetaTestConfig) -> None:
+    if not domain.eval_pairs and not domain.prompts:
+        raise UserError(
+            f"{folder / domain.name}: neither eval_pairs.jsonl nor prompts.jsonl to measure on"
+        )
+    if way in ("weighted", "plain") and len(domain.support) < config.weighted.batch_size:
+        raise UserError(
+            f"domain {domain.name!r}: {len(domain.support)} fine-tuning rows, but a batch takes "
+            f"{config.weighted.batch_size}; set weighted.batch_size"
+        )
+
+
+def measure_stage(context: StageContext) -> None:
+    """Run the job of a stage of `meta_test`; its files become the stage's."""
+    measure_domain(from_plain(context.stage.settings["job"]), context.out)
+    record_made(context, context.out)
+
+
+def measure_domain(job: MetaTest, out: Path) -> None:
+    """Make a policy for a domain and measure it; write policy, responses and records to `out`.
+
+    A policy that was given (way "none") is not written again.
+    """
     from shiftrm.models.loading import to_accelerator
 
-    settings = context.stage.settings
-    config = from_mapping(MetaTestConfig, settings["config"])
-    domain = load_domain(settings["folder"], labelled=False)
-    reference, tokenizer = load_policy(settings["policy"])
-    reference = to_accelerator(reference)
-    reward, judge = (_scorer(settings[name]) for name in ("reward", "judge"))
-    evaluation = replace(config.evaluation, seed=context.random_seed("evaluation"))
+    config = from_mapping(MetaTestConfig, dict(job.settings))
+    domain = load_domain(Path(str(job.domains)) / job.domain, labelled=False)
+    policy, tokenizer = load_policy(str(job.policy))
+    policy = to_accelerator(policy)
+    reference = policy
+    if job.reference is not None:
+        reference = to_accelerator(load_policy(str(job.reference))[0])
+    elif job.way != "none":
+        reference = copy.deepcopy(policy)
+    reward, judge = _scorer(job.reward), _judge(job.judge, domain.name)
+    recorder = Recorder(stage=f"evaluate/{domain.name}", method=job.way, round=0, seed=config.seed)
+    _GUIDES[job.way](_Meeting(policy, reference, tokenizer, domain, reward, config, recorder))
     found = evaluate_policy(
-        reference, reference, tokenizer, domain, evaluation, judge=judge, proxy=reward
+        policy,
+        reference,
+        tokenizer,
+        domain,
+        replace(config.evaluation, seed=random_seed(config.seed, "evaluation")),
+        judge=judge,
+        proxy=reward,
     )
-    base = Recorder(stage=f"evaluate/{domain.name}", method="reference", round=0, seed=context.seed)
-    _note(base, found)
-    policy = _guided(context, config, domain, reference, tokenizer, reward)
-    found = evaluate_policy(
-        policy, reference, tokenizer, domain, evaluation, judge=judge, proxy=reward
-    )
-    _note(context.recorder, found)
-    context.recorder.records = base.records + context.recorder.records
-    policy.save_pretrained(context.out / "policy")
-    tokenizer.save_pretrained(context.out / "policy")
+    for name, value in found.numbers.items():
+        of_pairs = name.startswith(("accuracy", "pl_loss"))
+        metric = "gold_mean" if name == "judged" and _is_gold(job.judge) else name
+        recorder.add(metric, value, n=found.pairs if of_pairs else found.responses)
+    if job.way != "none":
+        policy.save_pretrained(out / "policy")
+        tokenizer.save_pretrained(out / "policy")
     if found.rows:
-        write_jsonl(context.out / "responses.jsonl", found.rows)
+        write_jsonl(out / "responses.jsonl", found.rows)
+    write_records(out / RECORDS_FILE, recorder.records)
 
 
-def _guided(
-    context: StageContext,
-    config: MetaTestConfig,
-    domain: Domain,
-    reference: Any,
-    tokenizer: Any,
-    reward: Scorer | None,
-) -> Any:
-    policy = copy.deepcopy(reference)
-    seed, recorder = context.random_seed(f"policy/{domain.name}"), context.recorder
-    way = context.stage.settings["way"]
-    if way == "rloo":
-        assert reward is not None
-        guide_by_rloo(
-            policy,
-            reference,
-            tokenizer,
-            domain,
-            replace(config.rloo, seed=seed),
-            reward_fn=reward,
-            on_step=lambda log: _note_rloo(recorder, log),
-        )
-    elif way == "ppo":
-        assert reward is not None
-        guide_by_ppo(
-            policy,
-            reference,
-            tokenizer,
-            domain,
-            replace(config.ppo, seed=seed),
-            reward_fn=reward,
-            on_step=lambda log: recorder.add("ppo_kl", log.kl, step=log.step),
-        )
-    else:
-        guide_by_weights(
-            policy,
-            tokenizer,
-            domain,
-            replace(config.weighted, seed=seed),
-            reward_fn=reward,
-            on_step=lambda log: recorder.add("loss", log.loss, step=log.step),
-        )
-    return policy
+@dataclass(frozen=True)
+class _Meeting:
+    """A policy, a domain, and what guides the one in the other."""
+
+    policy: Any
+    reference: Any
+    tokenizer: Any
+    domain: Domain
+    reward: Scorer | None
+    config: MetaTestConfig
+    recorder: Recorder
+
+    def seeded(self, settings: Any) -> Any:
+        return replace(settings, seed=random_seed(self.config.seed, f"policy/{self.domain.name}"))
+
+    def note(self, step: int, **values: float | None) -> None:
+        for name, value in values.items():
+            self.recorder.add(name, value, step=step)
+
+
+def _by_weights(meeting: _Meeting) -> None:
+    logs: list[FineTuningLog] = []
+    tuning = meeting.seeded(meeting.config.weighted)
+    guide_by_weights(
+        meeting.policy,
+        meeting.tokenizer,
+        meeting.domain,
+        tuning,
+        reward_fn=meeting.reward,
+        on_step=logs.append,
+    )
+    for log in logs:
+        meeting.note(log.step, loss=log.loss)
+    share = sum(log.effective_sample_share for log in logs) / len(logs)
+    meeting.recorder.add("effective_sample_share", share)
+
+
+def _by_ppo(meeting: _Meeting) -> None:
+    _by_policy_gradient(
+        guide_by_ppo,
+        meeting,
+        meeting.config.ppo,
+        lambda log: meeting.note(log.step, ppo_kl=log.kl, ppo_score=log.standardised_mean),
+    )
+
+
+def _by_rloo(meeting: _Meeting) -> None:
+    _by_policy_gradient(
+        guide_by_rloo,
+        meeting,
+        meeting.config.rloo,
+        lambda log: meeting.note(log.step, rloo_score=log.score_mean, rloo_kl=log.kl),
+    )
+
+
+def _by_policy_gradient(guide: Any, meeting: _Meeting, settings: Any, note: Any) -> None:
+    guide(
+        meeting.policy,
+        meeting.reference,
+        meeting.tokenizer,
+        meeting.domain,
+        meeting.seeded(settings),
+        reward_fn=meeting.reward,
+        on_step=note,
+    )
+
+
+_GUIDES: dict[str, Callable[[_Meeting], None]] = {
+    "weighted": _by_weights,
+    "plain": _by_weights,
+    "ppo": _by_ppo,
+    "rloo": _by_rloo,
+    "none": lambda _: None,
+}
 
 
 def _read(domain: Domain) -> list[Any]:
@@ -204,35 +244,41 @@ def _read(domain: Domain) -> list[Any]:
     return [*domain.support, *domain.eval_pairs, *prompts]
 
 
-def _note_rloo(recorder: Recorder, log: RLOOLog) -> None:
-    recorder.add("rloo_score", log.score_mean, step=log.step)
-    if log.kl is not None:
-        recorder.add("rloo_kl", log.kl, step=log.step)
-
-
-def _scorer(path: str | None) -> Scorer | None:
+def _scorer(path: Input | None) -> Scorer | None:
     from shiftrm.models.loading import to_accelerator
 
     if path is None:
         return None
-    scorer = Scorer.from_pretrained(path)
+    scorer = Scorer.from_pretrained(str(path))
     scorer.model = to_accelerator(scorer.model)
     return scorer
 
 
-def _note(recorder: Recorder, found: Evaluation) -> None:
-    for name, value in found.numbers.items():
-        of_pairs = name.startswith(("accuracy", "pl_loss"))
-        recorder.add(name, value, n=found.pairs if of_pairs else found.responses)
+def _is_gold(judge: Input | None) -> bool:
+    return judge is not None and Path(str(judge)).name == WEIGHTS
 
 
-def _table(records: Sequence[Record], names: Sequence[str], way: str, output: Path) -> str:
-    """Each domain, before and after."""
+def _judge(path: Input | None, domain: str) -> Any:
+    """Return what judges: a reward model, or the domain's gold reward."""
+    if not _is_gold(path):
+        return _scorer(path)
+    one = gold_of(domain, read_table(Path(str(path)).parent))
+
+    def reward(prompts: Any, responses: Any, *, finished: Any) -> list[float]:
+        return [one(p, r, finished=f) for p, r, f in zip(prompts, responses, finished, strict=True)]
+
+    return reward
+
+
+def _table(
+    records: Sequence[Record], names: Sequence[str], methods: Sequence[str], output: Path
+) -> str:
+    """Return a line for every domain and method."""
     columns = {"accuracy_sum": "A_PL", "judged": "judge", "proxy": "guide", "kl": "KL"}
     numbers = {(r.stage, r.method, r.metric): r.value for r in records if r.step is None}
     lines = [f"{'domain':<20}{'policy':<12}" + "".join(f"{c:>9}" for c in columns.values())]
     for name in names:
-        for method in ("reference", way):
+        for method in methods:
             values = [numbers.get((f"evaluate/{name}", method, c), math.nan) for c in columns]
             cells = ["-" if math.isnan(v) else f"{v:.3f}" for v in values]  # type: ignore[arg-type]
             lines.append(f"{name:<20}{method:<12}" + "".join(f"{cell:>9}" for cell in cells))

@@ -4,9 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shiftrm.config import from_mapping
 from shiftrm.errors import UserError
 from shiftrm.pipeline.engine import Stage
-from shiftrm.pipeline.jobs import Optimise, TrainReward, from_plain, is_training
+from shiftrm.pipeline.jobs import (
+    MetaTest,
+    MetaTrain,
+    Optimise,
+    TrainReward,
+    from_plain,
+    is_training,
+)
 
 __all__ = ["check_job", "job_of", "settings_of"]
 
@@ -33,6 +41,10 @@ def check_job(job: Any, way: Mapping[str, Any], *, processes: int = 1) -> None:
     Raises:
         UserError: names the setting.
     """
+    if isinstance(job, MetaTest):
+        from shiftrm.pipeline.meta_test_run import MetaTestConfig
+
+        from_mapping(MetaTestConfig, dict(job.settings))
     if not is_training(job):
         return
     from shiftrm.policies.commands import METHODS, elsewhere
@@ -44,6 +56,11 @@ def check_job(job: Any, way: Mapping[str, Any], *, processes: int = 1) -> None:
         check_reporting(settings["report_to"])
     settings["bf16"] = False  # an accelerator decides that, which this machine may lack
     work = Path("out")  # nothing is written
+    if isinstance(job, MetaTrain):
+        from shiftrm.oodpl.training_command import settings_of as meta_settings
+
+        meta_settings(settings, work=work)
+        return
     if isinstance(job, TrainReward):
         resolve(settings, job.training().config, work=work, command_name="train")
         return
