@@ -1,124 +1,155 @@
-"""The stages of a run over the gold world's domains, and what each reads."""
+"""The stages of a run over domains: reward models, and policies for the targets.
 
-from dataclasses import asdict
-from typing import Any
+Budgets. Whatever learns from preference pairs (meta-training, Bradley-Terry on pooled pairs or on a
+target's own, DPO) takes the same number of updates on the same number of pairs each. Whatever makes
+a policy of the reference (fine-tuning, weighted or not, and PPO) takes the same number of updates
+of the same number of sequences. DPO takes none of the latter: it has no use for a domain without
+pairs. The recipe sets both budgets.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from shiftrm.config import to_mapping
-from shiftrm.pipeline.domain_config import DomainRunConfig
+from shiftrm.pipeline.domain_section import DomainSection
 from shiftrm.pipeline.engine import Stage
-from shiftrm.world.domain_gold import HELD_OUT, SOURCES
+from shiftrm.pipeline.experiment import Arm
+from shiftrm.pipeline.jobs import (
+    Input,
+    Made,
+    MetaTest,
+    MetaTrain,
+    Optimise,
+    TrainReward,
+    plain_input,
+)
+from shiftrm.pipeline.plan_data import PREPARE, record_as
 
-__all__ = ["beta_name", "plan", "sources", "targets"]
+if TYPE_CHECKING:
+    from shiftrm.pipeline.plan import Planner
 
-STAGES = "shiftrm.pipeline.domain_stages"
-SEARCH_TARGETS = 3
+__all__ = ["beta_name", "domain_stages"]
 
-
-def targets(*, search: bool) -> tuple[str, ...]:
-    """The domains that a policy is made for."""
-    return SOURCES[-SEARCH_TARGETS:] if search else HELD_OUT
-
-
-def sources(*, search: bool) -> tuple[str, ...]:
-    """The domains whose pairs are learnt from."""
-    return SOURCES[:-SEARCH_TARGETS] if search else SOURCES
+START, SFT, DPO = Made("start"), Made("sft"), Made("dpo")
+DOMAINS, GOLD = Made("data", "world/domains"), Made("data", "world/weights.json")
 
 
 def beta_name(beta: float) -> str:
-    """How records call the reward model that was meta-trained for a beta."""
+    """Return the name in records of the reward model that was meta-trained for a beta."""
     return f"beta_{beta:g}"
 
 
-def plan(config: DomainRunConfig) -> list[Stage]:
-    """All stages; needs stand before those that need them."""
-    labels = {  # what everything that learns from pairs shares
-        "search": config.search,
-        "steps": config.meta.outer_steps,
-        "pairs": config.meta.domains_per_step * config.meta.query_batch_size,
-        "learning_rate": config.pairs.learning_rate,
-    }
-    stages = [
-        _stage("world", "make_world", {"world": asdict(config.world)}),
-        Stage(
-            "sft",
-            f"{STAGES}:train_sft",
-            asdict(config.sft),
-            ("world",),
-            {"stage": "sft", "method": "reference", "round": 0},
-        ),
-    ]
-    stages += [
-        _stage(
-            f"meta/{beta_name(beta)}",
-            "meta_train",
-            {**asdict(config.meta), "beta": beta, "search": config.search},
-            ("world", "sft"),
-            method=beta_name(beta),
-        )
-        for beta in config.trained_betas
-    ]
-    if _wanted(config, "pooled"):
-        stages.append(_stage("pooled", "train_on_pairs", labels, ("world", "sft")))
-    if _wanted(config, "oracle"):
-        stages += [
-            _stage(f"oracle/{name}", "train_on_pairs", {**labels, "target": name}, ("world", "sft"))
-            for name in targets(search=config.search)
+def domain_stages(planner: "Planner") -> list[Stage]:
+    """Return all stages; needs stand before those that need them."""
+    return _DomainPlanner(planner).stages()
+
+
+def _file(domain: str, name: str) -> Made:
+    return Made("data", f"world/domains/{domain}/{name}.jsonl")
+
+
+@dataclass(frozen=True)
+class _DomainPlanner:
+    planner: "Planner"
+
+    @property
+    def section(self) -> DomainSection:
+        found = self.planner.recipe.domains
+        assert found is not None
+        return found
+
+    def stages(self) -> list[Stage]:
+        arms, section = self.planner.recipe.methods, self.section
+        kinds = {arm.reward for arm in arms.values()}
+        found = [*self.planner.beginning(), self._start()]
+        found += [self._meta(beta) for beta in section.trained_betas]
+        if "pooled" in kinds:
+            pairs = self.planner.inputs.pairs
+            found.append(self._on_pairs("pooled", "pooled", pairs, section.targets))
+        if "oracle" in kinds:
+            found += [
+                self._on_pairs(f"oracle/{name}", name, _file(name, "pairs"), (name,))
+                for name in section.targets
+            ]
+        if any(arm.is_dpo for arm in arms.values()):
+            found.append(self._dpo())
+        for name, arm in arms.items():
+            found += self._policies(name, arm, section.beta)
+        by_weights = Arm(reward="oodpl", policy="weighted")
+        for beta in section.betas:
+            found += self._policies(f"oodpl_{beta_name(beta)}", by_weights, beta)
+        return found
+
+    def _start(self) -> Stage:
+        """The reward model that all start from: the reference policy under a new head."""
+        settings = {"policy": plain_input(SFT), "role": "reward"}
+        record = record_as("start", "sft", 0)
+        return Stage("start", f"{PREPARE}:new_reward_model", settings, ("sft",), record)
+
+    def _meta(self, beta: float) -> Stage:
+        """OODPL on the sources. A_PL on the targets is watched, and decides nothing."""
+        name, targets = beta_name(beta), list(self.section.targets)
+        settings = self.planner.settings({**self.section.meta, "beta": beta}, "meta")
+        job = MetaTrain(START, DOMAINS, SFT, targets, targets, settings=settings)
+        return self.planner.training(f"meta/{name}", job, record_as("meta", name, 0), None)
+
+    def _on_pairs(self, here: str, method: str, pairs: Made, evaluated: tuple[str, ...]) -> Stage:
+        """Bradley-Terry: on the sources' pairs pooled, or on a target's own (the oracle)."""
+        settings = self.planner.settings(self.planner.recipe.reward.settings, "pairs")
+        heldout: dict[str, Input] = {name: _file(name, "eval_pairs") for name in evaluated}
+        job = TrainReward(START, pairs, heldout, settings=settings)
+        record = record_as(here.partition("/")[0], method, 0)
+        return self.planner.training(here, job, record, "reward")
+
+    def _dpo(self) -> Stage:
+        """DPO on the sources' pairs, in the order of the pooled reward model."""
+        settings = self.planner.settings(self.planner.recipe.dpo.settings, "pairs")
+        job = Optimise("dpo", SFT, SFT, pairs=self.planner.inputs.pairs, settings=settings)
+        return self.planner.training("dpo", job, record_as("dpo", "dpo", 0), "dpo")
+
+    def _policies(self, method: str, arm: Arm, beta: float) -> list[Stage]:
+        """A policy for every target by one method, and its measurements."""
+        return [
+            self.planner.stage(
+                f"policies/{method}/{target}",
+                self._test(arm, target, beta),
+                record_as(f"evaluate/{target}", method, 0),
+                {},
+            )
+            for target in self.section.targets
         ]
-    if "dpo" in config.methods:
-        settings = {**labels, **asdict(config.dpo)}
-        stages.append(_stage("dpo", "train_dpo", settings, ("world", "sft")))
-    stages += [_policy(config, method, _model(config, method)) for method in config.methods]
-    stages += [
-        _policy(config, f"oodpl_{beta_name(beta)}", f"meta/{beta_name(beta)}", beta=beta)
-        for beta in config.betas
-    ]
-    return stages
 
+    def _test(self, arm: Arm, target: str, beta: float) -> MetaTest:
+        recipe, way = self.planner.recipe, str(arm.policy)
+        policy, sampling = recipe.policy, asdict(recipe.sampling)
+        settings: dict[str, Any] = {
+            "seed": recipe.seed,
+            "evaluation": {
+                "responses_per_prompt": recipe.evaluation.responses,
+                "sampling": sampling,
+            },
+        }
+        if way in ("plain", "weighted"):
+            guide = beta if arm.reward == "oodpl" else self.section.guide_beta
+            settings["weighted"] = {**to_mapping(self.section.weighted), "beta": guide}
+        elif way in ("ppo", "rloo"):
+            own = policy.settings if policy.method == way else {}
+            settings[way] = {**own, "sampling": sampling}
+        return MetaTest(
+            DPO if arm.is_dpo else SFT,
+            DOMAINS,
+            target,
+            "none" if arm.is_dpo else way,
+            SFT if arm.is_dpo else None,
+            self._reward(arm, target, beta),
+            GOLD,
+            settings,
+        )
 
-def _policy(
-    config: DomainRunConfig, method: str, model: str | None, *, beta: float | None = None
-) -> Stage:
-    """Policies for all targets by one method, and their measurements."""
-    needs = ["world", "sft"]
-    if model == "oracle":
-        needs += [f"oracle/{name}" for name in targets(search=config.search)]
-    elif model is not None:
-        needs.append(model)
-    if beta is None:
-        beta = config.beta if method.startswith("oodpl") else config.pairs.guide_beta
-    settings: dict[str, Any] = {
-        "method": method,
-        "model": model,
-        "search": config.search,
-        "evaluation": to_mapping(config.evaluation),
-    }
-    if method.endswith("_ppo"):
-        settings["ppo"] = to_mapping(config.ppo)
-    elif method not in ("reference", "dpo"):
-        settings["policy"] = {**asdict(config.policy), "beta": beta}
-    return _stage(f"policies/{method}", "make_policies", settings, tuple(needs), method=method)
-
-
-def _model(config: DomainRunConfig, method: str) -> str | None:
-    """The stage whose model a method uses; "oracle" for one a target."""
-    kind = method.partition("_")[0]
-    if kind == "oodpl":
-        return f"meta/{beta_name(config.beta)}"
-    return kind if kind in ("pooled", "oracle", "dpo") else None
-
-
-def _wanted(config: DomainRunConfig, kind: str) -> bool:
-    return any(method.startswith(f"{kind}_") for method in config.methods)
-
-
-def _stage(
-    name: str,
-    function: str,
-    settings: dict[str, Any],
-    needs: tuple[str, ...] = (),
-    *,
-    method: str | None = None,
-) -> Stage:
-    kind, _, rest = name.partition("/")
-    record_as = {"stage": kind, "method": method or rest or kind, "round": 0}
-    return Stage(name, f"{STAGES}:{function}", settings, needs, record_as)
+    def _reward(self, arm: Arm, target: str, beta: float) -> Made | None:
+        made = {
+            "oodpl": f"meta/{beta_name(beta)}",
+            "pooled": "pooled",
+            "oracle": f"oracle/{target}",
+        }.get(arm.reward)
+        return None if made is None else Made(made)

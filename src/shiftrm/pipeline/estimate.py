@@ -12,14 +12,14 @@ from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.pipeline.data_sets import assembled, place_of, read_source
+from shiftrm.pipeline.domain_section import DomainSection
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.inputs import KINDS
-from shiftrm.pipeline.jobs import Optimise, Sample, Sft, TrainReward
+from shiftrm.pipeline.jobs import MetaTest, MetaTrain, Optimise, Sample, Sft, TrainReward
 from shiftrm.pipeline.resources import Disk, Sizes, disk_of, mean_tokens, operations
-from shiftrm.pipeline.sections import WorldSection
 from shiftrm.pipeline.settings import job_of, settings_of
-from shiftrm.world.build import base_model_config
+from shiftrm.world.build import WorldConfig, base_model_config
 from shiftrm.world.language import MAX_RESPONSE_TOKENS, PROMPT_TOKENS, build_tokenizer
 
 __all__ = [
@@ -35,6 +35,9 @@ __all__ = [
 
 FP32 = 4  # bytes
 TRAINED = 4 * FP32  # weight, gradient, AdamW's two moments
+
+DOMAIN_PROMPT_TOKENS = 8
+"""Such as "describe the garden with roses and soil :"."""
 
 MEMORY_NOTE = (
     "Memory is of weights, gradients and optimizer states in fp32, for one process that is not "
@@ -85,7 +88,10 @@ class Estimate:
 
 def estimate(recipe: Experiment, stages: list[Stage]) -> Estimate:
     """Read local data and the model's configuration; what only the hub has stays unknown."""
-    if recipe.world is None:
+    if recipe.domains is not None:
+        rows, tokens, exact = _domain_rows(recipe.domains)
+        sizes = sizes_of(_world_model(recipe.domains.world.model()), recipe.lora)
+    elif recipe.world is None:
         rows, tokens, exact = _rows(recipe, stages[0])
         sizes = sizes_of(str(recipe.model), recipe.lora)
     else:
@@ -130,6 +136,17 @@ def _rows(recipe: Experiment, data: Stage) -> tuple[dict[str, int | None], dict[
     return rows, tokens, False
 
 
+def _domain_rows(
+    section: DomainSection,
+) -> tuple[dict[str, int | None], dict[str, float], bool]:
+    """Rows and tokens of the gold world's domains."""
+    world = section.world
+    rows: dict[str, int | None] = {"demonstrations": world.sft_examples}
+    rows["pairs"] = world.pairs * len(section.sources)
+    whole = float(DOMAIN_PROMPT_TOKENS + MAX_RESPONSE_TOKENS)
+    return rows, {"demonstrations": whole, "pairs": 2 * whole}, False
+
+
 def _world_rows(
     recipe: Experiment, data: Stage
 ) -> tuple[dict[str, int | None], dict[str, float], bool]:
@@ -165,6 +182,10 @@ def _steps(recipe: Experiment, stage: Stage, rows: Mapping[str, int | None]) -> 
         return int(given.get("steps", PPOConfig().steps))
     if int(given.get("max_steps", -1)) > 0:
         return int(given["max_steps"])
+    if isinstance(job, MetaTrain):
+        from shiftrm.oodpl.meta_config import OODPLConfig
+
+        return OODPLConfig.max_steps
     section, name = {
         Sft: (recipe.sft, "demonstrations"),
         TrainReward: (recipe.reward, "pairs"),
@@ -199,7 +220,7 @@ def _config_class(job: Any) -> Any:
 # -- memory --------------------------------------------------------------------------------------
 
 
-def _world_model(world: WorldSection) -> Any:
+def _world_model(world: WorldConfig) -> Any:
     return base_model_config(world, build_tokenizer(model_max_length=world.max_positions))
 
 
@@ -269,6 +290,10 @@ def stage_memory(stage: Stage, sizes: Sizes) -> int:
     if isinstance(job, Sample):
         return 0 if job.vllm or job.server else policy
     trained = _trained(sizes.policy, sizes.policy_adapters)
+    if isinstance(job, MetaTest):  # policy, reference, reward model, and a critic
+        return trained + policy + reward + (_trained(sizes.reward, None) if job.way == "ppo" else 0)
+    if isinstance(job, MetaTrain):  # its hypergradient keeps a copy of the policy and its gradient
+        return _trained(sizes.reward, sizes.reward_adapters) + 3 * policy
     if isinstance(job, Sft):
         return trained
     critic = _trained(sizes.reward, sizes.reward_adapters)

@@ -1,12 +1,13 @@
 """An experiment of iterative RLHF: what a recipe file holds, one field per option."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from shiftrm.errors import UserError, suggest
 from shiftrm.methods.method import METHODS, Method
 from shiftrm.models.sampling import SamplingConfig
+from shiftrm.pipeline.domain_section import DomainSection
 from shiftrm.pipeline.launch import Execution
 from shiftrm.pipeline.sections import (
     DataSettings,
@@ -38,6 +39,12 @@ OWNED = {
     "micro_batch_size": "set execution.micro_batch_size",
 }
 """Settings that a recipe cannot give to a training command, and what to do instead."""
+
+USED_IN_DOMAINS = (
+    *("domains", "name", "seed", "methods", "sft", "reward", "policy", "dpo", "sampling"),
+    "execution",
+)
+"""What can be set for a run over domains; of `evaluation` also `responses`."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +103,15 @@ def arms_by_name(names: list[str], known: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A whole run of iterative RLHF, on data sets or in the gold world.
+    """A whole run of iterative RLHF on data sets or in the gold world, or a run over domains.
 
     Attributes:
         model: base model (folder or hub name), or the fine-tuned policy if `sft` is null.
         data: the data sets; null in the gold world.
         world: the gold world in place of `model` and `data`.
+        domains: the gold world's domains in place of these, and OODPL in them: no rounds, but a
+            policy for every target by every method (`domain_section.DOMAIN_ARMS`). Sections that
+            such a run does not use cannot be set.
         chat_template: a jinja file for models without one; "human_assistant" is in the package.
         preset: MetaRM's preset, for the arms with a meta step.
         sampling: how all responses are sampled, also in policy optimisation.
@@ -113,6 +123,7 @@ class Experiment:
     model: str | None = None
     data: DataSettings | None = None
     world: WorldSection | None = None
+    domains: DomainSection | None = None
     name: str = "run"
     seed: int = 0
     rounds: int = 4
@@ -160,8 +171,10 @@ class Experiment:
         self._check_sections()
 
     def _check_source(self) -> None:
-        """Check that there is either a world, or data and a model."""
-        if self.world is not None:
+        """Check that there is one of: domains, a world, or data and a model."""
+        if self.domains is not None:
+            self._check_unused()
+        elif self.world is not None:
             for name in ("model", "data", "chat_template"):
                 if getattr(self, name) is not None:
                     raise UserError(f"{name}: the gold world has its own; leave it out")
@@ -172,20 +185,36 @@ class Experiment:
                     f"evaluation.prompts is {self.evaluation.prompts}; it must be at most the "
                     f"world's {self.world.eval_prompts}: raise world.eval_prompts"
                 )
-            return
-        if self.data is None:
-            raise UserError("the recipe has neither data nor world; name its data sets")
-        if self.model is None:
+        elif self.data is None:
+            raise UserError("the recipe has neither data nor world nor domains; name its data sets")
+        elif self.model is None:
             raise UserError("model is missing; give model=FOLDER or a hub name")
-        if self.sft is not None and self.data.demonstrations is None:
+        elif self.sft is not None and self.data.demonstrations is None:
             raise UserError(
                 "data.demonstrations is missing; name them, or set sft=null if the model is a "
                 "fine-tuned policy"
             )
 
+    def _check_unused(self) -> None:
+        """Check that no section is set that a run over domains does not use."""
+        for option in fields(self):
+            if option.name in USED_IN_DOMAINS:
+                continue
+            made, default = option.default_factory, option.default
+            plain: Any = default if made is MISSING else made()
+            if option.name == "evaluation":
+                plain = EvaluationSettings(responses=self.evaluation.responses)
+            if getattr(self, option.name) != plain:
+                raise UserError(f"{option.name}: not used in a run over domains; leave it out")
+        if self.sft is None:
+            raise UserError("sft is null; the gold world's base model needs it")
+
     def _check_arm(self, name: str, arm: Arm) -> None:
         if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name == "sft":
             raise UserError(f"methods.{name}: use letters, digits, _, - and ., and not 'sft'")
+        if self.domains is not None:
+            self.domains.check_arm(name, arm)
+            return
         known = METHODS.names()
         if ":" not in arm.reward and arm.reward not in known:
             raise UserError(f"methods.{name}.reward is {arm.reward!r}{suggest(arm.reward, known)}")
@@ -212,13 +241,14 @@ class Experiment:
                     raise UserError(f"{section}.{option.name} is {number}; it must be at least 1")
             self._check_owned(f"{section}.settings", getattr(value, "settings", {}))
         self._check_owned("reward.meta", self.reward.meta)
+        self._check_owned("domains.meta", {} if self.domains is None else self.domains.meta)
         self._check_owned("lora", self.lora or {})
         for name, arm in self.methods.items():
             self._check_owned(f"methods.{name}.settings", arm.settings)
             self._check_owned(f"methods.{name}.policy_settings", arm.policy_settings)
         if self.groups.responses < 2:
             raise UserError("groups.responses is 1; a group needs at least two")
-        if self.evaluation.responses < 2:
+        if self.evaluation.responses < 2 and self.domains is None:
             raise UserError("evaluation.responses is 1; a difference needs two")
         if self.evaluation.best_of_n is not None:
             if self.evaluation.best_of_n < 2:

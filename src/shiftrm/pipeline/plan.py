@@ -3,12 +3,14 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from shiftrm.pipeline.domain_plan import domain_stages
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import DPO, Arm, Experiment
 from shiftrm.pipeline.jobs import (
     Input,
     Job,
     Made,
+    MetaTrain,
     Optimise,
     Sample,
     Sft,
@@ -36,7 +38,8 @@ GROUPS = "groups.jsonl"
 
 def plan(recipe: Experiment) -> list[Stage]:
     """Return the stages of a run, each after those it needs."""
-    return Planner(recipe, sources(recipe)).stages()
+    planner = Planner(recipe, sources(recipe))
+    return planner.stages() if recipe.domains is None else domain_stages(planner)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Planner:
         role, made = f"groups/{number}", Made("data", prompts)
         job = replace(self._sample(role, policy, made, settings.responses), makes=GROUPS)
         size = settings.batch_size or self.recipe.execution.sampling_batch_size
-        return self._stage(here, job, record, {"batch_size": size})
+        return self.stage(here, job, record, {"batch_size": size})
 
     def responses(self, here: str, name: str, number: int, policy: str | None) -> Stage:
         """Return the stage that answers the evaluation prompts with a policy."""
@@ -176,7 +179,7 @@ class Planner:
         record: dict[str, Any],
     ) -> Stage:
         job = self._sample(role, policy, prompts, responses)
-        return self._stage(
+        return self.stage(
             here, job, record, {"batch_size": self.recipe.execution.sampling_batch_size}
         )
 
@@ -357,7 +360,9 @@ class Planner:
         recipe, execution = self.recipe, self.recipe.execution
         way: dict[str, Any] = {"report_to": execution.report_to, "bf16": execution.bf16}
         way["gradient_checkpointing"] = execution.gradient_checkpointing
-        if section is not None:
+        if isinstance(job, MetaTrain):  # its batches are tasks
+            pass
+        elif section is not None:
             batch_size = getattr(recipe, section).batch_size
             micro, steps = accumulation(batch_size, execution, section=section)
             way |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
@@ -367,9 +372,10 @@ class Planner:
             way["micro_batch_size"] = execution.micro_batch_size
             if "forward_batch_size" not in job.settings:  # type: ignore[attr-defined]
                 way["forward_batch_size"] = execution.sampling_batch_size
-        return self._stage(here, job, record, way)
+        return self.stage(here, job, record, way)
 
-    def _stage(self, here: str, job: Job, record: dict[str, Any], way: dict[str, Any]) -> Stage:
+    def stage(self, here: str, job: Job, record: dict[str, Any], way: dict[str, Any]) -> Stage:
+        """Return the stage of a job; `way` is what `Job.on_machine` takes."""
         settings = {"job": plain(job)}
         return Stage(here, RUN_JOB, settings, inputs_of(job), record, self._execution(way))
 

@@ -10,7 +10,7 @@ from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.jobs import Input, Made, plain_input
 from shiftrm.world.build import BASE_MODEL, SFT
 
-__all__ = ["Sources", "data_stages", "label_stage", "record_as", "sources"]
+__all__ = ["PREPARE", "Sources", "data_stages", "label_stage", "record_as", "sources"]
 
 PREPARE = "shiftrm.pipeline.prepare"
 RESPONSES = "responses.jsonl"
@@ -48,6 +48,13 @@ class Sources:
 
 def sources(experiment: Experiment) -> Sources:
     """Return where the run's stages find their inputs."""
+    if experiment.domains is not None:
+        return Sources(
+            Made("data", f"world/{BASE_MODEL}"),
+            Made("data", f"world/{SFT}"),
+            Made("data", "pairs.jsonl"),
+            Made("data", "heldout.jsonl"),
+        )
     if experiment.world is None:
         data = [Made("data", f"{name}.jsonl") for name in ("demonstrations", "pairs", "heldout")]
         return Sources(str(experiment.model), *data)
@@ -62,6 +69,8 @@ def sources(experiment: Experiment) -> Sources:
 
 def data_stages(experiment: Experiment, sample: Sampling) -> tuple[Stage, list[Stage]]:
     """Return the first stage, and those that follow supervised fine-tuning."""
+    if experiment.domains is not None:
+        return _domains(experiment), []
     if experiment.world is None:
         return _data_sets(experiment), []
     return _world(experiment), [
@@ -134,6 +143,16 @@ def _world(experiment: Experiment) -> Stage:
     }
     record = record_as("data", "sft", 0)
     return Stage("data", f"{PREPARE}:prepare_world", settings, record_as=record)
+
+
+def _domains(experiment: Experiment) -> Stage:
+    section = experiment.domains
+    assert section is not None
+    settings = {
+        "files": {**asdict(section.world), "seed": experiment.seed},
+        "sources": list(section.sources),
+    }
+    return Stage("data", f"{PREPARE}:prepare_domains", settings, (), record_as("data", "sft", 0))
 
 
 def _labelled(

@@ -4,17 +4,28 @@ import random
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from shiftrm.data.groups import read_groups
 from shiftrm.data.loaded import Loaded
 from shiftrm.data.pairs import read_pairs
 from shiftrm.errors import UserError
 from shiftrm.files import Row, read_jsonl, write_jsonl
+from shiftrm.models.loading import load_reward_model
 from shiftrm.pipeline.data_sets import assembled
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import place
 from shiftrm.world.build import PROMPTS_EVAL, PROMPTS_TRAIN, WorldConfig, label_pairs, write_world
+from shiftrm.world.build_domains import DOMAINS, DomainWorldConfig, write_domain_world
 
-__all__ = ["label_samples", "prepare_data", "prepare_world", "world_file"]
+__all__ = [
+    "label_samples",
+    "new_reward_model",
+    "prepare_data",
+    "prepare_domains",
+    "prepare_world",
+    "world_file",
+]
 
 WORLD = "world"
 """Folder of the gold world's files in the stage "data"."""
@@ -76,6 +87,34 @@ def prepare_world(context: StageContext) -> None:
         write_jsonl(context.out / f"{name}.jsonl", held_out[:count])
     context.recorder.add("demonstrations", float(settings["files"]["sft_examples"]))
     context.recorder.add("eval_prompts", float(settings["evaluated"]["eval_prompts"]))
+
+
+def prepare_domains(context: StageContext) -> None:
+    """Write the gold world's domains, and the pairs of the sources in one file.
+
+    Settings: `files`, the fields of a `DomainWorldConfig`; `sources`, the names of domains.
+    """
+    settings = context.stage.settings
+    config = DomainWorldConfig(**settings["files"])
+    folder = write_domain_world(context.out / WORLD, config)
+    pairs: list[Row] = []
+    for name in settings["sources"]:
+        pairs += read_pairs(str(folder / DOMAINS / name / "pairs.jsonl"))
+    write_jsonl(context.out / "pairs.jsonl", pairs)
+    context.recorder.add("demonstrations", float(config.sft_examples))
+    context.recorder.add("pairs", float(len(pairs)))
+
+
+def new_reward_model(context: StageContext) -> None:
+    """Write a reward model that is not trained yet: a policy's backbone under a new head.
+
+    Settings: `policy`, an input; `role`, which decides the draws of the head.
+    """
+    settings = context.stage.settings
+    policy = place(settings["policy"], context.root)
+    seed = context.random_seed(settings["role"])
+    load_reward_model(policy, seed=seed).save_pretrained(context.out / "model")
+    AutoTokenizer.from_pretrained(policy).save_pretrained(context.out / "model")
 
 
 def label_samples(context: StageContext) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from shiftrm.files import Row
 from shiftrm.pipeline.engine import Stage
 from shiftrm.pipeline.experiment import Experiment
-from shiftrm.pipeline.jobs import Made, Sample, Sft, TrainReward, is_training
+from shiftrm.pipeline.jobs import Made, MetaTest, MetaTrain, Sample, Sft, TrainReward, is_training
 from shiftrm.pipeline.settings import job_of, settings_of
 
 __all__ = ["Disk", "Sizes", "disk_of", "mean_tokens", "operations", "speed", "time_note"]
@@ -45,11 +45,13 @@ def disk_of(stage: Stage, sizes: Sizes, steps: int | None) -> Disk:
     A checkpoint holds what is trained. Texts, records and logs are not counted.
     """
     job = job_of(stage)
+    if isinstance(job, MetaTest) and job.way != "none":
+        return Disk(4 * sizes.policy, 0)
     if not is_training(job):
         return Disk(0, 0)
     given = settings_of(stage)
     size, adapters = sizes.policy, sizes.policy_adapters
-    if isinstance(job, TrainReward):
+    if isinstance(job, TrainReward | MetaTrain):
         size, adapters = sizes.reward, sizes.reward_adapters
     width = _BYTES.get(str(given.get("dtype")), 4)
     trained = 3 * width * size if adapters is None else 3 * 4 * adapters
@@ -115,6 +117,8 @@ def operations(
     train = 6 if sizes.policy_adapters is None else 4
     policy, reward = sizes.policy, sizes.reward
     answer = tokens.get("prompts", math.nan) + recipe.sampling.max_new_tokens
+    if isinstance(job, MetaTrain | MetaTest):
+        return None
     if isinstance(job, Sample):
         made = _sampled(recipe, job, rows)
         return None if made is None or math.isnan(answer) else 2.0 * policy * made * answer

@@ -13,6 +13,7 @@ from rich.table import Table
 from shiftrm.config import apply_overrides, from_mapping, read_yaml, to_mapping
 from shiftrm.errors import UserError
 from shiftrm.pipeline.data_sets import place_of
+from shiftrm.pipeline.domain_section import domain_arms
 from shiftrm.pipeline.engine import Stage, run_stages
 from shiftrm.pipeline.estimate import MEMORY_NOTE, Estimate, estimate, judging_cost
 from shiftrm.pipeline.experiment import Experiment, arms_by_name
@@ -43,6 +44,11 @@ responses/      the SFT policy's responses to the test prompts
 evaluation/     the same with their rewards
 methods/        per arm and round: groups, reward_model, policy, responses, evaluation, judgement
 comparison/     best rounds against each other
+
+In a run over domains, after data/ and sft/: start/ (the reward model that all trainings start
+from), meta/, pooled/, oracle/ and dpo/ (trained models), and policies/METHOD/DOMAIN/test with a
+policy, its responses and its measurements.
+
 judge-cache.jsonl   every verdict of the judge; a rerun asks nothing twice
 
 Each folder with a stage.json is a finished stage: its settings (with the command that made it),
@@ -62,17 +68,18 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """
     path = find_recipe(path)
     found = read_with_base(path)
-    if not {"data", "world"} & set(found):
+    if not {"data", "world", "domains"} & set(found):
         raise UserError(
-            f"{path}: not a recipe for `shiftrm run`: it has neither data nor world; recipes of "
-            "OODPL say in their first lines which command takes them"
+            f"{path}: not a recipe for `shiftrm run`: it has neither data nor world nor domains; "
+            "recipes of OODPL say in their first lines which command takes them"
         )
     mapping = apply_overrides(found, list(overrides), create=True)
     for methods in (found, mapping):
         if isinstance(methods.get("methods"), list):
             known = found.get("methods")
             arms = known if isinstance(known, dict) else {}
-            methods["methods"] = arms_by_name([str(m) for m in methods["methods"]], arms)
+            by_name = domain_arms if "domains" in found else arms_by_name
+            methods["methods"] = by_name([str(m) for m in methods["methods"]], arms)
     try:
         return from_mapping(Experiment, {"name": path.stem, **mapping})
     except TypeError as error:  # a required field of a section
