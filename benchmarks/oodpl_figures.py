@@ -6,7 +6,7 @@ norm against the outer steps for several beta, for the convergence claim. Severa
 as their mean with 95 % t-intervals.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,76 +15,23 @@ from matplotlib.figure import Figure
 
 from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
+from shiftrm.report.domains import (
+    LABELS,
+    betas_of,
+    mean_over_domains,
+    methods_of,
+    targets_of,
+    values,
+)
 from shiftrm.report.measurements import Estimate, estimate
 
-__all__ = [
-    "LABELS",
-    "beta_figure",
-    "betas_of",
-    "gold_figure",
-    "gradient_norm_figure",
-    "mean_over_domains",
-    "methods_of",
-    "targets_of",
-    "training_figure",
-    "values",
-]
-
-LABELS = {
-    "reference": "reference",
-    "finetuned": "plain fine-tuning",
-    "pooled_weighted": "pooled BT, weighted",
-    "oodpl_weighted": "OODPL, weighted",
-    "oracle_weighted": "oracle, weighted",
-    "dpo": "DPO on sources",
-    "pooled_ppo": "pooled BT, PPO",
-    "oodpl_ppo": "OODPL, PPO",
-    "oracle_ppo": "oracle, PPO",
-}
-"""The methods in the order of tables and pictures."""
+__all__ = ["beta_figure", "gold_figure", "gradient_norm_figure", "training_figure"]
 
 _COLOURS = (
     "#999999", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#004466", "#8B2500",
-    "#005540",
+    "#005540", "#7FC8EE", "#EE9966", "#66CCAA",
 )  # fmt: skip
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-
-
-def values(
-    records: Iterable[Record], stage: str, method: str, metric: str, step: int | None = None
-) -> dict[int, float]:
-    """One number per seed; UndeclaredMetric for a name that `shiftrm.metrics` does not declare."""
-    declared(metric)
-    return {
-        r.seed: float(r.value)  # type: ignore[arg-type]
-        for r in records
-        if (r.stage, r.method, r.metric, r.step) == (stage, method, metric, step)
-    }
-
-
-def targets_of(records: Sequence[Record]) -> list[str]:
-    """The domains that policies were made for."""
-    names = (r.stage.partition("/") for r in records)
-    return list(dict.fromkeys(name for kind, _, name in names if kind == "evaluate"))
-
-
-def methods_of(records: Sequence[Record]) -> list[str]:
-    """The compared methods, without those that only vary beta."""
-    found = {r.method for r in records if r.stage.startswith("evaluate/")}
-    return [method for method in LABELS if method in found]
-
-
-def betas_of(records: Sequence[Record]) -> list[float]:
-    """The betas that reward models were meta-trained for."""
-    found = {r.method for r in records if r.stage == "meta" and r.method.startswith("beta_")}
-    return sorted(float(method.removeprefix("beta_")) for method in found)
-
-
-def mean_over_domains(records: Sequence[Record], method: str, metric: str) -> dict[int, float]:
-    """A final number, averaged over the targets, one a seed."""
-    tables = [values(records, f"evaluate/{t}", method, metric) for t in targets_of(records)]
-    seeds = set.intersection(*(set(table) for table in tables)) if tables else set()
-    return {seed: sum(table[seed] for table in tables) / len(tables) for seed in sorted(seeds)}
 
 
 def training_figure(records: Sequence[Record], beta: float) -> Figure:

@@ -3,8 +3,8 @@
 For each inner learning rate, D and reduction: A_PL and preference loss of the adapted policy on the
 evaluation pairs of the last three sources (no held-out domain is read), mean over the three.
 
-    python benchmarks/oodpl_gold.py run --output runs/oodpl/search search=true methods=[reference] \
-        betas=[1.0]
+    shiftrm run gold_domains --output runs/oodpl/search domains.search=true methods=[reference] \
+        domains.betas=[1.0]
     python benchmarks/oodpl_inner_steps.py runs/oodpl/search
 """
 
@@ -21,7 +21,7 @@ from shiftrm.data.domains import Domain, load_split
 from shiftrm.models.sampling import load_policy
 from shiftrm.oodpl.batches import Encoder, inner_batch
 from shiftrm.oodpl.preference import preference_accuracy
-from shiftrm.pipeline.domain_plan import targets
+from shiftrm.pipeline.domain_section import DomainSection
 from shiftrm.world.build_domains import DOMAINS, read_table
 from shiftrm.world.domain_gold import gold_of
 
@@ -58,13 +58,13 @@ def adapted(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run's folder, with world/ and sft/")
+    parser.add_argument("run", type=Path, help="a run's folder, with data/ and sft/")
     args = parser.parse_args()
-    files = args.run / "world" / "files"
+    files = args.run / "data" / "world"
     table = read_table(files)
-    names = targets(search=True)
+    names = DomainSection(search=True).targets
     domains = [d for d in load_split(files / DOMAINS).source if d.name in names]
-    policy, tokenizer = load_policy(args.run / "sft")
+    policy, tokenizer = load_policy(args.run / "sft" / "model")
     gold = {
         d.name: [
             gold_of(d.name, table)(r["prompt"], r["response"], finished=r["finished"])

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from shiftrm.cli import main
-from shiftrm.config import from_mapping, read_yaml
+from shiftrm.config import read_yaml
 from shiftrm.data.amazon import amazon_domains, read_amazon
 from shiftrm.data.domains import write_domains
 from shiftrm.data.shp import LEAVE_OUT, read_shp, shp_domains
 from shiftrm.files import write_jsonl
 from shiftrm.models.scoring import Scorer
 from shiftrm.oodpl.training_command import settings_of
-from shiftrm.pipeline.domain_config import DomainRunConfig
-from shiftrm.pipeline.domain_plan import plan
+from shiftrm.pipeline.plan import plan
+from shiftrm.pipeline.run import read_recipe
 from tests.pipeline.conftest import LOOP
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -40,14 +40,15 @@ def test_all_recipes_are_tested():
 
 
 def test_the_gold_worlds_recipe_plans_stages_whose_needs_come_before_them():
-    config = from_mapping(DomainRunConfig, read_yaml(RECIPES / "gold_domains.yaml"))
-    assert len(config.betas) >= 5
+    config = read_recipe("gold_domains")
+    assert len(config.domains.betas) >= 5
     seen = set()
     for stage in plan(config):
         assert seen.issuperset(stage.needs), stage.name
         assert stage.name not in seen
         seen.add(stage.name)
-    assert {f"policies/{method}" for method in config.methods} <= seen
+    targets = config.domains.targets
+    assert {f"policies/{m}/{target}" for m in config.methods for target in targets} <= seen
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -1,4 +1,4 @@
-"""The gold world's run over domains: stages on a tiny world, figures and tables from records."""
+"""The recipe gold_domains: stages on a tiny world, figures and tables from records."""
 
 import dataclasses
 
@@ -6,58 +6,61 @@ import pytest
 from transformers import AutoTokenizer
 
 import oodpl_gold
-from oodpl_figures import (
-    LABELS,
-    beta_figure,
-    gold_figure,
-    gradient_norm_figure,
-    mean_over_domains,
-    training_figure,
-)
-from oodpl_tables import all_tables
-from shiftrm.config import apply_overrides, from_mapping, to_mapping
+from oodpl_figures import beta_figure, gold_figure, gradient_norm_figure, training_figure
+from shiftrm.cli import main
 from shiftrm.data.domains import load_split
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.rendering import encode
 from shiftrm.pipeline import engine
-from shiftrm.pipeline.domain_config import METHODS, DomainRunConfig
-from shiftrm.pipeline.domain_plan import plan, sources, targets
+from shiftrm.pipeline.domain_section import DOMAIN_ARMS, DomainSection
+from shiftrm.pipeline.jobs import MetaTrain, Optimise, TrainReward
+from shiftrm.pipeline.plan import plan
+from shiftrm.pipeline.run import check_settings, read_recipe
+from shiftrm.pipeline.settings import job_of, settings_of
+from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.records import Record, read_records
+from shiftrm.report.domains import LABELS, all_tables, mean_over_domains
 from shiftrm.report.plots import render
 from shiftrm.trainers.pair_batches import ROW
-from shiftrm.world.build_domains import DOMAINS
 from shiftrm.world.domain_gold import HELD_OUT, SOURCES, gold
 from tests.draws import watch
 
 TINY = [
-    "betas=[1.0]", "meta.outer_steps=2", "meta.evaluations=1", "meta.support_batch_size=4",
-    "meta.query_batch_size=4", "world.hidden_size=16", "world.sft_examples=128",
-    "world.support=16", "world.pairs=16", "world.eval_pairs=8", "world.heads=2",
-    "world.intermediate_size=32", "sft.epochs=1", "policy.updates=2", "policy.batch_size=8",
-    "evaluation.responses_per_prompt=1",
+    "domains.betas=[1.0]", "domains.meta.max_steps=2", "domains.meta.eval_steps=2",
+    "domains.meta.support_batch_size=4", "domains.meta.query_batch_size=4",
+    "domains.world.hidden_size=16", "domains.world.sft_examples=128", "domains.world.support=16",
+    "domains.world.pairs=16", "domains.world.eval_pairs=8", "domains.world.heads=2",
+    "domains.world.intermediate_size=32", "sft.settings.num_train_epochs=1",
+    "domains.weighted.updates=2", "domains.weighted.batch_size=8", "evaluation.responses=1",
+    "reward.batch_size=8", "reward.settings.max_steps=2", "dpo.batch_size=8",
+    "dpo.settings.max_steps=2",
 ]  # fmt: skip
 
 
 def configure(*words):
-    return from_mapping(DomainRunConfig, apply_overrides(to_mapping(DomainRunConfig()), [*words]))
+    return read_recipe("gold_domains", [*words])
 
 
 @pytest.mark.slow
-def test_a_tiny_run_measures_what_it_says(tmp_path, monkeypatch):
+def test_a_tiny_run_measures_what_it_says(tmp_path, monkeypatch, capsys):
     def in_process(waiting, finished, root, keys, seed, workers, threads, notify):
         for stage in waiting:
             engine.execute(stage, root, keys[stage.name], seed)
 
     monkeypatch.setattr(engine, "_run_pool", in_process)
-    config = configure(*TINY, "methods=[reference,oodpl_weighted,pooled_weighted,dpo]", "seed=3")
-    engine.run_stages(plan(config), tmp_path, seed=3)
+    methods = "methods=[reference,oodpl_weighted,pooled_weighted,dpo]"
+    words = ["run", "gold_domains", *TINY, methods, "seed=3", "--output", str(tmp_path)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "Gold in the domains without labels: reference" in said
+    assert "A_PL" in (tmp_path / "report.html").read_text()
     records = read_records(tmp_path / "records.jsonl")
     assert {r.seed for r in records} == {3}
     found = {(r.stage, r.method, r.metric): r.value for r in records}
     for method in ("reference", "oodpl_weighted", "oodpl_beta_1", "dpo"):
         for domain in HELD_OUT:
-            rows = read_jsonl(tmp_path / "policies" / method / f"{domain}.jsonl")
+            rows = read_jsonl(tmp_path / "policies" / method / domain / "test/responses.jsonl")
             golds = [
                 gold(domain, row["prompt"], response, finished=done)
                 for row in rows
@@ -74,44 +77,68 @@ def test_a_tiny_run_measures_what_it_says(tmp_path, monkeypatch):
 
 
 def test_the_search_for_settings_never_reads_held_out_domains():
-    assert targets(search=False) == HELD_OUT
-    assert sources(search=False) == SOURCES
-    assert not {*targets(search=True), *sources(search=True)} & {*HELD_OUT}
-    assert {*targets(search=True), *sources(search=True)} == {*SOURCES}
+    section, search = DomainSection(), DomainSection(search=True)
+    assert (section.targets, section.sources) == (HELD_OUT, SOURCES)
+    assert not {*search.targets, *search.sources} & {*HELD_OUT}
+    assert {*search.targets, *search.sources} == {*SOURCES}
+    stages = plan(configure("domains.search=true"))
+    assert not [name for name in HELD_OUT if any(name in str(s.settings) for s in stages)]
 
 
 def test_all_that_learns_from_pairs_has_one_budget():
-    config = configure("meta.outer_steps=7", "meta.domains_per_step=3", "meta.query_batch_size=5")
-    learners = [s for s in plan(config) if s.function.endswith(("train_on_pairs", "train_dpo"))]
+    config = configure()
+    stages = plan(config)
+    meta = next(settings_of(s) for s in stages if isinstance(job_of(s), MetaTrain))
+    budget = meta["max_steps"], meta["domains_per_step"] * meta["query_batch_size"]
+    learners = [s for s in stages if isinstance(job_of(s), TrainReward | Optimise)]
     assert len(learners) == 1 + len(HELD_OUT) + 1
-    assert {(s.settings["steps"], s.settings["pairs"]) for s in learners} == {(7, 15)}
-    updates = config.ppo.steps * 16 * 16 // config.ppo.minibatch_size
-    assert updates == config.policy.updates, "and all that makes a policy another"
-    assert config.ppo.minibatch_size == config.policy.batch_size
+    for stage in learners:
+        given = settings_of(stage)
+        batch = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+        assert (given["max_steps"], batch) == budget, stage.name
+    ppo, weighted = PPOConfig(**config.policy.settings), config.domains.weighted
+    updates = ppo.steps * ppo.prompts_per_step * ppo.rollouts_per_prompt // ppo.minibatch_size
+    assert updates == weighted.updates, "and all that makes a policy another"
+    assert ppo.minibatch_size == weighted.batch_size
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["methods=[oodpl_weigthed]"], "unknown method 'oodpl_weigthed'; did you mean"),
-        (["betas=[0.0]"], "they must be > 0"),
-        (["betas=[1.0,1.0]"], "name none twice"),
-        (["meta.reduction=max"], "meta.reduction is 'max'"),
-        (["meta.outer_steps=0"], "meta.outer_steps is 0; it must be above 0"),
-        (["policy.beta=3.0"], "set beta or pairs.guide_beta"),
-        (["world.seed=1"], "world.seed follows the run's seed"),
+        (["methods=[dpo,dpo]"], "name none twice"),
+        (["methods={mine: {reward: oodpl, policy: plain}}"], "methods.mine: reward and policy are"),
+        (["domains.betas=[0.0]"], "they must be > 0"),
+        (["domains.betas=[1.0,1.0]"], "name none twice"),
+        (["domains.meta.reduction=max"], "stage meta/beta_0.25: reduction is 'max'"),
+        (["domains.meta.max_steps=0"], "max_steps is 0; give at least 1"),
+        (["domains.meta.beta=2"], "set domains.beta or domains.betas"),
+        (["domains.meta.seed=2"], "domains.meta.seed: the run sets it from its own `seed`"),
+        (["domains.weighted.beta=3.0"], "set domains.beta or domains.guide_beta"),
+        (["domains.world.seed=1"], "domains.world.seed follows the run's seed"),
+        (["policy.settings.steps=0"], "steps is 0; it must be at least 1"),
+        (["rounds=2"], "rounds: not used in a run over domains; leave it out"),
+        (["evaluation.judged=3"], "evaluation: not used in a run over domains"),
+        (["sft=null"], "sft is null; the gold world's base model needs it"),
     ],
 )
 def test_bad_settings_are_named(words, message):
     with pytest.raises(UserError, match=message):
-        configure(*words)
+        check_settings(plan(configure(*words)))
+
+
+def test_the_plan_is_printed_with_every_command(capsys):
+    assert main(["run", "gold_domains", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "shiftrm meta-train --model start/model --policy sft/model --domains" in said
+    assert "--way none --judge data/world/weights.json" in said
 
 
 def made_up_records():
     records = []
     for seed in (0, 1):
         for t, domain in enumerate(HELD_OUT):
-            for m, method in enumerate((*METHODS, "oodpl_beta_1", "oodpl_beta_2")):
+            for m, method in enumerate((*LABELS, "oodpl_beta_1", "oodpl_beta_2")):
                 for metric in ("gold_mean", "kl", "accuracy_mean", "accuracy_sum"):
                     value = m + 0.1 * t + 0.01 * seed
                     records.append(
@@ -129,27 +156,27 @@ def made_up_records():
 def test_tables_and_figures_from_records(tmp_path, capsys):
     records = made_up_records()
     assert mean_over_domains(records, "dpo", "gold_mean") == pytest.approx(
-        {seed: METHODS.index("dpo") + 0.15 + 0.01 * seed for seed in (0, 1)}
+        {seed: list(LABELS).index("dpo") + 0.15 + 0.01 * seed for seed in (0, 1)}
     )
     tables = all_tables(records)
-    row = next(line for line in tables["gold"].splitlines() if LABELS["finetuned"] in line)
+    row = next(line for line in tables["gold"].rows if LABELS["finetuned"] in line)
     # Two seeds 0.01 apart: a half width of 12.7062 * 0.005.
-    assert row.split("|")[2].strip() == "1.005 ± 0.064"
-    assert row.split("|")[-2].strip() == "1.155 ± 0.064"
-    ours = METHODS.index("oodpl_weighted") - METHODS.index("pooled_weighted")
-    line = f"{LABELS['oodpl_weighted']} | {LABELS['pooled_weighted']} | {ours:+.2f} ({ours:+.2f} to"
-    assert line in tables["differences"]
-    assert set(LABELS) == set(METHODS)
+    assert (row[1], row[-1]) == ("1.005 ± 0.064", "1.155 ± 0.064")
+    ours = list(LABELS).index("oodpl_weighted") - list(LABELS).index("pooled_weighted")
+    named = (LABELS["oodpl_weighted"], LABELS["pooled_weighted"])
+    row = next(line for line in tables["differences"].rows if line[:2] == named)
+    assert row[2].startswith(f"{ours:+.2f} ({ours:+.2f} to")
+    assert set(LABELS) == set(DOMAIN_ARMS)
 
     for number, kept in enumerate(  # whole runs, and the shortest one
         (records, [r for r in records if r.method in ("reference", "beta_1")])
     ):
         folder = tmp_path / str(number)
         write_jsonl(folder / "records.jsonl", [dataclasses.asdict(r) for r in kept])
-        (folder / "config.yaml").write_text("beta: 1.0\n")
+        (folder / "config.yaml").write_text("domains: {beta: 1.0}\n")
         oodpl_gold.draw([folder], folder / "results.md")
         page = (folder / "results.md").read_text()
-        assert all_tables(kept)["gold"] in page
+        assert oodpl_gold.markdown(all_tables(kept)["gold"]) in page
         assert len(list(folder.glob("*.png"))) == page.count(".png") == 4
     for figure in (
         training_figure(records, 1.0),
@@ -163,7 +190,7 @@ def test_tables_and_figures_from_records(tmp_path, capsys):
 @pytest.mark.slow
 def test_baselines_share_head_and_order(tmp_path, monkeypatch):
     """The pooled reward model starts as OODPL's, and DPO sees its pairs in the same order."""
-    config = configure(*TINY, "methods=[pooled_weighted,dpo]", "betas=[]")
+    config = configure(*TINY, "methods=[pooled_weighted,dpo]", "domains.betas=[]")
     stages = [s for s in plan(config) if not s.name.startswith("policies")]
     keys = engine.stage_keys(stages, 0)
     seen = watch(monkeypatch, rows_or_chosen)
@@ -172,8 +199,8 @@ def test_baselines_share_head_and_order(tmp_path, monkeypatch):
     by_kind = {draws.trainer: draws for draws in seen}
     pooled, dpo = by_kind["RewardTrainer"], by_kind["DPOTrainer"]
     assert by_kind["OODPLTrainer"].head == pooled.head
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft")
-    domains = load_split(tmp_path / "world" / "files" / DOMAINS).all
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft/model")
+    domains = load_split(tmp_path / "data/world/domains").all
     pairs = [row for d in domains if d.name in SOURCES for row in d.query]
     texts = [encode(tokenizer, row["prompt"], row["chosen"], finished=False) for row in pairs]
     assert len(pooled.batches) == len(dpo.batches) == 2

@@ -158,7 +158,7 @@ def test_another_folder_is_not_taken(world, tmp_path, capsys):
     assert "not empty and not a run's folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["shp", "amazon", "gold_domains"])
+@pytest.mark.parametrize("name", ["shp", "amazon"])
 def test_other_commands_recipes_are_not_taken(name, capsys):
     assert main(["run", str(RECIPES / f"{name}.yaml"), "model=x/y"]) == 2
     assert "not a recipe for `shiftrm run`" in capsys.readouterr().err

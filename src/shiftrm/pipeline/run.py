@@ -171,7 +171,8 @@ def check_settings(stages: Sequence[Stage]) -> None:
     seen: list[Any] = []
     for stage in stages:
         job = job_of(stage)
-        key = (type(job), getattr(job, "method", None), settings_of(stage))
+        own = getattr(job, "settings", None)
+        key = (type(job), getattr(job, "method", None), own, settings_of(stage))
         if job is None or key in seen:
             continue
         seen.append(key)

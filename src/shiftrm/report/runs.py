@@ -11,6 +11,7 @@ from shiftrm.errors import UserError
 from shiftrm.pipeline.engine import RECORDS_FILE
 from shiftrm.pipeline.folder import CONFIG_FILE
 from shiftrm.records import Record, read_records
+from shiftrm.report.domains import domain_summary, is_domain_run, write_domain_report
 from shiftrm.report.page import PAGE_FILE, write_report
 from shiftrm.report.samples import read_samples
 from shiftrm.report.terminal import summary
@@ -29,8 +30,12 @@ def finish(run: Path, config: dict[str, Any], *, started: float) -> Path:
         The page.
     """
     records = read_records(run / RECORDS_FILE)
-    page = write_report(records, run / PAGE_FILE, config=config, samples=read_samples(run))
-    said = summary(records, config)
+    if is_domain_run(config):
+        page = write_domain_report(records, run / PAGE_FILE, config=config)
+        said = domain_summary(records)
+    else:
+        page = write_report(records, run / PAGE_FILE, config=config, samples=read_samples(run))
+        said = summary(records, config)
     minutes = (time.monotonic() - started) / 60
     console = Console(soft_wrap=True)
     console.print(said, markup=False, highlight=False)
@@ -60,13 +65,10 @@ def write_page(runs: list[Path], output: Path) -> Path:
     configs = [
         read_yaml(run / CONFIG_FILE) if (run / CONFIG_FILE).exists() else None for run in runs
     ]
-    return write_report(
-        records,
-        output,
-        config=configs[0],
-        samples=read_samples(runs[0]),
-        notes=_differences(runs, configs),
-    )
+    config, notes = configs[0], _differences(runs, configs)
+    if config is not None and is_domain_run(config):
+        return write_domain_report(records, output, config=config, notes=notes)
+    return write_report(records, output, config=config, samples=read_samples(runs[0]), notes=notes)
 
 
 def _differences(runs: list[Path], configs: list[dict[str, Any] | None]) -> list[str]:
