@@ -202,7 +202,10 @@ def test_baselines_share_head_and_order(tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft/model")
     domains = load_split(tmp_path / "data/world/domains").all
     pairs = [row for d in domains if d.name in SOURCES for row in d.query]
-    texts = [encode(tokenizer, row["prompt"], row["chosen"], finished=False) for row in pairs]
+    texts = [
+        encode(tokenizer, row["prompt"], row["chosen"], finished=row["chosen_finished"])
+        for row in pairs
+    ]
     assert len(pooled.batches) == len(dpo.batches) == 2
     for rows, chosen in zip(pooled.batches, dpo.batches, strict=True):
         assert chosen == [texts[row] for row in rows]
@@ -215,4 +218,4 @@ def rows_or_chosen(inputs):
     if "completion_mask" not in inputs:
         return None
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-    return [row[kept].tolist()[:-1] for row, kept in zip(ids, mask, strict=True)][: len(ids) // 2]
+    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)][: len(ids) // 2]
