@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 from shiftrm.data.domains import write_domains
 from shiftrm.models.scoring import Scorer
 from shiftrm.oodpl.trainer import OODPLTrainer
-from shiftrm.pipeline import engine
 from shiftrm.records import read_records
 from tests.oodpl.domains import ANIMALS, make_domain
 
@@ -110,17 +109,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(shiftrm, folder, words, me
     assert len(said.err.splitlines()) == 1
     assert not (folder / "out").exists()
     assert not (folder / ".out.work").exists()
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Stages run here: spares ten seconds of imports."""
-
-    def run(waiting, finished, root, keys, seed, workers, threads, notify):
-        for stage in waiting:
-            engine.execute(stage, root, keys[stage.name], seed)
-
-    monkeypatch.setattr(engine, "_run_pool", run)
 
 
 def test_meta_test_makes_and_measures_a_policy_for_the_held_out_domain(shiftrm, folder, in_process):

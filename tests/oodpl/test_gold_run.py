@@ -43,12 +43,7 @@ def configure(*words):
 
 
 @pytest.mark.slow
-def test_a_tiny_run_measures_what_it_says(tmp_path, monkeypatch, capsys):
-    def in_process(waiting, finished, root, keys, seed, workers, threads, notify):
-        for stage in waiting:
-            engine.execute(stage, root, keys[stage.name], seed)
-
-    monkeypatch.setattr(engine, "_run_pool", in_process)
+def test_a_tiny_run_measures_what_it_says(tmp_path, in_process, capsys):
     methods = "methods=[reference,oodpl_weighted,pooled_weighted,dpo]"
     words = ["run", "gold_domains", *TINY, methods, "seed=3", "--output", str(tmp_path)]
     assert main(words) == 0
