@@ -64,7 +64,7 @@ def refused(world, tmp_path, monkeypatch, capsys):
         ("chat_template=humn", "chat_template is 'humn': no such file"),
         (
             "execution={launch: --num_processes 2}",
-            "execution.launch is '--num_processes 2'; say the number as execution.processes",
+            "execution.launch is '--num_processes 2'; give the number as execution.processes",
         ),
         ("data.heldout_share=2", "data.heldout_share is 2.0"),
     ],

@@ -1,7 +1,7 @@
 """The program that runs one job from a file: `python -m shiftrm.pipeline.child JOB ERROR`.
 
-JOB is written by `launch`; under `accelerate launch` every process is given the same one. When the
-job fails for a reason that a person can mend, the first process writes that to ERROR.
+`launch` writes JOB; under `accelerate launch` every process gets the same one. If the job fails
+with an error for the user, the first process writes it to ERROR.
 """
 
 import errno
@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 
 def main(job_file: str, error_file: str) -> int:
-    """Run the job; returns the exit status: 0 done, 2 an error that `error_file` tells."""
+    """Run the job and return the exit status: 0 if done, 2 for an error in `error_file`."""
     data = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
         perform(from_plain(data["job"]), Path(data["output"]))

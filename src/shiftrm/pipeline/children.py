@@ -1,7 +1,7 @@
-"""Programs that a stage starts: they end when the stage's process does, however that ends.
+"""Child processes of a stage, which end when the stage's process ends, however that happens.
 
-A training that went on after Ctrl-C, or after `kill -9` of the run, would hold the accelerators and
-write into the folder that the next run continues from.
+A training that continued after Ctrl-C or `kill -9` of the run would hold the accelerators and write
+into the folder from which the next run continues.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 _CHILDREN: set[int] = set()
-"""Process groups that are under way."""
+"""Process groups that are running."""
 
 
 def run_child(command: Sequence[str], *, env: Mapping[str, str]) -> int:
     """Run a command in a process group of its own and return its status.
 
     Args:
-        command: its output goes where this process's goes; it reads nothing.
+        command: its output goes where this process's output goes; its input is empty.
     """
     process = subprocess.Popen(
         command,
@@ -43,13 +43,13 @@ def run_child(command: Sequence[str], *, env: Mapping[str, str]) -> int:
 
 
 def end_children() -> None:
-    """End all programs under way, with what they started."""
+    """Kill all running child processes and their children."""
     for group in list(_CHILDREN):
         _end(group)
 
 
 def end_with_signal() -> None:
-    """From now on SIGTERM ends the programs of this process before it."""
+    """Make SIGTERM kill the child processes before this one."""
 
     def end(*_: object) -> None:
         end_children()
@@ -60,7 +60,7 @@ def end_with_signal() -> None:
 
 
 def _end_with_parent() -> None:
-    """In the child: the kernel ends it when this process is killed with no time to."""
+    """In the child: ask the kernel to kill it when the parent dies."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -13,10 +13,10 @@ __all__ = ["assembled", "place_of", "read_source"]
 
 
 def place_of(spec: Mapping[str, Any]) -> str:
-    """Where a data set is: as the recipe says, or where its publisher keeps it.
+    """Return the place of a data set: the recipe's, or by default its publisher's.
 
     Args:
-        spec: `loop.config.Source` as plain data.
+        spec: `sections.Source` as plain data.
 
     Raises:
         UserError: an unknown format, or one without a place of its own.
@@ -30,16 +30,16 @@ def place_of(spec: Mapping[str, Any]) -> str:
 
 
 def read_source(spec: Mapping[str, Any], kind: str) -> Loaded:
-    """Rows of one kind ("pairs", "prompts" or "demonstrations"), and what was dropped and why."""
+    """Return rows of one kind ("pairs", "prompts" or "demonstrations"), and the dropped ones."""
     place = place_of(spec)
     return load(spec["format"], place, kind=kind, split=spec["split"], **spec["options"])
 
 
 def assembled(settings: Mapping[str, Any], *, seed: int) -> dict[str, Loaded]:
-    """All data sets of a run by name, as its stages read them; nothing is written.
+    """Return all data sets of a run by name, as its stages read them; nothing is written.
 
     Args:
-        settings: of the stage "data": `loop.config.DataSettings` and what the plan adds.
+        settings: of the stage "data": `sections.DataSettings` and what the plan adds.
         seed: of splits and draws.
 
     Returns:
@@ -72,7 +72,7 @@ def assembled(settings: Mapping[str, Any], *, seed: int) -> dict[str, Loaded]:
 
 
 def _distinct(loaded: Loaded) -> Loaded:
-    """Every prompt once."""
+    """Return each prompt once."""
     seen: dict[str, int] = {}
     for number, row in enumerate(loaded.rows):
         seen.setdefault(prompt_key(row["prompt"]), number)

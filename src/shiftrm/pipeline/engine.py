@@ -1,10 +1,9 @@
-"""Runs stages: each writes a folder whole or not at all, and is skipped when it is there.
+"""The engine: runs stages, each of which writes its folder completely or not at all.
 
-A stage's key is a hash of its settings, of the library versions, and of the keys of the stages it
-reads. A finished stage
-whose key is unchanged is skipped; one whose key changed makes the run refuse to start. So a run
-that was killed at any moment continues when the same command is given again, and ends in the same
-files: every stage draws its random numbers from the run's seed, not from what ran before it.
+A stage's key is a hash of its settings, the library versions, and the keys of the stages it reads.
+A finished stage with an unchanged key is skipped; a changed key stops the run before it starts. A
+run that was killed continues when the same command is given again, and ends in the same files,
+because every stage draws its random numbers from the run's seed.
 """
 
 import contextlib
@@ -46,11 +45,11 @@ class Stage:
     Attributes:
         name: also its folder below the run's, such as "methods/fixed/round-1/ppo".
         function: "module:function"; called with a `StageContext`.
-        settings: plain data; everything but the stages it reads that decides its result.
+        settings: plain data that determines the result, together with the stages it reads.
         needs: names of the stages whose folders it reads.
         record_as: stage, method and round of its records.
-        execution: plain data that decides how it is run but not what comes out; may change
-            between an interruption and the call that continues.
+        execution: plain data that changes how the stage runs but not its result; it may differ in
+            the call that continues an interrupted run.
     """
 
     name: str
@@ -63,14 +62,14 @@ class Stage:
 
 @dataclass
 class StageContext:
-    """What a stage function is given: where to read, where to write, what to record.
+    """The argument of a stage function: where to read and write, and the recorder.
 
     Attributes:
         root: the run's folder, to read finished stages from (`context.folder(name)`).
         out: a new folder that becomes the stage's own.
-        keep: a folder (made by whoever needs it) that outlives an interruption of this stage: for
-            checkpoints. It goes away when the stage is published.
-        recorder: takes its numbers.
+        keep: a folder for checkpoints, which survives an interruption of this stage. The stage
+            creates it if needed; it is deleted when the stage is published.
+        recorder: records the stage's numbers.
     """
 
     stage: Stage
@@ -81,24 +80,28 @@ class StageContext:
     recorder: Recorder
 
     def folder(self, name: str) -> Path:
-        """The folder of a stage this one needs; anything else is a mistake in the plan."""
+        """Return the folder of a stage that this one needs.
+
+        Raises:
+            KeyError: the plan does not list it in `needs`.
+        """
         if name not in self.stage.needs:
             raise KeyError(f"stage {self.stage.name} reads {name} but does not name it in needs")
         return self.root / name
 
     def random_seed(self, role: str) -> int:
-        """A seed from the run's seed and a role. Arms that share a role share their draws."""
+        """Return a seed from the run's seed and a role. Arms that share a role share draws."""
         return random_seed(self.seed, role)
 
 
 def random_seed(seed: int, role: str) -> int:
-    """A seed for one role in a run of this seed."""
+    """Return the seed of a role in a run with this seed."""
     digest = hashlib.sha256(f"{seed}/{role}".encode()).digest()
     return int.from_bytes(digest[:4], "big") // 2  # fits every library's seed
 
 
 def stage_keys(stages: Sequence[Stage], seed: int) -> dict[str, str]:
-    """The key of every stage; `stages` must list needs before those that need them."""
+    """Return the key of every stage. `stages` must list a stage after those it needs."""
     keys: dict[str, str] = {}
     for stage in stages:
         _check_place(stage.name, keys)
@@ -130,14 +133,14 @@ def run_stages(
     threads: int | None = 1,
     on_progress: Callable[[str, str], None] | None = None,
 ) -> None:
-    """Run what is not finished, up to `workers` stages at a time.
+    """Run the stages that are not finished, up to `workers` at a time.
 
     Args:
-        stages: needs before those that need them.
+        stages: each after those it needs.
         root: the run's folder; created if missing.
-        workers: processes. The results do not depend on it.
-        threads: of every worker; None leaves that to the libraries. More threads would make
-            results depend on how many there are, and slow tiny models down.
+        workers: number of processes. The results do not depend on it.
+        threads: threads per worker; None leaves the number to the libraries. With more than one,
+            results depend on the number, and tiny models are slower.
         on_progress: called with (event, stage name); events "start", "done", "skipped".
 
     Raises:
@@ -164,7 +167,7 @@ def run_stages(
 
 
 def collect_records(stages: Sequence[Stage], root: Path) -> Path:
-    """Write all stages' records into one file, in the order of the plan."""
+    """Write the records of all stages into one file, in the order of the plan."""
     records = []
     for stage in stages:
         path = root / stage.name / RECORDS_FILE
@@ -275,7 +278,7 @@ def _failure_log(root: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """Everything printed inside goes to a file, tracebacks included.
+    """Redirect everything printed inside to a file, including tracebacks.
 
     At the level of file descriptors: libraries keep the stream they found when they were imported.
     """

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: rows, optimizer steps, memory, and questions to a judge.
+"""Estimates before a run starts: rows, optimizer steps, memory, and requests to a judge.
 
 Memory is counted from the number of parameters: weights, gradients and the two moments of AdamW in
 fp32, 4 bytes each (autocast keeps the weights in fp32).
@@ -50,11 +50,11 @@ _ANSWER_TOKENS = 200  # of a judge that compares before it decides; a guess unti
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What one stage takes; None where it cannot be told before the data or the model are there.
+    """The needs of one stage; None if unknown until the data or the model is there.
 
     Attributes:
         steps: optimizer steps (PPO: batches of roll-outs).
-        memory: bytes a process, see `MEMORY_NOTE`.
+        memory: bytes per process, see `MEMORY_NOTE`.
         disk: what the stage stores.
         operations: see `resources.operations`.
     """
@@ -68,12 +68,12 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate` finds.
+    """The result of `estimate`.
 
     Attributes:
         rows: by data set; None where it is not on this machine.
-        exact: they are counted as the run will: after its limits, splits and drops. Otherwise some
-            set is not here, and the others are at most so many.
+        exact: whether the rows are counted as the run counts them, after limits, splits and drops.
+            Otherwise a data set is not on this machine, and the counts are upper bounds.
     """
 
     rows: dict[str, int | None]
@@ -327,7 +327,7 @@ def _trained(size: int, adapters: int | None) -> int:
 
 
 def judging_cost(recipe: Experiment, eval_prompts: int | None) -> str:
-    """Requests of a judge, both orders of every comparison, and what they may cost.
+    """Return the number of requests to a judge, with both orders, and their cost, in words.
 
     Each round against SFT on all judged prompts; at the end every two arms on half of them (the
     comparisons with SFT are in the cache by then).

@@ -1,4 +1,4 @@
-"""The folder of a run while it is being made: claimed for one configuration, and its progress."""
+"""The folder of a run: claiming it for one configuration, and showing progress."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +28,11 @@ def claim(
 
     Args:
         settings: the whole configuration as plain data.
-        readme: what stands in the folder, in words.
-        free: settings that may change from call to call, as "a" or "a.b".
+        readme: text that explains the folder.
+        free: settings that may differ between calls, as "a" or "a.b".
 
     Raises:
-        UserError: another configuration's folder, or no run's at all.
+        UserError: the folder belongs to another configuration, or is not a run's.
     """
     path = output / CONFIG_FILE
     if path.exists():
@@ -61,13 +61,13 @@ def _without(settings: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether this is something else than what a run killed at its very start leaves behind."""
+    """Whether this is not a leftover of a run that was killed at its very start."""
     return not (path.name == ".lock" or (path.name[0] == "." and path.name.endswith(".tmp")))
 
 
 @contextmanager
 def progress(stages: list[Stage]) -> Iterator[Any]:
-    """A bar over stages with what runs now; without a terminal a line a stage, and now and then."""
+    """Show a progress bar with the running stages; without a terminal, a line per stage."""
     if not sys.stderr.isatty():
         done = 0
         begun: dict[str, Task] = {}

@@ -1,4 +1,4 @@
-"""Verdicts on two arms' responses, by whatever judge a recipe names."""
+"""Verdicts on the responses of two arms, by the judge of a recipe."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,16 +22,16 @@ def judge_rows(
     cache: Path,
     seed: int,
 ) -> tuple[list[Row], dict[str, tuple[float, int]]]:
-    """Have every prompt judged; nothing is asked twice.
+    """Judge every prompt; no question is sent twice.
 
     Args:
         ours, theirs: responses to the same prompts.
-        settings: `loop.config.JudgeSettings` as plain data.
+        settings: `sections.JudgeSettings` as plain data.
         cache: file of an endpoint's answers, shared by all stages of a run.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
-        The verdicts as rows, and numbers by name with the number of prompts they rest on.
+        The verdicts as rows, and for each name a number and how many prompts it is based on.
     """
     judge = open_recipes_judge(settings, cache=cache if settings["kind"] == "endpoint" else None)
     if isinstance(judge, EndpointJudge):
@@ -47,7 +47,7 @@ def judge_rows(
 
 
 def open_recipes_judge(settings: Mapping[str, Any], *, cache: Path | None) -> Judge:
-    """The judge that a recipe's section `judge` names.
+    """Open the judge of a recipe's section `judge`.
 
     Raises:
         UserError: no key, template or model.
@@ -63,7 +63,7 @@ def open_recipes_judge(settings: Mapping[str, Any], *, cache: Path | None) -> Ju
 
 
 def numbers_of(found: WinRate) -> dict[str, tuple[float, int]]:
-    """What is recorded of a win rate."""
+    """Return the numbers of a win rate that are recorded."""
     n = found.counted
     numbers = {"win": found.win, "tie": found.tie, "lose": found.lose, "rate": found.rate}
     if found.controlled is not None:

@@ -25,32 +25,32 @@ from shiftrm.trainers.training_log import TRAINING_LOG
 __all__ = ["Execution", "accumulation", "launcher", "perform", "record_made", "run_job"]
 
 JOB_FILE, ERROR_FILE = "job.json", "error.json"
-"""What a child process is given, and where it says why it ended."""
+"""The job of a child process, and its error message."""
 
 HOW_FILE = "execution.json"
-"""Beside checkpoints: in which way they were made, as far as only that way continues them."""
+"""Beside checkpoints: the settings of `execution` with which alone they can be continued."""
 
 KINDS_OF_LAUNCH = (
     *("--multi_gpu", "--cpu", "--use_deepspeed", "--use_fsdp", "--tpu", "--use_megatron_lm"),
     "--config_file",
 )
-"""Words that tell `accelerate launch` what the processes run on."""
+"""Arguments that tell `accelerate launch` what the processes run on."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run uses this machine: may change between an interruption and the next call.
+    """How a run uses this machine. It may differ in the call that continues an interrupted run.
 
     Attributes:
-        processes: of each training; more than one goes through `accelerate launch`.
-        launch: words for `accelerate launch`, such as "--config_file fsdp.yaml".
-        micro_batch_size: sequences (or pairs) a process computes at once; batches are accumulated.
-        sampling_batch_size: responses (or prompts) sampled or scored at once. Other sizes are other
-            draws of the same distribution.
-        bf16: autocast in training; weights stay in fp32, of models that only score, too, whose
-            differences bf16 would round.
-        in_process: run commands inside the workers; for tiny models, which load in no time.
-        workers: stages at a time.
+        processes: processes per training; more than one run under `accelerate launch`.
+        launch: arguments of `accelerate launch`, such as "--config_file fsdp.yaml".
+        micro_batch_size: sequences (or pairs) that a process computes at once; larger batches are
+            accumulated.
+        sampling_batch_size: responses (or prompts) sampled or scored at once. Another size gives
+            other draws from the same distribution.
+        bf16: autocast in training. Weights stay in fp32, also those of models that only score.
+        in_process: run jobs inside the workers, for tiny models that load quickly.
+        workers: stages that run at the same time.
         report_to: "none", "tensorboard" or "wandb"; written beside each model.
     """
 
@@ -70,8 +70,8 @@ class Execution:
                 raise UserError(f"execution.{name} is {getattr(self, name)}; it must be at least 1")
         if "--num_processes" in self.launch or "--num-processes" in self.launch:
             raise UserError(
-                f"execution.launch is {self.launch!r}; say the number as execution.processes, by "
-                "which batches are divided, too"
+                f"execution.launch is {self.launch!r}; give the number as execution.processes, "
+                "by which batches are divided"
             )
         if self.in_process and (self.processes > 1 or self.launch):
             raise UserError(
@@ -81,7 +81,7 @@ class Execution:
 
 
 def accumulation(batch_size: int, execution: Execution, *, section: str) -> tuple[int, int]:
-    """Sequences a process and micro-batch, and micro-batches a step, that make `batch_size`.
+    """Return the micro-batch size of a process and the accumulation steps that give `batch_size`.
 
     Raises:
         UserError: the batch does not divide by the processes and the micro-batch.
@@ -114,7 +114,7 @@ def launcher(job: Any, execution: Mapping[str, Any], files: Sequence[str]) -> li
 
 
 def run_job(context: StageContext) -> None:
-    """Run a stage's job; what it makes becomes the stage's.
+    """Run a stage's job and move what it makes into the stage's folder.
 
     Settings: `job`, see `jobs.plain`. Execution: an `Execution` as plain data, and `way`, see
     `Job.on_machine`.
@@ -159,7 +159,7 @@ def _begin_or_continue(keep: Path, execution: Mapping[str, Any]) -> None:
 
 
 def _run(job: Any, target: Path, context: StageContext) -> None:
-    """Run one job, and raise its error as one of this process."""
+    """Run one job; an error in a child process is raised here."""
     execution = context.stage.execution
     command = job.command(str(target))
     print(f"$ {shlex.join(['shiftrm', *command])}", flush=True)
@@ -175,7 +175,7 @@ def _run(job: Any, target: Path, context: StageContext) -> None:
 
 
 def _run_here(job: Any, target: Path) -> None:
-    """Run a job in this process; what it prints goes to file descriptor 1, the log."""
+    """Run a job in this process; its output goes to file descriptor 1, the log."""
     with (
         os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace") as log,
         redirect_stdout(log),
@@ -220,7 +220,7 @@ def perform(job: Any, output: Path) -> None:
 
 
 def out_of_memory_line(job: Any, execution: Mapping[str, Any]) -> str:
-    """Return what to change in the recipe, where the job's own settings are not the user's."""
+    """Return the error for a job that ran out of memory, in terms of the recipe's settings."""
     return f"out of memory; {_smaller(job, execution)}"
 
 

@@ -20,9 +20,10 @@ class Measured:
     """A policy's responses under its reward model.
 
     Attributes:
-        proxy: mean reward; `standardised` by mean and spread on SFT responses.
-        length: words a response; `distinct` the share of different responses; `truncated` of those
-            that the length limit cut off.
+        proxy: mean reward; `standardised` with mean and standard deviation on SFT responses.
+        length: words per response.
+        distinct: share of different responses.
+        truncated: share of responses that the length limit cut off.
     """
 
     proxy: float
@@ -62,7 +63,7 @@ class Measured:
 def policy_kl(
     policy: str, reference: str, rows: Sequence[Row], batch_size: int
 ) -> tuple[float, int]:
-    """Sequence KL of the policy to the reference along its responses, in nats, and of how many.
+    """Return the sequence KL of the policy to the reference, in nats, and the number of responses.
 
     With a temperature or top-p other than 1 the responses are of the modified distribution, and
     the number is the KL along those.
@@ -82,7 +83,7 @@ def policy_kl(
 
 
 def free() -> None:
-    """Give back the memory of models that were let go."""
+    """Free the memory of deleted models."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

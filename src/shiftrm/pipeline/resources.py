@@ -1,4 +1,4 @@
-"""What a stage stores, and a guess of how long it takes: for `estimate`."""
+"""The disk space of a stage and an estimate of its time, for `estimate`."""
 
 import math
 import time
@@ -16,10 +16,10 @@ from shiftrm.pipeline.settings import job_of, settings_of
 __all__ = ["Disk", "Sizes", "disk_of", "mean_tokens", "operations", "speed", "time_note"]
 
 _BYTES = {"bfloat16": 2, "float16": 2}
-"""Of a number, by dtype; any other takes 4."""
+"""Bytes per number by dtype; others take 4."""
 
 _CHARACTERS = 4
-"""Of a token, guessed: nothing is tokenised for a dry run."""
+"""Characters per token, a guess: a dry run tokenises nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Disk(NamedTuple):
 
 
 def disk_of(stage: Stage, sizes: Sizes, steps: int | None) -> Disk:
-    """By parameters and dtype: a model, and checkpoints with AdamW's two moments beside weights.
+    """Return the disk space from parameters and dtype: a model, and checkpoints with AdamW states.
 
     A checkpoint holds what is trained. Texts, records and logs are not counted.
     """
@@ -96,7 +96,7 @@ def operations(
     rows: Mapping[str, int | None],
     tokens: Mapping[str, float],
 ) -> float | None:
-    """Floating-point operations of a stage's models.
+    """Return the floating-point operations of a stage's models.
 
     2 a parameter and token of a pass without gradient, 6 of one in training (with LoRA 4: the
     weights' own gradients are saved). Responses count at full length.

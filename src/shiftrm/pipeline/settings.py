@@ -32,7 +32,7 @@ def settings_of(stage: Stage) -> dict[str, Any]:
 
 
 def check_job(job: Any, way: Mapping[str, Any], *, processes: int = 1) -> None:
-    """Refuse an unknown setting or a bad value, as the job itself would when it runs.
+    """Check the settings of a job as the job itself does when it runs.
 
     Args:
         way: see `Job.on_machine`.
@@ -82,7 +82,7 @@ def check_job(job: Any, way: Mapping[str, Any], *, processes: int = 1) -> None:
 
 
 def check_reporting(report_to: str) -> None:
-    """Refuse a tracker that is unknown or not installed.
+    """Check that a tracker is known and installed.
 
     Raises:
         UserError: names the setting.
