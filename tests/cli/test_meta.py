@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shiftrm.data.domains import write_domains
+from shiftrm.files import read_jsonl
 from shiftrm.models.scoring import Scorer
 from shiftrm.oodpl.trainer import OODPLTrainer
 from shiftrm.records import read_records
@@ -139,6 +140,28 @@ def test_meta_test_makes_and_measures_a_policy_for_the_held_out_domain(shiftrm, 
     status, said = shiftrm(*TEST, "--judge", "reward", *settings, "weighted.beta=2.0")
     assert status == 2
     assert "made with another configuration" in said.err
+
+
+def test_a_policy_is_measured_as_it_is(shiftrm, folder, in_process):
+    status, said = shiftrm(*TEST, "--way", "none")
+    assert status == 0, said.err
+    assert [line.split()[:2] for line in said.out.splitlines()[1:-1]] == [["fishes", "reference"]]
+    status, said = shiftrm(
+        *TEST[:-2], "test2", *TEST[-1:], "--way", "none", "--reference", "policy"
+    )
+    assert status == 0, said.err
+    numbers = {(r.method, r.metric): r.value for r in read_records(folder / "test2/records.jsonl")}
+    assert numbers["none", "kl"] == 0.0, "the same policy"
+    assert numbers["none", "accuracy_sum"] == numbers["reference", "accuracy_sum"]
+
+
+def test_a_held_out_domain_can_be_watched(shiftrm, folder):
+    status, said = shiftrm(*TRAIN, *SMALL, "--validation", "fishes")
+    assert status == 0, said.err
+    assert "A_PL on 1 validation domains" in said.out
+    log = read_jsonl(folder / "out" / "training_log.jsonl")
+    assert "eval_fishes_accuracy" in log[0]
+    assert log[0]["step"] == 0
 
 
 def test_meta_test_by_rloo(shiftrm, folder, in_process):

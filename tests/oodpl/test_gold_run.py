@@ -16,7 +16,7 @@ from shiftrm.pipeline import engine
 from shiftrm.pipeline.domain_section import DOMAIN_ARMS, DomainSection
 from shiftrm.pipeline.jobs import MetaTrain, Optimise, TrainReward
 from shiftrm.pipeline.plan import plan
-from shiftrm.pipeline.run import check_settings, read_recipe
+from shiftrm.pipeline.run import check_settings, notes, read_recipe
 from shiftrm.pipeline.settings import job_of, settings_of
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.records import Record, read_records
@@ -120,6 +120,13 @@ def test_all_that_learns_from_pairs_has_one_budget():
 def test_bad_settings_are_named(words, message):
     with pytest.raises(UserError, match=message):
         check_settings(plan(configure(*words)))
+
+
+def test_another_budget_is_said():
+    assert notes(configure()) == []
+    [reward, dpo] = notes(configure("domains.meta.max_steps=50"))
+    assert "reward trains for max_steps=150 on batches of 128 pairs, but meta-training" in reward
+    assert "for 50 on 128" in dpo
 
 
 def test_the_plan_is_printed_with_every_command(capsys):

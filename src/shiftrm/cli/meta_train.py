@@ -40,7 +40,9 @@ class Options(TrainingOptions):
     held_out: list[str] | None = optional(
         "NAME,NAME", "not trained on", comma=True, shown="those of splits.json"
     )
-    validation: list[str] | None = optional("NAME,NAME", "watched, not trained on", comma=True)
+    validation: list[str] | None = optional(
+        "NAME,NAME", "watched, not trained on; held-out ones can be, too", comma=True
+    )
 
 
 def run(options: Options) -> None:

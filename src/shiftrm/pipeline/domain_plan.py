@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shiftrm.config import to_mapping
 from shiftrm.pipeline.domain_section import DomainSection
 from shiftrm.pipeline.engine import Stage
-from shiftrm.pipeline.experiment import Arm
+from shiftrm.pipeline.experiment import Arm, Experiment
 from shiftrm.pipeline.jobs import (
     Input,
     Made,
@@ -28,7 +28,7 @@ from shiftrm.pipeline.plan_data import PREPARE, record_as
 if TYPE_CHECKING:
     from shiftrm.pipeline.plan import Planner
 
-__all__ = ["beta_name", "domain_stages"]
+__all__ = ["beta_name", "domain_stages", "unequal_budgets"]
 
 START, SFT, DPO = Made("start"), Made("sft"), Made("dpo")
 DOMAINS, GOLD = Made("data", "world/domains"), Made("data", "world/weights.json")
@@ -42,6 +42,28 @@ def beta_name(beta: float) -> str:
 def domain_stages(planner: "Planner") -> list[Stage]:
     """Return all stages; needs stand before those that need them."""
     return _DomainPlanner(planner).stages()
+
+
+def unequal_budgets(recipe: Experiment) -> list[str]:
+    """Return a note for each training on pairs that gets another budget than meta-training."""
+    from shiftrm.oodpl.meta_config import OODPLConfig
+
+    assert recipe.domains is not None
+
+    def meta(name: str) -> int:
+        return int(recipe.domains.meta.get(name, getattr(OODPLConfig, name)))  # type: ignore[union-attr]
+
+    steps, pairs = meta("max_steps"), meta("domains_per_step") * meta("query_batch_size")
+    found = []
+    for name in ("reward", "dpo"):
+        section = getattr(recipe, name)
+        given = section.settings.get("max_steps"), section.batch_size
+        if given != (steps, pairs):
+            found.append(
+                f"note: {name} trains for max_steps={given[0]} on batches of {given[1]} pairs, but "
+                f"meta-training for {steps} on {pairs}: their methods are not compared fairly"
+            )
+    return found
 
 
 def _file(domain: str, name: str) -> Made:

@@ -1,4 +1,4 @@
-"""Meta-test from folders to a folder: what `shiftrm meta-test` does, a resumable stage a domain."""
+"""The implementation of `shiftrm meta-test`: resumable stages, two for each domain."""
 
 import copy
 import math
@@ -140,7 +140,7 @@ def measure_domain(job: MetaTest, out: Path) -> None:
         reference = copy.deepcopy(policy)
     reward, judge = _scorer(job.reward), _judge(job.judge, domain.name)
     recorder = Recorder(stage=f"evaluate/{domain.name}", method=job.way, round=0, seed=config.seed)
-    _GUIDES[job.way](_Meeting(policy, reference, tokenizer, domain, reward, config, recorder))
+    _GUIDES[job.way](_Case(policy, reference, tokenizer, domain, reward, config, recorder))
     found = evaluate_policy(
         policy,
         reference,
@@ -163,8 +163,8 @@ def measure_domain(job: MetaTest, out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Meeting:
-    """A policy, a domain, and what guides the one in the other."""
+class _Case:
+    """The policy to train in a domain, and everything that a way of training it needs."""
 
     policy: Any
     reference: Any
@@ -182,54 +182,54 @@ class _Meeting:
             self.recorder.add(name, value, step=step)
 
 
-def _by_weights(meeting: _Meeting) -> None:
+def _by_weights(case: _Case) -> None:
     logs: list[FineTuningLog] = []
-    tuning = meeting.seeded(meeting.config.weighted)
+    tuning = case.seeded(case.config.weighted)
     guide_by_weights(
-        meeting.policy,
-        meeting.tokenizer,
-        meeting.domain,
+        case.policy,
+        case.tokenizer,
+        case.domain,
         tuning,
-        reward_fn=meeting.reward,
+        reward_fn=case.reward,
         on_step=logs.append,
     )
     for log in logs:
-        meeting.note(log.step, loss=log.loss)
+        case.note(log.step, loss=log.loss)
     share = sum(log.effective_sample_share for log in logs) / len(logs)
-    meeting.recorder.add("effective_sample_share", share)
+    case.recorder.add("effective_sample_share", share)
 
 
-def _by_ppo(meeting: _Meeting) -> None:
+def _by_ppo(case: _Case) -> None:
     _by_policy_gradient(
         guide_by_ppo,
-        meeting,
-        meeting.config.ppo,
-        lambda log: meeting.note(log.step, ppo_kl=log.kl, ppo_score=log.standardised_mean),
+        case,
+        case.config.ppo,
+        lambda log: case.note(log.step, ppo_kl=log.kl, ppo_score=log.standardised_mean),
     )
 
 
-def _by_rloo(meeting: _Meeting) -> None:
+def _by_rloo(case: _Case) -> None:
     _by_policy_gradient(
         guide_by_rloo,
-        meeting,
-        meeting.config.rloo,
-        lambda log: meeting.note(log.step, rloo_score=log.score_mean, rloo_kl=log.kl),
+        case,
+        case.config.rloo,
+        lambda log: case.note(log.step, rloo_score=log.score_mean, rloo_kl=log.kl),
     )
 
 
-def _by_policy_gradient(guide: Any, meeting: _Meeting, settings: Any, note: Any) -> None:
+def _by_policy_gradient(guide: Any, case: _Case, settings: Any, note: Any) -> None:
     guide(
-        meeting.policy,
-        meeting.reference,
-        meeting.tokenizer,
-        meeting.domain,
-        meeting.seeded(settings),
-        reward_fn=meeting.reward,
+        case.policy,
+        case.reference,
+        case.tokenizer,
+        case.domain,
+        case.seeded(settings),
+        reward_fn=case.reward,
         on_step=note,
     )
 
 
-_GUIDES: dict[str, Callable[[_Meeting], None]] = {
+_GUIDES: dict[str, Callable[[_Case], None]] = {
     "weighted": _by_weights,
     "plain": _by_weights,
     "ppo": _by_ppo,
@@ -275,7 +275,12 @@ def _table(
 ) -> str:
     """Return a line for every domain and method."""
     columns = {"accuracy_sum": "A_PL", "judged": "judge", "proxy": "guide", "kl": "KL"}
-    numbers = {(r.stage, r.method, r.metric): r.value for r in records if r.step is None}
+    as_judge = {"gold_mean": "judged"}
+    numbers = {
+        (r.stage, r.method, as_judge.get(r.metric, r.metric)): r.value
+        for r in records
+        if r.step is None
+    }
     lines = [f"{'domain':<20}{'policy':<12}" + "".join(f"{c:>9}" for c in columns.values())]
     for name in names:
         for method in methods:

@@ -13,6 +13,7 @@ from rich.table import Table
 from shiftrm.config import apply_overrides, from_mapping, read_yaml, to_mapping
 from shiftrm.errors import UserError
 from shiftrm.pipeline.data_sets import place_of
+from shiftrm.pipeline.domain_plan import unequal_budgets
 from shiftrm.pipeline.domain_section import domain_arms
 from shiftrm.pipeline.engine import Stage, run_stages
 from shiftrm.pipeline.estimate import MEMORY_NOTE, Estimate, estimate, judging_cost
@@ -191,6 +192,8 @@ def notes(recipe: Experiment) -> list[str]:
             f"note: data.heldout_share={data.heldout_share} is a share of data.{other} alone: "
             f"data.{named} is named"
         )
+    if recipe.domains is not None:
+        found += unequal_budgets(recipe)
     for name, arm in recipe.methods.items():
         again = arm.reward == "retrained" and recipe.rounds_of(name) == 1
         if again and not arm.is_dpo and not arm.settings:
