@@ -269,7 +269,9 @@ def by_round_figure(
                     capsize=3, linewidth=1, alpha=0.7,
                 )  # fmt: skip
         axes.plot(*columns_of(means), color=style.colour, marker=style.marker, markersize=7)
-    axes.set_xticks([*([] if start is None else [0]), *m.all_rounds])
+    rounds = [*([] if start is None else [0]), *m.all_rounds]
+    axes.set_xticks(rounds)
+    axes.set_xlim(min(rounds) - 0.4, max(rounds) + 0.4)  # arms of a single round stand together
     draw_legend(figure, [_entry(m, arm) for arm in found])
     return figure
 
