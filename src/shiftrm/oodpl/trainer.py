@@ -48,7 +48,7 @@ __all__ = ["OODPLConfig", "OODPLTrainer"]
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 64
-"""Rows in one evaluation pass, unless micro_batch_size is set."""
+"""Rows in one evaluation pass; a smaller micro_batch_size lowers it."""
 
 
 class OODPLTrainer(Trainer):
@@ -302,7 +302,7 @@ class OODPLTrainer(Trainer):
         self, domain: EncodedDomain, batches: list[InnerBatch]
     ) -> tuple[float, float, float, float]:
         reward_model = self.accelerator.unwrap_model(self.model)
-        size = self.args.micro_batch_size or EVALUATION_BATCH
+        size = min(self.args.micro_batch_size or EVALUATION_BATCH, EVALUATION_BATCH)
         pairs = outer_batch(domain.eval_pairs, policy_pad_id=self._plan.policy_pad_id)
         with self.compute_loss_context_manager():
             if domain.name not in self._reference_margins:

@@ -17,7 +17,7 @@ from shiftrm.files import atomic_write_text, iterate_jsonl
 from shiftrm.metrics import is_declared
 from shiftrm.pipeline.children import run_child
 from shiftrm.pipeline.engine import RECORDS_FILE, StageContext
-from shiftrm.pipeline.jobs import Optimise, Sample, from_plain, located, plain
+from shiftrm.pipeline.jobs import MetaTest, Optimise, Sample, from_plain, located, plain
 from shiftrm.progress import only_on_terminals, quieten_libraries, reporting, speaks
 from shiftrm.records import read_records
 from shiftrm.trainers.training_log import TRAINING_LOG
@@ -225,6 +225,8 @@ def out_of_memory_line(job: Any, execution: Mapping[str, Any]) -> str:
 
 
 def _smaller(job: Any, execution: Mapping[str, Any]) -> str:
+    if isinstance(job, MetaTest):
+        return "lower batch_size in domains.weighted, or forward_batch_size in policy.settings"
     names = ["micro_batch_size"] if job.several else []
     if isinstance(job, Sample) or (isinstance(job, Optimise) and job.method == "ppo"):
         names.append("sampling_batch_size")

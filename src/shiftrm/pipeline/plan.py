@@ -361,7 +361,7 @@ class Planner:
         way: dict[str, Any] = {"report_to": execution.report_to, "bf16": execution.bf16}
         way["gradient_checkpointing"] = execution.gradient_checkpointing
         if isinstance(job, MetaTrain):  # its batches are tasks
-            pass
+            way["micro_batch_size"] = execution.micro_batch_size
         elif section is not None:
             batch_size = getattr(recipe, section).batch_size
             micro, steps = accumulation(batch_size, execution, section=section)
