@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shiftrm.config import apply_overrides, from_mapping, read_yaml, to_mapping
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, suggest
 from shiftrm.pipeline.data_sets import place_of
 from shiftrm.pipeline.domain_plan import unequal_budgets
 from shiftrm.pipeline.domain_section import domain_arms
@@ -19,6 +19,7 @@ from shiftrm.pipeline.engine import Stage, run_stages
 from shiftrm.pipeline.estimate import MEMORY_NOTE, Estimate, estimate, judging_cost
 from shiftrm.pipeline.experiment import Experiment, arms_by_name
 from shiftrm.pipeline.folder import claim, progress
+from shiftrm.pipeline.inputs import KINDS, check_data, check_judge, check_models
 from shiftrm.pipeline.plan import JUDGING, plan
 from shiftrm.pipeline.resources import speed, time_note
 from shiftrm.pipeline.settings import check_job, job_of, settings_of
@@ -88,9 +89,19 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """Return the recipe's file; the name of one of this package is a path, too."""
+    """Return the recipe's file, given its path or the name of a recipe of this package.
+
+    Raises:
+        UserError: neither; the message lists the packaged ones.
+    """
+    if "/" in str(path) or Path(path).exists():
+        return Path(path)
     packaged = RECIPES / f"{path}.yaml"
-    return packaged if not Path(path).exists() and packaged.is_file() else Path(path)
+    if packaged.is_file():
+        return packaged
+    names = [found.stem for found in RECIPES.glob("*.yaml")]
+    near = suggest(str(path).removesuffix(".yaml"), names)
+    raise UserError(f"{path}: no such file, and not a recipe of this package{near}")
 
 
 def read_with_base(path: str | Path) -> dict[str, Any]:
@@ -156,8 +167,6 @@ def check_inputs(recipe: Experiment) -> None:
     Raises:
         UserError: names the setting.
     """
-    from shiftrm.pipeline.inputs import check_data, check_judge, check_models
-
     check_data(recipe)
     check_models(recipe)
     check_judge(recipe)
@@ -249,7 +258,8 @@ def _sizes(recipe: Experiment, found: Estimate) -> list[str]:
     lines.append(f"model {recipe.model or 'of the gold world'}: {size}")
     for name, rows in found.rows.items():
         if recipe.data is None:
-            lines.append(f"{name}: gold world: at most {rows:,} rows")
+            if name in KINDS:  # the others are the prompts of single stages
+                lines.append(f"{name}: gold world: at most {rows:,} rows")
             continue
         source = getattr(recipe.data, name)
         if name == "demonstrations" and recipe.sft is None:
