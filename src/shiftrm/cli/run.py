@@ -11,6 +11,7 @@ EPILOG = """examples:
   shiftrm run recipes/hh_helpful.yaml model=models/llama --output runs/helpful
   shiftrm run recipes/hh_helpful.yaml model=meta-llama/Llama-2-7b-hf preset=scale_free \\
       execution.processes=8 judge.kind=endpoint judge.model=gpt-4o --output runs/helpful
+  shiftrm run gold_domains --output runs/oodpl
   shiftrm run recipes/summary.yaml model=models/llama data.pairs.source=my/pairs.jsonl \\
       data.pairs.format=preference lora.lora_r=16
 

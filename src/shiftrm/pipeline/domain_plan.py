@@ -1,10 +1,10 @@
 """The stages of a run over domains: reward models, and policies for the targets.
 
-Budgets. Whatever learns from preference pairs (meta-training, Bradley-Terry on pooled pairs or on a
-target's own, DPO) takes the same number of updates on the same number of pairs each. Whatever makes
-a policy of the reference (fine-tuning, weighted or not, and PPO) takes the same number of updates
-of the same number of sequences. DPO takes none of the latter: it has no use for a domain without
-pairs. The recipe sets both budgets.
+Whatever learns from preference pairs (meta-training, Bradley-Terry on pooled pairs or on a target's
+own, DPO) takes the same number of updates on the same number of pairs each. Whatever makes a policy
+from the reference (fine-tuning, weighted or not, and PPO) takes the same number of updates on the
+same number of sequences each. DPO takes none of these: it cannot use a domain without pairs. The
+recipe sets both budgets.
 """
 
 from dataclasses import asdict, dataclass
@@ -40,7 +40,7 @@ def beta_name(beta: float) -> str:
 
 
 def domain_stages(planner: "Planner") -> list[Stage]:
-    """Return all stages; needs stand before those that need them."""
+    """Return the stages of a run, each after those it needs."""
     return _DomainPlanner(planner).stages()
 
 
@@ -109,7 +109,7 @@ class _DomainPlanner:
         return Stage("start", f"{PREPARE}:new_reward_model", settings, ("sft",), record)
 
     def _meta(self, beta: float) -> Stage:
-        """OODPL on the sources. A_PL on the targets is watched, and decides nothing."""
+        """Meta-training on the sources. A_PL on the targets is logged, and decides nothing."""
         name, targets = beta_name(beta), list(self.section.targets)
         settings = self.planner.settings({**self.section.meta, "beta": beta}, "meta")
         job = MetaTrain(START, DOMAINS, SFT, targets, targets, settings=settings)

@@ -12,8 +12,8 @@ from shiftrm.world.domain_gold import HELD_OUT, SOURCES
 __all__ = ["DOMAIN_ARMS", "DomainSection", "domain_arms"]
 
 REWARD_MODELS = ("oodpl", "pooled", "oracle")
-"""Who learnt from preferences: the bilevel method and Bradley-Terry on the sources' pairs pooled,
-and Bradley-Terry on the target's own pairs, which no other method may see."""
+"""The reward models: OODPL's, Bradley-Terry on the pooled pairs of the sources, and Bradley-Terry
+on the target's own pairs, which no other method may see."""
 
 GUIDES = ("weighted", "ppo", "rloo")
 """The ways in which a reward model makes a policy for a target."""
@@ -90,7 +90,7 @@ class DomainSection:
         return tuple(sorted({self.beta, *self.betas}))
 
     def check_arm(self, name: str, arm: Any) -> None:
-        """Refuse an arm that is not a pair of `DOMAIN_ARMS`.
+        """Refuse an arm whose reward model and way are not a combination in `DOMAIN_ARMS`.
 
         Raises:
             UserError: names the arm.
@@ -103,7 +103,9 @@ class DomainSection:
             )
         for option in ("rounds", "settings", "policy_settings"):
             if getattr(arm, option):
-                raise UserError(f"methods.{name}.{option}: unused in a run over domains")
+                raise UserError(
+                    f"methods.{name}.{option}: not used in a run over domains; leave it out"
+                )
 
 
 def domain_arms(names: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -239,7 +239,7 @@ _GUIDES: dict[str, Callable[[_Case], None]] = {
 
 
 def _read(domain: Domain) -> list[Any]:
-    """Whatever of a domain a meta-test reads: other rows make another stage."""
+    """Return the rows of a domain that a meta-test reads; a stage depends on them."""
     prompts = [{"prompt": prompt} for prompt in domain.prompts]
     return [*domain.support, *domain.eval_pairs, *prompts]
 

@@ -53,7 +53,7 @@ def sources(experiment: Experiment) -> Sources:
             Made("data", f"world/{BASE_MODEL}"),
             Made("data", f"world/{SFT}"),
             Made("data", "pairs.jsonl"),
-            Made("data", "heldout.jsonl"),
+            Made("data", "heldout.jsonl"),  # no stage reads it: each domain has its own
         )
     if experiment.world is None:
         data = [Made("data", f"{name}.jsonl") for name in ("demonstrations", "pairs", "heldout")]
