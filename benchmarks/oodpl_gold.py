@@ -9,17 +9,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from oodpl_figures import (
-    beta_figure,
-    gold_figure,
-    gradient_norm_figure,
-    training_figure,
-)
 from shiftrm.config import read_yaml
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
 from shiftrm.pipeline.engine import RECORDS_FILE
 from shiftrm.records import read_records
+from shiftrm.report.domain_figures import all_figures
 from shiftrm.report.domains import all_tables
 from shiftrm.report.plots import render
 from shiftrm.report.tables import Table
@@ -32,12 +27,7 @@ def draw(runs: list[Path], docs: Path) -> None:
     """
     records = [record for folder in runs for record in read_records(folder / RECORDS_FILE)]
     beta = float(read_yaml(runs[0] / "config.yaml")["domains"]["beta"])
-    figures = {
-        "oodpl-training": training_figure(records, beta),
-        "oodpl-gold": gold_figure(records),
-        "oodpl-beta": beta_figure(records),
-        "oodpl-gradient-norm": gradient_norm_figure(records),
-    }
+    figures = {f"oodpl-{name}": drawn for name, (_, drawn) in all_figures(records, beta).items()}
     for name, figure in figures.items():
         path = docs.parent / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoTokenizer
 
 import oodpl_gold
-from oodpl_figures import beta_figure, gold_figure, gradient_norm_figure, training_figure
 from shiftrm.cli import main
 from shiftrm.data.domains import load_split
 from shiftrm.errors import UserError
@@ -20,7 +19,9 @@ from shiftrm.pipeline.run import check_settings, notes, read_recipe
 from shiftrm.pipeline.settings import job_of, settings_of
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.records import Record, read_records
-from shiftrm.report.domains import LABELS, all_tables, mean_over_domains
+from shiftrm.report.domain_figures import all_figures
+from shiftrm.report.domain_records import LABELS, mean_over_domains
+from shiftrm.report.domains import all_tables
 from shiftrm.report.plots import render
 from shiftrm.trainers.pair_batches import ROW
 from shiftrm.world.domain_gold import HELD_OUT, SOURCES, gold
@@ -49,7 +50,9 @@ def test_a_tiny_run_measures_what_it_says(tmp_path, in_process, capsys):
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "Gold in the domains without labels: reference" in said
-    assert "A_PL" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == 4
+    assert "Means over the domains" in page
     records = read_records(tmp_path / "records.jsonl")
     assert {r.seed for r in records} == {3}
     found = {(r.stage, r.method, r.metric): r.value for r in records}
@@ -180,12 +183,7 @@ def test_tables_and_figures_from_records(tmp_path, capsys):
         page = (folder / "results.md").read_text()
         assert oodpl_gold.markdown(all_tables(kept)["gold"]) in page
         assert len(list(folder.glob("*.png"))) == page.count(".png") == 4
-    for figure in (
-        training_figure(records, 1.0),
-        gold_figure(records),
-        beta_figure(records),
-        gradient_norm_figure(records),
-    ):
+    for _, figure in all_figures(records, 1.0).values():
         assert render(figure, format="png").startswith(b"\x89PNG")
 
 

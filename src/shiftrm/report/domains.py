@@ -1,38 +1,28 @@
 """The page, the terminal summary and the tables of a run over the gold world's domains."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shiftrm.files import atomic_write_text
-from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
 from shiftrm.report import setup_tables
+from shiftrm.report.domain_figures import all_figures
+from shiftrm.report.domain_records import (
+    LABELS,
+    betas_of,
+    mean_over_domains,
+    methods_of,
+    targets_of,
+    values,
+)
 from shiftrm.report.measurements import Estimate, estimate
 from shiftrm.report.page import page_template
+from shiftrm.report.pictures import image_of
 from shiftrm.report.results import Results
 from shiftrm.report.tables import NOT_MEASURED, Table, text_table
 
-__all__ = [
-    "LABELS", "all_tables", "betas_of", "domain_summary", "is_domain_run", "mean_over_domains",
-    "methods_of", "targets_of", "values", "write_domain_report",
-]  # fmt: skip
-
-LABELS = {
-    "reference": "reference",
-    "finetuned": "plain fine-tuning",
-    "pooled_weighted": "pooled BT, weighted",
-    "oodpl_weighted": "OODPL, weighted",
-    "oracle_weighted": "oracle, weighted",
-    "dpo": "DPO on sources",
-    "pooled_ppo": "pooled BT, PPO",
-    "oodpl_ppo": "OODPL, PPO",
-    "oracle_ppo": "oracle, PPO",
-    "pooled_rloo": "pooled BT, RLOO",
-    "oodpl_rloo": "OODPL, RLOO",
-    "oracle_rloo": "oracle, RLOO",
-}
-"""The methods that a recipe can name, in the order of tables and pictures."""
+__all__ = ["all_tables", "domain_summary", "is_domain_run", "write_domain_report"]
 
 AGAINST = ("finetuned", "pooled_weighted", "pooled_ppo")
 """The methods that differences are taken to, seed by seed."""
@@ -51,11 +41,13 @@ def write_domain_report(
     notes: Sequence[str] = (),
 ) -> Path:
     """Write the page of one run, or of several seeds merged, atomically."""
+    figures = all_figures(records, float(config["domains"]["beta"]))
     html = page_template("domains.html.j2").render(
         name=str(config.get("name", "domains")),
         headline=_headline(records),
         notes=list(notes),
         tables=[table for table in all_tables(records).values() if table.rows],
+        pictures=[image_of(drawn, words, "") for words, drawn in figures.values()],
         config=setup_tables.config_table(config),
         versions=setup_tables.versions_table(Results(records)),
         not_measured=NOT_MEASURED,
@@ -78,47 +70,6 @@ def _headline(records: Sequence[Record]) -> str:
     if not said:
         return "Gold in the domains without labels was not measured."
     return f"Gold in the domains without labels: {'; '.join(said)}."
-
-
-def values(
-    records: Iterable[Record], stage: str, method: str, metric: str, step: int | None = None
-) -> dict[int, float]:
-    """Return one number per seed.
-
-    Raises:
-        UndeclaredMetric: `shiftrm.metrics` does not declare the name.
-    """
-    declared(metric)
-    return {
-        r.seed: float(r.value)  # type: ignore[arg-type]
-        for r in records
-        if (r.stage, r.method, r.metric, r.step) == (stage, method, metric, step)
-    }
-
-
-def targets_of(records: Sequence[Record]) -> list[str]:
-    """Return the domains that policies were made for."""
-    names = (r.stage.partition("/") for r in records)
-    return list(dict.fromkeys(name for kind, _, name in names if kind == "evaluate"))
-
-
-def methods_of(records: Sequence[Record]) -> list[str]:
-    """Return the compared methods, without those that only vary beta."""
-    found = {r.method for r in records if r.stage.startswith("evaluate/")}
-    return [method for method in LABELS if method in found]
-
-
-def betas_of(records: Sequence[Record]) -> list[float]:
-    """Return the betas that reward models were meta-trained for."""
-    found = {r.method for r in records if r.stage == "meta" and r.method.startswith("beta_")}
-    return sorted(float(method.removeprefix("beta_")) for method in found)
-
-
-def mean_over_domains(records: Sequence[Record], method: str, metric: str) -> dict[int, float]:
-    """Return a final number, averaged over the targets, one per seed."""
-    tables = [values(records, f"evaluate/{t}", method, metric) for t in targets_of(records)]
-    seeds = set.intersection(*(set(table) for table in tables)) if tables else set()
-    return {seed: sum(table[seed] for table in tables) / len(tables) for seed in sorted(seeds)}
 
 
 def all_tables(records: Sequence[Record]) -> dict[str, Table]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
-from shiftrm.report.domains import (
+from shiftrm.report.domain_records import (
     LABELS,
     betas_of,
     mean_over_domains,
@@ -25,13 +25,33 @@ from shiftrm.report.domains import (
 )
 from shiftrm.report.measurements import Estimate, estimate
 
-__all__ = ["beta_figure", "gold_figure", "gradient_norm_figure", "training_figure"]
+__all__ = ["all_figures"]
 
 _COLOURS = (
     "#999999", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#004466", "#8B2500",
     "#005540", "#7FC8EE", "#EE9966", "#66CCAA",
 )  # fmt: skip
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+
+
+def all_figures(records: Sequence[Record], beta: float) -> dict[str, tuple[str, Figure]]:
+    """Return (caption, figure) by name.
+
+    Args:
+        beta: that of the run's own meta-training.
+    """
+    return {
+        "gold": ("Gold in domains without labels, by domain and method.", gold_figure(records)),
+        "training": (
+            "Outer loss and A_PL over the outer steps; dotted: the reference policy.",
+            training_figure(records, beta),
+        ),
+        "beta": ("Gold, A_PL and KL of reward-weighted fine-tuning.", beta_figure(records)),
+        "gradient-norm": (
+            "Norm of the hypergradient over the outer steps, for each beta.",
+            gradient_norm_figure(records),
+        ),
+    }
 
 
 def training_figure(records: Sequence[Record], beta: float) -> Figure:
