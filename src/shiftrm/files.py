@@ -185,6 +185,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     replace_directory(work, target)
 
 
+def remove_temporary_files(folder: Path) -> None:
+    """Delete what writers of this module left below a folder when they were killed."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def replace_directory(temporary: Path, target: Path) -> None:
     """Publish a finished folder under its name in one rename.
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from shiftrm.errors import UserError
-from shiftrm.pipeline import child
+from shiftrm.pipeline import child, launch
 from shiftrm.pipeline.jobs import Sample, Sft, plain
 
 
@@ -83,3 +83,17 @@ def test_another_index_error_is_a_mistake_in_the_code(run, monkeypatch):
     monkeypatch.setattr(Sample, "run", outside)
     with pytest.raises(IndexError, match="list index"):
         run(Sample("p", "q"))
+
+
+def test_an_interrupted_stage_leaves_no_temporary_file_to_be_published(tmp_path):
+    """A kill while a file is written leaves `.NAME.xxxxxxxx.tmp` beside what the job continues."""
+    execution = {"processes": 1, "launch": "", "bf16": False, "report_to": "none"}
+    keep = tmp_path / "keep"
+    launch._begin_or_continue(keep, execution)
+    (keep / "groups.jsonl.partial").write_text("two groups")
+    (keep / ".model.work").mkdir()
+    for left in (".groups.jsonl.partial.0123abcd.tmp", ".model.work/.run.json.0123abcd.tmp"):
+        (keep / left).write_text("half")
+    launch._begin_or_continue(keep, execution)
+    found = {str(path.relative_to(keep)) for path in keep.rglob("*")}
+    assert found == {"execution.json", "groups.jsonl.partial", ".model.work"}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError, missing_embedding
-from shiftrm.files import atomic_write_text, iterate_jsonl
+from shiftrm.files import atomic_write_text, iterate_jsonl, remove_temporary_files
 from shiftrm.metrics import is_declared
 from shiftrm.pipeline.children import run_child
 from shiftrm.pipeline.engine import RECORDS_FILE, StageContext
@@ -147,13 +147,14 @@ def record_made(context: StageContext, folder: Path) -> None:
 
 
 def _begin_or_continue(keep: Path, execution: Mapping[str, Any]) -> None:
-    """Make the folder; an unfinished training goes unless this way of running can continue it."""
+    """Create the folder; delete an unfinished training that this way of running cannot continue."""
     how = {name: execution[name] for name in ("processes", "launch", "bf16", "report_to")}
     path = keep / HOW_FILE
     if keep.is_dir() and (not path.is_file() or json.loads(path.read_text("utf-8")) != how):
         print("run in another way than before the interruption: this stage begins anew", flush=True)
         shutil.rmtree(keep)
     keep.mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(keep)  # or they would be published with the stage
     if not path.exists():
         atomic_write_text(path, json.dumps(how))
 
