@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from shiftrm.oodpl.meta_test import (
     guide_by_ppo,
     guide_by_weights,
 )
-from shiftrm.oodpl.rloo import RLOOSettings, guide_by_rloo
+from shiftrm.oodpl.rloo import RLOOLog, RLOOSettings, guide_by_rloo
 from shiftrm.pipeline.engine import RECORDS_FILE, Stage, StageContext, random_seed, run_stages
 from shiftrm.pipeline.folder import progress
 from shiftrm.pipeline.jobs import Input, MetaTest, from_plain, plain
 from shiftrm.pipeline.launch import record_made
 from shiftrm.pipeline.meta_jobs import WAYS
+from shiftrm.policies.ppo import StepLog
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.records import Record, Recorder, read_records, write_records
 from shiftrm.world.build_domains import WEIGHTS, read_table
@@ -140,7 +141,7 @@ def measure_domain(job: MetaTest, out: Path) -> None:
         reference = copy.deepcopy(policy)
     reward, judge = _scorer(job.reward), _judge(job.judge, domain.name)
     recorder = Recorder(stage=f"evaluate/{domain.name}", method=job.way, round=0, seed=config.seed)
-    _GUIDES[job.way](_Case(policy, reference, tokenizer, domain, reward, config, recorder))
+    _Case(policy, reference, tokenizer, domain, reward, config, recorder).train(job.way)
     found = evaluate_policy(
         policy,
         reference,
@@ -164,7 +165,7 @@ def measure_domain(job: MetaTest, out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Case:
-    """The policy to train in a domain, and everything that a way of training it needs."""
+    """A policy to train in a domain, and what training it needs."""
 
     policy: Any
     reference: Any
@@ -174,68 +175,47 @@ class _Case:
     config: MetaTestConfig
     recorder: Recorder
 
-    def seeded(self, settings: Any) -> Any:
-        return replace(settings, seed=random_seed(self.config.seed, f"policy/{self.domain.name}"))
+    def train(self, way: str) -> None:
+        """Train the policy in one of `WAYS`, and record how that went."""
+        if way == "none":
+            return
+        seed = random_seed(self.config.seed, f"policy/{self.domain.name}")
+        if way in ("weighted", "plain"):
+            self._by_weights(replace(self.config.weighted, seed=seed))
+            return
+        guide: Any = guide_by_ppo if way == "ppo" else guide_by_rloo
+        guide(
+            self.policy,
+            self.reference,
+            self.tokenizer,
+            self.domain,
+            replace(getattr(self.config, way), seed=seed),
+            reward_fn=self.reward,
+            on_step=self._note_ppo if way == "ppo" else self._note_rloo,
+        )
 
-    def note(self, step: int, **values: float | None) -> None:
-        for name, value in values.items():
-            self.recorder.add(name, value, step=step)
+    def _by_weights(self, config: FineTuningConfig) -> None:
+        logs: list[FineTuningLog] = []
+        guide_by_weights(
+            self.policy,
+            self.tokenizer,
+            self.domain,
+            config,
+            reward_fn=self.reward,
+            on_step=logs.append,
+        )
+        for log in logs:
+            self.recorder.add("loss", log.loss, step=log.step)
+        share = sum(log.effective_sample_share for log in logs) / len(logs)
+        self.recorder.add("effective_sample_share", share)
 
+    def _note_ppo(self, log: StepLog) -> None:
+        self.recorder.add("ppo_kl", log.kl, step=log.step)
+        self.recorder.add("ppo_score", log.standardised_mean, step=log.step)
 
-def _by_weights(case: _Case) -> None:
-    logs: list[FineTuningLog] = []
-    tuning = case.seeded(case.config.weighted)
-    guide_by_weights(
-        case.policy,
-        case.tokenizer,
-        case.domain,
-        tuning,
-        reward_fn=case.reward,
-        on_step=logs.append,
-    )
-    for log in logs:
-        case.note(log.step, loss=log.loss)
-    share = sum(log.effective_sample_share for log in logs) / len(logs)
-    case.recorder.add("effective_sample_share", share)
-
-
-def _by_ppo(case: _Case) -> None:
-    _by_policy_gradient(
-        guide_by_ppo,
-        case,
-        case.config.ppo,
-        lambda log: case.note(log.step, ppo_kl=log.kl, ppo_score=log.standardised_mean),
-    )
-
-
-def _by_rloo(case: _Case) -> None:
-    _by_policy_gradient(
-        guide_by_rloo,
-        case,
-        case.config.rloo,
-        lambda log: case.note(log.step, rloo_score=log.score_mean, rloo_kl=log.kl),
-    )
-
-
-def _by_policy_gradient(guide: Any, case: _Case, settings: Any, note: Any) -> None:
-    guide(
-        case.policy,
-        case.reference,
-        case.tokenizer,
-        case.domain,
-        case.seeded(settings),
-        reward_fn=case.reward,
-        on_step=note,
-    )
-
-
-_GUIDES: dict[str, Callable[[_Case], None]] = {
-    "weighted": _by_weights,
-    "plain": _by_weights,
-    "ppo": _by_ppo,
-    "rloo": _by_rloo,
-    "none": lambda _: None,
-}
+    def _note_rloo(self, log: RLOOLog) -> None:
+        self.recorder.add("rloo_score", log.score_mean, step=log.step)
+        self.recorder.add("rloo_kl", log.kl, step=log.step)
 
 
 def _read(domain: Domain) -> list[Any]:
