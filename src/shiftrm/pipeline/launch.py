@@ -252,6 +252,6 @@ def _record_log(context: StageContext, model: Path) -> None:
     if not path.is_file():
         return
     for _, row in iterate_jsonl(path, required=("step",)):
-        for name, value in row.items():
+        for name, value in sorted(row.items()):  # a log that was resumed has another order
             if isinstance(value, int | float) and is_declared(name):
                 context.recorder.add(name, float(value), step=int(row["step"]))
