@@ -79,3 +79,13 @@ def test_a_method_from_outside_brings_its_label_and_colour():
     assert (m.name("mine"), m.arms["mine"].colour) == ("mine (Trace)", "#123456")
     assert m.adapted == ["mine"]
     assert m.name("lost") == "lost (vanilla)"  # cannot be imported: what the records say
+
+
+def test_groups_alone_make_no_meta_step():
+    """Contrast also learns from the policy's responses; only MetaRM logs meta steps."""
+    config = {"methods": {"contrast": {"reward": "contrast"}, "metarm": {"reward": "metarm"}}}
+    records = evaluated("contrast", "metarm")
+    for arm, metric in (("contrast", "loss"), ("metarm", "meta_influence")):
+        records.append(Record("reward_model", arm, 1, metric, 0.5, step=1))
+    found = Results(records, config).arms
+    assert {name: arm.adapts for name, arm in found.items()} == {"contrast": False, "metarm": True}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +90,7 @@ def _arm(
         return _recorded(m, name)
     optimiser = settings.get("policy") or _policy(config)
     keeps = not method.trains and not method.needs
+    logged = m.metrics("reward_model", name)
     arm = _styled(
         method,
         name if name != settings.get("reward") else "",
@@ -97,13 +98,17 @@ def _arm(
         optimiser=optimiser,
         keeps=keeps,
         trains=method.trains,
-        adapts="groups" in method.needs,
+        adapts="groups" in method.needs and (not logged or _meta_steps(logged)),
         buys_labels="labels" in method.needs,
     )
     if not keeps:
         return arm
     label = method.label if name == settings.get("reward") else name
     return replace(arm, name=f"{label} (vanilla{f' {optimiser.upper()}' if optimiser else ''})")
+
+
+def _meta_steps(logged: Iterable[str]) -> bool:
+    return any(metric.startswith("meta_") for metric in logged)
 
 
 def _policy(config: Mapping[str, Any]) -> str | None:
@@ -136,7 +141,7 @@ def _styled(method: Method, name: str, **facts: Any) -> Arm:
 
 def _recorded(m: Measurements, name: str) -> Arm:
     logged = set(m.metrics("reward_model", name))
-    if any(metric.startswith("meta_") for metric in logged):
+    if _meta_steps(logged):
         return Arm(f"{name} (MetaRM)", name, "", "", trains=True, adapts=True)
     if logged:
         return Arm(f"{name} (retrained)", name, "", "", trains=True)
