@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 __all__ = [
-    "EVERY", "LOG_FILE", "Advance", "Progress", "Task", "current", "duration",
+    "EVERY", "LOG_FILE", "Advance", "Progress", "ProgressTask", "current", "duration",
     "only_on_terminals", "quieten_libraries", "reporting", "speaks", "task",
 ]  # fmt: skip
 
@@ -29,7 +29,7 @@ LOG_FILE = "progress.log"
 """The file in a work folder that has every line, with its time."""
 
 
-class Task:
+class ProgressTask:
     """Work in progress, and how much of it is done.
 
     Attributes:
@@ -99,13 +99,13 @@ class Progress:
         every: float = EVERY,
     ) -> None:
         self._clock, self._every, self._say = clock, every, say
-        self._tasks = [Task(label, None, clock)]
+        self._tasks = [ProgressTask(label, None, clock)]
         self._spoke = clock()
         self._log: Path | None = None
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Task]:
+    def task(self, label: str, total: int | None) -> Iterator[ProgressTask]:
         """Run a task inside the block; lines report the latest task."""
         begun = self.begin(label, total)
         try:
@@ -113,17 +113,17 @@ class Progress:
         finally:
             self.end(begun)
 
-    def begin(self, label: str, total: int | None, *, done: int = 0) -> Task:
+    def begin(self, label: str, total: int | None, *, done: int = 0) -> ProgressTask:
         """Begin a task, for callers whose work is not a `with` block; `end` ends it.
 
         Args:
             done: how much is done before its clock starts.
         """
         with self._lock:
-            self._tasks.append(Task(label, total, self._clock, done=done))
+            self._tasks.append(ProgressTask(label, total, self._clock, done=done))
             return self._tasks[-1]
 
-    def end(self, task: Task) -> None:
+    def end(self, task: ProgressTask) -> None:
         """End a task that `begin` returned."""
         with self._lock:
             if task in self._tasks:
@@ -171,7 +171,7 @@ def task(label: str, total: int | None) -> Iterator[Callable[[int, int | None], 
     """Run a task of the running command; yields a function to call with (done, total)."""
     progress = current()
     if progress is None:
-        yield Task(label, total, time.monotonic).advance  # not shown
+        yield ProgressTask(label, total, time.monotonic).advance  # not shown
         return
     with progress.task(label, total) as begun:
         yield begun.advance

@@ -4,9 +4,9 @@ import pytest
 
 from shiftrm.methods.method import METHODS
 from shiftrm.pipeline.engine import random_seed, stage_keys
+from shiftrm.pipeline.job_checks import job_of
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import read_recipe
-from shiftrm.pipeline.settings import job_of
 
 TRAINED = ("retrained", "metarm_paper", "metarm_scale_free", "fresh_labels")
 

@@ -143,7 +143,7 @@ def understood(words, where):
         status, said = spoken(words)
     assert status == 0, f"{where}: {' '.join(words)}\n{said}"
     if "--config" not in words:
-        from shiftrm.pipeline.settings import check_job
+        from shiftrm.pipeline.job_checks import check_job
 
         given = dict(w.split("=", 1) for w in words[1:] if "=" in w and w[0] != "-")
         try:

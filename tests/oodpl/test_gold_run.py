@@ -13,10 +13,10 @@ from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.rendering import encode
 from shiftrm.pipeline import engine
 from shiftrm.pipeline.domain_section import DOMAIN_ARMS, DomainSection
+from shiftrm.pipeline.job_checks import job_of, settings_of
 from shiftrm.pipeline.jobs import MetaTrain, Optimise, TrainReward
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import check_settings, notes, read_recipe
-from shiftrm.pipeline.settings import job_of, settings_of
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.records import Record, read_records
 from shiftrm.report.domain_figures import all_figures

@@ -11,6 +11,7 @@ from shiftrm.models.sampling import SamplingConfig
 from shiftrm.models.templates import packaged
 from shiftrm.pipeline.engine import stage_keys
 from shiftrm.pipeline.experiment import Experiment
+from shiftrm.pipeline.job_checks import job_of
 from shiftrm.pipeline.jobs import (
     Made,
     Optimise,
@@ -26,7 +27,6 @@ from shiftrm.pipeline.jobs import (
 from shiftrm.pipeline.launch import Execution, accumulation, launcher, out_of_memory_line
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import check_settings, read_recipe
-from shiftrm.pipeline.settings import job_of
 from tests.pipeline.conftest import RECIPES
 from tests.pipeline.gold_world import recipe
 

@@ -7,7 +7,7 @@ import pytest
 
 from shiftrm.metrics import UndeclaredMetric
 from shiftrm.records import Record
-from shiftrm.report.measurements import Estimate, Measurements, estimate, t_quantile_95
+from shiftrm.report.measurements import Measurements, SeedEstimate, estimate, t_quantile_95
 
 
 def coverage(quantile: float, degrees: int) -> float:
@@ -49,8 +49,8 @@ def test_interval_of_two_seeds_that_excludes_zero():
 
 
 def test_one_seed_has_no_interval_and_never_excludes_zero():
-    assert estimate({3: 9.0}) == Estimate(9.0, None, 1)
-    assert not Estimate(9.0, None, 1).excludes_zero
+    assert estimate({3: 9.0}) == SeedEstimate(9.0, None, 1)
+    assert not SeedEstimate(9.0, None, 1).excludes_zero
     assert estimate({}) is None
 
 

@@ -5,7 +5,7 @@ import pytest
 from shiftrm.metrics import Better, Metric, declare
 from shiftrm.records import Record
 from shiftrm.report import setup_tables, sight, tables, win_tables
-from shiftrm.report.measurements import Estimate
+from shiftrm.report.measurements import SeedEstimate
 from shiftrm.report.results import Results
 
 from .records import DEMO, RECIPE, change, over_optimised, recipe_records
@@ -37,8 +37,8 @@ def test_fixed_point(value, text):
 
 
 def test_numbers_with_and_without_interval():
-    assert tables.number(Estimate(4.314, None, 1)) == "4.31"
-    assert tables.number(Estimate(4.314, 0.216, 3)) == "4.31 ± 0.22"
+    assert tables.number(SeedEstimate(4.314, None, 1)) == "4.31"
+    assert tables.number(SeedEstimate(4.314, 0.216, 3)) == "4.31 ± 0.22"
     assert tables.number(None) == "not measured"
 
 

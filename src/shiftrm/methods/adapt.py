@@ -40,7 +40,7 @@ from shiftrm.progress import task
 from shiftrm.trainers.kinds import Training
 from shiftrm.trainers.model_card import Adapted, model_card, summary
 from shiftrm.trainers.training import (
-    Job,
+    TrainingJob,
     TrainingRequest,
     open_work,
     prepare,
@@ -224,7 +224,7 @@ def _check_choices(request: Request) -> None:
 
 
 def _read(
-    job: Job, groups: str | None, samples: PolicySamples | None, *, share: float | None
+    job: TrainingJob, groups: str | None, samples: PolicySamples | None, *, share: float | None
 ) -> _Groups:
     """Return groups or prompts, and the prompts held out (none if share is None)."""
     if samples is None:
@@ -247,7 +247,10 @@ def _read(
 
 
 def _record(
-    job: Job, share: float, samples: PolicySamples | None, eval_groups: Mapping[str, str] | None
+    job: TrainingJob,
+    share: float,
+    samples: PolicySamples | None,
+    eval_groups: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """Return entries besides the training's that must match to resume an adaptation."""
     sampling = None
@@ -258,7 +261,7 @@ def _record(
 
 
 def _files(
-    job: Job, eval_pairs: Mapping[str, str], eval_groups: Mapping[str, str]
+    job: TrainingJob, eval_pairs: Mapping[str, str], eval_groups: Mapping[str, str]
 ) -> list[DataFile]:
     """Return what to measure on besides the held-out groups; the reference pairs come first."""
     files = [read_data(source, name or "held-out pairs") for name, source in eval_pairs.items()]
@@ -289,7 +292,7 @@ def _check_model(model: str, files: list[DataFile]) -> None:
         encode_data(scorer, file)
 
 
-def _sample(job: Job, samples: PolicySamples, source: _Groups, *, bar: Bar) -> DataFile:
+def _sample(job: TrainingJob, samples: PolicySamples, source: _Groups, *, bar: Bar) -> DataFile:
     """Return the groups, sampled into the work folder or found there."""
     path = job.work / SAMPLES
     if not path.exists():
@@ -330,7 +333,7 @@ def _free_memory() -> None:
         torch.accelerator.empty_cache()
 
 
-def _measure(job: Job, files: list[DataFile], *, bar: Bar) -> Findings:
+def _measure(job: TrainingJob, files: list[DataFile], *, bar: Bar) -> Findings:
     """Diagnose the model before and after, on data it was not trained on."""
 
     def load(path: str) -> Scorer:
@@ -375,7 +378,7 @@ def _how(
     return text
 
 
-def _write_groups(job: Job, out: DataFile | None) -> None:
+def _write_groups(job: TrainingJob, out: DataFile | None) -> None:
     """Write the held-out and the sampled groups into the unfinished result folder."""
     if out is not None:
         write_jsonl(job.finished / HELD_OUT, (row for _, row in out.rows))

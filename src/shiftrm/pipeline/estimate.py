@@ -16,9 +16,9 @@ from shiftrm.pipeline.domain_section import DomainSection
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.inputs import KINDS
+from shiftrm.pipeline.job_checks import job_of, settings_of
 from shiftrm.pipeline.jobs import MetaTest, MetaTrain, Optimise, Sample, Sft, TrainReward
 from shiftrm.pipeline.resources import Disk, Sizes, disk_of, mean_tokens, operations
-from shiftrm.pipeline.settings import job_of, settings_of
 from shiftrm.world.build import WorldConfig, base_model_config
 from shiftrm.world.language import MAX_RESPONSE_TOKENS, PROMPT_TOKENS, build_tokenizer
 

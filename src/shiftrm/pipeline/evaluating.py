@@ -19,7 +19,7 @@ from shiftrm.measure.overoptimisation import overoptimisation, path_from_rows, s
 from shiftrm.models.scoring import mean_and_spread, score_rows
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import place
-from shiftrm.pipeline.measures import Measured, free, policy_kl
+from shiftrm.pipeline.measures import ResponseNumbers, free, policy_kl
 from shiftrm.policies.ppo import RewardFunction
 from shiftrm.policies.text_rewards import open_watch
 from shiftrm.records import Recorder
@@ -63,7 +63,7 @@ def _evaluate(context: StageContext) -> None:
         scale = score_rows(scorer, read_jsonl(inputs["scale"]))
     del scorer
     free()
-    measured = Measured.of(rows["after"], rewards["after"], mean_and_spread(scale))
+    measured = ResponseNumbers.of(rows["after"], rewards["after"], mean_and_spread(scale))
     measured.record(recorder)
     _record_spread(recorder, rewards, settings["kept_values"])
     golds = None

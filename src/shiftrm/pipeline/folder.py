@@ -14,7 +14,7 @@ from shiftrm.config import differences, read_yaml
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
 from shiftrm.pipeline.engine import Stage
-from shiftrm.progress import Task, current
+from shiftrm.progress import ProgressTask, current
 
 __all__ = ["CONFIG_FILE", "claim", "progress"]
 
@@ -70,7 +70,7 @@ def progress(stages: list[Stage]) -> Iterator[Any]:
     """Show a progress bar with the running stages; without a terminal, a line per stage."""
     if not sys.stderr.isatty():
         done = 0
-        begun: dict[str, Task] = {}
+        begun: dict[str, ProgressTask] = {}
         reporter = current()
 
         def plain(event: str, name: str) -> None:

@@ -12,11 +12,11 @@ from shiftrm.models.scoring import mean_and_spread
 from shiftrm.policies.ppo_math import exact_token_kl
 from shiftrm.records import Recorder
 
-__all__ = ["Measured", "free", "policy_kl"]
+__all__ = ["ResponseNumbers", "free", "policy_kl"]
 
 
 @dataclass(frozen=True)
-class Measured:
+class ResponseNumbers:
     """A policy's responses under its reward model.
 
     Attributes:
@@ -39,7 +39,7 @@ class Measured:
         rows: Sequence[Row],
         rewards: Sequence[Sequence[float]],
         standard: tuple[float, float],
-    ) -> "Measured":
+    ) -> "ResponseNumbers":
         texts = [response for row in rows for response in row["responses"]]
         finished = [done for row in rows for done in row["finished"]]
         mean, _ = mean_and_spread(rewards)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from shiftrm.files import Row
 from shiftrm.pipeline.engine import Stage
 from shiftrm.pipeline.experiment import Experiment
+from shiftrm.pipeline.job_checks import job_of, settings_of
 from shiftrm.pipeline.jobs import Made, MetaTest, MetaTrain, Sample, Sft, TrainReward, is_training
-from shiftrm.pipeline.settings import job_of, settings_of
 
 __all__ = ["Disk", "Sizes", "disk_of", "mean_tokens", "operations", "speed", "time_note"]
 

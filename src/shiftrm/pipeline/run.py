@@ -20,9 +20,9 @@ from shiftrm.pipeline.estimate import MEMORY_NOTE, Estimate, estimate, judging_c
 from shiftrm.pipeline.experiment import Experiment, arms_by_name
 from shiftrm.pipeline.folder import claim, progress
 from shiftrm.pipeline.inputs import KINDS, check_data, check_judge, check_models
+from shiftrm.pipeline.job_checks import check_job, job_of, settings_of
 from shiftrm.pipeline.plan import JUDGING, plan
 from shiftrm.pipeline.resources import speed, time_note
-from shiftrm.pipeline.settings import check_job, job_of, settings_of
 
 __all__ = ["RECIPES", "dry_run", "find_recipe", "read_recipe", "run_recipe"]
 

@@ -26,7 +26,7 @@ from shiftrm.policies.text_rewards import check_watch, open_watch
 from shiftrm.policies.trl_run import Plan, run_in_work, run_trl
 from shiftrm.policies.trl_trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 from shiftrm.trainers.pair_batches import table
-from shiftrm.trainers.training import Job, begin
+from shiftrm.trainers.training import TrainingJob, begin
 
 __all__ = ["METHODS", "Inputs", "elsewhere", "optimise", "sft"]
 
@@ -143,7 +143,7 @@ def _begin(
     settings: Mapping[str, Any],
     config: type,
     command: str | None,
-) -> Job:
+) -> TrainingJob:
     job = begin(
         model,
         output=output,
@@ -169,7 +169,7 @@ def elsewhere(method: str) -> dict[str, str]:
     }
 
 
-def _prompts(job: Job, source: str) -> list[Text]:
+def _prompts(job: TrainingJob, source: str) -> list[Text]:
     _, found = read_prompts(source)
     rows = [{"prompt": prompt} for prompt in found]
     job.tables["prompts"] = table(source, rows, ("prompt",))
@@ -177,7 +177,7 @@ def _prompts(job: Job, source: str) -> list[Text]:
     return found
 
 
-def _dpo_plan(job: Job, inputs: Inputs) -> Plan:
+def _dpo_plan(job: TrainingJob, inputs: Inputs) -> Plan:
     source, name = str(inputs.pairs), inputs.reference_name
     rows = read_pairs(source)
     job.tables["pairs"] = table(source, rows, PAIR_COLUMNS)
@@ -209,7 +209,7 @@ def _dpo_plan(job: Job, inputs: Inputs) -> Plan:
     )
 
 
-def _rewarded_plan(job: Job, method: str, prompts: Sequence[Text], inputs: Inputs) -> Plan:
+def _rewarded_plan(job: TrainingJob, method: str, prompts: Sequence[Text], inputs: Inputs) -> Plan:
     args, name = job.chosen.args, inputs.reference_name
     apart = not same_model(name, job.model)
     scorer = open_watch(str(inputs.reward), batch_size=args.per_device_train_batch_size)

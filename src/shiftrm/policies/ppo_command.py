@@ -35,7 +35,7 @@ from shiftrm.policies.text_rewards import Watch, open_watch, reward_scale
 from shiftrm.progress import task
 from shiftrm.trainers.progress import say
 from shiftrm.trainers.settings import command_defaults, first_line
-from shiftrm.trainers.training import Job
+from shiftrm.trainers.training import TrainingJob
 from shiftrm.trainers.training_log import write_training_log
 
 __all__ = ["log_row", "reporting", "reporting_arguments", "run_ppo"]
@@ -48,7 +48,7 @@ RENAMED = {"kl": "sequence_kl", "kl_sampled": "sequence_kl_sampled", "score_mean
 
 
 def run_ppo(
-    job: Job,
+    job: TrainingJob,
     inputs: Inputs,
     config: PPOConfig,
     prompts: Sequence[Text],
@@ -106,7 +106,7 @@ def run_ppo(
 
 
 def _train(
-    job: Job,
+    job: TrainingJob,
     config: PPOConfig,
     problem: Problem,
     report: Callable[[Row], None],
@@ -140,14 +140,14 @@ def log_row(log: StepLog) -> Row:
     return {RENAMED.get(key, key): value for key, value in values.items() if value is not None}
 
 
-def _watch(job: Job, name: str | None) -> Watch | None:
+def _watch(job: TrainingJob, name: str | None) -> Watch | None:
     """Return the watch on the main process, which sees all roll-outs."""
     if name is None or not PartialState().is_main_process:
         return None
     return Watch(open_watch(name), job.work)
 
 
-def _load(job: Job, inputs: Inputs, config: PPOConfig, prompts: Sequence[Text]) -> Problem:
+def _load(job: TrainingJob, inputs: Inputs, config: PPOConfig, prompts: Sequence[Text]) -> Problem:
     """Load policy (with a new adapter if LoRA is on), reference and reward model."""
     reference = inputs.reference_name
     reward_fn = open_watch(str(inputs.reward), batch_size=min(64, config.forward_batch_size))
@@ -166,7 +166,7 @@ def _load(job: Job, inputs: Inputs, config: PPOConfig, prompts: Sequence[Text]) 
     return Problem(policy.to(device), beside, tokenizer, prompts, reward_fn)
 
 
-def _scaled(job: Job, config: PPOConfig, problem: Problem) -> PPOConfig:
+def _scaled(job: TrainingJob, config: PPOConfig, problem: Problem) -> PPOConfig:
     """Fill in mean and spread of the rewards of the reference's responses, unless given."""
     if config.reward_mean is not None and config.reward_std is not None:
         return config
@@ -198,7 +198,7 @@ def _measured_scale(config: PPOConfig, problem: Problem) -> tuple[float, float]:
         )
 
 
-def _final_kl(job: Job, config: PPOConfig, problem: Problem) -> MeasuredKL | None:
+def _final_kl(job: TrainingJob, config: PPOConfig, problem: Problem) -> MeasuredKL | None:
     """Measured by the main process."""
     if not job.chosen.args.kl_samples or not PartialState().is_main_process:
         return None
@@ -253,7 +253,7 @@ def _progress(steps: int) -> Iterator[Callable[[StepLog], None]]:
         yield show
 
 
-def reporting_arguments(job: Job) -> TrainingArguments:
+def reporting_arguments(job: TrainingJob) -> TrainingArguments:
     """Return arguments for transformers' integrations; joins the processes of `accelerate launch`.
 
     Call this before other code uses the processes, because it sets them up again.

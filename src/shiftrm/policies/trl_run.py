@@ -21,7 +21,7 @@ from shiftrm.policies.rollouts import Problem
 from shiftrm.policies.text_rewards import with_gold
 from shiftrm.trainers.settings import first_line
 from shiftrm.trainers.training import (
-    Job,
+    TrainingJob,
     add_callbacks,
     open_work,
     publish,
@@ -60,7 +60,7 @@ class Plan:
 
 
 def run_in_work(
-    job: Job,
+    job: TrainingJob,
     train: Callable[[Path | None], PolicyOutcome],
     *,
     more: dict[str, Any],
@@ -86,7 +86,7 @@ def run_in_work(
     return policy_summary(outcome) if processes.is_main_process else None
 
 
-def run_trl(job: Job, plan: Plan, checkpoint: Path | None) -> PolicyOutcome:
+def run_trl(job: TrainingJob, plan: Plan, checkpoint: Path | None) -> PolicyOutcome:
     """Train with a TRL trainer; write model and log to `job.finished`."""
     used = job.chosen.beyond_defaults()
     trainer = _made(job, plan)
@@ -116,7 +116,7 @@ def run_trl(job: Job, plan: Plan, checkpoint: Path | None) -> PolicyOutcome:
     )
 
 
-def _made(job: Job, plan: Plan) -> Any:
+def _made(job: TrainingJob, plan: Plan) -> Any:
     """Make the trainer with callbacks; errors of libraries become one line."""
     args = job.chosen.args
     given, args.model_init_kwargs = getattr(args, "model_init_kwargs", None), None  # used up
@@ -131,7 +131,7 @@ def _made(job: Job, plan: Plan) -> Any:
     return trainer
 
 
-def _fit(job: Job, trainer: Any, checkpoint: Path | None) -> None:
+def _fit(job: TrainingJob, trainer: Any, checkpoint: Path | None) -> None:
     if checkpoint is not None and trainer.accelerator.is_main_process:
         print(f"Continuing from {checkpoint}", flush=True)
     try:
@@ -147,7 +147,7 @@ def _fit(job: Job, trainer: Any, checkpoint: Path | None) -> None:
         ) from None
 
 
-def _final_kl(job: Job, plan: Plan, trainer: Any) -> MeasuredKL | None:
+def _final_kl(job: TrainingJob, plan: Plan, trainer: Any) -> MeasuredKL | None:
     """Measured by the main process; skipped if weights are sharded."""
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not plan.kl_samples or not plan.prompts or sharded:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from shiftrm.measure.diagnosis.thresholds import SPREAD_FACTOR
-from shiftrm.report.measurements import Estimate, Measurements, estimate
+from shiftrm.report.measurements import Measurements, SeedEstimate, estimate
 from shiftrm.report.results import SFT, Results
 
 KL_TOLERANCE = 0.25  # arms that differ by more are not "at matched KL"
@@ -38,7 +38,7 @@ class GoldGap:
     round: int
     gold: float
     reference_gold: float
-    difference: Estimate
+    difference: SeedEstimate
     sampling_half_width: float | None
     kl: float | None
     reference_kl: float | None
@@ -168,7 +168,7 @@ Change = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class AdaptationEffect:
     """Changes by a round's adaptation, on responses of the same policy.
 
     Old: the reward model of the previous round (round 1: the first one); new: the adapted one.
@@ -203,7 +203,7 @@ class Adaptation:
         return "duller" if new - old < -self.noise else "no clear change"
 
 
-def adaptation(m: Results, method: str, round_: int) -> Adaptation:
+def adaptation(m: Results, method: str, round_: int) -> AdaptationEffect:
     """Compare the reward model before and after the adaptation that starts a round."""
     vanilla = m.vanilla
     if round_ > 1:
@@ -224,16 +224,16 @@ def adaptation(m: Results, method: str, round_: int) -> Adaptation:
     )
     noise = accuracy_noise(accuracy[0] or 0.0, accuracy[1] or 0.0, *sizes)
     relative, raw = change("relative_difference_variance"), change("difference_variance")
-    return Adaptation(method, round_, accuracy, noise, relative, raw)
+    return AdaptationEffect(method, round_, accuracy, noise, relative, raw)
 
 
-def adaptations(m: Results) -> list[Adaptation]:
+def adaptations(m: Results) -> list[AdaptationEffect]:
     """Return all rounds of all arms that train reward models of their own."""
     trains = [arm for arm in m.with_rewards if m.arms[arm].trains]
     return [adaptation(m, arm, round_) for arm in trains for round_ in m.rounds(arm)]
 
 
-def influence(m: Measurements, method: str, round_: int) -> Estimate | None:
+def influence(m: Measurements, method: str, round_: int) -> SeedEstimate | None:
     """Return the mean of `|grad L(theta') - grad L(theta)| / |grad L(theta)|`, by seed."""
     curves = m.curve("reward_model", method, round_, "meta_influence")
     return estimate(

@@ -23,7 +23,7 @@ _SPARE = (
 
 
 @dataclass(frozen=True)
-class Arm:
+class ShownArm:
     """An arm as the page shows it.
 
     Attributes:
@@ -52,7 +52,7 @@ class Arm:
     buys_labels: bool = False
 
 
-def arms_of(m: Measurements, config: Mapping[str, Any]) -> dict[str, Arm]:
+def arms_of(m: Measurements, config: Mapping[str, Any]) -> dict[str, ShownArm]:
     """Return the arms that have records: SFT, then those of the configuration in its order.
 
     An arm that the configuration does not name is described by what it recorded: meta-step metrics
@@ -78,7 +78,7 @@ def arm_settings(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _arm(
     m: Measurements, name: str, settings: Mapping[str, Any] | None, config: Mapping[str, Any]
-) -> Arm:
+) -> ShownArm:
     if name == SFT:
         return _styled(_START, name, words="where all arms start")
     if settings is None:
@@ -127,10 +127,10 @@ def _method(reward: Any) -> Method | None:
         return None
 
 
-def _styled(method: Method, name: str, **facts: Any) -> Arm:
+def _styled(method: Method, name: str, **facts: Any) -> ShownArm:
     """Return an arm in the method's style. An arm with a name of its own keeps it."""
     own = name not in ("", "sft", "dpo")
-    return Arm(
+    return ShownArm(
         name=f"{name} ({method.short})" if own else method.label,
         short=name if own else method.short,
         colour=method.colour,
@@ -139,18 +139,18 @@ def _styled(method: Method, name: str, **facts: Any) -> Arm:
     )
 
 
-def _recorded(m: Measurements, name: str) -> Arm:
+def _recorded(m: Measurements, name: str) -> ShownArm:
     logged = set(m.metrics("reward_model", name))
     if _meta_steps(logged):
-        return Arm(f"{name} (MetaRM)", name, "", "", trains=True, adapts=True)
+        return ShownArm(f"{name} (MetaRM)", name, "", "", trains=True, adapts=True)
     if logged:
-        return Arm(f"{name} (retrained)", name, "", "", trains=True)
+        return ShownArm(f"{name} (retrained)", name, "", "", trains=True)
     if m.rounds(name, "ppo", "rewards/accuracies"):
         return _styled(_DPO, name, words="none", optimiser="dpo", is_dpo=True)
-    return Arm(f"{name} (vanilla)", name, "", "", words="kept fixed", keeps=True)
+    return ShownArm(f"{name} (vanilla)", name, "", "", words="kept fixed", keeps=True)
 
 
-def _distinct(arms: dict[str, Arm]) -> dict[str, Arm]:
+def _distinct(arms: dict[str, ShownArm]) -> dict[str, ShownArm]:
     """Give spare colours and markers to arms that have none, or those of an arm before them."""
     declared = {arm.colour for arm in arms.values()}
     spare = [look for look in _SPARE if look[0] not in declared]

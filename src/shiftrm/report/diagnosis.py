@@ -12,7 +12,7 @@ from shiftrm.files import atomic_write_text
 from shiftrm.measure.diagnosis import thresholds
 from shiftrm.measure.diagnosis.findings import Findings
 from shiftrm.records import library_versions, source_commit
-from shiftrm.report.diagnosis_examples import Example, examples
+from shiftrm.report.diagnosis_examples import ShownRow, examples
 from shiftrm.report.diagnosis_plots import (
     Series,
     calibration_figure,
@@ -91,7 +91,7 @@ def render_page(found: Findings) -> str:
     )
 
 
-def _examples(found: Findings, names: list[str]) -> list[tuple[str, list[Example]]]:
+def _examples(found: Findings, names: list[str]) -> list[tuple[str, list[ShownRow]]]:
     return [
         (name, examples(file, rows))
         for name, file, rows in zip(names, found.files, found.rows, strict=True)

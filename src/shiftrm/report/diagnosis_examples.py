@@ -28,7 +28,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Example:
+class ShownRow:
     """A prompt with its responses, the best first."""
 
     why: str
@@ -37,7 +37,7 @@ class Example:
     left_out: int
 
 
-def examples(file: ScoredFile, rows: Sequence[Row]) -> list[Example]:
+def examples(file: ScoredFile, rows: Sequence[Row]) -> list[ShownRow]:
     """Return groups with the smallest and largest spread, or the worst and closest pairs.
 
     Args:
@@ -62,14 +62,14 @@ def _deviation(group: ScoredGroup) -> float:
     return float(np.std([response.reward for response in group.responses]))
 
 
-def _of_group(why: str, single: ScoredGroup, whole: ScoredGroup, row: Row) -> Example:
+def _of_group(why: str, single: ScoredGroup, whole: ScoredGroup, row: Row) -> ShownRow:
     first: dict[Any, int] = {}
     for i, response in enumerate(whole.responses):
         first.setdefault(response.key if response.key is not None else ("none", i), i)
     order = sorted(first.values(), key=lambda i: -whole.responses[i].reward)
     shown = [Shown(as_text(row["responses"][i]), _note(whole.responses[i])) for i in order]
     deviation = short(_deviation(single), 3)
-    return Example(
+    return ShownRow(
         f"{why}: standard deviation {deviation}",
         as_text(row.get("prompt")),
         tuple(shown[:RESPONSES]),
@@ -77,13 +77,13 @@ def _of_group(why: str, single: ScoredGroup, whole: ScoredGroup, row: Row) -> Ex
     )
 
 
-def _of_pairs(file: ScoredFile, rows: Sequence[Row]) -> list[Example]:
+def _of_pairs(file: ScoredFile, rows: Sequence[Row]) -> list[ShownRow]:
     margins = [pair.chosen.reward - pair.rejected.reward for pair in file.pairs]
     different = [i for i, p in enumerate(file.pairs) if len(distinct(p.as_group()).responses) > 1]
     wrong = [i for i in sorted(different, key=lambda i: margins[i])[:EXAMPLES] if margins[i] < 0]
     close = sorted((i for i in different if i not in wrong), key=lambda i: abs(margins[i]))
     return [
-        Example(
+        ShownRow(
             f"{why}: chosen - rejected = {short(margins[i], 3, sign=True)}",
             as_text(rows[i].get("prompt")),
             (

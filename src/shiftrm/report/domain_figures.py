@@ -23,7 +23,7 @@ from shiftrm.report.domain_records import (
     targets_of,
     values,
 )
-from shiftrm.report.measurements import Estimate, estimate
+from shiftrm.report.measurements import SeedEstimate, estimate
 
 __all__ = ["all_figures"]
 
@@ -143,10 +143,10 @@ def gradient_norm_figure(records: Sequence[Record]) -> Figure:
     for colour, beta in zip(_LINES, betas_of(records), strict=False):
         curve = _curve(records, "meta", f"beta_{beta:g}", "hypergradient_norm")
         _draw(axes[0], curve, colour, f"beta {beta:g}", band=False)
-        smallest: list[tuple[float, Estimate]] = []
+        smallest: list[tuple[float, SeedEstimate]] = []
         for step, point in curve:
             low = min(point.mean, smallest[-1][1].mean) if smallest else point.mean
-            smallest.append((step, Estimate(low, None, point.count)))
+            smallest.append((step, SeedEstimate(low, None, point.count)))
         _draw(axes[1], smallest, colour, f"beta {beta:g}", band=False)
     for ax, label in zip(axes, ("norm of the hypergradient", "smallest so far"), strict=True):
         if ax.lines:
@@ -163,7 +163,7 @@ _TITLE: Any = {"fontsize": 11, "loc": "left"}
 
 def _curve(
     records: Sequence[Record], stage: str, method: str, metric: str
-) -> list[tuple[float, Estimate]]:
+) -> list[tuple[float, SeedEstimate]]:
     declared(metric)
     by_step: dict[int, dict[int, float]] = {}
     for r in records:
@@ -175,7 +175,7 @@ def _curve(
 
 def _draw(
     ax: Axes,
-    curve: Sequence[tuple[float, Estimate]],
+    curve: Sequence[tuple[float, SeedEstimate]],
     colour: str,
     label: str | None = None,
     *,

@@ -16,7 +16,7 @@ from shiftrm.report.domain_records import (
     targets_of,
     values,
 )
-from shiftrm.report.measurements import Estimate, estimate
+from shiftrm.report.measurements import SeedEstimate, estimate
 from shiftrm.report.page import page_template
 from shiftrm.report.pictures import image_of
 from shiftrm.report.results import Results
@@ -186,7 +186,7 @@ def _cell(found: Mapping[int, float]) -> str:
     return f"{known.mean:.3f} ± {known.half_width:.3f}"
 
 
-def _signed(known: Estimate | None) -> str:
+def _signed(known: SeedEstimate | None) -> str:
     if known is None:
         return "-"
     if known.half_width is None:

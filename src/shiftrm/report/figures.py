@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from shiftrm.measure.diagnosis.thresholds import INFLUENCE_FLOOR
 from shiftrm.metrics import metric as declared
 from shiftrm.report.analysis import normalised_differences
-from shiftrm.report.measurements import Estimate
+from shiftrm.report.measurements import SeedEstimate
 from shiftrm.report.plots import (
     GREY,
     Curve,
@@ -132,7 +132,7 @@ def accuracy_curve_figure(m: Results, arm: str) -> Figure | None:
     return figure
 
 
-def deployed_accuracy(m: Results, arm: str, round_: int) -> Estimate | None:
+def deployed_accuracy(m: Results, arm: str, round_: int) -> SeedEstimate | None:
     """Return the held-out accuracy of the reward model that a round deployed."""
     final = m.estimate("reward_model", arm, round_, "eval_accuracy_final")
     return final or m.estimate("evaluate", arm, round_, "accuracy_heldout")

@@ -13,7 +13,7 @@ from shiftrm.records import Record
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SeedEstimate:
     """A mean over seeds with the half width of its 95 % t-interval (None for one seed)."""
 
     mean: float
@@ -36,17 +36,17 @@ class Estimate:
         return self.half_width is not None and (self.low > 0 or self.high < 0)
 
 
-def estimate(values: Mapping[int, float]) -> Estimate | None:
+def estimate(values: Mapping[int, float]) -> SeedEstimate | None:
     """Return mean and 95 % t-interval of one value per seed; None without values."""
     numbers = list(values.values())
     if not numbers:
         return None
     mean = sum(numbers) / len(numbers)
     if len(numbers) == 1:
-        return Estimate(mean, None, 1)
+        return SeedEstimate(mean, None, 1)
     variance = sum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1)
     half_width = t_quantile_95(len(numbers) - 1) * math.sqrt(variance / len(numbers))
-    return Estimate(mean, half_width, len(numbers))
+    return SeedEstimate(mean, half_width, len(numbers))
 
 
 _Key = tuple[str, str, int, str]  # stage, method, round, metric
@@ -117,7 +117,7 @@ class Measurements:
             values |= self.final(stage, method, round_, metric)
         return values
 
-    def estimate(self, stage: str, method: str, round_: int, metric: str) -> Estimate | None:
+    def estimate(self, stage: str, method: str, round_: int, metric: str) -> SeedEstimate | None:
         """Return the mean of `final` over the seeds."""
         return estimate(self.final(stage, method, round_, metric))
 
@@ -126,7 +126,7 @@ class Measurements:
         found = self.estimate("evaluate", method, round_, metric)
         return found.mean if found else None
 
-    def course(self, method: str, metric: str) -> list[tuple[int, Estimate]]:
+    def course(self, method: str, metric: str) -> list[tuple[int, SeedEstimate]]:
         """Return (round, estimate) of an evaluation's metric, in the order of the rounds."""
         found = [
             (r, self.estimate("evaluate", method, r, metric))
@@ -186,7 +186,7 @@ class Measurements:
         found = (rounds for key, rounds in self._rounds.items() if key[:2] == (stage, method))
         return sorted(set().union(*found))
 
-    def merged(self, stage: str) -> dict[str, Estimate]:
+    def merged(self, stage: str) -> dict[str, SeedEstimate]:
         """Return the final metrics of a stage by name, means over the seeds; later rounds count."""
         found: dict[str, dict[int, float]] = defaultdict(dict)
         for (key_stage, _, _, metric), by_seed in self._finals.items():

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shiftrm.records import Record
-from shiftrm.report.arms import SFT, Arm, arms_of
-from shiftrm.report.measurements import Estimate, Measurements
+from shiftrm.report.arms import SFT, ShownArm, arms_of
+from shiftrm.report.measurements import Measurements, SeedEstimate
 
 
 class Results(Measurements):
@@ -21,7 +21,7 @@ class Results(Measurements):
     def __init__(self, records: Iterable[Record], config: Mapping[str, Any] | None = None) -> None:
         super().__init__(records)
         self.config: Mapping[str, Any] = config or {}
-        self.arms: dict[str, Arm] = arms_of(self, self.config)
+        self.arms: dict[str, ShownArm] = arms_of(self, self.config)
 
     def section(self, name: str) -> Mapping[str, Any]:
         """Return a section of the configuration; empty if it is missing."""
@@ -65,7 +65,7 @@ class Results(Measurements):
         """The rounds after which responses were measured."""
         return sorted({r for arm in self.trained for r in self.rounds(arm)})
 
-    def last(self, arm: str, metric: str) -> tuple[int, Estimate] | None:
+    def last(self, arm: str, metric: str) -> tuple[int, SeedEstimate] | None:
         """Return the last round in which a metric was evaluated, and its estimate."""
         course = self.course(arm, metric)
         return course[-1] if course else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shiftrm.metrics import metric as declared
 from shiftrm.report.analysis import influence
-from shiftrm.report.measurements import Estimate, estimate
+from shiftrm.report.measurements import SeedEstimate, estimate
 from shiftrm.report.results import SFT, Results
 
 NOT_MEASURED = "not measured"
@@ -27,7 +27,7 @@ class Table:
 # -- cells -------------------------------------------------------------------------------------
 
 
-def number(found: Estimate | None, digits: int = 2) -> str:
+def number(found: SeedEstimate | None, digits: int = 2) -> str:
     """Format `4.31`, for several seeds `4.31 ± 0.22` (95 % t-interval), or "not measured"."""
     if found is None:
         return NOT_MEASURED

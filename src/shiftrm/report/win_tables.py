@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shiftrm.core.intervals import LEVEL, sign_test
 from shiftrm.metrics import metric as declared
-from shiftrm.report.measurements import Estimate, estimate
+from shiftrm.report.measurements import SeedEstimate, estimate
 from shiftrm.report.results import SFT, Results
 from shiftrm.report.tables import NOT_MEASURED, Table, number
 
@@ -89,7 +89,7 @@ def contest(
 
 
 def _bounds(
-    m: Results, stage: str, method: str, rounds: Sequence[int], opponent: str, win: Estimate
+    m: Results, stage: str, method: str, rounds: Sequence[int], opponent: str, win: SeedEstimate
 ) -> tuple[float, float] | None:
     if win.half_width is not None:
         return max(0.0, win.low), min(1.0, win.high)
@@ -195,7 +195,7 @@ def judging_table(m: Results) -> Table:
     )
 
 
-def _judged(m: Results, key: tuple[str, int], name: str) -> Estimate | None:
+def _judged(m: Results, key: tuple[str, int], name: str) -> SeedEstimate | None:
     recorded = m.estimate("evaluate", *key, f"{name}_vs_sft")
     if recorded is not None or name != "rate":
         return recorded

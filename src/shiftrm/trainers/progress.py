@@ -37,7 +37,7 @@ class ProgressInWords(TrainerCallback):
 
     def __init__(self, shown: Sequence[str] = SHOWN, *, speaks: bool = True) -> None:
         self._shown, self._speaks = tuple(shown), speaks
-        self._tasks: dict[str, progress.Task] = {}
+        self._tasks: dict[str, progress.ProgressTask] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = self._shown

@@ -63,7 +63,7 @@ class TrainingRequest:
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """A training run with checked options.
 
     Attributes:
@@ -134,7 +134,9 @@ def train(request: TrainingRequest, training: Training) -> str | None:
     return summary(outcome) if processes.is_main_process else None
 
 
-def prepare(request: TrainingRequest, training: Training, *, command_name: str = "train") -> Job:
+def prepare(
+    request: TrainingRequest, training: Training, *, command_name: str = "train"
+) -> TrainingJob:
     """Check options and read the pairs, without writing anything.
 
     Args:
@@ -192,7 +194,7 @@ def begin(
     command: str | None,
     command_name: str,
     **judging: Any,
-) -> Job:
+) -> TrainingJob:
     """Return a job without data after quick checks of output, settings and model.
 
     Args:
@@ -216,11 +218,11 @@ def begin(
     template = getattr(chosen.args, "chat_template_path", None)
     if template is not None and not (Path(template).exists() or exists(template)):
         raise UserError(f"chat_template_path={template}: no such file or folder")
-    return Job(model, output, target, work, chosen, {}, [], command)
+    return TrainingJob(model, output, target, work, chosen, {}, [], command)
 
 
 def train_in_work(
-    job: Job, groups: list[Row] | None, checkpoint: Path | None, *, evaluate: bool = True
+    job: TrainingJob, groups: list[Row] | None, checkpoint: Path | None, *, evaluate: bool = True
 ) -> Outcome:
     """Train and write the result to `job.finished`; the trainer is freed on return.
 
@@ -258,7 +260,7 @@ def train_in_work(
     return outcome
 
 
-def _trainer(job: Job, groups: list[Row] | None) -> RewardTrainer:
+def _trainer(job: TrainingJob, groups: list[Row] | None) -> RewardTrainer:
     model, chosen = job.model, job.chosen
     heldout = {
         name.removeprefix("eval").strip(): t for name, t in job.tables.items() if name != "pairs"
@@ -355,13 +357,13 @@ def write_model(trainer: Any, finished: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def publish(job: Job, card: str) -> None:
+def publish(job: TrainingJob, card: str) -> None:
     """Add the card and rename the result to the output; for the main process."""
     work_folder.publish_folder(job.finished, job.work, job.target, card)
 
 
 @contextmanager
-def open_work(job: Job, more: Mapping[str, Any] | None = None) -> Iterator[Path | None]:
+def open_work(job: TrainingJob, more: Mapping[str, Any] | None = None) -> Iterator[Path | None]:
     """Hold the work folder of a job; out-of-memory errors also become one line.
 
     Args:
@@ -372,7 +374,7 @@ def open_work(job: Job, more: Mapping[str, Any] | None = None) -> Iterator[Path 
         yield checkpoint
 
 
-def _run_record(job: Job) -> dict[str, Any]:
+def _run_record(job: TrainingJob) -> dict[str, Any]:
     """Return the entries that must match to resume an interrupted run."""
     return {
         "model": job.model,

@@ -42,7 +42,7 @@ MARKER = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):(?: |(?=\s)|\Z)")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-class Turn(NamedTuple):
+class TranscriptTurn(NamedTuple):
     """One turn of a transcript, unchanged; text before the first marker has speaker ""."""
 
     marker: str
@@ -50,20 +50,20 @@ class Turn(NamedTuple):
     text: str
 
 
-def parse_transcript(transcript: str) -> list[Turn]:
+def parse_transcript(transcript: str) -> list[TranscriptTurn]:
     """Cut a transcript at its markers; `join_turns` gives it back, byte for byte."""
-    turns: list[Turn] = []
+    turns: list[TranscriptTurn] = []
     marker, speaker, start = "", "", 0
     for match in MARKER.finditer(transcript):
         if match.start() > start or speaker:
-            turns.append(Turn(marker, speaker, transcript[start : match.start()]))
+            turns.append(TranscriptTurn(marker, speaker, transcript[start : match.start()]))
         marker, speaker, start = match[0], match[1], match.end()
     if speaker or transcript:
-        turns.append(Turn(marker, speaker, transcript[start:]))
+        turns.append(TranscriptTurn(marker, speaker, transcript[start:]))
     return turns
 
 
-def join_turns(turns: Iterable[Turn]) -> str:
+def join_turns(turns: Iterable[TranscriptTurn]) -> str:
     """Return the transcript that `parse_transcript` cut."""
     return "".join(turn.marker + turn.text for turn in turns)
 
