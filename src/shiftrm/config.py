@@ -56,7 +56,7 @@ def apply_overrides(
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise UserError(f"{word!r} is not a setting; write key=value, such as ppo.steps=10")
+            raise UserError(f"{word!r} is not a setting; write key=value, such as rounds=2")
         value = parse_yaml(text, repr(shortened(word)), word=True)
         node = result
         *parents, last = key.split(".")
