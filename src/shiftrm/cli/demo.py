@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from shiftrm.cli.checks import output_folder
 from shiftrm.cli.options import About, option, optional
-from shiftrm.config import to_mapping
+from shiftrm.cli.run import run_to_page
 
 EPILOG = """examples:
   shiftrm demo
@@ -46,9 +46,8 @@ class Options:
 
 def run(options: Options) -> None:
     import os
-    import time
 
-    from shiftrm.pipeline.run import read_recipe, run_recipe
+    from shiftrm.pipeline.run import read_recipe
 
     named = {"seed": options.seed, "rounds": options.rounds}
     overrides = [f"{key}={value}" for key, value in named.items() if value is not None]
@@ -56,8 +55,4 @@ def run(options: Options) -> None:
         overrides.append("policy.settings.kl_target=null")
     overrides.append(f"execution.workers={options.workers or os.cpu_count() or 1}")
     recipe = read_recipe("gold_demo", [*overrides, *options.settings])
-    output, started = output_folder(options.output), time.monotonic()
-    run_recipe(recipe, output)
-    from shiftrm.report.runs import finish
-
-    finish(output, to_mapping(recipe), started=started)
+    run_to_page(recipe, output_folder(options.output))

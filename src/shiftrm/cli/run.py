@@ -1,10 +1,15 @@
 """`shiftrm run`: run a recipe of iterative RLHF, from data to report."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shiftrm.cli.checks import output_folder
 from shiftrm.cli.options import About, option, optional
 from shiftrm.config import to_mapping
+
+if TYPE_CHECKING:
+    from shiftrm.pipeline.experiment import Experiment
 
 EPILOG = """examples:
   shiftrm run recipes/hh_helpful.yaml model=models/llama --dry-run
@@ -43,10 +48,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    import time
-    from pathlib import Path
-
-    from shiftrm.pipeline.run import dry_run, read_recipe, run_recipe
+    from shiftrm.pipeline.run import dry_run, read_recipe
 
     recipe = read_recipe(options.recipe, options.settings)
     if options.dry_run:
@@ -57,6 +59,15 @@ def run(options: Options) -> None:
         sources = vars(recipe.data).values()
         inputs += [source.source for source in sources if hasattr(source, "source")]
     output = output_folder(options.output or str(Path("runs") / recipe.name), apart_from=inputs)
+    run_to_page(recipe, output)
+
+
+def run_to_page(recipe: "Experiment", output: Path) -> None:
+    """Run an experiment, write its page and print its summary."""
+    import time
+
+    from shiftrm.pipeline.run import run_recipe
+
     started = time.monotonic()
     run_recipe(recipe, output)
     from shiftrm.report.runs import finish

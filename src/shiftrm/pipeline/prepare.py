@@ -1,7 +1,6 @@
 """The stages that make a run's data: read data sets, or write the gold world; label pairs."""
 
 import random
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -24,7 +23,6 @@ __all__ = [
     "prepare_data",
     "prepare_domains",
     "prepare_world",
-    "world_file",
 ]
 
 WORLD = "world"
@@ -144,8 +142,3 @@ def _labelled(samples: list[Row], *, seed: int) -> list[Row]:
         seed=seed,
         finished=[tuple(row["finished"]) for row in samples],
     )
-
-
-def world_file(name: str) -> str:
-    """Return the place of one of the gold world's files in the stage "data"."""
-    return str(Path(WORLD) / name)

@@ -111,11 +111,7 @@ def reward_scale(
         [rng.choice(prompts) for _ in range(SCALE_SAMPLES)],
         Draws(sampling, 1, batch_size=batch_size, seed=rng.getrandbits(31)),
     )
-    rewards = score_rows(reward_fn, rows)
-    for row, found in zip(rows, rewards, strict=True):
-        for reward in found:
-            _require_finite(reward, row["prompt"])
-    return mean_and_spread(rewards)
+    return _scale(reward_fn, rows)
 
 
 def scale_of(reward: str, responses: str) -> tuple[float, float]:
@@ -129,10 +125,15 @@ def scale_of(reward: str, responses: str) -> tuple[float, float]:
         UserError: as `read_groups` and `open_watch`, or a reward that is not finite.
     """
     rows = read_groups(responses, least=1)
-    rewards = score_rows(open_watch(reward, batch_size=64), rows)
+    return _scale(open_watch(reward, batch_size=64), rows)
+
+
+def _scale(reward_fn: RewardFunction, rows: list[Row]) -> tuple[float, float]:
+    """Return mean and standard deviation of the rewards of rows, all of them finite."""
+    rewards = score_rows(reward_fn, rows)
     for row, found in zip(rows, rewards, strict=True):
-        for value in found:
-            _require_finite(value, row["prompt"])
+        for reward in found:
+            _require_finite(reward, row["prompt"])
     return mean_and_spread(rewards)
 
 
