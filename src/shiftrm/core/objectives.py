@@ -2,8 +2,9 @@
 
 An objective is a function `(rewards_BK, *, mask) -> J_B` on the rewards of K responses to each of B
 prompts. `mask` [B, K] is True where a response exists. J [B] is differentiable in the rewards, and
-the step follows the gradient of its mean. To add an objective, register it here, or set
-`meta_objective` to `package.module:function`.
+the step follows the gradient of its mean. Column k is the k-th response of the group in its file;
+`difference` ignores that order, the `ordered` objectives read it as best first. To add an objective,
+register it here, or set `meta_objective` to `package.module:function`.
 
 For |x| use `absolute`, so that finite differences of gradients do not cross its kink.
 """
@@ -15,6 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from shiftrm.registry import Registry
 
@@ -51,6 +53,50 @@ def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor
     Source: Dou et al., arXiv 2405.00438, Eq. 2. Groups of unequal size and `held_signs` are ours;
     with a full mask the value is the paper's.
     """
+    difference, exists, size_B = _pair_differences(rewards_BK, mask)
+    discrimination = torch.sigmoid(absolute(difference)) * exists
+    return 2.0 / size_B**2 * discrimination.sum(dim=1)  # Eq. 2
+
+
+@OBJECTIVES.register("ordered")
+def ordered_likelihood(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return how well rewards reproduce a known order, the responses given best first.
+
+    `J = mean over pairs i < j of log sigmoid(r_i - r_j)`; higher is better, and 0 is the supremum.
+    In a group `[better, worse]` it is minus the Bradley-Terry loss. The order of the responses in
+    the group file is the statement: only groups that something has sorted may be given.
+
+    Arguments, result and errors as in `difference_loss`.
+
+    Source: the Bradley-Terry likelihood, as in Eq. 1 of arXiv 2405.00438; as a meta objective ours.
+    """
+    difference, exists, size_B = _pair_differences(rewards_BK, mask)
+    pairs_B = size_B * (size_B - 1) / 2
+    return (logsigmoid(difference) * exists).sum(dim=1) / pairs_B
+
+
+@OBJECTIVES.register("ordered_difference")
+def ordered_difference(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return J of Eq. 2 with the signs of a known order, the responses given best first.
+
+    `J = 2/K^2 * sum_{i<j} sigmoid(r_i - r_j)`. It is a control: Eq. 2 uses `|r_i - r_j|`, that is,
+    the order that the model itself believes in. With groups sorted by the true reward, comparing the
+    two objectives shows what wrong signs cost. They agree where the model orders a group correctly.
+
+    Arguments, result and errors as in `difference_loss`. Ours.
+    """
+    difference, exists, size_B = _pair_differences(rewards_BK, mask)
+    return 2.0 / size_B**2 * (torch.sigmoid(difference) * exists).sum(dim=1)
+
+
+def _pair_differences(rewards_BK: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `r_i - r_j` of all pairs i < j, which of them exist, and each group's size.
+
+    Shapes [B, K(K-1)/2] twice, and [B], in the type of the rewards.
+
+    Raises:
+        ValueError: see `difference_loss`.
+    """
     if rewards_BK.dim() != 2:
         raise ValueError(f"rewards must have shape [B, K], got {tuple(rewards_BK.shape)}")
     if mask is None:
@@ -67,9 +113,7 @@ def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor
     # Fill before the difference, so that padding (even inf or NaN) cannot reach the gradient.
     rewards_BK = rewards_BK.masked_fill(~mask, 0.0)
     difference = rewards_BK[:, i] - rewards_BK[:, j]
-    discrimination = torch.sigmoid(absolute(difference))
-    discrimination = discrimination * (mask[:, i] & mask[:, j])
-    return 2.0 / size_B.to(rewards_BK.dtype) ** 2 * discrimination.sum(dim=1)  # Eq. 2
+    return difference, mask[:, i] & mask[:, j], size_B.to(rewards_BK.dtype)
 
 
 def absolute(x: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ __all__ = ["check_group", "check_prompt", "check_responses", "read_groups"]
 def read_groups(path: str | Path, *, least: int = 2) -> list[Row]:
     """Read groups `{"prompt", "responses": [...], "finished"?: [...]}` from a file or hub name.
 
+    The order of the responses means nothing to the default objective. `meta_objective=ordered` and
+    `ordered_difference` (`core.objectives`) read it as best first.
+
     Args:
         path: any source that `sources.iterate_rows` reads.
         least: minimum number of responses per group. A single response can be scored, but MetaRM
