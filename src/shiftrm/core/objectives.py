@@ -3,8 +3,8 @@
 An objective is a function `(rewards_BK, *, mask) -> J_B` on the rewards of K responses to each of B
 prompts. `mask` [B, K] is True where a response exists. J [B] is differentiable in the rewards, and
 the step follows the gradient of its mean. Column k is the k-th response of the group in its file;
-`difference` ignores that order, the `ordered` objectives read it as best first. To add an objective,
-register it here, or set `meta_objective` to `package.module:function`.
+`difference` ignores that order, the `ordered` objectives read it as best first. To add an
+objective, register it here, or set `meta_objective` to `package.module:function`.
 
 For |x| use `absolute`, so that finite differences of gradients do not cross its kink.
 """
@@ -80,8 +80,8 @@ def ordered_difference(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Ten
     """Return J of Eq. 2 with the signs of a known order, the responses given best first.
 
     `J = 2/K^2 * sum_{i<j} sigmoid(r_i - r_j)`. It is a control: Eq. 2 uses `|r_i - r_j|`, that is,
-    the order that the model itself believes in. With groups sorted by the true reward, comparing the
-    two objectives shows what wrong signs cost. They agree where the model orders a group correctly.
+    the order that the model itself believes in. With groups sorted by the true reward, comparing
+    the two shows what wrong signs cost. They agree where the model orders a group correctly.
 
     Arguments, result and errors as in `difference_loss`. Ours.
     """

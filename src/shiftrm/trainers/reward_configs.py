@@ -120,8 +120,8 @@ class MetaRMConfig(RewardConfig):
     meta_objective: str = field(
         default="difference",
         metadata={
-            "help": "J, which the meta step raises on groups: difference (Eq. 2; no labels), ordered "
-            "or ordered_difference (both take each group's responses best first), or "
+            "help": "J, which the meta step raises on groups: difference (Eq. 2; no labels), "
+            "ordered or ordered_difference (both take each group's responses best first), or "
             "package.module:function."
         },
     )
