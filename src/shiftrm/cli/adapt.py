@@ -53,8 +53,12 @@ class Options(RewardOptions):
     )
     groups: str | None = optional("DATA", "response groups of the current policy", reads=True)
     policy: str | None = optional(
-        "DIR", "instead of --groups: the policy to sample them from", reads=True
+        "DIR",
+        "instead of --groups: the policy to sample them from; also today's policy, for methods "
+        "that use it",
+        reads=True,
     )
+    reference: str | None = optional("DIR", "the SFT policy, for methods that use it", reads=True)
     prompts: str | None = optional("DATA", "with --policy: rows with `prompt`", reads=True)
     holdout: float | None = optional(
         "SHARE",
@@ -83,14 +87,15 @@ class Options(RewardOptions):
     )
 
     def __post_init__(self) -> None:
-        if self.policy is not None and self.prompts is None:
+        if self.policy is not None and self.prompts is None and self.groups is None:
             raise UserError("--policy without --prompts: give the prompts to answer")
         if self.prompts is not None and self.policy is None:
             raise UserError("--prompts without --policy: give the policy to answer them")
-        for each in fields(self) if self.policy is None else ():
+        missing = "--policy" if self.policy is None else "--prompts"
+        for each in fields(self) if self.prompts is None else ():
             if each.metadata.get("group") == SAMPLING and getattr(self, each.name) is not None:
                 flag = f"--{each.name.replace('_', '-')}"
-                raise UserError(f"{flag} needs --policy, which is missing")
+                raise UserError(f"{flag} needs {missing}, which is missing")
 
 
 def run(options: Options) -> None:
@@ -112,7 +117,7 @@ def _samples(options: Options) -> Any:
     from shiftrm.methods.adapt import PolicySamples
     from shiftrm.models.sampling import SamplingConfig
 
-    if options.policy is None:
+    if options.prompts is None:
         return None
     return build(
         PolicySamples,

@@ -44,6 +44,11 @@ class Options(RewardOptions):
         "a method of `shiftrm adapt`, or package.module:attribute; default: metarm with --groups, "
         "and plain Bradley-Terry training without",
     )
+    policy: str | None = optional("DIR", "today's policy, for methods that use it", reads=True)
+    reference: str | None = optional("DIR", "the SFT policy, for the same methods", reads=True)
+    reward: str | None = optional(
+        "DIR", "the last round's reward model, for methods that use it", reads=True
+    )
 
 
 def run(options: Options) -> None:

@@ -26,7 +26,7 @@ from shiftrm.measure.diagnosis.findings import (
     prompt_key,
     read_data,
 )
-from shiftrm.methods.method import METHODS, Method
+from shiftrm.methods.inputs import adaptable, with_models
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import (
     Draws,
@@ -37,7 +37,6 @@ from shiftrm.models.sampling import (
 )
 from shiftrm.models.scoring import Scorer
 from shiftrm.progress import task
-from shiftrm.trainers.kinds import Training
 from shiftrm.trainers.model_card import Adapted, model_card, summary
 from shiftrm.trainers.training import (
     TrainingJob,
@@ -149,11 +148,13 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
         UserError: as `training.train`; a model without a trained score head; not exactly one of
             groups and samples; too few prompts to hold some out; rows that cannot be scored.
     """
-    method, training = _method(request.method)
+    method, training = adaptable(request.method)
     _check_choices(request)
+    samples, model = request.samples, request.model
+    sampled = None if samples is None else samples.policy
+    request = with_models(request, request.method, method, training, sampled=sampled)
     settings = {**method.settings, **request.settings}
     job = prepare(replace(request, settings=settings), training, command_name="adapt")
-    samples, model = request.samples, request.model
     eval_pairs, eval_groups = request.eval_pairs or {}, request.eval_groups or {}
     share = HOLDOUT if request.holdout is None else request.holdout
     source = _read(job, request.groups, samples, share=None if eval_groups else share)
@@ -178,27 +179,15 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
         _free_memory()
         if not main:
             return None  # without a barrier: measuring may take longer than a barrier waits
-        found = _measure(job, files, bar=bar)
+        found = _measure(job, model, files, bar=bar)
         used = len(kept) if training.takes_groups else 0
         how = _how(source, samples, used, 0 if out is None else len(out.rows), files)
-        more = {"model": job.model, "meta": outcome.meta, "groups": how}
+        more = {"model": model, "meta": outcome.meta, "groups": how}
         tables = present(found, job.finished, more)
         outcome = replace(outcome, adapted=Adapted(how, verdict_words(found), tables))
         _write_groups(job, out)
         publish(job, model_card(outcome))
     return Adaptation(found, summary(outcome))
-
-
-def _method(name: str) -> tuple[Method, Training]:
-    """Return the method and its classes; refuse one that cannot adapt to unlabelled groups."""
-    method = METHODS.get(name)
-    if method.training is None:
-        raise UserError(f"--method {name}: keeps the reward model as it is; nothing to adapt")
-    if "labels" in method.needs:
-        raise UserError(
-            f"--method {name}: needs new labels; add them to --pairs and give --method retrained"
-        )
-    return method, method.training()
 
 
 def _check_choices(request: Request) -> None:
@@ -333,7 +322,7 @@ def _free_memory() -> None:
         torch.accelerator.empty_cache()
 
 
-def _measure(job: TrainingJob, files: list[DataFile], *, bar: Bar) -> Findings:
+def _measure(job: TrainingJob, before: str, files: list[DataFile], *, bar: Bar) -> Findings:
     """Diagnose the model before and after, on data it was not trained on."""
 
     def load(path: str) -> Scorer:
@@ -341,7 +330,7 @@ def _measure(job: TrainingJob, files: list[DataFile], *, bar: Bar) -> Findings:
         scorer.model.to(PartialState().device)
         return scorer
 
-    models = {"before": job.model, "after": str(job.finished)}
+    models = {"before": before, "after": str(job.finished)}
     batch_size = job.chosen.args.per_device_eval_batch_size
     found = find(models, files, load=load, batch_size=batch_size, bar=bar)
     return replace(found, change=adaptation_verdict(found.comparisons, found.diagnoses))

@@ -11,9 +11,14 @@ from typing import Any, Literal
 from shiftrm.registry import Registry
 from shiftrm.trainers.kinds import Training
 
-Need = Literal["pairs", "groups", "labels", "gold"]
-"""Preference pairs, unlabelled groups of the policy's responses, new labels of them, and the gold
-world's reward itself. The last two exist in the gold world only."""
+Need = Literal["pairs", "groups", "policy", "reward", "labels", "gold"]
+"""Preference pairs; unlabelled groups of the policy's responses; today's policy itself, with the
+SFT policy; the last round's reward model; new labels of the policy's responses; the gold world's
+reward itself. The last two exist in the gold world only."""
+
+Start = Literal["sft", "policy", "reward"]
+"""A checkpoint that training starts from: the SFT policy or today's policy, each with a new score
+head, or the last round's reward model."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,12 @@ class Method:
         label: name on the page.
         short: name in legends and terminal tables.
         colour, marker: in plots: hex code, and Matplotlib's letter.
-        needs: what it is trained on.
+        needs: what it is trained on. "groups", "policy" and "reward" are handed to the trainer, so
+            its `Training.takes` names them, too.
         training: returns the configuration class and the trainer class; a function, because both
             are slow to import. None: the reward model is kept as it is.
+        start: the checkpoint that a round's training starts from. `shiftrm train` starts from its
+            `--model`. `shiftrm adapt` does, too, but for "policy".
         settings: defaults of that configuration which differ from the class's.
         policy_settings: settings of PPO for this method, such as
             `{"reward_shaping": "log_sigmoid"}`; other optimisers do not get them.
@@ -40,6 +48,7 @@ class Method:
     marker: str
     needs: frozenset[Need] = frozenset()
     training: Callable[[], Training] | None = None
+    start: Start = "sft"
     settings: Mapping[str, Any] = field(default_factory=dict)
     policy_settings: Mapping[str, Any] = field(default_factory=dict)
     reference_reset: bool = False

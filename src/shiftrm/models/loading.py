@@ -1,5 +1,6 @@
 """Loading models: library errors in one line, checks of the files, and new reward heads."""
 
+import hashlib
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -50,6 +51,21 @@ def explain_loading(path: str | Path, what: str) -> Iterator[None]:
         if isinstance(error, OSError | ValueError | RuntimeError) and words:
             said = words[0]
         raise UserError(f"{path}: cannot be loaded as {what} ({said})") from None
+
+
+def checkpoint_fingerprint(path: str | Path) -> str:
+    """Return a SHA-256 of a checkpoint folder's configuration and weights; "" for a hub name."""
+    folder = Path(path)
+    names = [name for end in ("config.json", "*.safetensors", "*.bin") for name in folder.glob(end)]
+    if not names:
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        with open(name, "rb") as handle:
+            digest.update(
+                f"{name.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}".encode()
+            )
+    return digest.hexdigest()
 
 
 def refuse_gguf(path: str | Path) -> None:

@@ -17,6 +17,7 @@ from shiftrm.models.generation import SamplingConfig
 from shiftrm.pipeline.job import Input, Job, Made, Training, as_word, options, text
 from shiftrm.pipeline.meta_jobs import MetaTest, MetaTrain
 from shiftrm.progress import task
+from shiftrm.trainers.kinds import MODELS
 
 if TYPE_CHECKING:
     from shiftrm.trainers.kinds import Training as Kind
@@ -26,6 +27,10 @@ __all__ = [
     "TrainReward",
     "as_word", "from_plain", "inputs_of", "is_training", "located", "place", "plain", "plain_input",
 ]  # fmt: skip
+
+SELDOM = {"seldom": True}
+"""Marks a field that is left out of a job's plain data where it is None, so that a run from before
+the field existed goes on."""
 
 Bar = Callable[[str, int | None], AbstractContextManager[Callable[..., None]]]
 
@@ -66,6 +71,8 @@ class TrainReward(Training):
     Attributes:
         eval_pairs: held-out pairs by name; the name of a single one may be empty.
         adaptation: a method as in `methods.method.METHODS`; its settings are defaults.
+        policy, reference, reward: today's policy, the SFT policy and the last round's reward model,
+            for methods that use them.
     """
 
     model: Input
@@ -73,6 +80,9 @@ class TrainReward(Training):
     eval_pairs: Mapping[str, Input] = field(default_factory=dict)
     groups: Input | None = None
     adaptation: str | None = None
+    policy: Input | None = field(default=None, metadata=SELDOM)
+    reference: Input | None = field(default=None, metadata=SELDOM)
+    reward: Input | None = field(default=None, metadata=SELDOM)
 
     def training(self) -> "Kind":
         """Return the classes that train; importing them takes seconds.
@@ -83,16 +93,18 @@ class TrainReward(Training):
         from shiftrm.trainers.kinds import pairs_only, with_groups
 
         if self.adaptation is None:
-            return pairs_only() if self.groups is None else with_groups()
-        training = METHODS.get(self.adaptation).training
-        if training is None:
-            raise UserError(f"method {self.adaptation}: trains nothing")
-        found = training()
-        if found.takes_groups and self.groups is None:
-            raise UserError(f"method {self.adaptation}: needs groups; give --groups")
-        if self.groups is not None and not found.takes_groups:
-            raise UserError(f"method {self.adaptation}: uses no groups; leave out --groups")
+            found = pairs_only() if self.groups is None else with_groups()
+            name = "retrained" if self.groups is None else "metarm"
+        else:
+            training, name = METHODS.get(self.adaptation).training, self.adaptation
+            if training is None:
+                raise UserError(f"method {name}: trains nothing")
+            found = training()
+        found.check(name, {"groups": self.groups, **self._models()})
         return found
+
+    def _models(self) -> dict[str, str | None]:
+        return {name: text(getattr(self, name)) for name in MODELS}
 
     def _defaults(self) -> Mapping[str, Any]:
         return {} if self.adaptation is None else METHODS.get(self.adaptation).settings
@@ -101,7 +113,7 @@ class TrainReward(Training):
         words = ["train", *options(model=self.model, pairs=self.pairs)]
         for name, source in self.eval_pairs.items():
             words += ["--eval-pairs", f"{name}={source}" if name else str(source)]
-        return words + options(groups=self.groups, method=self.adaptation)
+        return words + options(groups=self.groups, method=self.adaptation, **self._models())
 
     def run(self, output: Path) -> str | None:
         from shiftrm.trainers.training import TrainingRequest, train
@@ -114,6 +126,7 @@ class TrainReward(Training):
             groups=text(self.groups),
             eval_pairs={name: str(source) for name, source in self.eval_pairs.items()},
             command=self._told(output),
+            **self._models(),
         )
         return train(request, self.training())
 
@@ -287,6 +300,9 @@ def plain(job: Any) -> dict[str, Any]:
     """Return the job as plain data, for a stage's settings and for a file."""
     kind = next(name for name, cls in JOBS.items() if cls is type(job))
     values = {option.name: getattr(job, option.name) for option in fields(job)}
+    for option in fields(job):
+        if option.metadata == SELDOM and values[option.name] is None:
+            del values[option.name]
     return {"kind": kind} | {name: _plain(value) for name, value in values.items()}
 
 

@@ -12,7 +12,6 @@ from shiftrm.pipeline.jobs import (
     Made,
     MetaTrain,
     Optimise,
-    Sample,
     Sft,
     TrainReward,
     inputs_of,
@@ -24,16 +23,14 @@ from shiftrm.pipeline.plan_data import (
     RESPONSES,
     Sources,
     data_stages,
-    label_stage,
     record_as,
     sources,
 )
+from shiftrm.pipeline.plan_rewards import Before, adapted_model, reward_model, sample_job
 from shiftrm.policies.text_rewards import GOLD_WORLD
-from shiftrm.trainers.kinds import pairs_only, with_groups
 
 RUN_JOB = "shiftrm.pipeline.launch:run_job"
 EVALUATING = "shiftrm.pipeline.evaluating"
-GROUPS = "groups.jsonl"
 
 
 def plan(recipe: Experiment) -> list[Stage]:
@@ -52,8 +49,10 @@ class Planner:
     def stages(self) -> list[Stage]:
         found = self.beginning() + self._first_models()
         for name, arm in self.recipe.methods.items():
+            before = Before(None, "responses", Made("reward_model"), self.inputs.pairs)
             for number in range(1, self.recipe.rounds_of(name) + 1):
-                found += self._round(name, arm, number)
+                stages, before = self.round(name, arm, number, before)
+                found += stages
         if self.recipe.judge.kind != "none":
             found.append(self._comparison())
         return found
@@ -74,8 +73,9 @@ class Planner:
 
     def _first_models(self) -> list[Stage]:
         """The first reward model, and the SFT policy measured under it."""
+        first = TrainReward(self.of_policy(None), self.inputs.pairs)
         found = [
-            self._reward("reward_model", "sft", 0, None, None, self.inputs.pairs),
+            reward_model(self, "reward_model", "sft", 0, None, first),
             self.responses("responses", "sft", 0, None),
             self.evaluation("evaluation", "sft", 0, None, Made("reward_model"), "responses"),
         ]
@@ -86,7 +86,7 @@ class Planner:
     def start_samples(self, here: str, role: str, prompts: Made, responses: int) -> Stage:
         """Return the stage that samples from the SFT policy."""
         record = record_as("responses", "sft", 0)
-        return self._sampling(here, role, None, prompts, responses, record)
+        return self.sampling(here, role, None, prompts, responses, record)
 
     def _best_of_n(self, n: int) -> list[Stage]:
         measured = self.recipe.evaluation
@@ -104,22 +104,29 @@ class Planner:
 
     # -- one round -----------------------------------------------------------------------------
 
-    def _round(self, name: str, arm: Arm, number: int) -> list[Stage]:
+    def round(self, name: str, arm: Arm, number: int, before: Before) -> tuple[list[Stage], Before]:
+        """Return the stages of an arm's round, and what its next round starts from.
+
+        Args:
+            before: what this round starts from; it may come from another arm's round.
+        """
         here = f"methods/{name}/round-{number}"
-        before = f"methods/{name}/round-{number - 1}"
-        policy = f"{before}/policy" if number > 1 else None
         stages: list[Stage] = []
         reward: Input = Made("reward_model")
+        after = replace(before, policy=f"{here}/policy", responses=f"{here}/responses")
         if not arm.is_dpo and "gold" in arm.method.needs:
             reward = GOLD_WORLD
         elif not arm.is_dpo and arm.method.trains:
-            stages += self._adapted(name, arm, number, policy)
+            adapted, pairs = adapted_model(self, name, arm, number, before)
+            stages += adapted
             reward = Made(stages[-1].name)
-        stages.append(self._policy(f"{here}/policy", name, number, policy, reward))
+            after = replace(after, reward=reward, pairs=pairs)
+        stages.append(self._policy(f"{here}/policy", name, number, before.policy, reward))
         stages.append(self.responses(f"{here}/responses", name, number, f"{here}/policy"))
-        earlier = f"{before}/responses" if number > 1 else "responses"
         stages.append(
-            self.evaluation(f"{here}/evaluation", name, number, f"{here}/policy", reward, earlier)
+            self.evaluation(
+                f"{here}/evaluation", name, number, f"{here}/policy", reward, before.responses
+            )
         )
         if self.recipe.judge.kind != "none":
             stages.append(
@@ -133,43 +140,15 @@ class Planner:
                     self._judging(),
                 )
             )
-        return stages
-
-    def _adapted(self, name: str, arm: Arm, number: int, policy: str | None) -> list[Stage]:
-        """This round's reward model, after what it needs of the round's policy."""
-        here = f"methods/{name}/round-{number}"
-        stages: list[Stage] = []
-        groups, pairs = None, self.inputs.pairs
-        if "groups" in arm.method.needs:
-            stages.append(self._groups(f"{here}/groups", name, number, policy))
-            groups = Made(f"{here}/groups", GROUPS)
-        if "labels" in arm.method.needs:
-            prompts, role = Made("data", f"label_prompts-{number}.jsonl"), f"labels/{number}"
-            record = record_as("responses", name, number)
-            samples = self._sampling(f"{here}/samples", role, policy, prompts, 2, record)
-            if number > 1:
-                pairs = Made(f"methods/{name}/round-{number - 1}/labels", "pairs.jsonl")
-            labels = label_stage(f"{here}/labels", samples.name, pairs, number, name)
-            stages += [samples, labels]
-            pairs = Made(labels.name, "pairs.jsonl")
-        stages.append(self._reward(f"{here}/reward_model", name, number, arm, groups, pairs))
-        return stages
-
-    def _groups(self, here: str, name: str, number: int, policy: str | None) -> Stage:
-        settings = self.recipe.groups
-        prompts, record = f"group_prompts-{number}.jsonl", record_as("groups", name, number)
-        role, made = f"groups/{number}", Made("data", prompts)
-        job = replace(self._sample(role, policy, made, settings.responses), makes=GROUPS)
-        size = settings.batch_size or self.recipe.execution.sampling_batch_size
-        return self.stage(here, job, record, {"batch_size": size})
+        return stages, after
 
     def responses(self, here: str, name: str, number: int, policy: str | None) -> Stage:
         """Return the stage that answers the evaluation prompts with a policy."""
         prompts, responses = "eval_prompts.jsonl", self.recipe.evaluation.responses
         record = record_as("responses", name, number)
-        return self._sampling(here, "evaluation", policy, Made("data", prompts), responses, record)
+        return self.sampling(here, "evaluation", policy, Made("data", prompts), responses, record)
 
-    def _sampling(
+    def sampling(
         self,
         here: str,
         role: str,
@@ -178,58 +157,15 @@ class Planner:
         responses: int,
         record: dict[str, Any],
     ) -> Stage:
-        job = self._sample(role, policy, prompts, responses)
+        """Return the stage that samples responses from the policy of a stage.
+
+        Args:
+            role: decides the random seed.
+        """
+        job = sample_job(self, role, policy, prompts, responses)
         return self.stage(
             here, job, record, {"batch_size": self.recipe.execution.sampling_batch_size}
         )
-
-    def _sample(self, role: str, policy: str | None, prompts: Made, responses: int) -> Sample:
-        recipe = self.recipe
-        return Sample(
-            self._of_policy(policy),
-            prompts,
-            RESPONSES,
-            responses=responses,
-            sampling=recipe.sampling,
-            seed=random_seed(recipe.seed, role),
-            server=None if recipe.sampler in ("transformers", "vllm") else recipe.sampler,
-            vllm=recipe.sampler == "vllm",
-        )
-
-    def _reward(
-        self,
-        here: str,
-        name: str,
-        number: int,
-        arm: Arm | None,
-        groups: Made | None,
-        pairs: Made,
-    ) -> Stage:
-        """A reward model from the fine-tuned policy's backbone and a new head.
-
-        All arms of a round share the draws of the head and the order of the pairs, so that two
-        reward models of a round differ only in what they were trained on. The first reward model,
-        which an arm may keep, shares those of round 1.
-        """
-        section = self.recipe.reward
-        settings: dict[str, Any] = dict(section.settings)
-        own = None
-        if arm is not None:
-            if arm.method.training is with_groups:
-                settings |= {"preset": self.recipe.preset, **section.meta}
-            elif arm.method.training is not pairs_only:
-                own = arm.reward
-            settings |= {**arm.method.settings, **arm.settings}
-        job = TrainReward(
-            self._of_policy(None),
-            pairs,
-            {"": self.inputs.heldout},
-            groups,
-            own,
-            settings=self.settings(settings, f"reward/{max(number, 1)}"),
-        )
-        record = record_as("reward_model", name, number)
-        return self.training(here, job, record, "reward")
 
     def _policy(
         self, here: str, name: str, number: int, policy: str | None, reward: Input
@@ -237,8 +173,8 @@ class Planner:
         recipe = self.recipe
         method, arm = recipe.optimiser_of(name), recipe.methods[name]
         record = record_as("ppo", name, number)
-        start = self._of_policy(policy)
-        reference = start if arm.resets_reference else self._of_policy(None)
+        start = self.of_policy(policy)
+        reference = start if arm.resets_reference else self.of_policy(None)
         if method == DPO:
             settings = self.settings({**recipe.dpo.settings, **arm.policy_settings}, DPO)
             job = Optimise(method, start, reference, pairs=self.inputs.pairs, settings=settings)
@@ -281,8 +217,8 @@ class Planner:
         recipe = self.recipe
         responses = here.replace("evaluation", "responses")
         read: dict[str, Input | None] = {
-            "policy": self._of_policy(policy),
-            "reference": self._of_policy(None),
+            "policy": self.of_policy(policy),
+            "reference": self.of_policy(None),
             "reward": reward,
             "heldout": self.inputs.heldout,
             "scale": self.inputs.scale,
@@ -327,7 +263,7 @@ class Planner:
 
     # -- what they share -----------------------------------------------------------------------
 
-    def _of_policy(self, policy: str | None) -> Input:
+    def of_policy(self, policy: str | None) -> Input:
         """Return the policy that a stage makes; by default the fine-tuned one."""
         if policy is not None:
             return Made(policy)

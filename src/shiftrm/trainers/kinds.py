@@ -1,7 +1,24 @@
 """The two ways to train a reward model: on pairs, and on pairs with a meta step on groups."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from shiftrm.errors import UserError
+
+Data = Literal["groups", "policy", "reward"]
+"""What a trainer can take besides pairs: unlabelled groups of responses of today's policy; that
+policy itself with the SFT policy; the last round's reward model."""
+
+INPUTS: dict[Data, dict[str, str]] = {
+    "groups": {"groups": "groups"},
+    "policy": {"policy": "today's policy", "reference": "the SFT policy"},
+    "reward": {"reward": "the last round's reward model"},
+}
+"""The inputs by the data that they are part of, and what each is."""
+
+MODELS = tuple(name for data, names in INPUTS.items() if data != "groups" for name in names)
+"""The inputs that are checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -11,12 +28,35 @@ class Training:
     Attributes:
         config: `RewardConfig` or a subclass.
         trainer: `RewardTrainer` or a subclass, called as `trainer(model, args, **data)`.
-        takes_groups: whether `data` includes `meta_dataset`.
+        takes: what `data` includes besides the pairs. "groups": `meta_dataset`, a list of rows.
+            "policy": `policy` and `reference`, "reward": `reward`, each a folder or hub name.
     """
 
     config: type
     trainer: Any
-    takes_groups: bool = False
+    takes: frozenset[Data] = frozenset()
+
+    @property
+    def takes_groups(self) -> bool:
+        return "groups" in self.takes
+
+    def check(self, method: str, given: Mapping[str, Any]) -> None:
+        """Check that there are exactly the inputs that the trainer takes.
+
+        Args:
+            method: its name, for errors.
+            given: inputs by name (`INPUTS`); None where there is none.
+
+        Raises:
+            UserError: says which flag is missing, or given and not used.
+        """
+        for data, names in INPUTS.items():
+            for name, what in names.items():
+                is_given = given.get(name) is not None
+                if data in self.takes and not is_given:
+                    raise UserError(f"method {method}: needs {what}; give --{name}")
+                if data not in self.takes and is_given:
+                    raise UserError(f"method {method}: uses no {name}; leave out --{name}")
 
 
 def pairs_only() -> Training:
@@ -28,4 +68,4 @@ def pairs_only() -> Training:
 def with_groups() -> Training:
     from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 
-    return Training(MetaRMConfig, MetaRMTrainer, takes_groups=True)
+    return Training(MetaRMConfig, MetaRMTrainer, frozenset({"groups"}))

@@ -35,12 +35,17 @@ META_LOGS = {
 
 @dataclass
 class DataSet:
-    """One input: `pairs`, `eval NAME` or `groups`."""
+    """One input: `pairs`, `eval NAME`, `groups`, or a model, which has no rows."""
 
     name: str
     source: str
-    rows: int
+    rows: int | None
     sha256: str
+
+    def cells(self) -> tuple[Any, ...]:
+        """Return the row of the card's table."""
+        rows = "-" if self.rows is None else self.rows
+        return self.name, f"`{self.source}`", rows, f"`{self.sha256}`" if self.sha256 else "-"
 
 
 @dataclass
@@ -84,6 +89,7 @@ class TrainedModel:
             front: fields of `huggingface_hub.ModelCardData`.
         """
         base = self.model if on_hub(self.model) else None
+        models = [d for d in self.data if d.rows is None]
         named = ModelCardData(library_name="transformers", base_model=base, **front)
         parts = [
             f"---\n{named.to_yaml()}\n---",
@@ -91,9 +97,10 @@ class TrainedModel:
             "## Data",
             markdown_table(
                 ("data", "source", "rows", "SHA-256"),
-                [(d.name, f"`{d.source}`", d.rows, f"`{d.sha256}`") for d in self.data],
+                [d.cells() for d in self.data],
             ),
-            "SHA-256 is the file's; of a folder or a hub data set it is that of the rows.",
+            "SHA-256 is the file's; of a folder or a hub data set it is that of the rows"
+            f"{', of a model that of its configuration and weights' if models else ''}.",
             "## Settings",
             f"Those that differ from the defaults{defaults}:",
             markdown_table(("setting", "value"), [(k, f"`{v}`") for k, v in self.settings.items()]),
@@ -236,7 +243,10 @@ def model_card(outcome: Outcome) -> str:
         ],
         defaults=f" of `RewardConfig`{' and `MetaRMConfig`' if metarm else ''}",
         pipeline_tag="text-classification",
-        datasets=sorted({d.source.split(":")[0] for d in outcome.data if on_hub(d.source)}) or None,
+        datasets=sorted(
+            {d.source.split(":")[0] for d in outcome.data if d.rows and on_hub(d.source)}
+        )
+        or None,
         tags=["reward-model", "shiftrm", *(["metarm"] if metarm else [])],
     )
 

@@ -63,9 +63,10 @@ LEAST = {
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 OPTIONS = {
-    "train": ("pairs", "eval_pairs", "groups"),
+    "train": ("pairs", "eval_pairs", "groups", "policy", "reference", "reward"),
     "adapt": (
-        *("pairs", "eval_pairs", "groups", "eval_groups", "holdout", "policy", "prompts"),
+        *("pairs", "eval_pairs", "groups", "eval_groups", "holdout"),
+        *("policy", "reference", "prompts"),
         *("responses", "max_new_tokens", "temperature", "top_p", "repetition_penalty"),
     ),
     "sft": ("model", "demonstrations"),

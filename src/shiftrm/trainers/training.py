@@ -23,10 +23,10 @@ from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.loading import refuse_gguf
+from shiftrm.models.loading import checkpoint_fingerprint, refuse_gguf
 from shiftrm.progress import task
 from shiftrm.trainers import work_folder
-from shiftrm.trainers.kinds import Training, pairs_only
+from shiftrm.trainers.kinds import MODELS, Training, pairs_only
 from shiftrm.trainers.machine import explain_out_of_memory
 from shiftrm.trainers.model_card import DataSet, Outcome, measurements, model_card, summary
 from shiftrm.trainers.pair_batches import table
@@ -51,6 +51,7 @@ class TrainingRequest:
         settings: values by setting, see `trainers.settings`.
         eval_pairs: sources of held-out pairs by name; the name of a single source may be empty.
         command: the command that the model card shows for repeating this run.
+        policy, reference, reward: checkpoints for a trainer that takes them (`kinds.Training`).
     """
 
     model: str
@@ -60,6 +61,9 @@ class TrainingRequest:
     groups: str | None = None
     eval_pairs: Mapping[str, str] | None = None
     command: str | None = None
+    policy: str | None = None
+    reference: str | None = None
+    reward: str | None = None
 
 
 @dataclass
@@ -73,6 +77,7 @@ class TrainingJob:
         tables: the pairs, by "pairs" and "eval NAME".
         data: the inputs, for the card.
         command: the command that the card shows for repeating this run.
+        models: the checkpoints that the trainer takes besides its own, by argument.
     """
 
     model: str
@@ -84,6 +89,7 @@ class TrainingJob:
     data: list[DataSet]
     command: str | None = None
     training: Training = field(default_factory=pairs_only)
+    models: dict[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> Path:
@@ -102,6 +108,12 @@ class TrainingJob:
     def add_data(self, name: str, source: str, rows: list[Row]) -> None:
         """Add an input to the card and the run record."""
         self.data.append(DataSet(name, source, len(rows), fingerprint(source, rows)))
+
+    def add_model(self, name: str, path: str) -> None:
+        """Add a checkpoint that the trainer takes; it is an input like the data."""
+        require_checkpoint(path)
+        self.models[name] = path
+        self.data.append(DataSet(name, path, None, checkpoint_fingerprint(path)))
 
 
 def train(request: TrainingRequest, training: Training) -> str | None:
@@ -174,6 +186,9 @@ def prepare(
             )
         job.tables[key] = table(source, rows, COLUMNS)
         job.add_data(key, source, rows)
+    for name in MODELS:
+        if (path := getattr(request, name)) is not None:
+            job.add_model(name, path)
     return job
 
 
@@ -208,8 +223,7 @@ def begin(
     target = Path(os.path.abspath(output))  # which has a name, even where "." is given
     work = target.with_name(f".{target.name}.work")
     chosen = resolve(settings, config, work=work, command_name=command_name, **judging)
-    if not exists(model):
-        raise UserError(f"{model}: no such folder; give a checkpoint folder or a hub name")
+    require_checkpoint(model)
     if (Path(model) / "adapter_config.json").is_file():
         raise UserError(
             f"{model}: is an adapter, which would stay as it is while the model is trained; merge "
@@ -272,6 +286,7 @@ def _trainer(job: TrainingJob, groups: list[Row] | None) -> RewardTrainer:
         "eval_dataset": heldout.get("", heldout or None),
         **chosen.trainer_options,
     }
+    data |= job.models
     try:
         if job.training.takes_groups:
             data["meta_dataset"] = groups
@@ -382,6 +397,12 @@ def _run_record(job: TrainingJob) -> dict[str, Any]:
         "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in job.data},
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def require_checkpoint(model: str) -> None:
+    """Raise UserError if this is neither a folder nor a hub name."""
+    if not exists(model):
+        raise UserError(f"{model}: no such folder; give a checkpoint folder or a hub name")
 
 
 def exists(model: str) -> bool:

@@ -7,7 +7,7 @@ from shiftrm.trainers.kinds import Training
 def training() -> Training:
     from shiftrm.trainers.contrast import ContrastConfig, ContrastTrainer
 
-    return Training(ContrastConfig, ContrastTrainer, takes_groups=True)
+    return Training(ContrastConfig, ContrastTrainer, frozenset({"groups"}))
 
 
 METHODS.register("contrast")(

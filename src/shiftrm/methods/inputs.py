@@ -1,0 +1,51 @@
+"""What `shiftrm adapt` gives a method: the checkpoint to start from, and models that it uses."""
+
+from dataclasses import replace
+from typing import TypeVar
+
+from shiftrm.errors import UserError
+from shiftrm.methods.method import METHODS, Method
+from shiftrm.trainers.kinds import Training
+from shiftrm.trainers.training import TrainingRequest
+
+R = TypeVar("R", bound=TrainingRequest)
+
+
+def adaptable(name: str) -> tuple[Method, Training]:
+    """Return the method and its classes; refuse one that cannot adapt to unlabelled groups."""
+    method = METHODS.get(name)
+    if method.training is None:
+        raise UserError(f"--method {name}: keeps the reward model as it is; nothing to adapt")
+    if "labels" in method.needs:
+        raise UserError(
+            f"--method {name}: needs new labels; add them to --pairs and give --method retrained"
+        )
+    return method, method.training()
+
+
+def with_models(
+    request: R, name: str, method: Method, training: Training, *, sampled: str | None
+) -> R:
+    """Return the request with the start and the models that the method uses, and no others.
+
+    The reward model that is adapted is the last round's.
+
+    Args:
+        name: the method's, for errors.
+        sampled: the policy that the groups are sampled from, which is today's; None if they are
+            given.
+
+    Raises:
+        UserError: says which flag is missing, or given and not used.
+    """
+    today = request.policy or sampled
+    if method.start == "policy" and today is None:
+        raise UserError(f"method {name}: starts from today's policy; give --policy")
+    unused = method.start == "policy" or sampled is not None  # then --policy has another use
+    policy = today if "policy" in training.takes or not unused else None
+    reward = request.model if "reward" in training.takes else None
+    groups = (request.groups or sampled) if training.takes_groups else None
+    given = {"groups": groups, "policy": policy, "reference": request.reference, "reward": reward}
+    training.check(name, given)
+    model = today if method.start == "policy" else request.model
+    return replace(request, model=model or request.model, policy=policy, reward=reward)

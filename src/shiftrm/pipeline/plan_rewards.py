@@ -1,0 +1,120 @@
+"""The stages that make reward models: what the method of an arm needs, and the training."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from shiftrm.pipeline.engine import Stage, random_seed
+from shiftrm.pipeline.experiment import Arm
+from shiftrm.pipeline.jobs import Input, Made, Sample, TrainReward
+from shiftrm.pipeline.plan_data import RESPONSES, label_stage, record_as
+from shiftrm.trainers.kinds import pairs_only, with_groups
+
+if TYPE_CHECKING:
+    from shiftrm.pipeline.plan import Planner
+
+__all__ = ["Before", "adapted_model", "reward_model", "sample_job"]
+
+GROUPS = "groups.jsonl"
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a round starts from.
+
+    Attributes:
+        policy: stage of today's policy; None: the fine-tuned one.
+        responses: stage of its responses to the evaluation prompts.
+        reward: the last round's reward model.
+        pairs: the labelled pairs so far.
+    """
+
+    policy: str | None
+    responses: str
+    reward: Input
+    pairs: Made
+
+
+def adapted_model(
+    planner: "Planner", name: str, arm: Arm, number: int, before: Before
+) -> tuple[list[Stage], Made]:
+    """Return the stages of a round's reward model, which is the last one; and its pairs."""
+    here, policy = f"methods/{name}/round-{number}", before.policy
+    needs, pairs = arm.method.needs, planner.inputs.pairs
+    stages: list[Stage] = []
+    given: dict[str, Any] = {}
+    if "groups" in needs:
+        stages.append(_groups(planner, f"{here}/groups", name, number, policy))
+        given["groups"] = Made(f"{here}/groups", GROUPS)
+    if "policy" in needs:
+        given |= {"policy": planner.of_policy(policy), "reference": planner.of_policy(None)}
+    if "reward" in needs:
+        given["reward"] = before.reward
+    if "labels" in needs:
+        prompts, role = Made("data", f"label_prompts-{number}.jsonl"), f"labels/{number}"
+        record = record_as("responses", name, number)
+        samples = planner.sampling(f"{here}/samples", role, policy, prompts, 2, record)
+        labels = label_stage(f"{here}/labels", samples.name, before.pairs, number, name)
+        stages += [samples, labels]
+        pairs = Made(labels.name, "pairs.jsonl")
+    start = {
+        "sft": planner.of_policy(None),
+        "policy": planner.of_policy(policy),
+        "reward": before.reward,
+    }[arm.method.start]
+    job = TrainReward(start, pairs, **given)
+    stages.append(reward_model(planner, f"{here}/reward_model", name, number, arm, job))
+    return stages, pairs
+
+
+def _groups(planner: "Planner", here: str, name: str, number: int, policy: str | None) -> Stage:
+    settings = planner.recipe.groups
+    prompts, record = f"group_prompts-{number}.jsonl", record_as("groups", name, number)
+    role, made = f"groups/{number}", Made("data", prompts)
+    job = replace(sample_job(planner, role, policy, made, settings.responses), makes=GROUPS)
+    size = settings.batch_size or planner.recipe.execution.sampling_batch_size
+    return planner.stage(here, job, record, {"batch_size": size})
+
+
+def sample_job(
+    planner: "Planner", role: str, policy: str | None, prompts: Made, responses: int
+) -> Sample:
+    """Return the job that samples from the policy of a stage (None: the fine-tuned one)."""
+    recipe = planner.recipe
+    return Sample(
+        planner.of_policy(policy),
+        prompts,
+        RESPONSES,
+        responses=responses,
+        sampling=recipe.sampling,
+        seed=random_seed(recipe.seed, role),
+        server=None if recipe.sampler in ("transformers", "vllm") else recipe.sampler,
+        vllm=recipe.sampler == "vllm",
+    )
+
+
+def reward_model(
+    planner: "Planner", here: str, name: str, number: int, arm: Arm | None, job: TrainReward
+) -> Stage:
+    """Return the stage of a reward model, from a job that says what it is trained from.
+
+    All arms of a round share the draws of a new head and the order of the pairs, so that two reward
+    models of a round differ only in what they were trained on. The first reward model, which an arm
+    may keep, shares those of round 1.
+    """
+    section = planner.recipe.reward
+    settings: dict[str, Any] = dict(section.settings)
+    own = None
+    if arm is not None:
+        if arm.method.training is with_groups:
+            settings |= {"preset": planner.recipe.preset, **section.meta}
+        elif arm.method.training is not pairs_only:
+            own = arm.reward
+        settings |= {**arm.method.settings, **arm.settings}
+    job = replace(
+        job,
+        eval_pairs={"": planner.inputs.heldout},
+        adaptation=own,
+        settings=planner.settings(settings, f"reward/{max(number, 1)}"),
+    )
+    record = record_as("reward_model", name, number)
+    return planner.training(here, job, record, "reward")
