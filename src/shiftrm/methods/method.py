@@ -33,13 +33,13 @@ class Method:
             its `Training.takes` names them, too.
         training: returns the configuration class and the trainer class; a function, because both
             are slow to import. None: the reward model is kept as it is.
-        start: the checkpoint that a round's training starts from. `shiftrm train` starts from its
-            `--model`. `shiftrm adapt` does, too, but for "policy".
         settings: defaults of that configuration which differ from the class's.
         policy_settings: settings of PPO for this method, such as
             `{"reward_shaping": "log_sigmoid"}`; other optimisers do not get them.
         reference_reset: whether the KL of a round is to the policy that the round starts from,
             instead of the SFT policy.
+        start: the checkpoint that a round's training starts from. `shiftrm train` starts from its
+            `--model`. `shiftrm adapt` does, too, but for "policy".
     """
 
     label: str
@@ -48,10 +48,10 @@ class Method:
     marker: str
     needs: frozenset[Need] = frozenset()
     training: Callable[[], Training] | None = None
-    start: Start = "sft"
     settings: Mapping[str, Any] = field(default_factory=dict)
     policy_settings: Mapping[str, Any] = field(default_factory=dict)
     reference_reset: bool = False
+    start: Start = "sft"
 
     @property
     def trains(self) -> bool:
