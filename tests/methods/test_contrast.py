@@ -4,12 +4,12 @@ import random
 
 import pytest
 
+from shiftrm.data.negatives import negative_pairs
 from shiftrm.errors import UserError
 from shiftrm.files import write_jsonl
 from shiftrm.methods.method import METHODS
 from shiftrm.models.scoring import Scorer
 from shiftrm.pipeline.jobs import TrainReward
-from shiftrm.trainers.contrast import contrast_pairs
 from shiftrm.world.build import WorldConfig, label_pairs, write_base_model
 from shiftrm.world.language import demonstration
 
@@ -25,7 +25,7 @@ ENDED = {"x2222": False}
 
 @pytest.mark.parametrize("matching", ["random", "length"])
 def test_pairs_prefer_a_response_to_the_own_prompt(matching):
-    pairs = contrast_pairs(GROUPS, 300, matching=matching, seed=1)
+    pairs = negative_pairs(GROUPS, "other_prompt", 300, matching=matching, seed=1)
     assert len(pairs) == 300
     for pair in pairs:
         prompt = pair["prompt"].strip()
@@ -36,15 +36,15 @@ def test_pairs_prefer_a_response_to_the_own_prompt(matching):
         assert pair["chosen_finished"] == ENDED.get(pair["chosen"], True)
         assert pair["rejected_finished"] == ENDED.get(pair["rejected"], True)
     assert {pair["chosen"] for pair in pairs} == OWN["a"] | OWN["b"]
-    assert pairs == contrast_pairs(GROUPS, 300, matching=matching, seed=1)
-    assert pairs != contrast_pairs(GROUPS, 300, matching=matching, seed=2)
+    assert pairs == negative_pairs(GROUPS, "other_prompt", 300, matching=matching, seed=1)
+    assert pairs != negative_pairs(GROUPS, "other_prompt", 300, matching=matching, seed=2)
 
 
 def test_matching_by_length_takes_the_nearest_length():
     gaps = {
         matching: sum(
             abs(len(p["chosen"]) - len(p["rejected"]))
-            for p in contrast_pairs(GROUPS, 300, matching=matching)
+            for p in negative_pairs(GROUPS, "other_prompt", 300, matching=matching)
         )
         for matching in ("random", "length")
     }
@@ -61,7 +61,7 @@ def test_matching_by_length_takes_the_nearest_length():
 )
 def test_one_prompt_or_one_response_cannot_be_contrasted(groups):
     with pytest.raises(UserError, match="at least two prompts"):
-        contrast_pairs(groups, 3)
+        negative_pairs(groups, "other_prompt", 3)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_reward_model_learns_to_read_the_prompt(tmp_path):
     write_jsonl(tmp_path / "groups.jsonl", rows(rng, 600))
     settings = {"max_steps": 120, "learning_rate": 3e-3, "per_device_train_batch_size": 64}
     settings |= {"save_strategy": "no", "lr_scheduler_type": "linear", "logging_steps": 120}
-    tests, sight = contrast_pairs(rows(rng, 200), 200, matching="length"), {}
+    tests, sight = negative_pairs(rows(rng, 200), "other_prompt", 200, matching="length"), {}
     for method, groups in (("retrained", None), ("contrast", str(tmp_path / "groups.jsonl"))):
         job = TrainReward(
             str(tmp_path / "base"),

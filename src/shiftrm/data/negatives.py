@@ -1,0 +1,246 @@
+"""Ways to make a response worse for certain, without labels.
+
+Each way takes an answer of the policy and makes a response that is worse under the same prompt,
+whatever the labels would say: the answer to another prompt, or the answer itself with a fault.
+"For certain" holds for ordinary prompts and text, not for every one: measure it where a true reward
+is known. To add a way, register a `Negative` here, or give `package.module:attribute` as its name.
+
+Answers to other prompts are the "non-contextual" negatives of RRM (Liu et al., arXiv 2409.13156),
+who draw them from labelled pairs.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shiftrm.data.edits import cut, repeated, shuffled, words_of
+from shiftrm.data.languages import SENTENCES, language_of
+from shiftrm.data.loaded import no_text
+from shiftrm.data.matching import CANDIDATES, MATCHINGS, Drawn, Score, check_matching, match
+from shiftrm.data.replies import Answer, answers_of, reply, with_reply
+from shiftrm.errors import UserError
+from shiftrm.files import Row
+from shiftrm.models.rendering import Text
+from shiftrm.registry import Registry
+
+__all__ = ["MATCHINGS", "NEGATIVES", "Negative", "Score", "negative_pairs", "possible"]
+
+MISSES = 100_000
+"""Draws in a row without a worse response after which a way is given up."""
+
+
+@dataclass(frozen=True)
+class Negative:
+    """A way to make a worse response.
+
+    Attributes:
+        label: what the worse response is, for pages and messages.
+        needs: what it needs, for the error if no answer has it.
+        usable: returns those of the answers that it can make worse.
+        worse: `worse(answer, answers, rng)` draws a worse response under the answer's prompt (with
+            its `text` and `finished`), or None where this draw gives none.
+        matched: whether a matching chooses among several. If not, one is drawn whatever the
+            matching: of a text cut at 16 places, the nearest in length is always the latest cut.
+    """
+
+    label: str
+    needs: str
+    usable: Callable[[Sequence[Answer]], list[Answer]]
+    worse: Callable[[Answer, Sequence[Answer], random.Random], Answer | None]
+    matched: bool = True
+
+
+NEGATIVES = Registry[Negative]("way to make a worse response", Negative)
+
+
+def negative_pairs(
+    groups: Sequence[Row],
+    kind: str,
+    count: int,
+    *,
+    matching: str = "random",
+    seed: int = 0,
+    score: Score | None = None,
+) -> list[Row]:
+    """Return `count` pairs of a response (chosen) and one that is worse (rejected).
+
+    Answers are drawn with replacement, so two pairs may share one. The same arguments give the same
+    pairs.
+
+    Args:
+        groups: `{"prompt", "responses", "finished"?}`, strings or chat messages; prompts may
+            repeat. Responses without a prompt, and blank ones, are left out.
+        kind: a name in `NEGATIVES`.
+        matching: which of `CANDIDATES` worse responses is taken; see `matching.match`. "random"
+            draws one.
+        score: for hard: `score(prompts, responses, finished=...)` returns rewards. Up to
+            `CANDIDATES * count` responses are scored.
+
+    Returns:
+        Preference rows with `prompt`, `chosen`, `rejected`, `chosen_finished` and
+        `rejected_finished`. The two sides always differ.
+
+    Raises:
+        UserError: an unknown kind or matching, hard without `score`, or no answer that this kind
+            can make worse.
+    """
+    negative = NEGATIVES.get(kind)
+    check_matching(matching, setting="matching", score=score)
+    answers = answers_of(groups)
+    usable = negative.usable(answers)
+    if not usable:
+        raise UserError(f"{kind}: {negative.label} needs {negative.needs}")
+    matching = matching if negative.matched else "random"
+    size = 1 if matching == "random" else CANDIDATES
+    rng = random.Random(f"contrast/{seed}" if kind == OTHER_PROMPT else f"{kind}/{seed}")
+    drawn: list[Drawn] = []
+    misses = 0
+    while len(drawn) < count:
+        answer = rng.choice(usable)
+        found = [negative.worse(answer, answers, rng) for _ in range(size)]
+        others = [worse for worse in found if worse is not None and _differs(worse.text, answer)]
+        if others:
+            drawn.append((answer, others))
+        misses = 0 if others else misses + 1
+        if misses >= MISSES:
+            raise UserError(f"{kind}: {negative.label} needs {negative.needs}; hardly any has")
+    chosen = match(drawn, matching, score=score)
+    return [_pair(answer, worse) for (answer, _), worse in zip(drawn, chosen, strict=True)]
+
+
+def possible(groups: Sequence[Row], kind: str) -> bool:
+    """Whether `negative_pairs` can make pairs of this kind from these groups."""
+    return bool(NEGATIVES.get(kind).usable(answers_of(groups)))
+
+
+def _differs(text: Text, answer: Answer) -> bool:
+    return text != answer.text and not no_text(text)
+
+
+def _pair(answer: Answer, worse: Answer) -> Row:
+    return {
+        "prompt": answer.prompt,
+        "chosen": answer.text,
+        "rejected": worse.text,
+        "chosen_finished": answer.finished,
+        "rejected_finished": worse.finished,
+    }
+
+
+# -- an answer to another prompt -----------------------------------------------------------------
+
+OTHER_PROMPT = "other_prompt"
+
+
+def _all_or_none(answers: Sequence[Answer]) -> list[Answer]:
+    several = len({a.key for a in answers}) > 1 and len({str(a.text) for a in answers}) > 1
+    return list(answers) if several else []
+
+
+def _to_another_prompt(
+    answer: Answer, answers: Sequence[Answer], rng: random.Random
+) -> Answer | None:
+    other = rng.choice(answers)
+    return other if other.key != answer.key and other.text != answer.text else None
+
+
+NEGATIVES.register(OTHER_PROMPT)(
+    Negative(
+        "a response to another prompt",
+        "responses to at least two prompts, and not all equal",
+        _all_or_none,
+        _to_another_prompt,
+    )
+)
+
+
+# -- the answer with a fault ---------------------------------------------------------------------
+
+Edit = Callable[[str, random.Random], str | None]
+
+
+def _edited(
+    label: str, needs: str, edit: Edit, *, finished_only: bool = False, matched: bool = True
+) -> Negative:
+    """Return the way that changes the words of an answer with a function of `edits`."""
+
+    def usable(answers: Sequence[Answer]) -> list[Answer]:
+        ended = [a for a in answers if a.finished or not finished_only]
+        return [a for a in ended if edit(reply(a.text), random.Random(0)) is not None]
+
+    def worse(answer: Answer, _: Sequence[Answer], rng: random.Random) -> Answer | None:
+        words = edit(reply(answer.text), rng)
+        return None if words is None else answer._replace(text=with_reply(answer.text, words))
+
+    return Negative(label, needs, usable, worse, matched)
+
+
+for _name, _negative in {
+    "repeated": _edited(
+        "the response with a part said again", "responses of three words or more", repeated
+    ),
+    "cut": _edited(
+        "the response cut off in the middle",
+        "finished responses of six words or more",
+        cut,
+        finished_only=True,
+        matched=False,
+    ),
+    "shuffled": _edited(
+        "the response in another order of words",
+        "responses of five different words or more",
+        shuffled,
+    ),
+}.items():
+    NEGATIVES.register(_name)(_negative)
+
+
+# -- another language ----------------------------------------------------------------------------
+
+
+def _of_known_language(answers: Sequence[Answer]) -> list[Answer]:
+    """The finished answers to prompts of a known language, unless they are in another one."""
+    found = {a.key: language_of(_all_words(a.prompt)) for a in answers}
+    return [
+        a
+        for a in answers
+        if a.finished
+        and found[a.key] is not None
+        and reply(a.text).strip()
+        and language_of(reply(a.text)) in (None, found[a.key])
+    ]
+
+
+def _in_another_language(answer: Answer, _: Sequence[Answer], rng: random.Random) -> Answer | None:
+    """General sentences of another language, of about the answer's length.
+
+    No sentence comes twice, so the length falls short of answers of more than about 600 letters.
+    """
+    own = language_of(_all_words(answer.prompt))
+    words = reply(answer.text)
+    name = rng.choice([name for name in SENTENCES if name != own])
+    order = rng.sample(SENTENCES[name], len(SENTENCES[name]))
+    length, text = len(words.strip()), ""
+    for sentence in order:
+        longer = f"{text} {sentence}".strip()
+        if abs(len(longer) - length) < abs(len(text) - length):
+            text = longer
+    text = words_of(words).lead + (text or min(order, key=len))
+    return answer._replace(text=with_reply(answer.text, text), finished=True)
+
+
+def _all_words(prompt: Text) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(reply([message]) for message in prompt)
+
+
+NEGATIVES.register("language")(
+    Negative(
+        "general sentences in another language",
+        "finished responses to prompts of a known language (English, German, French, Spanish, "
+        "Italian or Portuguese)",
+        _of_known_language,
+        _in_another_language,
+    )
+)

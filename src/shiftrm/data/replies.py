@@ -1,0 +1,70 @@
+"""The answers in groups of responses: each with its prompt, and the text that can be changed."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from shiftrm.data.domains import prompt_key
+from shiftrm.data.loaded import no_text
+from shiftrm.errors import UserError
+from shiftrm.files import Row
+from shiftrm.models.rendering import Text
+from shiftrm.models.responses import group_responses
+from shiftrm.models.templates import text_of
+
+ASSISTANT = "assistant"
+
+
+class Answer(NamedTuple):
+    """One response of a group.
+
+    Attributes:
+        key: the prompt, equal for equal prompts (`domains.prompt_key`).
+        prompt, text, finished: as in a group.
+    """
+
+    key: str
+    prompt: Text
+    text: Text
+    finished: bool
+
+
+def answers_of(groups: Sequence[Row]) -> list[Answer]:
+    """Return every response that has a prompt of its own and is not blank, in order."""
+    found = [
+        Answer(prompt_key(row["prompt"]), row["prompt"], response.text, response.finished)
+        for row in groups
+        if row.get("prompt") is not None and row["prompt"] != []
+        for response in group_responses(row)
+    ]
+    return [answer for answer in found if not no_text(answer.text)]
+
+
+def reply(text: Text) -> str:
+    """Return the words of a response: the string, or the text of the last assistant message.
+
+    A message without text (a tool call, an image) gives "".
+    """
+    if isinstance(text, str):
+        return text
+    place = _place(text)
+    try:
+        return text_of(text[place], place + 1)
+    except UserError:
+        return ""
+
+
+def with_reply(text: Text, words: str) -> Text:
+    """Return the response with `words` in place of `reply(text)`."""
+    if isinstance(text, str):
+        return words
+    place = _place(text)
+    message = dict(text[place])
+    parts = isinstance(message["content"], list)
+    message["content"] = [{"type": "text", "text": words}] if parts else words  # type: ignore[assignment]
+    return [*text[:place], message, *text[place + 1 :]]
+
+
+def _place(messages: list[dict[str, str]]) -> int:
+    """The index of the last assistant message; of the last one if there is none."""
+    own = [i for i, message in enumerate(messages) if message.get("role") == ASSISTANT]
+    return own[-1] if own else len(messages) - 1

@@ -1,0 +1,254 @@
+"""Pairs made without labels: each way by definition, and what holds for all of them."""
+
+import itertools
+import random
+
+import pytest
+
+from shiftrm.data.languages import SENTENCES, language_of
+from shiftrm.data.matching import CANDIDATES, style
+from shiftrm.data.negatives import NEGATIVES, negative_pairs, possible
+from shiftrm.data.pairs import check_pair
+from shiftrm.data.replies import reply
+from shiftrm.errors import UserError
+
+GROUPS = [
+    {
+        "prompt": f"What is the best way to number {n} in my house?",
+        "responses": [
+            f"You can paint door {n} at once. It is cheap, quick and looks good. Do use a brush!",
+            f"I think that sign {n} must be made of wood, because wood lasts for many long years",
+            f"Call someone who knows about number {n}.",
+        ],
+        "finished": [True, n % 2 == 0, True],
+    }
+    for n in range(6)
+]
+ODD = ["", " ", "x", "🙂", "e\u0301 o\u0308", "\ud800", "...", "\n\n", "你好。我很好。", "a" * 5000]
+
+
+def chat(groups, *, parts=False):
+    """The same groups as chats."""
+
+    def content(words):
+        return [{"type": "text", "text": words}] if parts else words
+
+    return [
+        {
+            **row,
+            "prompt": [{"role": "user", "content": content(row["prompt"])}],
+            "responses": [
+                [{"role": "assistant", "content": content(words)}] for words in row["responses"]
+            ],
+        }
+        for row in groups
+    ]
+
+
+FORMS = {
+    "text": lambda groups: groups,
+    "chat": chat,
+    "chat in parts": lambda groups: chat(groups, parts=True),
+    "chat prompts": lambda groups: [
+        {**row, "prompt": messages["prompt"]}
+        for row, messages in zip(groups, chat(groups), strict=True)
+    ],
+}
+
+
+def like_words(prompts, responses, *, finished):
+    """A reward that is known: the number of letters, less 100 if cut off."""
+    return [
+        len(reply(r)) - 100 * (not f) for _, r, f in zip(prompts, responses, finished, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("matching", ["random", "length", "style", "hard"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", NEGATIVES.names())
+def test_pairs_of_every_kind(kind, form, matching):
+    groups = FORMS[form](GROUPS)
+    keywords = {"matching": matching, "score": like_words if matching == "hard" else None}
+    pairs = negative_pairs(groups, kind, 60, seed=3, **keywords)
+    assert len(pairs) == 60
+    own = {
+        (str(row["prompt"]), str(text)): done
+        for row in groups
+        for text, done in zip(row["responses"], row["finished"], strict=True)
+    }
+    for pair in pairs:
+        check_pair(pair, "pair")  # two usable, different sides of one kind
+        assert own[str(pair["prompt"]), str(pair["chosen"])] == pair["chosen_finished"]
+        assert type(pair["rejected"]) is type(pair["chosen"])
+        if kind == "other_prompt":
+            assert (str(pair["prompt"]), str(pair["rejected"])) not in own
+        elif kind != "language":
+            assert pair["rejected_finished"] == pair["chosen_finished"]
+        if kind in ("cut", "language"):
+            assert pair["chosen_finished"]
+        if form == "chat in parts":
+            [message] = pair["rejected"]
+            assert message["content"] == [{"type": "text", "text": reply(pair["rejected"])}]
+    assert pairs == negative_pairs(groups, kind, 60, seed=3, **keywords)
+    assert pairs != negative_pairs(groups, kind, 60, seed=4, **keywords)
+
+
+def test_only_the_last_answer_of_a_conversation_changes():
+    turns = [
+        {"role": "assistant", "content": "first answer of some words here"},
+        {"role": "user", "content": "go on"},
+        {"role": "assistant", "content": "one two three four five six", "name": "a"},
+    ]
+    groups = [{"prompt": [{"role": "user", "content": "hi"}], "responses": [turns]}]
+    for kind in ("repeated", "cut", "shuffled"):
+        for pair in negative_pairs(groups, kind, 20):
+            assert pair["rejected"][:2] == turns[:2]
+            assert pair["rejected"][2]["name"] == "a"
+            assert pair["chosen"] == turns  # and is not changed in place
+
+
+@pytest.mark.parametrize("kind", NEGATIVES.names())
+def test_odd_responses_never_stop_it(kind):
+    call = [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
+    odd = [{"prompt": "What is the name of this?", "responses": ODD}]
+    odd += [{"prompt": None, "responses": ["one two three four five six seven"]}]
+    odd += [{"prompt": [], "responses": ["one two three four five six seven"]}]
+    odd += [{"prompt": [{"role": "user", "content": "hi"}], "responses": [call, call]}]
+    for seed in range(20):
+        for pair in negative_pairs([*GROUPS, *odd], kind, 20, seed=seed):
+            assert pair["prompt"]
+            assert pair["chosen"] != pair["rejected"]
+            assert reply(pair["rejected"]).strip() or kind == "other_prompt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "responses", "message"),
+    [
+        ("other_prompt", ["a b c d", "e f g h"], "responses to at least two prompts"),
+        ("repeated", ["two words", "", " "], "responses of three words or more"),
+        ("cut", ["one two three four five"], "finished responses of six words"),
+        ("shuffled", ["no no no no no no no"], "five different words"),
+        ("language", ["of the and"], "prompts of a known language"),
+    ],
+)
+def test_what_cannot_be_made_worse_is_one_error(kind, responses, message):
+    groups = [{"prompt": "describe the garden :", "responses": responses}]
+    assert not possible(groups, kind)
+    assert possible(GROUPS, kind)
+    with pytest.raises(UserError, match=message):
+        negative_pairs(groups, kind, 5)
+
+
+def test_responses_that_were_cut_off_cannot_be_cut():
+    groups = [{"prompt": "p", "responses": ["one two three four five six"], "finished": [False]}]
+    assert not possible(groups, "cut")
+    assert possible(groups, "shuffled")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: negative_pairs(GROUPS, "repeatd", 1), "did you mean 'repeated'"),
+        (lambda: negative_pairs(GROUPS, "cut", 1, matching="near"), "matching is 'near'"),
+        (lambda: negative_pairs(GROUPS, "cut", 1, matching="hard"), "needs a reward model"),
+    ],
+)
+def test_bad_choices_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def letters(rng, count):
+    return " ".join("ab"[rng.random() < 0.5] * rng.randint(1, 9) for _ in range(count))
+
+
+def spread_groups():
+    rng = random.Random(0)
+    return [
+        {"prompt": f"p{n}", "responses": [letters(rng, rng.randint(3, 30)) for _ in range(4)]}
+        for n in range(20)
+    ]
+
+
+def gap(pairs, measure):
+    return sum(abs(measure(p["chosen"]) - measure(p["rejected"])) for p in pairs) / len(pairs)
+
+
+def test_matching_by_length_and_style_takes_near_ones():
+    groups = spread_groups()
+    pairs = {
+        matching: negative_pairs(groups, "other_prompt", 300, matching=matching)
+        for matching in ("random", "length", "style")
+    }
+    assert gap(pairs["length"], len) < 0.2 * gap(pairs["random"], len)
+    assert gap(pairs["style"], len) < 0.6 * gap(pairs["random"], len)
+
+    def word_length(text):
+        return style(text)[4]
+
+    assert gap(pairs["style"], word_length) < 0.6 * gap(pairs["length"], word_length)
+
+
+def test_repeated_matched_by_length_replaces():
+    pairs = negative_pairs(GROUPS, "repeated", 100, matching="length")
+    assert gap(pairs, len) < 0.5 * gap(negative_pairs(GROUPS, "repeated", 100), len)
+
+
+def test_hard_takes_what_the_reward_likes_best():
+    groups, asked = spread_groups(), []
+
+    def score(prompts, responses, *, finished):
+        asked.append(list(zip(prompts, responses, strict=True)))
+        return like_words(prompts, responses, finished=finished)
+
+    pairs = negative_pairs(groups, "other_prompt", 200, matching="hard", score=score)
+    [requests] = asked  # one call, no request twice
+    assert len(set(requests)) == len(requests) <= CANDIDATES * 200
+    texts = sorted(len(text) for row in groups for text in row["responses"])
+    lengths = [len(pair["rejected"]) for pair in pairs]
+    assert min(lengths) >= texts[len(texts) // 2]  # the longest of 16 is above the median
+    assert all((pair["prompt"], pair["rejected"]) in requests for pair in pairs)
+
+
+def test_style_by_hand():
+    text = "- One two!\n- two?\n1. one one"
+    found = style(text)  # words: - One two! - two? 1. one one
+    assert found[1:4] == (3 / 8, 2 / 8, 2 / 8)  # "-" and "one" come again
+    assert found[4] == (1 + 3 + 4 + 1 + 4 + 2 + 3 + 3) / 8
+    assert style("")[1:] == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("What is the capital of France?", "English"),
+        ("Wie heißt die Hauptstadt und was kann man dort sehen?", "German"),
+        ("Quelle est la capitale de la France ?", "French"),
+        ("¿Cuál es la capital de España y por qué?", "Spanish"),
+        ("Qual è la capitale di questo paese e come ci si arriva?", "Italian"),
+        ("Qual é a capital do Brasil e como é que eu vou para lá?", "Portuguese"),
+        ("describe the garden :", None),  # the gold world
+        ("法国的首都是什么", None),
+        ("", None),
+    ],
+)
+def test_language_of(text, language):
+    assert language_of(text) == language
+
+
+def test_the_sentences_are_in_their_language():
+    for name, sentences in SENTENCES.items():
+        assert len(set(sentences)) == 12
+        assert language_of(" ".join(sentences)) == name
+        assert sum(language_of(s) in (None, name) for s in sentences) >= 10
+    for a, b in itertools.combinations(SENTENCES.values(), 2):
+        assert not set(a) & set(b)
+
+
+def test_language_is_another_one_of_about_the_length():
+    for pair in negative_pairs(GROUPS, "language", 100):
+        text = pair["rejected"]
+        foreign = [name for name, given in SENTENCES.items() if any(s in text for s in given)]
+        assert len(foreign) == 1
+        assert foreign != ["English"]
+        assert abs(len(text) - len(pair["chosen"])) < 50
