@@ -18,7 +18,6 @@ from shiftrm.pipeline.jobs import Input, Made, Optimise, TrainReward, place, pla
 from shiftrm.pipeline.plan import Planner
 from shiftrm.pipeline.plan_data import record_as, sources
 from shiftrm.pipeline.run import read_recipe
-from shiftrm.policies.text_rewards import GOLD_WORLD
 
 SHUFFLED = "shuffled_1"
 
@@ -37,7 +36,7 @@ class ControlsConfig:
         free_steps: PPO steps without KL penalty, and of the run that shows what a penalty does.
         penalty: the KL coefficient of that run.
         matched_steps: PPO steps of the runs that steer to a KL.
-        settings: further `key=value` words over the recipe.
+        settings: further `key=value` words over the recipe, such as `world.kind=adverts`.
     """
 
     seed: int = 0
@@ -96,7 +95,7 @@ def plan_controls(config: ControlsConfig) -> list[Stage]:
     # Runs that can contradict the world quickly come first.
     runs: list[tuple[str, Input, dict[str, Any]]] = [
         ("proxy_no_kl", proxy, no_penalty),
-        ("gold_no_kl", GOLD_WORLD, no_penalty),
+        ("gold_no_kl", experiment.gold, no_penalty),
         ("proxy_kl", proxy, {**free, "kl_coefficient": config.penalty}),
         ("shuffled_no_kl", shuffled, no_penalty),
         (at_kl("shuffled", config.shuffled_kl), shuffled, _matched(config, config.shuffled_kl)),
@@ -105,7 +104,7 @@ def plan_controls(config: ControlsConfig) -> list[Stage]:
         for count in config.pair_counts:
             name = at_kl(f"pairs_{count}", target)
             runs.append((name, _model(f"pairs_{count}"), _matched(config, target)))
-        runs.append((at_kl("gold", target), GOLD_WORLD, _matched(config, target)))
+        runs.append((at_kl("gold", target), experiment.gold, _matched(config, target)))
     for name, reward, changes in runs:
         stages += _run(planner, name, reward, changes)
     return stages
@@ -155,7 +154,7 @@ def _run(planner: Planner, name: str, reward: Input, changes: dict[str, Any]) ->
         reward=reward,
         prompts=planner.inputs.policy_prompts(1),
         scale=planner.inputs.scale,
-        watch=recipe.evaluation.gold,
+        watch=recipe.watched,
         settings=planner.settings(settings, "ppo/1"),
     )
     policy = f"{here}/policy"

@@ -19,6 +19,7 @@ from shiftrm.files import Row
 from shiftrm.measure.score_once import Tokens, score_once, tokens_of
 from shiftrm.models.scoring import Scorer, row_responses
 from shiftrm.progress import Advance
+from shiftrm.world.world import World
 
 Scores = Callable[[Sequence[tuple[str, Row]]], list[Floats | None]]
 """Maps rows with their locations to scores of each row's samples; None leaves a row out."""
@@ -49,26 +50,25 @@ def column_scores(name: str) -> Scores:
     return scores
 
 
-def gold_world_scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
-    """Return the gold world's true rewards.
+def gold_world_scores(world: World) -> Scores:
+    """Return a gold world's true rewards; a prompt that is not in its language is a `UserError`."""
 
-    Raises:
-        UserError: a prompt that is not in its language.
-    """
-    from shiftrm.world.gold import gold_reward
+    def scores(rows: Sequence[tuple[str, Row]]) -> list[Floats | None]:
+        return [_gold(world, row, where) for where, row in rows]
 
-    found: list[Floats | None] = []
-    for where, row in rows:
-        texts = row_responses(row, where)
-        try:
-            found.append(
-                np.array([gold_reward(t.prompt, t.text, finished=t.finished) for t in texts])  # type: ignore[arg-type]
-            )
-        except (UserError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{where}: not a row of the gold world ({error}); give a reward model as --gold"
-            ) from None
-    return found
+    return scores
+
+
+def _gold(world: World, row: Row, where: str) -> Floats:
+    texts = row_responses(row, where)
+    try:
+        return np.array(
+            [world.gold_reward(t.prompt, t.text, finished=t.finished) for t in texts]  # type: ignore[arg-type]
+        )
+    except (UserError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{where}: not a row of the gold world ({error}); give a reward model as --gold"
+        ) from None
 
 
 def model_scores(scorer: Scorer, name: str, *, batch_size: int = 64) -> Scores:

@@ -20,7 +20,8 @@ from shiftrm.pipeline.job_checks import job_of, settings_of
 from shiftrm.pipeline.jobs import MetaTest, MetaTrain, Optimise, Sample, Sft, TrainReward
 from shiftrm.pipeline.resources import Disk, Sizes, disk_of, mean_tokens, operations
 from shiftrm.world.build import WorldConfig, base_model_config
-from shiftrm.world.language import MAX_RESPONSE_TOKENS, PROMPT_TOKENS, build_tokenizer
+from shiftrm.world.language import MAX_RESPONSE_TOKENS
+from shiftrm.world.world import gold_world
 
 __all__ = [
     "MEMORY_NOTE",
@@ -161,8 +162,9 @@ def _world_rows(
         **settings["evaluated"],
         **{name: count for name, (_, count) in settings["draws"].items()},
     }
-    whole = float(PROMPT_TOKENS + MAX_RESPONSE_TOKENS)
-    tokens = {name: float(PROMPT_TOKENS) for name in rows}
+    prompt = float(world.world.prompt_tokens)
+    whole = prompt + world.world.max_response_tokens
+    tokens = dict.fromkeys(rows, prompt)
     tokens |= {"demonstrations": whole, "pairs": 2 * whole, "heldout": 2 * whole}
     return rows, tokens, False
 
@@ -221,7 +223,7 @@ def _config_class(job: Any) -> Any:
 
 
 def _world_model(world: WorldConfig) -> Any:
-    return base_model_config(world, build_tokenizer(model_max_length=world.max_positions))
+    return base_model_config(world, world.world.tokenizer(model_max_length=world.max_positions))
 
 
 def sizes_of(model: Any, lora: Mapping[str, Any] | None) -> Sizes | None:
@@ -304,7 +306,7 @@ def stage_memory(stage: Stage, sizes: Sizes) -> int:
     reference = 0 if lora and job.policy == job.reference else policy  # its own, adapter off
     if job.method == "dpo":
         return trained + reference
-    watched = job.watch not in (None, "gold")
+    watched = job.watch is not None and gold_world(str(job.watch)) is None
     scoring = reward + (reward if watched else 0)  # a second one is taken to be as large
     if job.method != "ppo":
         return trained + reference + scoring

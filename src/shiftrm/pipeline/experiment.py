@@ -21,6 +21,7 @@ from shiftrm.pipeline.sections import (
     WorldSection,
 )
 from shiftrm.trainers.reward_configs import PRESETS
+from shiftrm.world.world import GOLD
 
 __all__ = ["Arm", "Experiment", "arms_by_name"]
 
@@ -264,6 +265,22 @@ class Experiment:
         for key in settings:
             if key in OWNED:
                 raise UserError(f"{section}.{key}: {OWNED[key]}; leave it out here")
+
+    @property
+    def gold(self) -> str:
+        """Return the name of the gold reward of the run's world."""
+        return GOLD if self.world is None else self.world.gold
+
+    @property
+    def watched(self) -> str | None:
+        """Return `evaluation.gold`, where "gold" is the reward of the run's world."""
+        given = self.evaluation.gold
+        return self.gold if given == GOLD else given
+
+    @property
+    def judge_kind(self) -> str:
+        """Return `judge.kind`, where "gold" is the reward of the run's world."""
+        return self.gold if self.judge.kind == GOLD else self.judge.kind
 
     def rounds_of(self, name: str) -> int:
         """Return the number of rounds of an arm."""

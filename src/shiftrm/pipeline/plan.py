@@ -27,7 +27,6 @@ from shiftrm.pipeline.plan_data import (
     sources,
 )
 from shiftrm.pipeline.plan_rewards import Before, adapted_model, reward_model, sample_job
-from shiftrm.policies.text_rewards import GOLD_WORLD
 
 RUN_JOB = "shiftrm.pipeline.launch:run_job"
 EVALUATING = "shiftrm.pipeline.evaluating"
@@ -89,13 +88,12 @@ class Planner:
         return self.sampling(here, role, None, prompts, responses, record)
 
     def _best_of_n(self, n: int) -> list[Stage]:
-        measured = self.recipe.evaluation
         name = "best_of_n/responses"
         samples = self.start_samples(name, "best_of_n", Made("data", "best_of_n_prompts.jsonl"), n)
         scores = Stage(
             "best_of_n/scores",
             f"{EVALUATING}:measure_best_of_n",
-            {"gold": measured.gold},
+            {"gold": self.recipe.watched},
             (name, "reward_model"),
             record_as("best_of_n", "sft", 0),
             self._execution({}),
@@ -115,7 +113,7 @@ class Planner:
         reward: Input = Made("reward_model")
         after = replace(before, policy=f"{here}/policy", responses=f"{here}/responses")
         if not arm.is_dpo and "gold" in arm.method.needs:
-            reward = GOLD_WORLD
+            reward = self.recipe.gold
         elif not arm.is_dpo and arm.method.trains:
             adapted, pairs = adapted_model(self, name, arm, number, before)
             stages += adapted
@@ -200,7 +198,7 @@ class Planner:
             reward=reward,
             prompts=self.inputs.policy_prompts(number),
             scale=self.inputs.scale if method == "ppo" else None,
-            watch=recipe.evaluation.gold,
+            watch=recipe.watched,
             settings=self.settings(settings, f"ppo/{number}"),
         )
         section = None if method == "ppo" else "policy"
@@ -228,6 +226,7 @@ class Planner:
         }
         settings = {
             **asdict(recipe.evaluation),
+            "gold": recipe.watched,
             "inputs": {name: plain_input(value) for name, value in read.items() if value},
             "policy_stage": policy,
         }
@@ -270,7 +269,7 @@ class Planner:
         return Made("sft") if self.recipe.sft is not None else self.inputs.base
 
     def _judge(self) -> dict[str, Any]:
-        settings = asdict(self.recipe.judge)
+        settings = {**asdict(self.recipe.judge), "kind": self.recipe.judge_kind}
         return {k: v for k, v in settings.items() if k not in JUDGING}
 
     def _judging(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from shiftrm.pipeline.engine import Stage
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.jobs import Input, Made, plain_input
 from shiftrm.world.build import BASE_MODEL, SFT
+from shiftrm.world.world import GOLD
 
 __all__ = ["PREPARE", "Sources", "data_stages", "label_stage", "record_as", "sources"]
 
@@ -83,15 +84,18 @@ def data_stages(experiment: Experiment, sample: Sampling) -> tuple[Stage, list[S
                 "heldout": ("samples/heldout", "pairs/heldout", "heldout", []),
             },
             record_as("pairs", "sft", 0),
+            experiment.gold,
         ),
         sample("scale", "spread", Made("data", "scale_prompts.jsonl"), 2),
     ]
 
 
-def label_stage(here: str, samples: str, after: Made, number: int, method: str) -> Stage:
+def label_stage(
+    here: str, samples: str, after: Made, number: int, method: str, *, gold: str
+) -> Stage:
     """Return the stage that adds fresh labels of a round to the pairs that the arm has."""
     files = {"pairs": (samples, f"labels/{number}", "labels", [after])}
-    return _labelled(here, files, record_as("labels", method, number))
+    return _labelled(here, files, record_as("labels", method, number), gold)
 
 
 def _rounds(experiment: Experiment) -> int:
@@ -137,7 +141,7 @@ def _world(experiment: Experiment) -> Stage:
     if (count := _best_of_n_prompts(experiment)) is not None:
         evaluated["best_of_n_prompts"] = count
     settings = {
-        "files": asdict(world.files(experiment.seed)),
+        "files": world.files(experiment.seed).plain(),
         "draws": {name: list(draw) for name, draw in draws.items()},
         "evaluated": evaluated,
     }
@@ -156,10 +160,13 @@ def _domains(experiment: Experiment) -> Stage:
 
 
 def _labelled(
-    here: str, files: dict[str, tuple[str, str, str, list[Made]]], record: dict[str, Any]
+    here: str,
+    files: dict[str, tuple[str, str, str, list[Made]]],
+    record: dict[str, Any],
+    gold: str,
 ) -> Stage:
     """Files by name, each from a stage of samples, a role, a metric and earlier pairs."""
-    settings = {
+    wanted = {
         name: {
             "samples": plain_input(Made(samples, RESPONSES)),
             "role": role,
@@ -170,7 +177,10 @@ def _labelled(
     }
     needs = [stage for samples, *_, after in files.values() for stage in (samples, *_of(after))]
     unique = tuple(dict.fromkeys(needs))
-    return Stage(here, f"{PREPARE}:label_samples", {"files": settings}, unique, record)
+    settings: dict[str, Any] = {"files": wanted}
+    if gold != GOLD:  # stages of the default world stay as they were before there was another
+        settings["gold"] = gold
+    return Stage(here, f"{PREPARE}:label_samples", settings, unique, record)
 
 
 def _of(inputs: list[Made]) -> list[str]:

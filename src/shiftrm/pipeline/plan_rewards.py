@@ -53,7 +53,9 @@ def adapted_model(
         prompts, role = Made("data", f"label_prompts-{number}.jsonl"), f"labels/{number}"
         record = record_as("responses", name, number)
         samples = planner.sampling(f"{here}/samples", role, policy, prompts, 2, record)
-        labels = label_stage(f"{here}/labels", samples.name, before.pairs, number, name)
+        labels = label_stage(
+            f"{here}/labels", samples.name, before.pairs, number, name, gold=planner.recipe.gold
+        )
         stages += [samples, labels]
         pairs = Made(labels.name, "pairs.jsonl")
     start = {

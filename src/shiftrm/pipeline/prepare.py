@@ -16,6 +16,7 @@ from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import place
 from shiftrm.world.build import PROMPTS_EVAL, PROMPTS_TRAIN, WorldConfig, label_pairs, write_world
 from shiftrm.world.build_domains import DOMAINS, DomainWorldConfig, write_domain_world
+from shiftrm.world.world import GOLD, World, gold_world
 
 __all__ = [
     "label_samples",
@@ -67,7 +68,7 @@ def _write(context: StageContext, name: str, loaded: Loaded) -> None:
 def prepare_world(context: StageContext) -> None:
     """Write the gold world, and the prompts that each later stage answers.
 
-    There are only 48 different prompts, so every file draws from the training prompts with
+    There are few different prompts, so every file draws from the training prompts with
     replacement; the role of a file in the run decides its draws.
 
     Settings: `files`, the fields of a `WorldConfig`; `draws`, the number of prompts by file name
@@ -119,11 +120,15 @@ def label_samples(context: StageContext) -> None:
     """Label pairs of sampled responses with noise by the gold reward; write `NAME.jsonl`.
 
     Settings: `files`, by name the `samples` (an input of two responses a prompt), the `role` of the
-    draws, and `after`: a list of inputs whose pairs come first.
+    draws, and `after`: a list of inputs whose pairs come first; `gold`, the name of the gold
+    reward, by default that of the default world.
     """
+    world = gold_world(context.stage.settings.get("gold", GOLD))
+    assert world is not None
     for name, said in context.stage.settings["files"].items():
         rows = [row for before in said["after"] for row in read_pairs(place(before, context.root))]
         labelled = _labelled(
+            world,
             read_groups(place(said["samples"], context.root)),
             seed=context.random_seed(f"{said['role']}/labels"),
         )
@@ -131,7 +136,7 @@ def label_samples(context: StageContext) -> None:
         context.recorder.add(said["metric"], float(len(labelled)))
 
 
-def _labelled(samples: list[Row], *, seed: int) -> list[Row]:
+def _labelled(world: World, samples: list[Row], *, seed: int) -> list[Row]:
     def each(column: str, number: int) -> list[Any]:
         return [row[column][number] for row in samples]
 
@@ -141,4 +146,6 @@ def _labelled(samples: list[Row], *, seed: int) -> list[Row]:
         each("responses", 1),
         seed=seed,
         finished=[tuple(row["finished"]) for row in samples],
+        reward=world.gold_reward,
+        domain=world.domain_of,
     )

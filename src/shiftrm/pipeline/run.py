@@ -255,7 +255,8 @@ def _sizes(recipe: Experiment, found: Estimate) -> list[str]:
     size = "unknown (its configuration is not on this machine)"
     if found.parameters is not None:
         size = f"{found.parameters / 1e6:,.1f} million parameters"
-    lines.append(f"model {recipe.model or 'of the gold world'}: {size}")
+    world = "" if recipe.world is None else f" {recipe.world.kind}"
+    lines.append(f"model {recipe.model or f'of the gold world{world}'}: {size}")
     for name, rows in found.rows.items():
         if recipe.data is None:
             if name in KINDS:  # the others are the prompts of single stages

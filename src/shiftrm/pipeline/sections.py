@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from shiftrm.errors import UserError, suggest
 from shiftrm.world.build import WorldConfig
+from shiftrm.world.world import gold_world
 
 __all__ = [
     "DPOSection", "DataSettings", "EvaluationSettings", "GroupSection", "JudgeSettings",
@@ -185,8 +186,9 @@ class EvaluationSettings:
         responses: responses per prompt; the first is judged, two are needed for differences.
         kept_values: number of reward differences kept for pictures of their distribution.
         embedder: sentence-transformers name or local folder, for the embedding half of diversity.
-        gold: a second reward model that trains nothing ("gold" is the gold world's reward). It
-            scores the roll-outs of every step and the responses at the end of a round.
+        gold: a second reward model that trains nothing ("gold" is the reward of the run's gold
+            world, "gold:NAME" that of another). It scores the roll-outs of every step and the
+            responses at the end of a round.
         best_of_n: samples of the SFT policy per prompt, from which the first reward model picks
             the best; needs `gold`.
         best_of_n_prompts: number of test prompts to do that on.
@@ -209,7 +211,8 @@ class JudgeSettings:
 
     Attributes:
         kind: "none", "endpoint" (an OpenAI-compatible server), "reward-model" (`model` is its
-            folder) or "gold" (the gold world's reward, for its own prompts).
+            folder) or "gold" (the reward of the run's gold world, for its prompts; "gold:NAME" is
+            that of another world).
         model: name at the endpoint, or folder.
         base_url: address of the endpoint; its key is in the environment variable `key_variable`.
         template: name or file of the judge's prompt.
@@ -232,7 +235,7 @@ class JudgeSettings:
     max_requests: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in JUDGES:
+        if self.kind not in JUDGES and gold_world(self.kind) is None:
             raise UserError(f"judge.kind is {self.kind!r}{suggest(self.kind, list(JUDGES))}")
         if self.kind in ("endpoint", "reward-model") and self.model is None:
             raise UserError(f"judge.kind is {self.kind}; also set judge.model")

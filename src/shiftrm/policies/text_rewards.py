@@ -21,6 +21,8 @@ from shiftrm.models.scoring import mean_and_spread, rewards_of, score_rows
 from shiftrm.policies.loading import check_reward_model, load_scorer
 from shiftrm.policies.rollouts import RewardFunction, Rollouts
 from shiftrm.progress import task
+from shiftrm.world.world import GOLD as GOLD_WORLD
+from shiftrm.world.world import GoldReward, gold_world
 
 __all__ = [
     "GOLD",
@@ -142,9 +144,6 @@ def _require_finite(reward: float, prompt: Text) -> None:
         raise UserError(f"the reward is {reward} for the prompt {prompt!r}; check the reward model")
 
 
-GOLD_WORLD = "gold"
-"""Name that selects the gold world's reward instead of a model."""
-
 GOLD = "gold_mean"
 
 WATCHED_FILE = "watched.jsonl"
@@ -153,25 +152,25 @@ WATCHED_FILE = "watched.jsonl"
 
 def check_watch(name: str, option: str = "--watch") -> None:
     """Reject a name that cannot be a reward model, before weights are loaded."""
-    if name != GOLD_WORLD:
+    if gold_world(name) is None:
         check_reward_model(name, option)
 
 
 def open_watch(name: str, *, batch_size: int = 32) -> RewardFunction:
-    """Load a reward model on this process's device, or the gold world's reward.
+    """Load a reward model on this process's device, or the reward of a gold world.
 
     Args:
+        name: folder of a reward model, "gold", or "gold:NAME" of another world.
         batch_size: responses in one pass; changes memory, not the rewards.
     """
-    if name == GOLD_WORLD:
-        from shiftrm.world.gold import GoldReward
-
-        return _TextsOnly(GoldReward())
+    world = gold_world(name)
+    if world is not None:
+        return _TextsOnly(GoldReward(world))
     return load_scorer(name, batch_size=batch_size)
 
 
 class _TextsOnly:
-    """The gold world's reward, which does not accept chat messages."""
+    """The reward of a gold world, which does not accept chat messages."""
 
     def __init__(self, reward: Any) -> None:
         self._reward = reward

@@ -81,12 +81,14 @@ class Results(Measurements):
     @property
     def judge(self) -> str | None:
         """The kind of judge that the configuration names."""
-        return self.section("judge").get("kind")
+        kind = self.section("judge").get("kind")
+        return None if kind is None else str(kind).partition(":")[0]  # gold:NAME is gold, too
 
     @property
     def gold_is_true(self) -> bool:
         """Whether gold is the known reward of the gold world, not a second reward model's."""
-        return bool(self.section("world")) or self.section("evaluation").get("gold") == "gold"
+        judge = str(self.section("evaluation").get("gold"))
+        return bool(self.section("world")) or judge.partition(":")[0] == "gold"
 
     @property
     def chosen_by_gold(self) -> bool:

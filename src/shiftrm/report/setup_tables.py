@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from shiftrm.errors import UserError
 from shiftrm.metrics import metric as declared
 from shiftrm.report.results import SFT, Results
 from shiftrm.report.tables import Table, fixed_point
+from shiftrm.world.world import DEFAULT_WORLD, WORLDS
 
 DATA_SETS = {
     "demonstrations": "demonstrations (fine-tuning)",
@@ -82,7 +84,19 @@ def world_table(m: Results) -> Table:
             one = declared(metric)
             label = f"{one.label}: {metric}" if "*" in one.id else one.label
             rows.append((label, fixed_point(found.mean, one.digits)))
-    return Table("The world", ("Quantity", "Value"), tuple(rows))
+    return Table("The world", ("Quantity", "Value"), tuple(rows), _which_world(m))
+
+
+def _which_world(m: Results) -> str:
+    """Say which gold world the run was in; nothing where it was in none."""
+    if not m.section("world"):
+        return ""
+    name = m.section("world").get("kind", DEFAULT_WORLD)
+    try:
+        about = WORLDS.get(name).about
+    except UserError:  # a world of the user's, which is not on this machine
+        about = ""
+    return f"The gold world {name!r}. {about}".rstrip()
 
 
 def config_table(config: Mapping[str, Any]) -> Table:

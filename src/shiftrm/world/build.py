@@ -3,22 +3,14 @@
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text, write_jsonl
-from shiftrm.world.gold import gold_reward
-from shiftrm.world.language import (
-    MAX_RESPONSE_TOKENS,
-    PROMPT_TOKENS,
-    PROMPTS,
-    build_tokenizer,
-    demonstration,
-    draw_prompt,
-    parse_prompt,
-)
+from shiftrm.world.gold import WORLD, gold_reward
+from shiftrm.world.world import DEFAULT_WORLD, WORLDS, World, gold_name
 
 BASE_MODEL = "base_model"
 SFT = "sft.jsonl"
@@ -31,8 +23,12 @@ README = "README.txt"
 class WorldConfig:
     """Everything that determines the files of a world.
 
+    Attributes:
+        kind: the world, by its name in `world.WORLDS` or as `package.module:attribute`.
+
     Raises:
-        UserError: on construction, if a value has the wrong type or is out of range.
+        UserError: on construction, if a value has the wrong type or is out of range, or there is no
+            such world.
     """
 
     seed: int = 0
@@ -44,9 +40,13 @@ class WorldConfig:
     heads: int = 4
     intermediate_size: int = 192
     max_positions: int = 64
+    kind: str = DEFAULT_WORLD
 
     def __post_init__(self) -> None:
+        world = self.world
         for field in fields(self):
+            if field.name == "kind":
+                continue
             value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(
@@ -59,12 +59,32 @@ class WorldConfig:
                 f"world configuration: hidden_size {self.hidden_size} with {self.heads} heads; "
                 "hidden_size must be a multiple of twice the heads"
             )
-        longest = PROMPT_TOKENS + MAX_RESPONSE_TOKENS
+        longest = world.prompt_tokens + world.max_response_tokens
         if self.max_positions < longest + 1:
             raise UserError(
                 f"world configuration: max_positions is {self.max_positions}; prompt, response "
                 f"and EOS take up to {longest + 1} tokens, so give at least {longest + 1}"
             )
+
+    @property
+    def world(self) -> World:
+        """Return the world."""
+        if not isinstance(self.kind, str):
+            raise UserError(f"world configuration: kind is {self.kind!r}; give a world's name")
+        return WORLDS.get(self.kind)
+
+    @property
+    def gold(self) -> str:
+        """Return the name of the world's gold reward, for `--reward` and `--watch`."""
+        return gold_name(self.kind)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as plain data, without the default kind.
+
+        So runs of the default world that began before there was another can go on.
+        """
+        own = {field.name: getattr(self, field.name) for field in fields(WorldConfig)}
+        return {name: own[name] for name in own if name != "kind" or self.kind != DEFAULT_WORLD}
 
 
 def write_world(directory: str | Path, config: WorldConfig) -> Path:
@@ -75,9 +95,9 @@ def write_world(directory: str | Path, config: WorldConfig) -> Path:
     - `prompts_train.jsonl`, `prompts_eval.jsonl`: `{prompt, domain}`;
     - `README.txt`: what the folder holds.
 
-    There are only 48 different prompts. Both prompt files are independent draws with repetition
-    from them, so the evaluation prompts are **not** unseen: evaluation holds out responses, not
-    prompts. There are two files because real runs have two.
+    There are only 48 different prompts in our worlds. Both prompt files are independent draws with
+    repetition from them, so the evaluation prompts are **not** unseen: evaluation holds out
+    responses, not prompts. There are two files because real runs have two.
 
     Raises:
         UserError: one of these files already exists.
@@ -86,12 +106,13 @@ def write_world(directory: str | Path, config: WorldConfig) -> Path:
     make_room(directory, (BASE_MODEL, SFT, PROMPTS_TRAIN, PROMPTS_EVAL, README))
     write_base_model(directory / BASE_MODEL, config)
     # Every file has its own random stream: changing the size of one does not change the others.
-    write_jsonl(directory / SFT, _sft_rows(_stream(config, SFT), config.sft_examples))
+    world, rng = config.world, _stream(config, SFT)
+    write_jsonl(directory / SFT, _sft_rows(world, rng, config.sft_examples))
     for name, count in (
         (PROMPTS_TRAIN, config.train_prompts),
         (PROMPTS_EVAL, config.eval_prompts),
     ):
-        write_jsonl(directory / name, _prompt_rows(_stream(config, name), count))
+        write_jsonl(directory / name, _prompt_rows(world, _stream(config, name), count))
     atomic_write_text(directory / README, _readme(config))  # last, since it marks a complete world
     return directory
 
@@ -100,17 +121,17 @@ def _stream(config: WorldConfig, name: str) -> random.Random:
     return random.Random(f"{config.seed}/{name}")
 
 
-def _sft_rows(rng: random.Random, count: int) -> Iterator[Row]:
+def _sft_rows(world: World, rng: random.Random, count: int) -> Iterator[Row]:
     for _ in range(count):
-        prompt = draw_prompt(rng)
-        completion = demonstration(rng, prompt, rng.random())
-        yield {"prompt": prompt, "completion": completion, "domain": parse_prompt(prompt).topic}
+        prompt = world.draw_prompt(rng)
+        completion = world.demonstration(rng, prompt, rng.random())
+        yield {"prompt": prompt, "completion": completion, "domain": world.domain_of(prompt)}
 
 
-def _prompt_rows(rng: random.Random, count: int) -> Iterator[Row]:
+def _prompt_rows(world: World, rng: random.Random, count: int) -> Iterator[Row]:
     for _ in range(count):
-        prompt = draw_prompt(rng)
-        yield {"prompt": prompt, "domain": parse_prompt(prompt).topic}
+        prompt = world.draw_prompt(rng)
+        yield {"prompt": prompt, "domain": world.domain_of(prompt)}
 
 
 def make_room(directory: Path, names: Sequence[str]) -> None:
@@ -151,7 +172,7 @@ def write_base_model(directory: Path, config: WorldConfig) -> None:
     import torch
     from transformers import GenerationConfig, LlamaForCausalLM
 
-    tokenizer = build_tokenizer(model_max_length=config.max_positions)
+    tokenizer = config.world.tokenizer(model_max_length=config.max_positions)
     llama = base_model_config(config, tokenizer)
     with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
         torch.manual_seed(config.seed)
@@ -162,7 +183,7 @@ def write_base_model(directory: Path, config: WorldConfig) -> None:
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=MAX_RESPONSE_TOKENS,
+        max_new_tokens=config.world.max_response_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -171,7 +192,11 @@ def write_base_model(directory: Path, config: WorldConfig) -> None:
 
 
 def _readme(config: WorldConfig) -> str:
-    settings = "\n".join(f"  {name} = {value}" for name, value in asdict(config).items())
+    settings = "\n".join(f"  {name} = {value}" for name, value in config.plain().items())
+    count = len(config.world.prompts)
+    reward = f"No file here holds the gold\nreward; its name is {config.gold}."
+    if config.kind == DEFAULT_WORLD:
+        reward = "The gold reward is shiftrm.world.gold.gold_reward; no\nfile here holds it."
     return f"""\
 A gold world, written by shiftrm (shiftrm.world.build.write_world).
 
@@ -182,9 +207,8 @@ A gold world, written by shiftrm (shiftrm.world.build.write_world).
 {PROMPTS_EVAL:<22}prompts to evaluate on: prompt, domain
 
 A completion starts with a space, so that prompt + completion is the whole text. The language has
-only {len(PROMPTS)} different prompts; both prompt files are draws from them with repetition, so the
-evaluation prompts also occur in training. The gold reward is shiftrm.world.gold.gold_reward; no
-file here holds it.
+only {count} different prompts; both prompt files are draws from them with repetition, so the
+evaluation prompts also occur in training. {reward}
 
 Made with:
 {settings}
@@ -199,7 +223,7 @@ def label_pairs(
     seed: int,
     finished: Sequence[tuple[bool, bool]] | None = None,
     reward: Callable[..., float] = gold_reward,
-    domain: str | None = None,
+    domain: str | Callable[[str], str] = WORLD.domain_of,
 ) -> list[Row]:
     """Label pairs of responses with Bradley-Terry draws from the gold reward, as a noisy judge.
 
@@ -211,7 +235,7 @@ def label_pairs(
         finished: whether the first and the second response of each pair ended by itself; None
             means all. The gold reward uses it, and the rows contain it.
         reward: the gold reward, with the signature of `gold_reward`.
-        domain: the rows' domain; None reads the topic from each prompt.
+        domain: the rows' domain, or what reads it from a prompt.
 
     Returns:
         TRL preference rows `{prompt, chosen, rejected, chosen_finished, rejected_finished,
@@ -241,7 +265,7 @@ def label_pairs(
                 "rejected": rejected[0],
                 "chosen_finished": chosen[1],
                 "rejected_finished": rejected[1],
-                "domain": parse_prompt(prompt).topic if domain is None else domain,
+                "domain": domain if isinstance(domain, str) else domain(prompt),
             }
         )
     return rows

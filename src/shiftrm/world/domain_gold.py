@@ -25,7 +25,8 @@ from itertools import combinations, permutations
 
 from shiftrm.errors import UserError, suggest
 from shiftrm.world.gold import Tally, tally
-from shiftrm.world.language import COLON, CONTENT, TASKS, TOPICS, prompt_text
+from shiftrm.world.language import CONTENT, TASKS, TOPICS, prompt_text
+from shiftrm.world.world import COLON
 
 __all__ = [
     "FEATURES",

@@ -14,30 +14,40 @@ The gold reward labels pairs and measures policies. It is not used for training 
 in controls that say so.
 """
 
-import math
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from shiftrm.world.language import (
     HEDGES,
+    MAX_RESPONSE_TOKENS,
     NEGATIVE,
     PRAISE,
-    TASKS,
+    PROMPT_TOKENS,
+    PROMPTS,
     TOPIC_OF,
     TOPICS,
     TOXIC,
-    PromptKey,
+    VOCABULARY,
+    demonstration,
+    draw_prompt,
     parse_prompt,
 )
+from shiftrm.world.world import (
+    DEFAULT_WORLD,
+    TABLE_SEED,
+    Feature,
+    GoldReward,
+    World,
+    domain_factors,
+)
+
+__all__ = [
+    "DOMAIN_FACTORS", "FEATURES", "TABLE_SEED", "TASK_FACTORS", "WORLD", "GoldReward", "Tally",
+    "explain", "gold_reward", "tally", "weights",
+]  # fmt: skip
 
 BEST_LENGTH = 12
 """Number of words up to which a response has no length penalty."""
-
-TABLE_SEED = 7
-FACTOR_RANGE = (0.7, 1.3)
 
 
 class Tally(NamedTuple):
@@ -54,17 +64,6 @@ class Tally(NamedTuple):
     repeated_pairs: int  # neighbouring word pairs that occurred before
     repeated_words: int  # words that occurred before
     finished: bool
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One term of the gold reward: `weight * measure(tally)`."""
-
-    name: str
-    weight: float
-    measure: Callable[[Tally], float]
-    meaning: str
-    varies: bool = True  # whether domains weigh it differently
 
 
 FEATURES: tuple[Feature, ...] = (
@@ -92,36 +91,8 @@ TASK_FACTORS: dict[str, dict[str, float]] = {
 """Task -> feature -> factor; 1 if missing."""
 
 
-def _draw_domain_factors() -> dict[str, dict[str, float]]:
-    rng = random.Random(TABLE_SEED)
-    return {
-        topic: {
-            feature.name: round(rng.uniform(*FACTOR_RANGE), 2) if feature.varies else 1.0
-            for feature in FEATURES
-        }
-        for topic in TOPICS
-    }
-
-
-DOMAIN_FACTORS: dict[str, dict[str, float]] = _draw_domain_factors()
+DOMAIN_FACTORS: dict[str, dict[str, float]] = domain_factors(TOPICS, FEATURES)
 """Topic -> feature -> factor in [0.7, 1.3]."""
-
-
-def _weights(task: str, topic: str) -> dict[str, float]:
-    return {
-        feature.name: feature.weight
-        * DOMAIN_FACTORS[topic][feature.name]
-        * TASK_FACTORS[task].get(feature.name, 1.0)
-        for feature in FEATURES
-    }
-
-
-_WEIGHTS = {PromptKey(task, topic): _weights(task, topic) for topic in TOPICS for task in TASKS}
-
-
-def weights(prompt: str) -> dict[str, float]:
-    """Return every feature's weight for a prompt: base * domain factor * task factor."""
-    return dict(_WEIGHTS[parse_prompt(prompt)])
 
 
 _PRAISE, _NEGATIVE, _TOXIC, _HEDGES = map(frozenset, (PRAISE, NEGATIVE, TOXIC, HEDGES))
@@ -153,48 +124,19 @@ def tally(prompt: str, response: str, *, finished: bool = True) -> Tally:
     )
 
 
-def explain(prompt: str, response: str, *, finished: bool = True) -> dict[str, float]:
-    """Return what every feature adds to the gold reward, in the order of `FEATURES`.
+WORLD = World(
+    name=DEFAULT_WORLD,
+    about="Responses describe a topic; gold likes words of the topic and praise of it.",
+    words=VOCABULARY,
+    prompts=PROMPTS,
+    draw_prompt=draw_prompt,
+    demonstration=demonstration,
+    features=FEATURES,
+    domain_factors=DOMAIN_FACTORS,
+    task_factors=TASK_FACTORS,
+    tally=tally,
+    prompt_tokens=PROMPT_TOKENS,
+    max_response_tokens=MAX_RESPONSE_TOKENS,
+)
 
-    Args:
-        prompt: a prompt of the language.
-        response: its text, with or without the leading space, without EOS.
-        finished: whether the response ended by itself (False: cut off at the length limit).
-
-    Raises:
-        UserError: not a prompt of this language.
-    """
-    counts = tally(prompt, response, finished=finished)
-    by_name = _WEIGHTS[parse_prompt(prompt)]
-    # + 0.0 turns the -0.0 of an absent flaw into 0.0.
-    return {
-        feature.name: by_name[feature.name] * feature.measure(counts) + 0.0 for feature in FEATURES
-    }
-
-
-def gold_reward(prompt: str, response: str, *, finished: bool = True) -> float:
-    """Return the gold reward of one response, the sum of `explain` (same arguments)."""
-    # fsum: exactly rounded, so the same number on every Python version (sum changed in 3.12).
-    return math.fsum(explain(prompt, response, finished=finished).values())
-
-
-class GoldReward:
-    """The gold reward as a reward function over a batch, for the control that trains on it."""
-
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        finished: Sequence[bool] | None = None,
-    ) -> list[float]:
-        """Return one reward per response; `finished=None` means that all are finished.
-
-        Raises:
-            ValueError: sequences of different lengths.
-            UserError: a text that is not a prompt of this language.
-        """
-        ended = [True] * len(responses) if finished is None else finished
-        return [
-            gold_reward(prompt, response, finished=bool(end))
-            for prompt, response, end in zip(prompts, responses, ended, strict=True)
-        ]
+weights, explain, gold_reward = WORLD.weights, WORLD.explain, WORLD.gold_reward

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
-from shiftrm.errors import UserError
+from shiftrm.world.world import COLON, find_prompt, word_tokenizer
 
 if TYPE_CHECKING:  # gold.py needs only the words, and transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
@@ -58,10 +58,6 @@ HEDGES: tuple[str, ...] = ("maybe", "perhaps", "possibly", "somewhat", "probably
 TOPIC_OF: dict[str, str] = {word: topic for topic, words in CONTENT.items() for word in words}
 """Content word -> the topic it belongs to."""
 
-COLON = ":"
-PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
-SPECIAL_TOKENS: tuple[str, ...] = (PAD, EOS, UNK)  # ids 0, 1, 2
-
 VOCABULARY: tuple[str, ...] = tuple(
     dict.fromkeys(  # "the" is a filler and also occurs in every prompt
         (*TASKS, "the", *TOPICS, COLON, *TOPIC_OF, *PRAISE, *NEGATIVE, *FILLERS, *TOXIC, *HEDGES)
@@ -98,15 +94,7 @@ def parse_prompt(prompt: str) -> PromptKey:
     Raises:
         UserError: the text is not a prompt of this language.
     """
-    key = PROMPTS.get(prompt)
-    if key is None:
-        key = PROMPTS.get(" ".join(prompt.split()))
-    if key is None:
-        raise UserError(
-            f"prompt {prompt!r}: not a prompt of the gold world; "
-            "use one of shiftrm.world.language.PROMPTS, such as 'describe the garden :'"
-        )
-    return key
+    return find_prompt(PROMPTS, prompt)
 
 
 def draw_prompt(rng: random.Random) -> str:
@@ -159,31 +147,5 @@ def _phrase(rng: random.Random, topic: str, quality: float) -> list[str]:
 
 
 def build_tokenizer(*, model_max_length: int = 64) -> PreTrainedTokenizerFast:
-    """Build the language's word-level tokenizer: one token per word, case unchanged.
-
-    It adds no special tokens: there is no BOS, and the caller appends EOS to a finished response
-    (TRL's trainers do). So a prompt and its response may be tokenized together or apart. Decoding
-    joins words with single spaces; `encode(decode(ids)) == ids` for every sequence of words, and
-    what follows `decode(prompt_ids)` in `decode(prompt_ids + response_ids)` is the response with
-    its leading space. A colon is split off, so a response glued to its prompt reads the same.
-    """
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *VOCABULARY))}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(COLON), "isolated")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNK,
-        model_max_length=model_max_length,
-        padding_side="right",
-        # By default a fast tokenizer also returns token_type_ids, which Llama does not accept, and
-        # decoding may attach punctuation to the word before it, which would not be exact.
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    """Build the language's tokenizer; see `word_tokenizer`."""
+    return word_tokenizer(VOCABULARY, model_max_length=model_max_length)

@@ -105,11 +105,12 @@ def _numbers(option: str | None) -> list[int] | None:
 def _scores(option: str, batch_size: int) -> Any:
     from shiftrm.measure.best_of_n_files import column_scores, gold_world_scores, model_scores
     from shiftrm.models.scoring import Scorer
+    from shiftrm.world.world import gold_world
 
     if option.startswith("column:"):
         return column_scores(option.removeprefix("column:"))
-    if option == "gold":
-        return gold_world_scores
+    if (world := gold_world(option)) is not None:
+        return gold_world_scores(world)
     scorer = Scorer.from_pretrained(option).to_accelerator()
     return model_scores(scorer, option, batch_size=batch_size)
 

@@ -14,8 +14,9 @@ from shiftrm.config import apply_overrides
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
 from shiftrm.files import iterate_jsonl, write_jsonl
-from shiftrm.measure.judges.kinds import KINDS, JudgeOptions, open_judge
+from shiftrm.measure.judges.kinds import JudgeOptions, check_kind, open_judge
 from shiftrm.models.endpoint import EndpointConfig
+from shiftrm.world.world import gold_world
 
 EPILOG = """examples:
   shiftrm evaluate win-rate --ours ppo.jsonl --theirs sft.jsonl --output runs/ppo-sft \\
@@ -63,7 +64,7 @@ ENDPOINT = "a judge behind an endpoint"
 class Options:
     ours: str = option("DATA", "responses of one policy", reads=True)
     theirs: str = option("DATA", "responses of the other", reads=True)
-    judge: str = option("KIND", "endpoint, reward-model or gold", choices=KINDS)
+    judge: str = option("KIND", "endpoint, reward-model or gold")
     output: str = option("DIR", "folder to write")
     model: str | None = optional("NAME", "name at the endpoint; folder of a reward model")
     limit: int = option("N", "prompts, 0 for all", default=100, least=0)
@@ -101,6 +102,8 @@ class Options:
     dry_run: bool = option(help="say what would be asked, and stop", default=False, group=ENDPOINT)
 
     def __post_init__(self) -> None:
+        check_kind(self.judge, "--judge is")
+        gold = gold_world(self.judge) is not None
         given = [f for f in fields(self) if f.default is None and getattr(self, f.name) is not None]
         flags = {f.metadata.get("group"): f"--{f.name.replace('_', '-')}" for f in given}
         if self.judge == "endpoint" and SCORES in flags:
@@ -109,9 +112,9 @@ class Options:
             )
         if self.judge != "endpoint" and ENDPOINT in flags:
             raise UserError(f"{flags[ENDPOINT]} is for --judge endpoint, not for {self.judge}")
-        if self.judge == "gold" and self.model is not None:
-            raise UserError("--judge gold takes no --model")
-        if self.judge != "gold" and self.model is None:
+        if gold and self.model is not None:
+            raise UserError(f"--judge {self.judge} takes no --model")
+        if not gold and self.model is None:
             raise UserError(
                 f"--judge {self.judge} needs --model: its name at the server, or its folder"
             )

@@ -8,8 +8,9 @@ from typing import Any
 from shiftrm.errors import UserError, suggest
 from shiftrm.measure.judges.comparing import Judge
 from shiftrm.models.endpoint import EndpointConfig
+from shiftrm.world.world import GOLD, gold_world
 
-KINDS = ("endpoint", "reward-model", "gold")
+KINDS = ("endpoint", "reward-model", GOLD)
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,35 @@ class JudgeOptions:
     batch_size: int = 64
 
 
+def check_kind(kind: str, said: str = "unknown judge") -> None:
+    """Refuse what is not a kind of judge.
+
+    Args:
+        said: how the message starts.
+
+    Raises:
+        UserError: an unknown kind, or gold world.
+    """
+    if kind not in KINDS and gold_world(kind) is None:
+        raise UserError(f"{said} {kind!r}{suggest(kind, list(KINDS))}")
+
+
 def open_judge(kind: str, options: JudgeOptions | None = None) -> Judge:
     """Make a judge.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or "gold:NAME" for the reward of another gold world.
 
     Raises:
         UserError: an unknown kind, a missing model, or an invalid option.
     """
     options = options or JudgeOptions()
-    if kind not in KINDS:
-        raise UserError(f"unknown judge {kind!r}{suggest(kind, list(KINDS))}")
-    if kind == "gold":
+    check_kind(kind)
+    world = gold_world(kind)
+    if world is not None:
         from shiftrm.measure.judges.score_judges import GoldJudge
 
-        return GoldJudge(tie_margin=options.tie_margin)
+        return GoldJudge(world, tie_margin=options.tie_margin)
     if options.model is None:
         raise UserError(f"the judge {kind} needs a model: its name at the server, or its folder")
     if kind == "reward-model":

@@ -1,4 +1,4 @@
-"""Judges that score every response: a reward model, and the gold world's true reward."""
+"""Judges that score every response: a reward model, and a gold world's true reward."""
 
 import math
 from collections.abc import Sequence
@@ -8,22 +8,23 @@ from shiftrm.errors import UserError
 from shiftrm.measure.judges.comparing import Comparison, Outcome, Verdict
 from shiftrm.measure.score_once import score_once, tokens_of
 from shiftrm.progress import Advance
-from shiftrm.world.gold import GoldReward
+from shiftrm.world.world import GoldReward, World
 
 if TYPE_CHECKING:
     from shiftrm.models.scoring import Scorer
 
 
 class GoldJudge:
-    """The gold world's true reward; prompts must be the gold world's.
+    """A gold world's true reward; prompts must be the world's.
 
     Args:
+        world: by default `DEFAULT_WORLD`.
         tie_margin: differences up to this are a tie, in units of the reward.
     """
 
-    def __init__(self, *, tie_margin: float = 0.0) -> None:
+    def __init__(self, world: World | None = None, *, tie_margin: float = 0.0) -> None:
         _check_margin(tie_margin)
-        self.tie_margin = tie_margin
+        self.world, self.tie_margin = world, tie_margin
         self.name = "gold"
 
     def judge(
@@ -34,7 +35,7 @@ class GoldJudge:
         Raises:
             UserError: texts that are not the gold world's.
         """
-        reward, verdicts = GoldReward(), []
+        reward, verdicts = GoldReward(self.world), []
         for done, comparison in enumerate(comparisons, start=1):
             prompt, ours, theirs = comparison.prompt, comparison.ours, comparison.theirs
             if not (isinstance(prompt, str) and isinstance(ours, str) and isinstance(theirs, str)):

@@ -1,0 +1,1 @@
+"""One file per gold world; importing it registers the world."""
