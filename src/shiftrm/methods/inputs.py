@@ -20,7 +20,7 @@ def adaptable(name: str) -> tuple[Method, Training]:
         raise UserError(
             f"--method {name}: needs new labels; add them to --pairs and give --method retrained"
         )
-    return method, method.training()
+    return method, method.classes()
 
 
 def with_models(

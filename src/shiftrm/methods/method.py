@@ -5,7 +5,7 @@ name.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from shiftrm.registry import Registry
@@ -40,6 +40,10 @@ class Method:
             instead of the SFT policy.
         start: the checkpoint that a round's training starts from. `shiftrm train` starts from its
             `--model`. `shiftrm adapt` does, too, but for "policy".
+        members: number of reward models that are trained one after another with seeds of their own
+            (`trainers.members`); training costs as many times as much.
+        combine: how what was trained becomes one reward, a key of `trainers.members.COMBINATIONS`;
+            None: the model is the reward.
     """
 
     label: str
@@ -52,10 +56,17 @@ class Method:
     policy_settings: Mapping[str, Any] = field(default_factory=dict)
     reference_reset: bool = False
     start: Start = "sft"
+    members: int = 1
+    combine: str | None = None
 
     @property
     def trains(self) -> bool:
         return self.training is not None
+
+    def classes(self) -> Training:
+        """Return what `training` returns, with the members; importing it takes seconds."""
+        assert self.training is not None
+        return replace(self.training(), members=self.members, combine=self.combine)
 
 
 METHODS = Registry[Method]("method", Method, home="shiftrm.methods.registered")

@@ -88,6 +88,31 @@ def refuse_gguf(path: str | Path) -> None:
         )
 
 
+ENSEMBLE = "ensemble.json"
+"""The file that makes a folder an ensemble (`models/combined.py`)."""
+
+
+def is_ensemble(path: str | Path) -> bool:
+    """Whether a path is the folder of an ensemble."""
+    try:
+        return (Path(path) / ENSEMBLE).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def refuse_ensemble(path: str | Path) -> None:
+    """Refuse the folder of an ensemble where one model is needed.
+
+    Raises:
+        UserError: it is one.
+    """
+    if is_ensemble(path):
+        raise UserError(
+            f"{path}: is an ensemble of reward models, and training starts from one model; give "
+            f"one of its members, such as {Path(path) / 'member-0'}"
+        )
+
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence transformers' report on missing and unused weights."""
@@ -207,10 +232,12 @@ def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> A
         model_options: for `from_pretrained`; `dtype` is float32 unless given.
 
     Raises:
-        UserError: the checkpoint has a trained head under another name, which would be lost.
+        UserError: the checkpoint has a trained head under another name, which would be lost, or
+            is an ensemble.
         OSError, ValueError, RuntimeError: as `from_pretrained` (nothing there, no classifier of
             this architecture, a head whose number of labels is not one).
     """
+    refuse_ensemble(path)
     dtype = model_options.get("dtype", "float32")
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):

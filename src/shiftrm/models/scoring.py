@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row
@@ -86,15 +86,15 @@ class Scorer:
             raise UserError(f"{name} has num_labels={labels}; a reward model has num_labels=1")
         # Positions are explicit and the mask hides padding, so any token can pad.
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        self._pad_token_id: int = eos if pad is None else pad
-        if self._pad_token_id is None:
+        self.pad_token_id: int = eos if pad is None else pad
+        if self.pad_token_id is None:
             raise UserError(
                 "the tokenizer has neither a pad nor an EOS token: set tokenizer.eos_token"
             )
         config: Any = model.config
         text_config = config.get_text_config()
         if text_config.pad_token_id is None:  # without one, transformers rejects batches
-            text_config.pad_token_id = self._pad_token_id
+            text_config.pad_token_id = self.pad_token_id
         self.vocabulary = known_tokens(model)
         self.model = model.eval()
         require_own_reward(model)
@@ -105,10 +105,18 @@ class Scorer:
     def from_pretrained(cls, path: str | Path, **model_options: Any) -> "Scorer":
         """Load a checkpoint folder or hub name, as saved by our trainers, TRL or transformers.
 
+        The folder may also be an ensemble or have a posterior (`models.combined`).
+
         Raises:
             UserError: the checkpoint has no trained score head (a causal language model, for
-                example).
+                example), or a part of it is missing or broken.
         """
+        from shiftrm.models.combined import open_combined
+
+        return open_combined(path, lambda part: cls._of_checkpoint(part, **model_options))
+
+    @classmethod
+    def _of_checkpoint(cls, path: str | Path, **model_options: Any) -> "Scorer":
         from transformers import AutoTokenizer
         from transformers.utils import find_adapter_config_file
 
@@ -129,6 +137,11 @@ class Scorer:
             )
         check_vocabulary(model, tokenizer, path)
         return cls(model, tokenizer)
+
+    def _adopt(self, other: "Scorer") -> None:
+        """Take over everything but the model."""
+        self.tokenizer, self.vocabulary = other.tokenizer, other.vocabulary
+        self.pad_token_id, self.batch_size = other.pad_token_id, other.batch_size
 
     def to_accelerator(self) -> "Scorer":
         """Move the model to this machine's accelerator, if there is one. Return self."""
@@ -233,14 +246,20 @@ class Scorer:
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             rows, mask = pad_right(
-                [sequences[i] for i in chunk], pad_token_id=self._pad_token_id, device=device
+                [sequences[i] for i in chunk], pad_token_id=self.pad_token_id, device=device
             )
-            values = sequence_rewards(self.model, rows, mask)
+            values = self._rewards(rows, mask, [sequences[i] for i in chunk])
             for i, value in zip(chunk, values.tolist(), strict=True):
                 rewards[i] = value
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
         return rewards
+
+    def _rewards(
+        self, input_ids: Tensor, mask: Tensor, sequences: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Return the rewards of a batch, [B]; `sequences` are its rows without padding."""
+        return sequence_rewards(self.model, input_ids, mask)
 
     def require_finite(self, rewards: Sequence[float], names: Sequence[str]) -> None:
         """Check that all rewards are finite; the error suggests causes.

@@ -96,10 +96,10 @@ class TrainReward(Training):
             found = pairs_only() if self.groups is None else with_groups()
             name = "retrained" if self.groups is None else "metarm"
         else:
-            training, name = METHODS.get(self.adaptation).training, self.adaptation
-            if training is None:
+            method, name = METHODS.get(self.adaptation), self.adaptation
+            if not method.trains:
                 raise UserError(f"method {name}: trains nothing")
-            found = training()
+            found = method.classes()
         found.check(name, {"groups": self.groups, **self._models()})
         return found
 

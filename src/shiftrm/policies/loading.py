@@ -11,7 +11,9 @@ from accelerate import PartialState
 
 from shiftrm.data.prompts import warn_of_joined_ends
 from shiftrm.errors import UserError
+from shiftrm.models.combined import Ensemble
 from shiftrm.models.finite import require_finite_weights
+from shiftrm.models.loading import is_ensemble
 from shiftrm.models.rendering import Text, encode_prompt
 from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import load_policy
@@ -95,10 +97,12 @@ def check_reward_model(path: str, option: str = "--reward") -> None:
     """Reject a path that is not a reward model, before weights are loaded.
 
     Raises:
-        UserError: no such folder, or a causal language model.
+        UserError: no such folder, a causal language model, or a broken ensemble.
     """
     if not exists(path):
         raise UserError(f"{path}: no such folder; give {option} a checkpoint folder or a hub name")
+    if is_ensemble(path):
+        Ensemble.read(Path(path))
     found = _architecture(path)
     if found and not found.endswith(CLASSIFIER):
         raise UserError(

@@ -30,11 +30,14 @@ class Training:
         trainer: `RewardTrainer` or a subclass, called as `trainer(model, args, **data)`.
         takes: what `data` includes besides the pairs. "groups": `meta_dataset`, a list of rows.
             "policy": `policy` and `reference`, "reward": `reward`, each a folder or hub name.
+        members, combine: as in `methods.method.Method`.
     """
 
     config: type
     trainer: Any
     takes: frozenset[Data] = frozenset()
+    members: int = 1
+    combine: str | None = None
 
     @property
     def takes_groups(self) -> bool:

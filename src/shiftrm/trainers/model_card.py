@@ -121,6 +121,7 @@ class Outcome(TrainedModel):
         pairs, heldout: numbers of pairs, those held out by set.
         dropped: counts of dropped rows by data set and reason.
         adapted: None if the model was trained, not adapted.
+        combined: what the result is made of, if not one model.
     """
 
     before: dict[str, dict[str, float]] | None
@@ -131,6 +132,7 @@ class Outcome(TrainedModel):
     dropped: dict[str, dict[str, int]]
     meta: dict[str, float] = field(default_factory=dict)
     adapted: Adapted | None = None
+    combined: str | None = None
 
 
 def measurements(trainer: Any, result: Any) -> dict[str, Any]:
@@ -162,6 +164,7 @@ def summary(outcome: Outcome) -> str:
         f"{_verb(outcome)} on {outcome.pairs} pairs ({count} dropped) for {outcome.steps} "
         f"steps{loss}.",
         *_dropped_words(outcome),
+        *([] if outcome.combined is None else [outcome.combined]),
     ]
     for name, metrics in outcome.after.items():
         what = f"{outcome.heldout[name]} held-out pairs" + (f" of {name}" if name else "")
@@ -256,6 +259,12 @@ def on_hub(source: str) -> bool:
     return bool(HUB_NAME.fullmatch(source.split(":")[0])) and not Path(source).exists()
 
 
+_CHECKPOINT = (
+    "A sequence-classification checkpoint with one label: the logit is the reward, read at the last "
+    "token of prompt and response, EOS included."
+)
+
+
 def _opening(outcome: Outcome) -> str:
     method = (
         "with a MetaRM step on unlabelled responses (arXiv 2405.00438)"
@@ -272,9 +281,7 @@ def _opening(outcome: Outcome) -> str:
     how = "" if outcome.adapted is None else f"\n\n{outcome.adapted.how}"
     return (
         f"{_verb(outcome)}{of} {method} on {outcome.pairs} preference pairs for {outcome.steps} "
-        f"steps{loss}. A sequence-classification checkpoint with one label: the logit is the "
-        "reward, read at the last token of prompt and response, EOS included."
-        f"{lora}{how}"
+        f"steps{loss}. {outcome.combined or _CHECKPOINT}{lora}{how}"
     )
 
 

@@ -23,11 +23,12 @@ from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.loading import checkpoint_fingerprint, refuse_gguf
+from shiftrm.models.loading import checkpoint_fingerprint, refuse_ensemble, refuse_gguf
 from shiftrm.progress import task
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.kinds import MODELS, Training, pairs_only
 from shiftrm.trainers.machine import explain_out_of_memory
+from shiftrm.trainers.members import combine, train_members
 from shiftrm.trainers.model_card import DataSet, Outcome, measurements, model_card, summary
 from shiftrm.trainers.pair_batches import table
 from shiftrm.trainers.progress import SHOWN, ProgressInWords
@@ -224,6 +225,7 @@ def begin(
     work = target.with_name(f".{target.name}.work")
     chosen = resolve(settings, config, work=work, command_name=command_name, **judging)
     require_checkpoint(model)
+    refuse_ensemble(model)
     if (Path(model) / "adapter_config.json").is_file():
         raise UserError(
             f"{model}: is an adapter, which would stay as it is while the model is trained; merge "
@@ -238,13 +240,28 @@ def begin(
 def train_in_work(
     job: TrainingJob, groups: list[Row] | None, checkpoint: Path | None, *, evaluate: bool = True
 ) -> Outcome:
-    """Train and write the result to `job.finished`; the trainer is freed on return.
+    """Train and write the result to `job.finished`; trainers are freed on return.
 
     Args:
         groups: unlabelled responses, if the training takes them.
-        checkpoint: the checkpoint to resume from.
-        evaluate: whether the trainer evaluates the held-out pairs before and after.
+        checkpoint: the checkpoint to resume from; several models find their own.
+        evaluate: whether the held-out pairs are evaluated before and after.
     """
+
+    def train_one(job: TrainingJob, checkpoint: Path | None) -> Outcome:
+        return _train_one(job, groups, checkpoint, evaluate=evaluate)
+
+    several = job.training.members > 1
+    outcome = train_members(job, train_one) if several else train_one(job, checkpoint)
+    if job.training.combine is None:
+        return outcome
+    return combine(job, outcome, evaluate=evaluate)
+
+
+def _train_one(
+    job: TrainingJob, groups: list[Row] | None, checkpoint: Path | None, *, evaluate: bool
+) -> Outcome:
+    """Train one model and write it to `job.finished`."""
     used = job.chosen.beyond_defaults()
     with task("loading the model and the data", None):
         trainer = _trainer(job, groups)
@@ -391,12 +408,15 @@ def open_work(job: TrainingJob, more: Mapping[str, Any] | None = None) -> Iterat
 
 def _run_record(job: TrainingJob) -> dict[str, Any]:
     """Return the entries that must match to resume an interrupted run."""
-    return {
+    record: dict[str, Any] = {
         "model": job.model,
         "settings": job.chosen.identity(),
         "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in job.data},
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
+    if job.training.combine is not None:  # others began without these
+        record |= {"members": job.training.members, "combine": job.training.combine}
+    return record
 
 
 def require_checkpoint(model: str) -> None:

@@ -87,16 +87,35 @@ def has_samples(work: Path) -> bool:
     return (work / SAMPLES).exists() or (partial.exists() and partial.read_bytes().count(b"\n") > 1)
 
 
+def member_folder(work: Path, number: int) -> Path:
+    """Return the folder of one of several models that a training makes one after another."""
+    return work / f"member-{number}"
+
+
+def _members(work: Path) -> list[Path]:
+    return sorted(work.glob("member-*"), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
 def _remove_half_written(work: Path) -> None:
-    for path in (*work.glob("checkpoint-*"), work / FINISHED):
-        if not (path / MARK).exists():
-            shutil.rmtree(path, ignore_errors=True)
+    for folder in (work, *_members(work)):
+        for path in (*folder.glob("checkpoint-*"), folder / FINISHED):
+            if not (path / MARK).exists():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """Return the complete checkpoint of the latest step."""
-    found = [mark.parent for mark in work.glob(f"checkpoint-*/{MARK}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """Return the complete checkpoint of the latest step, or a later model that is finished."""
+    for folder in (*reversed(_members(work)), work):
+        if (folder != work) and (folder / FINISHED / MARK).exists():
+            return folder / FINISHED
+        found = [mark.parent for mark in folder.glob(f"checkpoint-*/{MARK}")]
+        if found:
+            return max(found, key=_number)
+    return None
 
 
 def resumable(work: Path) -> Path | None:

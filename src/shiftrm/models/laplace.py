@@ -1,0 +1,214 @@
+"""A reward minus its uncertainty: the Laplace approximation of a reward model's linear head.
+
+`reward = r(x, y) - penalty * s(x, y)` with `s` the posterior standard deviation (`core/laplace.py`)
+of `w . (phi(x, y) - reference(x))`. Preferences say nothing about the level of a prompt's rewards,
+so a response is compared with a reference: the mean state of the training pairs' responses to the
+same prompt if there are at least `LEAST` of them, else that of all training responses. A reward
+must not depend on what else is scored, so the reference is never taken from the scored batch.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shiftrm.core.laplace import covariance_root, pair_precision, posterior_std
+from shiftrm.errors import UserError
+from shiftrm.files import atomic_write_text
+from shiftrm.models.rewards import hidden_states, pad_right, score_head
+from shiftrm.models.scoring import Scorer
+
+__all__ = ["LaplaceScorer", "PairTokens", "Posterior", "fit_posterior", "read_posterior", "states_of"]
+
+SETTINGS, TENSORS = "laplace.json", "laplace.safetensors"
+
+LEAST = 8
+"""Responses of the training pairs to one prompt, from which its reference is their mean."""
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The posterior of a head, and the references.
+
+    Attributes:
+        root: of the covariance, [H, H]; see `core.laplace.covariance_root`.
+        mean: mean state of the training responses, [H].
+        prompts: tokens of the prompts with a reference of their own.
+        prompt_means: those references, [P, H].
+        prior: precision of the prior.
+        pairs: number of pairs behind it.
+        penalty: see the module.
+    """
+
+    root: Tensor
+    mean: Tensor
+    prompts: tuple[Ids, ...]
+    prompt_means: Tensor
+    prior: float
+    pairs: int
+    penalty: float
+
+    def write(self, folder: Path) -> None:
+        """Write `laplace.safetensors` and `laplace.json` beside a checkpoint."""
+        tensors = {"root": self.root, "mean": self.mean, "prompt_means": self.prompt_means}
+        save_file({k: v.float().contiguous() for k, v in tensors.items()}, folder / TENSORS)
+        said = {"penalty": self.penalty, "prior": self.prior, "pairs": self.pairs}
+        text = json.dumps({**said, "prompts": self.prompts})
+        atomic_write_text(folder / SETTINGS, text + "\n")
+
+
+def read_posterior(path: str | Path) -> Posterior | None:
+    """Read the posterior beside a checkpoint; None if there is none.
+
+    Raises:
+        UserError: its files are broken, or one is missing.
+    """
+    folder = Path(path)
+    try:
+        there = [(folder / name).is_file() for name in (SETTINGS, TENSORS)]
+    except (OSError, ValueError):
+        return None
+    if not any(there):
+        return None
+    try:
+        said = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        prompts = tuple(tuple(map(int, ids)) for ids in said["prompts"])
+        numbers = float(said["prior"]), int(said["pairs"]), float(said["penalty"])
+        tensors = load_file(folder / TENSORS)
+        root, mean, means = (tensors[name] for name in ("root", "mean", "prompt_means"))
+        H = len(mean)
+        shapes = root.shape == (H, H) and means.shape == (len(prompts), H)
+        finite = all(bool(t.isfinite().all()) for t in (root, mean, means))
+        if not (shapes and finite and math.isfinite(numbers[2])):
+            raise ValueError
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError):
+        raise UserError(
+            f"{path}: its {SETTINGS} or {TENSORS} is missing or broken; train it again"
+        ) from None
+    return Posterior(root, mean, prompts, means, *numbers)
+
+
+class LaplaceScorer(Scorer):
+    """A reward model whose rewards are lowered where its training pairs say little."""
+
+    def __init__(self, scorer: Scorer, posterior: Posterior, name: str) -> None:
+        head = score_head(scorer.model)
+        if head.in_features != len(posterior.mean):
+            raise UserError(
+                f"{name}: its {TENSORS} is of a head with {len(posterior.mean)} inputs, and the "
+                f"model's has {head.in_features}; train it again"
+            )
+        self.model = scorer.model
+        self._adopt(scorer)
+        self.posterior = posterior
+        self._numbers = {ids: number for number, ids in enumerate(posterior.prompts)}
+        self._lengths = sorted({len(ids) for ids in posterior.prompts}, reverse=True)
+
+    def _rewards(
+        self, input_ids: Tensor, mask: Tensor, sequences: Sequence[Sequence[int]]
+    ) -> Tensor:
+        states_BH = hidden_states(self.model, input_ids, mask)
+        head = score_head(self.model)
+        bias = None if head.bias is None else head.bias.to(states_BH)
+        rewards_B = F.linear(states_BH, head.weight.to(states_BH), bias)[:, 0]
+        away_BH = states_BH - self._references(sequences).to(states_BH)
+        s_B = posterior_std(away_BH, self.posterior.root.to(states_BH))
+        return rewards_B - self.posterior.penalty * s_B
+
+    def _references(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Return the reference of each sequence, that of the longest known prompt it begins with."""
+        found = [self.posterior.mean] * len(sequences)
+        for row, sequence in enumerate(sequences):
+            for length in self._lengths:
+                number = self._numbers.get(tuple(sequence[:length]))
+                if number is not None:
+                    found[row] = self.posterior.prompt_means[number]
+                    break
+        return torch.stack(found)
+
+
+class PairTokens(NamedTuple):
+    """A preference pair in tokens.
+
+    Attributes:
+        chosen, rejected: of the whole sequences.
+        prompt: with which both begin; empty if unknown.
+        number: equal for pairs with equal prompts; -1 if unknown.
+    """
+
+    chosen: Ids
+    rejected: Ids
+    prompt: Ids = ()
+    number: int = -1
+
+
+def fit_posterior(
+    scorer: Scorer,
+    pairs: Sequence[PairTokens],
+    *,
+    prior: float,
+    penalty: float = 0.0,
+    batch_size: int = 64,
+) -> Posterior:
+    """Return the posterior of a trained head given preference pairs.
+
+    Args:
+        prior: precision of the prior of every weight; above 0.
+
+    Raises:
+        UserError: the head is not one linear layer, or there are no pairs.
+    """
+    head = score_head(scorer.model)
+    if not pairs:
+        raise UserError("there are no pairs to fit the posterior of the head on")
+    counts = Counter(pair.prompt for pair in pairs)
+    known = [ids for ids, count in counts.items() if ids and 2 * count >= LEAST]
+    numbers = {ids: number for number, ids in enumerate(known)}
+    H, w_H = head.in_features, head.weight[0].detach().double().cpu()
+    precision_HH, total_H = torch.zeros(H, H).double(), torch.zeros(H).double()
+    sums_PH, counts_P = torch.zeros(len(known), H).double(), torch.zeros(len(known)).double()
+    by_length = sorted(pairs, key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
+    for start in range(0, len(by_length), batch_size):
+        chunk = by_length[start : start + batch_size]
+        chosen_BH = states_of(scorer, [pair.chosen for pair in chunk], batch_size)
+        rejected_BH = states_of(scorer, [pair.rejected for pair in chunk], batch_size)
+        precision_HH += pair_precision(chosen_BH - rejected_BH, w_H)
+        both_BH = chosen_BH + rejected_BH
+        total_H += both_BH.sum(0)
+        for row, pair in enumerate(chunk):
+            if pair.prompt in numbers:
+                sums_PH[numbers[pair.prompt]] += both_BH[row]
+                counts_P[numbers[pair.prompt]] += 2
+    return Posterior(
+        covariance_root(precision_HH, prior=prior),
+        total_H / (2 * len(pairs)),
+        tuple(known),
+        sums_PH / counts_P[:, None],
+        prior,
+        len(pairs),
+        penalty,
+    )
+
+
+@torch.no_grad()
+def states_of(scorer: Scorer, sequences: Sequence[Sequence[int]], batch_size: int) -> Tensor:
+    """Return the states under the head at the end of each sequence, fp64 on the CPU, [N, H]."""
+    device = next(scorer.model.parameters()).device
+    found = []
+    for start in range(0, len(sequences), batch_size):
+        rows, mask = pad_right(
+            sequences[start : start + batch_size], pad_token_id=scorer.pad_token_id, device=device
+        )
+        found.append(hidden_states(scorer.model, rows, mask).double().cpu())
+    return torch.cat(found)

@@ -1,0 +1,96 @@
+"""Rewards of a training's pairs by a finished reward model, whatever it is made of."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+
+from shiftrm.core.losses import bradley_terry_loss
+from shiftrm.files import Row
+from shiftrm.models.laplace import PairTokens
+from shiftrm.models.rendering import encode_prompt, template_options
+from shiftrm.models.rope import context_limit
+from shiftrm.models.scoring import Scorer
+from shiftrm.trainers.pair_batches import PROMPT, encode_pair, length_filters
+from shiftrm.trainers.pair_metrics import PairStatistics
+
+if TYPE_CHECKING:
+    from shiftrm.trainers.training import TrainingJob
+
+__all__ = ["load_scorer", "measure_pairs", "score_pairs", "tokens_of_pairs"]
+
+
+def load_scorer(folder: Path) -> Scorer:
+    """Load a reward model on this process's device."""
+    scorer = Scorer.from_pretrained(folder)
+    scorer.model.to(PartialState().device)
+    return scorer
+
+
+def tokens_of_pairs(
+    rows: Iterable[Row], scorer: Scorer, *, name: str, max_length: int | None
+) -> list[PairTokens]:
+    """Return the tokens of the pairs that training keeps: neither too long nor of equal sides.
+
+    Args:
+        name: of the pairs, for errors.
+    """
+    context = context_limit(scorer.model.config)
+    limits = [limit for limit in (max_length, context) if limit is not None]
+    keeps = length_filters(min(limits, default=None)).values()
+    found = []
+    for index, row in enumerate(rows):
+        given = {key: value for key, value in row.items() if value is not None}
+        pair = encode_pair(given, index, scorer.tokenizer, name)
+        if all(keep(pair) for keep in keeps):
+            chosen, rejected = tuple(pair["chosen_ids"]), tuple(pair["rejected_ids"])
+            opening = _opening(given, scorer.tokenizer)
+            prompt = _shared(opening, chosen, rejected)
+            found.append(PairTokens(chosen, rejected, prompt, pair[PROMPT]))
+    return found
+
+
+def score_pairs(
+    job: "TrainingJob", scorer: Scorer, name: str
+) -> tuple[list[PairTokens], list[tuple[float, float]]]:
+    """Return the pairs of one of the job's tables, and the rewards of both sides."""
+    args = job.chosen.args
+    pairs = tokens_of_pairs(job.tables[name], scorer, name=name, max_length=args.max_length)
+    sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    rewards = scorer.score_ids(sequences, batch_size=args.per_device_eval_batch_size)
+    return pairs, list(zip(rewards[0::2], rewards[1::2], strict=True))
+
+
+def measure_pairs(job: "TrainingJob") -> dict[str, dict[str, float]]:
+    """Return the metrics of the finished reward model on each held-out set of the job."""
+    names = [name for name in job.tables if name != "pairs"]
+    found = {}
+    for name in names:
+        pairs, rewards = score_pairs(job, load_scorer(job.finished), name)
+        rewards_N2 = torch.tensor(rewards, dtype=torch.float64)
+        lengths_N2 = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs])
+        numbers_N = torch.tensor([pair.number for pair in pairs])
+        losses_N = bradley_terry_loss(*rewards_N2.unbind(1))
+        statistics, counted_N = PairStatistics(), torch.ones(len(pairs))
+        statistics.add(rewards_N2, lengths_N2, losses_N, numbers_N, counted_N, lambda rows: rows)
+        found[name.removeprefix("eval").strip()] = statistics.take(intervals=True)
+    return found
+
+
+def _opening(row: Row, tokenizer: Any) -> list[int]:
+    prompt = row.get("prompt")
+    if prompt is None or prompt == []:
+        return []
+    return list(encode_prompt(tokenizer, prompt, template_options=template_options(row)))
+
+
+def _shared(*sequences: Any) -> tuple[int, ...]:
+    """Return the tokens with which all sequences begin."""
+    length = 0
+    for column in zip(*sequences, strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    return tuple(sequences[0][:length])

@@ -1,0 +1,236 @@
+"""Ensembles and Laplace approximations read by the one loader of reward models."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
+
+from shiftrm.errors import UserError
+from shiftrm.models.combined import Ensemble, EnsembleScorer, Member
+from shiftrm.models.laplace import LaplaceScorer, PairTokens, fit_posterior
+from shiftrm.models.loading import load_reward_model
+from shiftrm.models.responses import Response
+from shiftrm.models.rewards import hidden_states
+from shiftrm.models.scoring import Scorer
+from shiftrm.policies.loading import check_reward_model
+from tests.conftest import llama_config
+
+PROMPTS = ["the red cat", "the red cat", [{"role": "user", "content": "a dog"}], "a", None]
+RESPONSES = [" runs", "", [{"role": "assistant", "content": "sits the bird"}], " flies a fish", "a"]
+FINISHED = [True, True, True, False, True]
+SCALES = (("member-0", 0.3, 2.0), ("member-1", -1.0, 0.5), ("member-2", 0.0, 1.0))
+
+
+def write_member(folder, tokenizer, seed):
+    torch.manual_seed(seed)
+    model = LlamaForSequenceClassification(llama_config(num_labels=1))
+    with torch.no_grad():
+        model.score.weight.mul_(20)  # rewards of different sizes
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def members(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    for seed, (name, *_) in enumerate(SCALES):
+        write_member(folder / name, tokenizer, seed)
+    return folder
+
+
+@pytest.fixture
+def ensemble(members, tmp_path):
+    """`ensemble(kind, penalty)`: the folder of an ensemble of the three."""
+
+    def make(kind="mean", penalty=0.0):
+        folder = tmp_path / "ensemble"
+        shutil.copytree(members, folder)
+        Ensemble(kind, tuple(Member(*scale) for scale in SCALES), penalty).write(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(("kind", "penalty"), [("mean", 0.0), ("min", 0.0), ("variance", 0.7)])
+def test_an_ensemble_scores_as_its_members_together(ensemble, kind, penalty):
+    folder = ensemble(kind, penalty)
+    each = []
+    for name, mean, std in SCALES:
+        rewards = Scorer.from_pretrained(folder / name)(PROMPTS, RESPONSES, finished=FINISHED)
+        each.append([(r - mean) / std for r in rewards])
+    expected = []
+    for z in zip(*each, strict=True):
+        middle = sum(z) / 3
+        value = {
+            "mean": middle,
+            "min": min(z),
+            "variance": middle - penalty * sum((v - middle) ** 2 for v in z) / 3,
+        }[kind]
+        expected.append((2.0 + 0.5 + 1.0) / 3 * value)
+    scorer = Scorer.from_pretrained(str(folder))
+    assert isinstance(scorer, EnsembleScorer)
+    found = scorer(PROMPTS, RESPONSES, finished=FINISHED)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert scorer(PROMPTS, RESPONSES, finished=FINISHED, batch_size=1) == pytest.approx(
+        found, abs=1e-5
+    )
+    assert found != scorer(PROMPTS, RESPONSES)  # the unfinished one has no end
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "not json",
+        json.dumps({"kind": "mean", "members": [], "penalty": 0}),
+        json.dumps({"kind": "median", "members": [{"folder": "member-0", "mean": 0, "std": 1}]}),
+        json.dumps(
+            {"kind": "mean", "penalty": 0, "members": [{"folder": "..", "mean": 0, "std": 1}]}
+        ),
+        json.dumps(
+            {"kind": "mean", "penalty": 0, "members": [{"folder": "member-0", "mean": 0, "std": 0}]}
+        ),
+    ],
+)
+def test_a_broken_file_is_one_line(ensemble, broken):
+    folder = ensemble()
+    (folder / "ensemble.json").write_text(broken)
+    for read in (Scorer.from_pretrained, lambda path: check_reward_model(str(path))):
+        with pytest.raises(UserError, match=r"ensemble\.json: is broken; train the ensemble again"):
+            read(folder)
+
+
+def test_missing_or_broken_members_are_one_line(ensemble):
+    folder = ensemble()
+    (folder / "member-2" / "model.safetensors").write_text("cut")
+    with pytest.raises(UserError, match="member-2: cannot be loaded") as caught:
+        Scorer.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(folder / "member-1")
+    for read in (Scorer.from_pretrained, lambda path: check_reward_model(str(path))):
+        with pytest.raises(UserError, match="without its member 'member-1'"):
+            read(folder)
+
+
+def test_members_share_a_tokenizer(ensemble, tokenizer):
+    folder = ensemble()
+    words = json.loads((folder / "member-1" / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    (folder / "member-1" / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(UserError, match="member-1 has another tokenizer than member-0"):
+        Scorer.from_pretrained(folder)
+
+
+def test_training_does_not_start_from_an_ensemble(ensemble):
+    with pytest.raises(UserError, match="is an ensemble of reward models, and training starts"):
+        load_reward_model(ensemble(), seed=0)
+
+
+# -- Laplace -----------------------------------------------------------------------------------
+
+
+def pairs_of(scorer):
+    """Eight pairs of one prompt, four of another, one without, in tokens."""
+    encode = scorer.tokenizer.encode
+    found = []
+    for prompt, count in (("<s> the red cat", 8), ("<s> the", 4), ("", 1)):
+        opening = tuple(encode(prompt)) if prompt else ()
+        for k in range(count):
+            sides = [tuple(encode(f"{w} runs" * (k % 3 + 1))) for w in (" a", " small bird")]
+            found.append(PairTokens(opening + sides[0], opening + sides[1], opening))
+    return found
+
+
+def states(scorer, sequences):
+    """The states under the head, each sequence by itself, in fp64."""
+    one = [
+        hidden_states(scorer.model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+        for ids in sequences
+    ]
+    return torch.cat(one).double().detach()
+
+
+@pytest.fixture
+def plain(members):
+    return Scorer.from_pretrained(members / "member-0")
+
+
+def test_the_reward_minus_the_posterior_by_brute_force(plain, tmp_path, members):
+    pairs = pairs_of(plain)
+    posterior = fit_posterior(plain, pairs, prior=0.5, penalty=2.0, batch_size=3)
+    w = plain.model.score.weight[0].double().detach()
+    precision = 0.5 * torch.eye(len(w)).double()
+    for pair in pairs:
+        chosen, rejected = states(plain, [pair.chosen, pair.rejected])
+        p = torch.sigmoid(w @ (chosen - rejected))
+        precision += p * (1 - p) * torch.outer(chosen - rejected, chosen - rejected)
+    covariance = torch.linalg.inv(precision)
+
+    def mean(which):
+        return states(plain, [s for p in which for s in (p.chosen, p.rejected)]).mean(0)
+
+    long, short = pairs[0].prompt, pairs[8].prompt
+    references = {
+        long: mean([p for p in pairs if p.prompt == long]),
+        short: mean([p for p in pairs if p.prompt == short]),
+        (): mean(pairs),
+    }
+    assert set(posterior.prompts) == {long, short}  # the pair without a prompt names none
+    encode = plain.tokenizer.encode
+    tests = [
+        (long, (*long, *encode(" flies"))),  # begins with the short prompt, too
+        (short, (*short, *encode(" blue fish flies"))),
+        ((), tuple(encode("a green bird"))),
+    ]
+    expected = []
+    for prompt, ids in tests:
+        state = states(plain, [ids])[0]
+        away = state - references[prompt]
+        expected.append(float(w @ state - 2.0 * (away @ covariance @ away).sqrt()))
+    shutil.copytree(members / "member-0", tmp_path / "model")
+    posterior.write(tmp_path / "model")
+    scorer = Scorer.from_pretrained(tmp_path / "model")
+    assert isinstance(scorer, LaplaceScorer)
+    sequences = [ids for _, ids in tests]
+    assert scorer.score_ids(sequences) == pytest.approx(expected, abs=1e-4)
+    for ids, reward in zip(sequences, expected, strict=True):  # whatever else is scored
+        assert scorer.score_ids([ids]) == pytest.approx([reward], abs=1e-4)
+    response = Response("the red cat", " runs", finished=False)
+    assert scorer.score([response])[0] < plain.score([response])[0]
+
+
+def test_without_a_penalty_the_reward_is_the_models(plain):
+    scorer = LaplaceScorer(plain, fit_posterior(plain, pairs_of(plain), prior=1.0), "x")
+    found = scorer(PROMPTS, RESPONSES, finished=FINISHED)
+    assert found == pytest.approx(plain(PROMPTS, RESPONSES, finished=FINISHED), abs=1e-6)
+
+
+def test_broken_posteriors_are_one_line(plain, tmp_path, members):
+    folder = tmp_path / "model"
+    shutil.copytree(members / "member-0", folder)
+    posterior = fit_posterior(plain, pairs_of(plain), prior=1.0)
+
+    def refused(words):
+        with pytest.raises(UserError, match=words):
+            Scorer.from_pretrained(folder)
+        posterior.write(folder)
+
+    posterior.write(folder)
+    (folder / "laplace.json").write_text("[]")
+    refused(r"laplace\.json or laplace\.safetensors is missing or broken; train it again")
+    (folder / "laplace.safetensors").unlink()
+    refused("is missing or broken")
+    tensors = load_file(folder / "laplace.safetensors")
+    save_file({**tensors, "root": tensors["root"] * torch.nan}, folder / "laplace.safetensors")
+    refused("is missing or broken")
+    smaller = {k: v[..., :4].contiguous() for k, v in tensors.items()}
+    save_file({**smaller, "root": torch.eye(4)}, folder / "laplace.safetensors")
+    refused("is of a head with 4 inputs, and the model's has 32")
+
+
+def test_no_pairs_no_posterior(plain):
+    with pytest.raises(UserError, match="no pairs to fit the posterior"):
+        fit_posterior(plain, [], prior=1.0)
