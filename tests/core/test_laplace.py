@@ -55,6 +55,4 @@ def test_the_standard_deviation_by_the_inverse(prior):
 def test_without_pairs_the_prior_alone_speaks():
     root = covariance_root(torch.zeros(3, 3, dtype=torch.float64), prior=4.0)
     away = torch.tensor([[3.0, 0.0, 4.0]], dtype=torch.float64)
-    torch.testing.assert_close(
-        posterior_std(away, root), torch.tensor([2.5], dtype=torch.float64)
-    )
+    torch.testing.assert_close(posterior_std(away, root), torch.tensor([2.5], dtype=torch.float64))

@@ -1,9 +1,9 @@
 """A Bayesian last layer: how sure preference pairs make a linear reward head.
 
 The reward of a response is `r = w . phi + b` with `phi` [H] the hidden state under the head. The
-likelihood of a pair with difference `d = phi_chosen - phi_rejected` is `sigmoid(w . d)`. The Laplace
-approximation of the posterior of `w` is a Gaussian around the trained head with the precision below
-(MacKay 1992; for reward models, Yang et al., arXiv 2402.13210, and others).
+likelihood of a pair with difference `d = phi_chosen - phi_rejected` is `sigmoid(w . d)`. The
+Laplace approximation of the posterior of `w` is a Gaussian around the trained head with the
+precision below (MacKay 1992; for reward models, Yang et al., arXiv 2402.13210, and others).
 """
 
 import torch

@@ -73,8 +73,8 @@ class Ensemble:
             inside = folder / member.folder
             if not any((inside / n).is_file() for n in ("config.json", "adapter_config.json")):
                 raise UserError(
-                    f"{folder}: is an ensemble without its member {member.folder!r}; copy the whole "
-                    "folder, or train the ensemble again"
+                    f"{folder}: is an ensemble without its member {member.folder!r}; copy the "
+                    "whole folder, or train the ensemble again"
                 )
         return found
 

@@ -27,7 +27,14 @@ from shiftrm.files import atomic_write_text
 from shiftrm.models.rewards import hidden_states, pad_right, score_head
 from shiftrm.models.scoring import Scorer
 
-__all__ = ["LaplaceScorer", "PairTokens", "Posterior", "fit_posterior", "read_posterior", "states_of"]
+__all__ = [
+    "LaplaceScorer",
+    "PairTokens",
+    "Posterior",
+    "fit_posterior",
+    "read_posterior",
+    "states_of",
+]
 
 SETTINGS, TENSORS = "laplace.json", "laplace.safetensors"
 
@@ -127,7 +134,7 @@ class LaplaceScorer(Scorer):
         return rewards_B - self.posterior.penalty * s_B
 
     def _references(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Return the reference of each sequence, that of the longest known prompt it begins with."""
+        """Return the reference of each sequence: that of the longest known prompt before it."""
         found = [self.posterior.mean] * len(sequences)
         for row, sequence in enumerate(sequences):
             for length in self._lengths:

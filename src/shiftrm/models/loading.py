@@ -53,10 +53,25 @@ def explain_loading(path: str | Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be loaded as {what} ({said})") from None
 
 
+ENSEMBLE = "ensemble.json"
+"""The file that makes a folder an ensemble (`models/combined.py`)."""
+
+
+def is_ensemble(path: str | Path) -> bool:
+    """Whether a path is the folder of an ensemble."""
+    try:
+        return (Path(path) / ENSEMBLE).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def checkpoint_fingerprint(path: str | Path) -> str:
     """Return a SHA-256 of a checkpoint folder's configuration and weights; "" for a hub name."""
     folder = Path(path)
-    names = [name for end in ("config.json", "*.safetensors", "*.bin") for name in folder.glob(end)]
+    ends = ["config.json", "*.safetensors", "*.bin"]
+    if is_ensemble(path):
+        ends = [ENSEMBLE, *(f"*/{end}" for end in ends)]
+    names = [name for end in ends for name in folder.glob(end)]
     if not names:
         return ""
     digest = hashlib.sha256()
@@ -86,18 +101,6 @@ def refuse_gguf(path: str | Path) -> None:
             f"transformers' from_pretrained({str(path)!r}, gguf_file={found[0].name!r}), save it "
             "and its tokenizer with save_pretrained in another folder, and give that folder"
         )
-
-
-ENSEMBLE = "ensemble.json"
-"""The file that makes a folder an ensemble (`models/combined.py`)."""
-
-
-def is_ensemble(path: str | Path) -> bool:
-    """Whether a path is the folder of an ensemble."""
-    try:
-        return (Path(path) / ENSEMBLE).is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def refuse_ensemble(path: str | Path) -> None:

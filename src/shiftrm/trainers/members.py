@@ -167,8 +167,8 @@ def _ensemble(job: "TrainingJob", kind: Any) -> str:
     }[kind]
     return (
         f"An ensemble of {len(members)} reward models, with seeds of their own. Each is "
-        f"standardised on the training pairs, and the reward is {how} (arXiv 2310.02743). shiftrm's "
-        "commands read this folder; other libraries read the members."
+        f"standardised on the training pairs, and the reward is {how} (arXiv 2310.02743). "
+        "shiftrm's commands read this folder; other libraries read the members."
     )
 
 

@@ -260,8 +260,8 @@ def on_hub(source: str) -> bool:
 
 
 _CHECKPOINT = (
-    "A sequence-classification checkpoint with one label: the logit is the reward, read at the last "
-    "token of prompt and response, EOS included."
+    "A sequence-classification checkpoint with one label: the logit is the reward, read at the "
+    "last token of prompt and response, EOS included."
 )
 
 
