@@ -17,8 +17,8 @@ def information_gain(means_N: Tensor, variances_N: Tensor) -> Tensor:
     the reward difference `f ~ N(mean, variance)`. The first term is high where the prediction is
     near 1/2, the second takes away what is noise of the label and not doubt about the head; for
     small variances the gain is `p (1 - p) variance / 2`. Deviation: the expectations are computed
-    by quadrature instead of their approximation for the probit. (Melikidze et al., arXiv 2603.09692,
-    instead prefer pairs whose predicted rewards lie far apart.)
+    by quadrature instead of their approximation for the probit. (Melikidze et al.,
+    arXiv 2603.09692, instead prefer pairs whose predicted rewards lie far apart.)
 
     Args:
         means_N: posterior means of the reward differences.
