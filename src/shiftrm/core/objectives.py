@@ -53,7 +53,7 @@ def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor
     Source: Dou et al., arXiv 2405.00438, Eq. 2. Groups of unequal size and `held_signs` are ours;
     with a full mask the value is the paper's.
     """
-    difference, exists, size_B = _pair_differences(rewards_BK, mask)
+    difference, exists, size_B = pair_differences(rewards_BK, mask)
     discrimination = torch.sigmoid(absolute(difference)) * exists
     return 2.0 / size_B**2 * discrimination.sum(dim=1)  # Eq. 2
 
@@ -70,7 +70,7 @@ def ordered_likelihood(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Ten
 
     Source: the Bradley-Terry likelihood, as in Eq. 1 of arXiv 2405.00438; as a meta objective ours.
     """
-    difference, exists, size_B = _pair_differences(rewards_BK, mask)
+    difference, exists, size_B = pair_differences(rewards_BK, mask)
     pairs_B = size_B * (size_B - 1) / 2
     return (logsigmoid(difference) * exists).sum(dim=1) / pairs_B
 
@@ -85,11 +85,11 @@ def ordered_difference(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Ten
 
     Arguments, result and errors as in `difference_loss`. Ours.
     """
-    difference, exists, size_B = _pair_differences(rewards_BK, mask)
+    difference, exists, size_B = pair_differences(rewards_BK, mask)
     return 2.0 / size_B**2 * (torch.sigmoid(difference) * exists).sum(dim=1)
 
 
-def _pair_differences(rewards_BK: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def pair_differences(rewards_BK: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return `r_i - r_j` of all pairs i < j, which of them exist, and each group's size.
 
     Shapes [B, K(K-1)/2] twice, and [B], in the type of the rewards.
