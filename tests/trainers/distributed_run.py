@@ -56,6 +56,8 @@ CASES = {
             "save_steps": 3,
         },
     ),
+    # At the end a further step, whose loss is that of the first pairs.
+    "by_effect": (4, {**META, "preset": "by_effect"}),
     # Under FSDP2 by differences, whose error is no rounding any more; elsewhere exact.
     "second_order": (
         4,
@@ -156,7 +158,9 @@ def seen_by_a_forward_pass(trainer):
     trainer.model.eval()
     look()
     ones = [torch.ones_like(p) for p in trainer._trainable()]
-    trainer._step_state = MetaStepState(ones, None, skipped=False, change=[])
+    trainer._step_state = MetaStepState(
+        ones, trainer.args.meta_learning_rate, None, skipped=False, change=[]
+    )
     trainer._look_ahead(trainer.model_wrapped)
     look()
     trainer._end_step()

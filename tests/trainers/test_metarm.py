@@ -272,7 +272,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-@pytest.mark.parametrize("rule", ["normalized", "adaptive"])
+@pytest.mark.parametrize("rule", ["normalized", "adaptive", "effect"])
 @pytest.mark.parametrize("stop", [1, 3])
 def test_resuming_is_exact(make_trainer, reward_model, tmp_path, rule, stop):
     """Stopped and resumed from the checkpoint: the same losses and weights as a straight run."""

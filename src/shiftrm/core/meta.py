@@ -41,6 +41,7 @@ from shiftrm.core.meta_direction import (
     global_norm,
     meta_directions,
 )
+from shiftrm.core.meta_layers import per_layer, per_layer_vjp
 from shiftrm.core.meta_shift import (
     MetaShift,
     add_unbiased_,
@@ -111,6 +112,7 @@ def second_order_term(
     meta_learning_rate: float,
     meta_step: MetaStep,
     state: AdaptiveState | None = None,
+    weights: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Return `eta H_J(theta) D^T grad L(theta')`, which `meta_order="exact"` adds.
 
@@ -119,8 +121,9 @@ def second_order_term(
             meta batch; uses `hessian_vector_product` or `finite_difference_product`.
         gradients: grad J(theta), from which the direction was made.
         shifted: grad L(theta') over the whole batch of pairs.
-        meta_learning_rate: eta.
+        meta_learning_rate: eta. A length that was chosen by its effect counts as a constant.
         meta_step, state: see `direction_vjp`.
+        weights: theta, if the direction was made from `per_layer(gradients, weights)`.
 
     Returns:
         One tensor per parameter.
@@ -128,7 +131,10 @@ def second_order_term(
     Cost: one Hessian-vector product of J. Memory: that of the product, plus D^T v and the result
     (two copies of the trainable parameters), plus grad J, which must be kept until here.
     """
-    vectors = direction_vjp(gradients, shifted, meta_step=meta_step, state=state)
+    scaled = gradients if weights is None else per_layer(gradients, weights)
+    vectors = direction_vjp(scaled, shifted, meta_step=meta_step, state=state)
+    if weights is not None:
+        vectors = per_layer_vjp(gradients, weights, vectors)
     return [meta_learning_rate * product for product in objective_product(vectors)]
 
 

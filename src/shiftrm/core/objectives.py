@@ -29,6 +29,9 @@ class Objective(Protocol):
 
 OBJECTIVES = Registry[Objective]("meta objective")
 
+ORDERED = ("ordered", "ordered_difference")
+"""The objectives that read the order of the responses, and so are not about the spread alone."""
+
 
 @OBJECTIVES.register("difference")
 def difference_loss(rewards_BK: Tensor, *, mask: Tensor | None = None) -> Tensor:

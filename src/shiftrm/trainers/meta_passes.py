@@ -35,6 +35,8 @@ class MetaPasses(_Base):
     meta_curvature: str
     _compute_type: torch.dtype
     _radius: dict[str, float]  # of finite differences, carried from step to step
+    _seen: list[tuple[Tensor, Tensor]] | None = None
+    """Rewards and mask of every micro-batch of groups since this was set to []; None: not kept."""
 
     # -- grad J ------------------------------------------------------------------------------
 
@@ -68,17 +70,25 @@ class MetaPasses(_Base):
 
     def _objective(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:
         """Return J of each group (Eq. 2 by default), shape [B]."""
-        rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
-        rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
-        with self._draws_given_back():
-            rewards = self._group_rewards(model, rows)
-        value = self._meta_objective(rewards, mask=rows.exists)
+        rewards, exists = self._meta_rewards(model, groups)
+        if self._seen is not None:
+            self._seen.append((rewards.detach(), exists))
+        value = self._meta_objective(rewards, mask=exists)
         if value.shape != rewards.shape[:1]:
             raise UserError(
                 f"meta_objective={self.args.meta_objective}: returned shape {tuple(value.shape)} "
                 f"for {len(rewards)} groups; expected one value a group"
             )
         return value
+
+    def _meta_rewards(
+        self, model: nn.Module, groups: Sequence[TokenGroup]
+    ) -> tuple[Tensor, Tensor]:
+        """Return rewards of these groups and which exist, [B, K] each."""
+        rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
+        rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
+        with self._draws_given_back():
+            return self._group_rewards(model, rows), rows.exists
 
     def _micro_batches(self) -> list[tuple[float, list[TokenGroup]]]:
         """Return this process's share of the step's groups as weighted micro-batches.
@@ -128,29 +138,37 @@ class MetaPasses(_Base):
     # -- curvature ---------------------------------------------------------------------------
 
     def _midpoint_change(
-        self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        directions: Sequence[Tensor],
+        eta: float,
     ) -> list[Tensor]:
         """Return grad L(theta') - grad L(theta) of one micro-batch, averaged over processes."""
         if self.meta_curvature != "exact":
-            return self._change_by_differences(model, inputs, directions)
+            return self._change_by_differences(model, inputs, directions, eta)
         with _unsynchronised(model):
             change = midpoint_change(
                 lambda: self._micro_batch_loss(model, inputs),
                 self._trainable(),
                 directions,
-                meta_learning_rate=self.args.meta_learning_rate,
+                meta_learning_rate=eta,
             )
         return [self._reduce(c, "mean") for c in change]
 
     def _change_by_differences(
-        self, model: nn.Module, inputs: dict[str, Tensor], directions: Sequence[Tensor]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        directions: Sequence[Tensor],
+        eta: float,
     ) -> list[Tensor]:
         """As `_midpoint_change`, from gradients averaged so that all processes try equal steps."""
         change, self._radius["L"] = midpoint_change_by_differences(
             lambda: self._pair_gradient(model, inputs, averaged=True),
             self._trainable(),
             directions,
-            meta_learning_rate=self.args.meta_learning_rate,
+            meta_learning_rate=eta,
             compute_type=self._compute_type,
             radius=self._radius.get("L"),
         )
@@ -234,13 +252,15 @@ class MetaPasses(_Base):
     def _step(self) -> int:
         return int(self.state.global_step)
 
+    def _seed_of_step(self) -> int:
+        return int(self.args.seed) * 1_000_003 + self._step()
+
     def _add_to_gradients(self, changes: Sequence[Tensor]) -> None:
         """Add changes to `.grad`, rounded stochastically in bf16 so that small ones count."""
         for p in self._trainable():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        seed = int(self.args.seed) * 1_000_003 + self._step()
-        add_unbiased_(self._gradients(), changes, seed=seed)
+        add_unbiased_(self._gradients(), changes, seed=self._seed_of_step())
 
 
 def _unsynchronised(model: nn.Module) -> AbstractContextManager[None]:

@@ -3,17 +3,17 @@
 import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shiftrm.core.curvature import coarsest_type, kinks, relative_size
 from shiftrm.core.meta import (
     AdaptiveState,
+    MetaStep,
     ascend_,
     choose_meta_shift,
     global_norm,
@@ -22,51 +22,27 @@ from shiftrm.core.meta import (
     meta_directions,
     second_order_term,
 )
+from shiftrm.core.meta_layers import per_layer, random_directions
 from shiftrm.core.objectives import OBJECTIVES, recorded_signs
 from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
 from shiftrm.measure.diagnosis.thresholds import INFLUENCE_CEILING
+from shiftrm.trainers.meta_effect import EFFECTS, MetaEffect
 from shiftrm.trainers.meta_groups import MetaGroups
-from shiftrm.trainers.meta_passes import MetaPasses
+from shiftrm.trainers.meta_state import META_STATE_FILE, MetaStepState, meta_state, read_meta_state
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.reward_configs import PRESETS, MetaRMConfig, check_metarm
 from shiftrm.trainers.sharding import (
     refuse_model_parallelism,
     reshard,
-    sharded_like,
-    whole_on_main,
 )
 
 __all__ = ["PRESETS", "MetaRMConfig", "MetaRMTrainer"]
 
 logger = logging.getLogger(__name__)
 
-META_STATE_FILE = "meta_state.safetensors"
-"""The checkpoint file with Adam's moments of grad J (meta_step "adaptive")."""
 
-
-@dataclass
-class MetaStepState:
-    """State shared by the micro-batches of one optimizer step.
-
-    Attributes:
-        directions: the step made from grad J, one tensor per parameter.
-        objective_gradient: grad J itself, kept only for the exact order.
-        skipped: whether grad J was not finite; the directions are then zero.
-        change: sum over micro-batches of grad L(theta') - grad L(theta) (meta_shift "midpoint").
-        signs: signs of the reward differences in J at theta, by micro-batch.
-        waiting: `.grad` left before the step by a streamed epoch, or None.
-    """
-
-    directions: list[Tensor]
-    objective_gradient: list[Tensor] | None
-    skipped: bool
-    change: list[Tensor]
-    signs: list[Tensor] = field(default_factory=list)
-    waiting: list[Tensor] | None = None
-
-
-class MetaRMTrainer(MetaPasses, RewardTrainer):
+class MetaRMTrainer(MetaEffect, RewardTrainer):
     """Trains a reward model on pairs and keeps it discriminating on unlabelled responses.
 
     Each optimizer step computes grad J once, over a global meta batch of groups, evaluates all
@@ -110,6 +86,10 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         self._said_too_large = False
         self._choose_shift()
         self._adaptive_state = AdaptiveState()
+        if args.meta_step == "effect":
+            self._check_effect()
+        if args.meta_direction == "random" and self.is_fsdp_enabled:
+            raise UserError("meta_direction='random': not under FSDP2; use DDP or one process")
         world = self.accelerator.num_processes
         pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
         self.meta_batch_size = args.meta_batch_size or pairs_per_step
@@ -177,7 +157,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
     ) -> Tensor:
         base = None
         if self._step_state is None:  # the first micro-batch of an optimizer step
-            self._step_state = self._begin_step(model)
+            self._step_state = self._begin_step(model, inputs)
             if self._diagnosing() and self.meta_shift == "in_place":
                 base = self._influence_at_theta(model, inputs)
             self._look_ahead(model)
@@ -205,7 +185,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         directly.
         """
         state = self._step_state
-        if state is None or state.skipped or self.args.meta_learning_rate == 0:
+        if state is None or state.skipped or state.eta == 0:
             self._log_meta("meta_influence", 0.0)  # theta' is theta, bit for bit
             return None
         # At the last micro-batch the shifted gradient is averaged over processes.
@@ -213,17 +193,21 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         if self._is_fp32():
             return self._pair_gradient(model, inputs, averaged=averaged)
         if not self._jumps:
-            change = self._change_by_differences(model, inputs, state.directions)
+            change = self._change_by_differences(model, inputs, state.directions, state.eta)
             base = self._pair_gradient(model, inputs, averaged=True)
             self._log_meta("meta_influence", relative_size(change, base))
         return None
 
-    def _begin_step(self, model: nn.Module) -> "MetaStepState":
+    def _begin_step(self, model: nn.Module, inputs: dict[str, Tensor]) -> "MetaStepState":
+        """Compute grad J and the step along it; `inputs` are the step's first pairs."""
         self._radius = {}  # a resumed run tries the same steps as a straight one
+        by_effect = self.args.meta_step == "effect"
+        self._seen = [] if by_effect else None
         with recorded_signs() as signs:
             objective, gradients = self._objective_gradient(model)
+        scaled = per_layer(gradients, self._trainable()) if self.args.meta_per_layer else gradients
         directions, skipped = meta_directions(
-            gradients, meta_step=self.args.meta_step, state=self._adaptive_state
+            scaled, meta_step=self._direction_rule(), state=self._adaptive_state
         )
         self._log_meta("meta_skipped", float(skipped))
         if skipped:
@@ -231,16 +215,28 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         else:
             self._log_meta("meta_objective", objective)
             self._log_meta("meta_gradient_norm", float(global_norm(gradients)))
+        eta = 0.0 if by_effect else self.args.meta_learning_rate
+        if by_effect and not skipped:
+            eta = self._length_by_effect(model, inputs, gradients, directions)
+        self._seen = None
+        if self.args.meta_direction == "random":
+            directions = random_directions(directions, seed=self._seed_of_step())
         exact = self.args.meta_order == "exact" and not skipped
         waiting = any(p.grad is not None for p in self._trainable())
         return MetaStepState(
             directions,
+            eta,
             gradients if exact else None,
             skipped,
             change=[],
             signs=signs,
             waiting=[g.clone() for g in self._gradients()] if waiting else None,
         )
+
+    def _direction_rule(self) -> MetaStep:
+        """Return how grad J becomes a direction; "effect" says how long the step is."""
+        rule: MetaStep = self.args.meta_step
+        return "normalized" if self.args.meta_step == "effect" else rule
 
     def _gradients_of_first(self) -> list[Tensor]:
         """Return what the first micro-batch of a step alone added to `.grad`."""
@@ -254,10 +250,9 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         state = self._step_state
         if state is None or self.meta_shift != "in_place":
             return
-        eta = self.args.meta_learning_rate
         self._shift = ExitStack()
         self._shift.enter_context(
-            look_ahead(self._trainable(), state.directions, meta_learning_rate=eta)
+            look_ahead(self._trainable(), state.directions, meta_learning_rate=state.eta)
         )
         if self._diagnosing():
             self._log_meta("meta_objective_after", self._objective_only(model))
@@ -282,7 +277,7 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
         state = self._step_state
         if state is None or state.skipped:
             return
-        change = self._midpoint_change(model, inputs, state.directions)
+        change = self._midpoint_change(model, inputs, state.directions, state.eta)
         if self._diagnosing() and not state.change:
             self._log_meta("meta_influence", relative_size(change, self._gradients_of_first()))
         for so_far, more in zip(state.change, change, strict=False):
@@ -301,9 +296,10 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
                 lambda vectors: self._objective_product(model, vectors, state.signs),
                 state.objective_gradient,
                 self._gradients(),
-                meta_learning_rate=self.args.meta_learning_rate,
-                meta_step=self.args.meta_step,
+                meta_learning_rate=state.eta,
+                meta_step=self._direction_rule(),
                 state=self._adaptive_state,
+                weights=self._trainable() if self.args.meta_per_layer else None,
             )
             size = relative_size(term, self._gradients())
             self._log_meta("meta_second_order", size)
@@ -321,20 +317,25 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
     def adapt_(self) -> None:
         """Move theta to theta' of the next meta batch, in place (Eq. 3).
 
+        Under `meta_step="effect"` the loss is measured on the first pairs of the data.
         Logs J of that batch before and after. If grad J is not finite, warns and keeps theta.
         """
-        directions = self._begin_step(self.model_wrapped).directions
-        before = self._metrics["train"].pop("meta_objective", [])
+        by_effect = self.args.meta_step == "effect"
+        pairs = self._first_pairs() if by_effect else {}
+        state = self._begin_step(self.model_wrapped, pairs)
+        found = {name: values[0] for name, values in self._metrics["train"].items() if values}
         self._metrics["train"].clear()
         ascend_(
             self._trainable(),
-            directions,
-            meta_learning_rate=self.args.meta_learning_rate,
+            state.directions,
+            meta_learning_rate=state.eta,
             seed=self.args.seed,  # bf16 parameters are rounded at random
         )
-        if before:
+        if not state.skipped:
             after = self._objective_only(self.model_wrapped)
-            self.log({"deploy_objective_before": before[0], "deploy_objective_after": after})
+            more = {f"deploy_{name}": found[f"meta_{name}"] for name in EFFECTS if by_effect}
+            before = found["meta_objective"]
+            self.log({"deploy_objective_before": before, "deploy_objective_after": after, **more})
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Return to theta before saving or evaluating.
@@ -351,22 +352,17 @@ class MetaRMTrainer(MetaPasses, RewardTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self._adaptive_state.steps:
-            is_main = self.args.should_save
-            moments = whole_on_main(self._adaptive_state.tensors(), is_main=is_main)
-            if is_main:
-                folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self._step()}"
-                save_file(moments, folder / META_STATE_FILE)
+        kept = meta_state(self._adaptive_state, self._last_length, is_main=self.args.should_save)
+        if kept:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self._step()}"
+            save_file(kept, folder / META_STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also load the state of the meta step, so that resuming is exact."""
         super()._load_optimizer_and_scheduler(checkpoint)
         path = Path(checkpoint or "") / META_STATE_FILE
         if checkpoint is not None and path.is_file():
-            state = AdaptiveState.from_tensors(load_file(path))
-            state.first = sharded_like(state.first, self._trainable())
-            state.second = sharded_like(state.second, self._trainable())
-            self._adaptive_state = state
+            self._adaptive_state, self._last_length = read_meta_state(path, self._trainable())
 
     # -- diagnostics -------------------------------------------------------------------------
 

@@ -29,6 +29,9 @@ META_LOGS = {
     "meta_influence_most": "the same, largest",
     "meta_objective": "J before the step, mean",
     "meta_objective_after": "J after the step, mean",
+    "meta_rho": "length of the step, mean",
+    "meta_growth": "factor by which reward differences grew in the step, mean",
+    "meta_loss_rise": "rise of the loss on pairs in the step, as a share, mean",
     "meta_skipped": "share of skipped steps",
 }
 

@@ -82,6 +82,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"meta_step": "sgd", "meta_learning_rate": None, "deploy": "base"},
     # Ours: a step of fixed length; the shifted parameters are deployed.
     "scale_free": {"meta_step": "normalized", "meta_learning_rate": 0.5, "deploy": "adapted"},
+    # Ours: the length is chosen at each step by what the step does; see core.meta_effect.
+    "by_effect": {"meta_step": "effect", "meta_learning_rate": None, "deploy": "adapted"},
     # Ours: another reading of the paper, with an Adam optimizer for the meta process.
     "adaptive": {"meta_step": "adaptive", "meta_learning_rate": None, "deploy": "base"},
 }
@@ -93,15 +95,52 @@ class MetaRMConfig(RewardConfig):
 
     preset: str = field(
         default="paper",
-        metadata={"help": "paper (Algorithm 1), scale_free or adaptive; fills the fields below."},
+        metadata={
+            "help": "paper (Algorithm 1), by_effect, scale_free or adaptive; fills the fields "
+            "below."
+        },
     )
     meta_step: str | None = field(
         default=None,
-        metadata={"help": "How grad J becomes a step: sgd, normalized or adaptive (Adam)."},
+        metadata={
+            "help": "How grad J becomes a step: sgd, normalized, adaptive (Adam), or effect "
+            "(normalized, as long as meta_effect and meta_loss_rise allow)."
+        },
     )
     meta_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "eta of Eq. 3. Default of paper and adaptive: the learning rate."},
+        metadata={
+            "help": "eta of Eq. 3. Default of paper and adaptive: the learning rate. Not used with "
+            "meta_step=effect."
+        },
+    )
+    meta_effect: float = field(
+        default=1.5,
+        metadata={
+            "help": "With meta_step=effect: the factor by which a step widens the reward "
+            "differences (rms) of the meta batch."
+        },
+    )
+    meta_loss_rise: float = field(
+        default=0.1,
+        metadata={
+            "help": "With meta_step=effect: by which share a step may raise the loss on the "
+            "step's first pairs; it is shortened until it does not."
+        },
+    )
+    meta_per_layer: bool = field(
+        default=False,
+        metadata={
+            "help": "With meta_step normalized or effect: divide the step among the layers by the "
+            "size of their weights. Otherwise the score head takes nearly all of it."
+        },
+    )
+    meta_direction: str = field(
+        default="gradient",
+        metadata={
+            "help": "gradient, or random: a control whose step is as long in every layer, but "
+            "points anywhere."
+        },
     )
     meta_batch_size: int | None = field(
         default=None,
@@ -152,13 +191,14 @@ class MetaRMConfig(RewardConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_choice("preset", self.preset, list(PRESETS))
+        self.eta_given = self.meta_learning_rate is not None
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.eta_is_alpha = self.meta_learning_rate is None  # the paper's
         if self.meta_learning_rate is None:
             self.meta_learning_rate = self.learning_rate
-        _require_choice("meta_step", self.meta_step, list(get_args(MetaStep)))
+        _require_choice("meta_step", self.meta_step, [*get_args(MetaStep), "effect"])
         OBJECTIVES.get(self.meta_objective)
         _require_choice("meta_order", self.meta_order, list(get_args(MetaOrder)))
         _require_choice("meta_shift", self.meta_shift, ["auto", *get_args(MetaShift)])
@@ -169,6 +209,28 @@ class MetaRMConfig(RewardConfig):
             raise UserError(f"meta_learning_rate is {self.meta_learning_rate}; it must be >= 0")
         if self.meta_batch_size is not None and self.meta_batch_size < 1:
             raise UserError(f"meta_batch_size is {self.meta_batch_size}; it must be at least 1")
+        self._check_step()
+
+    def _check_step(self) -> None:
+        _require_choice("meta_direction", self.meta_direction, ["gradient", "random"])
+        if self.meta_effect <= 1:
+            raise UserError(
+                f"meta_effect is {self.meta_effect}; it must be above 1, the factor by which "
+                "reward differences grow"
+            )
+        if self.meta_loss_rise <= 0:
+            raise UserError(
+                f"meta_loss_rise is {self.meta_loss_rise}; it must be above 0 (0.1 allows 10 %)"
+            )
+        if self.meta_per_layer and self.meta_step not in ("normalized", "effect"):
+            raise UserError(
+                f"meta_per_layer: meta_step={self.meta_step} has no length to divide among layers; "
+                "use normalized or effect"
+            )
+        if self.meta_direction == "random" and self.meta_order == "exact":
+            raise UserError(
+                "meta_direction='random' has no derivative; use it with meta_order='first'"
+            )
 
     def fit_lora(self) -> None:
         """As `RewardConfig.fit_lora`; also update eta where it equals alpha."""
