@@ -71,7 +71,7 @@ def test_one_step_is_algorithm_1_with_the_length_that_has_the_effect(
     before, after = (rms_difference(reward_lists(original, p, tokens)) for p in (theta, shifted))
     assert 1.45 <= after / before <= 1.55
     assert log["meta_growth"] == pytest.approx(after / before, rel=1e-6)
-    old, new = (float(preference_loss(original, p, rows)) for p in (theta, shifted))
+    old, new = (float(preference_loss(original, p, rows).detach()) for p in (theta, shifted))
     assert log["meta_loss_rise"] == pytest.approx(new / old - 1, rel=1e-5)
 
 
