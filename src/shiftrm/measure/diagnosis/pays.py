@@ -1,0 +1,192 @@
+"""What a reward model pays for: its rewards by measurable features, within prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shiftrm.core.discrimination import Floats
+from shiftrm.core.intervals import Measured
+from shiftrm.core.within import fit_within, spread_within
+from shiftrm.files import Row
+from shiftrm.measure.diagnosis.diagnosis import ScoredFile
+from shiftrm.measure.diagnosis.scored import NOISE, ScoredResponse
+from shiftrm.measure.features import FEATURES, measure_text, reading
+from shiftrm.models.scoring import row_responses
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a model pays for one feature.
+
+    Attributes:
+        feature: its name.
+        pays: change of the reward by one standard deviation more of the feature within prompts, the
+            other features kept; in the unit of `Pays`.
+        change: `pays` less that of the first model, each in its own unit; None for the first.
+        spread: the standard deviation of the feature within prompts.
+    """
+
+    feature: str
+    pays: Measured
+    change: Measured | None
+    spread: float
+
+
+@dataclass(frozen=True)
+class Pays:
+    """What a model pays for on a file. Its unit is the standard deviation of its rewards within
+    prompts on its reference file.
+
+    Attributes:
+        model, name: names of the reward model and of the file.
+        reference: the file that gives the unit.
+        against: the first model; None for itself, and if the rows differ.
+        prompts, responses: numbers of prompts with two distinct responses, and these responses.
+        explained: share of the variance within prompts that the features explain.
+        prices: the features that vary within enough prompts, in the order of `FEATURES`.
+    """
+
+    model: str
+    name: str
+    reference: str
+    against: str | None
+    prompts: int
+    responses: int
+    explained: float
+    prices: tuple[Price, ...]
+
+
+def prices(
+    features: Mapping[str, Floats],
+    rewards: Floats,
+    prompts: Sequence[Hashable],
+    *,
+    unit: float,
+    against: tuple[Floats, float] | None = None,
+) -> tuple[tuple[Price, ...], tuple[float, int, int]] | None:
+    """Return the prices, and the share explained with the numbers of prompts and responses.
+
+    Args:
+        features: values of each feature, one per response.
+        rewards: of the same responses.
+        prompts: the prompt of every response.
+        unit: standard deviation of the rewards of a reference.
+        against: other rewards of the same responses, and their unit.
+
+    Returns:
+        None if nothing can be measured (see `fit_within`).
+    """
+    values = np.column_stack([*features.values()])
+    fit = fit_within(values, rewards, prompts, scale=unit)
+    if fit is None:
+        return None
+    change = None
+    if against is not None:
+        # One fit of the difference: its errors know that both models read the same responses.
+        change = fit_within(values, rewards / unit - against[0] / against[1], prompts)
+    found = []
+    for i, name in enumerate(features):
+        pays = fit.measured(i)
+        if pays is not None:
+            more = None if change is None else change.measured(i)
+            found.append(Price(name, pays, more, float(fit.spreads_F[i])))
+    return tuple(found), (fit.explained, fit.prompts, fit.rows)
+
+
+def pays(files: Sequence[ScoredFile], rows: Sequence[Sequence[Row]]) -> list[Pays]:
+    """Return what every model pays for on every file, where that can be measured.
+
+    Args:
+        files: in the order of the user; the first of a model is its reference.
+        rows: the rows behind each file.
+    """
+    texts = _Texts()
+    units: dict[str, tuple[str, float]] = {}
+    first: dict[str, tuple[ScoredFile, Sequence[Row], Floats]] = {}
+    found = []
+    for file, behind in zip(files, rows, strict=True):
+        kept = _distinct(file)
+        rewards = np.array([response.reward for _, _, response in kept])
+        prompts = [file.unlabelled[row].prompt for row, _, _ in kept]
+        name, unit = units.setdefault(file.model, (file.name, spread_within(rewards, prompts)))
+        start = first.setdefault(file.name, (file, behind, rewards))
+        against = _against(start, units, file, behind)
+        if unit <= NOISE:
+            continue
+        measured = prices(
+            texts.features([(behind[row], number) for row, number, _ in kept]),
+            rewards,
+            prompts,
+            unit=unit,
+            against=against,
+        )
+        if measured is not None:
+            other = None if against is None else start[0].model
+            found.append(_pays(file, name, other, *measured))
+    return found
+
+
+def _pays(
+    file: ScoredFile,
+    reference: str,
+    against: str | None,
+    priced: tuple[Price, ...],
+    numbers: tuple[float, int, int],
+) -> Pays:
+    explained, prompts, responses = numbers
+    return Pays(file.model, file.name, reference, against, prompts, responses, explained, priced)
+
+
+def _distinct(file: ScoredFile) -> list[tuple[int, int, ScoredResponse]]:
+    """Return (row, number in the row, response) of the distinct responses to each prompt."""
+    kept = []
+    for row, group in enumerate(file.unlabelled):
+        seen = set()
+        for number, response in enumerate(group.responses):
+            if response.key is None or response.key not in seen:
+                seen.add(response.key)
+                kept.append((row, number, response))
+    return kept
+
+
+def _against(
+    start: tuple[ScoredFile, Sequence[Row], Floats],
+    units: Mapping[str, tuple[str, float]],
+    file: ScoredFile,
+    rows: Sequence[Row],
+) -> tuple[Floats, float] | None:
+    """Return the first model's rewards and unit; None for itself, or if the rows differ."""
+    other, others_rows, rewards = start
+    unit = units[other.model][1]
+    same = len(rows) == len(others_rows) and all(map(_is, rows, others_rows))
+    if other.model == file.model or not same or unit <= NOISE:
+        return None
+    return (rewards, unit) if len(_distinct(other)) == len(_distinct(file)) else None
+
+
+def _is(one: Row, other: Row) -> bool:
+    return one is other or one == other
+
+
+class _Texts:
+    """Features of responses, measured once for all models."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Row, list[dict[str, float]]]] = {}
+
+    def features(self, responses: Sequence[tuple[Row, int]]) -> dict[str, Floats]:
+        """Return the values of every feature for (row, number of the response in it)."""
+        found = [self._of_row(row)[number] for row, number in responses]
+        return {
+            name: np.array([values[name] for values in found], dtype=np.float64)
+            for name in FEATURES.names()
+        }
+
+    def _of_row(self, row: Row) -> list[dict[str, float]]:
+        if id(row) not in self._known:
+            measured = [measure_text(reading(one)) for one in row_responses(row, "")]
+            self._known[id(row)] = row, measured  # the row too, so that its id stays taken
+        return self._known[id(row)][1]
