@@ -64,7 +64,8 @@ def test_page_has_everything(tmp_path):
     for heading in ("Verdicts", "Numbers", "Pictures", "Responses to read", "How the verdict"):
         assert f"<h2>{heading}" in html
     images = [attributes for tag, attributes in read(html).tags if tag == "img"]
-    assert len(images) == 2 + 1 + 3, "differences twice, calibration, one length picture a file"
+    # What it pays for, differences twice, calibration, one length picture a file.
+    assert len(images) == 1 + 2 + 1 + 3
     assert all(len(image["alt"] or "") > 30 for image in images)
     assert "smallest spread" in text
     assert "surest mistake" in text

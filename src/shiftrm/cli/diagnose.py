@@ -100,18 +100,20 @@ def _outputs(
 
 def show_tables(found: Any) -> Any:
     """Print the tables. Return the console."""
+    from shiftrm.report.diagnosis_features import pays_tables
     from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables
 
     tables = [*numbers_tables(found.diagnoses, found.verdicts)]
     if found.comparisons:
         tables.append(comparison_table(found.comparisons))
-    return print_tables(tables)
+    return print_tables([*tables, *pays_tables(found, most=6)])
 
 
 def show(found: Any) -> None:
     """Print the tables, the verdicts and the next steps."""
     from rich.text import Text
 
+    from shiftrm.report.diagnosis_features import pays_sentences
     from shiftrm.report.diagnosis_tables import source_names
 
     console = show_tables(found)
@@ -128,6 +130,10 @@ def show(found: Any) -> None:
         console.print(Text("\nWhat to do next", style="bold"))
     for text, names in advice.items():
         console.print(Text(f"> {text} ({', '.join(names)})"))
+    if found.pays:
+        console.print(Text("\nWhat the reward pays for", style="bold"))
+    for name, text in pays_sentences(found):
+        console.print(Text(f"{name}: {text}"))
     console.print()
     for entry in found.overall:
         of_model = f"{entry.model}: " if len(found.overall) > 1 else ""

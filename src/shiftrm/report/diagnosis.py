@@ -13,6 +13,13 @@ from shiftrm.measure.diagnosis import thresholds
 from shiftrm.measure.diagnosis.findings import Findings
 from shiftrm.records import library_versions, source_commit
 from shiftrm.report.diagnosis_examples import ShownRow, examples
+from shiftrm.report.diagnosis_features import (
+    feature_meanings,
+    pays_numbers,
+    pays_pictures,
+    pays_sentences,
+    pays_tables,
+)
 from shiftrm.report.diagnosis_plots import (
     Series,
     calibration_figure,
@@ -61,6 +68,7 @@ def numbers(found: Findings) -> dict[str, Any]:
             for d, v in zip(found.diagnoses, found.verdicts, strict=True)
         ],
         "comparisons": [asdict(entry) for entry in found.comparisons],
+        "pays": pays_numbers(found),
         **({} if found.change is None else {"change": asdict(found.change)}),
         "thresholds": {name: value for name, value in vars(thresholds).items() if name.isupper()},
         "commit": source_commit(),
@@ -82,6 +90,10 @@ def render_page(found: Findings) -> str:
         colours=_COLOURS,
         comparisons=comparison_table(found.comparisons) if found.comparisons else None,
         numbers=numbers_tables(found.diagnoses, found.verdicts),
+        pays=pays_sentences(found),
+        pays_tables=pays_tables(found),
+        pays_pictures=pays_pictures(found),
+        features=feature_meanings(),
         pictures=_pictures(found, names),
         examples=_examples(found, names),
         t=thresholds,

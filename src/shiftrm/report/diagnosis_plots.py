@@ -10,12 +10,22 @@ from matplotlib.lines import Line2D
 
 from shiftrm.core.discrimination import Floats
 from shiftrm.measure.diagnosis.diagnosis import Diagnosis, ScoredFile
+from shiftrm.measure.diagnosis.pays import Pays
 from shiftrm.measure.diagnosis.scored import differences, distinct
-from shiftrm.report.plots import LineStyle, draw_histogram, draw_legend, new_axes, plain_label
+from shiftrm.measure.features import FEATURES
+from shiftrm.report.plots import (
+    GREY,
+    LineStyle,
+    draw_histogram,
+    draw_legend,
+    new_axes,
+    plain_label,
+)
 
 # Okabe and Ito's palette; the line styles differ too.
 _COLOURS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
+_MOST_FEATURES = 10  # in a picture
 _MANY_POINTS = 1000  # with more points, plot their density
 
 Series = tuple[str, ScoredFile, Diagnosis]
@@ -85,4 +95,34 @@ def length_figure(name: str, file: ScoredFile) -> Figure:
         figure.colorbar(cells, ax=axes, label="responses")
     else:
         axes.plot(length, reward, "o", color="#0072B2", alpha=0.3, markersize=3.5)
+    return figure
+
+
+def pays_figure(columns: Sequence[tuple[str, Pays]], features: Sequence[str]) -> Figure:
+    """Plot what is paid for each feature as horizontal bars, one for each file or model.
+
+    Args:
+        columns: names and prices.
+        features: in order from the top; the first ten are drawn.
+    """
+    features = features[:_MOST_FEATURES]
+    figure, axes = new_axes("standard deviations of the reward", "", "One std more …")
+    axes.axvline(0, color=GREY, linewidth=1)
+    axes.grid(visible=False, axis="y")
+    height = 0.8 / len(columns)
+    entries = []
+    for i, (name, entry) in enumerate(columns):
+        colour = _COLOURS[i % len(_COLOURS)]
+        prices = {price.feature: price.pays for price in entry.prices}
+        drawn = [(row, prices[key]) for row, key in enumerate(features) if key in prices]
+        at = [row + (i - (len(columns) - 1) / 2) * height for row, _ in drawn]
+        values = [pays.value for _, pays in drawn]
+        axes.barh(at, values, height=0.85 * height, color=colour, alpha=0.75)
+        for y, (_, pays) in zip(at, drawn, strict=True):
+            if pays.low is not None and pays.high is not None:
+                axes.plot([pays.low, pays.high], [y, y], color="black", linewidth=1)
+        entries.append((Line2D([], [], color=colour, linewidth=6, alpha=0.75), name))
+    axes.set_yticks(range(len(features)), [plain_label(FEATURES.get(k).label) for k in features])
+    axes.set_ylim(len(features) - 0.5, -0.5)  # the first feature on top
+    draw_legend(figure, entries)
     return figure

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from shiftrm.data.groups import check_group
@@ -13,6 +14,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.measure.diagnosis.comparison import ModelChange, compare
 from shiftrm.measure.diagnosis.diagnosis import Diagnosis, ScoredFile, diagnose
+from shiftrm.measure.diagnosis.pays import Pays, pays
 from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResponse
 from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict, Overall, overall, verdicts
 from shiftrm.measure.score_once import Tokens, score_once, tokens_of
@@ -194,6 +196,11 @@ class Findings:
     comparisons: list[ModelChange]
     change: DiagnosisVerdict | None = None
     """The effect of an adaptation over all files."""
+
+    @cached_property
+    def pays(self) -> list[Pays]:
+        """Return what every model pays for on every file where that can be measured."""
+        return pays(self.files, self.rows)
 
 
 def find(

@@ -12,7 +12,7 @@ from shiftrm.core.intervals import Measured
 from shiftrm.core.within import fit_within, spread_within
 from shiftrm.files import Row
 from shiftrm.measure.diagnosis.diagnosis import ScoredFile
-from shiftrm.measure.diagnosis.scored import NOISE, ScoredResponse
+from shiftrm.measure.diagnosis.scored import NOISE
 from shiftrm.measure.features import FEATURES, measure_text, reading
 from shiftrm.models.scoring import row_responses
 
@@ -105,70 +105,60 @@ def pays(files: Sequence[ScoredFile], rows: Sequence[Sequence[Row]]) -> list[Pay
     """
     texts = _Texts()
     units: dict[str, tuple[str, float]] = {}
-    first: dict[str, tuple[ScoredFile, Sequence[Row], Floats]] = {}
+    first: dict[str, _Distinct] = {}
     found = []
     for file, behind in zip(files, rows, strict=True):
-        kept = _distinct(file)
-        rewards = np.array([response.reward for _, _, response in kept])
-        prompts = [file.unlabelled[row].prompt for row, _, _ in kept]
-        name, unit = units.setdefault(file.model, (file.name, spread_within(rewards, prompts)))
-        start = first.setdefault(file.name, (file, behind, rewards))
-        against = _against(start, units, file, behind)
-        if unit <= NOISE:
+        kept = _Distinct.of(file, behind)
+        name, unit = units.setdefault(file.model, (file.name, kept.spread))
+        start = first.setdefault(file.name, kept)
+        if min(unit, kept.spread) <= NOISE:
             continue
+        other = start if kept.same_responses(start) and units[start.model][1] > NOISE else None
         measured = prices(
-            texts.features([(behind[row], number) for row, number, _ in kept]),
-            rewards,
-            prompts,
+            texts.features(kept.places),
+            kept.rewards,
+            kept.prompts,
             unit=unit,
-            against=against,
+            against=None if other is None else (other.rewards, units[other.model][1]),
         )
         if measured is not None:
-            other = None if against is None else start[0].model
-            found.append(_pays(file, name, other, *measured))
+            against = None if other is None else other.model
+            priced, (explained, prompts, count) = measured
+            found.append(
+                Pays(file.model, file.name, name, against, prompts, count, explained, priced)
+            )
     return found
 
 
-def _pays(
-    file: ScoredFile,
-    reference: str,
-    against: str | None,
-    priced: tuple[Price, ...],
-    numbers: tuple[float, int, int],
-) -> Pays:
-    explained, prompts, responses = numbers
-    return Pays(file.model, file.name, reference, against, prompts, responses, explained, priced)
+@dataclass(frozen=True)
+class _Distinct:
+    """The distinct responses to each prompt of a file: (row, number in the row), and rewards."""
 
+    model: str
+    places: list[tuple[Row, int]]
+    rewards: Floats
+    prompts: list[Hashable]
 
-def _distinct(file: ScoredFile) -> list[tuple[int, int, ScoredResponse]]:
-    """Return (row, number in the row, response) of the distinct responses to each prompt."""
-    kept = []
-    for row, group in enumerate(file.unlabelled):
-        seen = set()
-        for number, response in enumerate(group.responses):
-            if response.key is None or response.key not in seen:
-                seen.add(response.key)
-                kept.append((row, number, response))
-    return kept
+    @classmethod
+    def of(cls, file: ScoredFile, rows: Sequence[Row]) -> _Distinct:
+        places, rewards, prompts = [], [], []
+        for row, group in zip(rows, file.unlabelled, strict=True):
+            seen: set[Hashable] = set()
+            for number, response in enumerate(group.responses):
+                if response.key is None or response.key not in seen:
+                    seen.add(response.key)
+                    places.append((row, number))
+                    rewards.append(response.reward)
+                    prompts.append(group.prompt)
+        return cls(file.model, places, np.array(rewards, dtype=np.float64), prompts)
 
+    @property
+    def spread(self) -> float:
+        return spread_within(self.rewards, self.prompts)
 
-def _against(
-    start: tuple[ScoredFile, Sequence[Row], Floats],
-    units: Mapping[str, tuple[str, float]],
-    file: ScoredFile,
-    rows: Sequence[Row],
-) -> tuple[Floats, float] | None:
-    """Return the first model's rewards and unit; None for itself, or if the rows differ."""
-    other, others_rows, rewards = start
-    unit = units[other.model][1]
-    same = len(rows) == len(others_rows) and all(map(_is, rows, others_rows))
-    if other.model == file.model or not same or unit <= NOISE:
-        return None
-    return (rewards, unit) if len(_distinct(other)) == len(_distinct(file)) else None
-
-
-def _is(one: Row, other: Row) -> bool:
-    return one is other or one == other
+    def same_responses(self, other: _Distinct) -> bool:
+        """Whether another model scored the same responses."""
+        return self.model != other.model and self.places == other.places
 
 
 class _Texts:
