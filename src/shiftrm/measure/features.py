@@ -216,7 +216,7 @@ _OWN: dict[str, TextFeature] = {
         lambda r: float(REFUSAL.search(r.text) is not None),
     ),
     "unfinished": TextFeature(
-        "cut-off responses", "whether a limit cut it off", lambda r: float(not r.finished)
+        "cut-off endings", "whether a limit cut it off", lambda r: float(not r.finished)
     ),
 }
 for _name, _feature in _OWN.items():

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from shiftrm.core.intervals import Measured
 from shiftrm.measure.diagnosis.findings import Findings
 from shiftrm.measure.diagnosis.pays import Pays, Price
 from shiftrm.measure.features import FEATURES
 from shiftrm.report.diagnosis_plots import pays_figure
-from shiftrm.report.diagnosis_tables import NONE, interval, short
+from shiftrm.report.diagnosis_tables import NONE, short
 from shiftrm.report.pictures import Picture, image_of
-from shiftrm.report.tables import Table
-from shiftrm.report.wording import listing
+from shiftrm.report.tables import Table, fixed_point
 
 NAMED = 0.1
 """A sentence names a feature from this many standard deviations of the reward on."""
@@ -52,9 +52,9 @@ def sentence(entry: Pays) -> str:
     if not largest:
         return f"No feature moves the reward clearly by {NAMED} standard deviations. {explained}"
     first, *others = largest[:_MOST_NAMED]
-    text = f"One standard deviation more {_label(first)} {_moves(first, 'the reward')} "
-    parts = [f"{_label(price)} {_moves(price, 'it')}" for price in others]
-    text += "standard deviations" + (f"; more {listing(parts)}." if parts else ".")
+    parts = [f"{_moves(price)} with more {_label(price)}" for price in others]
+    text = f"The reward {_moves(first)} standard deviations with one standard deviation more "
+    text += f"{_label(first)}{''.join(f'; it {part}' for part in parts)}."
     return f"{text} {explained}"
 
 
@@ -71,9 +71,8 @@ def _label(price: Price) -> str:
     return FEATURES.get(price.feature).label
 
 
-def _moves(price: Price, what: str) -> str:
-    verb = "raises" if price.pays.value > 0 else "lowers"
-    return f"{verb} {what} by {short(abs(price.pays.value))}"
+def _moves(price: Price) -> str:
+    return f"{'rises' if price.pays.value > 0 else 'falls'} by {short(abs(price.pays.value))}"
 
 
 def pays_tables(found: Findings, *, most: int | None = None) -> list[Table]:
@@ -106,10 +105,10 @@ def _table(title: str, columns: Columns, most: int | None) -> Table:
     for name, entry in columns:
         by_name = {price.feature: price for price in entry.prices}
         headings.append(name)
-        cells.append({key: _signed(price) for key, price in by_name.items()})
+        cells.append({key: _signed(price.pays) for key, price in by_name.items()})
         if entry.against is not None:
             headings.append(f"{name} less {entry.against}")
-            cells.append({key: interval(price.change) for key, price in by_name.items()})
+            cells.append({key: _signed(price.change) for key, price in by_name.items()})
     rows = [
         (FEATURES.get(key).label.capitalize(), *(column.get(key, NONE) for column in cells))
         for key in _by_size(columns)[:most]
@@ -118,22 +117,23 @@ def _table(title: str, columns: Columns, most: int | None) -> Table:
     for _, entry in columns:
         explained += [f"{100 * entry.explained:.0f} %"] + [NONE] * (entry.against is not None)
     rows.append(("Explained by all features", *explained))
-    unit = " and ".join(dict.fromkeys(entry.reference for _, entry in columns))
     return Table(
         title,
         ("One standard deviation more …", *headings),
         tuple(rows),
-        "Change of the reward, in standard deviations of the model's rewards within prompts on "
-        f"{unit}, if a response has one standard deviation more of the feature than other "
-        "responses to the prompt and as much of all others. Least squares within prompts; "
-        "brackets: 95 % intervals, clustered by prompt. "
+        "Change of the reward, in its standard deviations, if a response has one standard "
+        "deviation more of the feature and as much of all others; both within prompts, on the "
+        "same file. Least squares; brackets: 95 % intervals, clustered by prompt. "
         f"“{NONE}”: the feature hardly varies. {CAUTION}",
     )
 
 
-def _signed(price: Price) -> str:
-    text = interval(price.pays)
-    return text if text.startswith("-") else f"+{text}"
+def _signed(found: Measured | None) -> str:
+    """Format `+0.31 [0.25, 0.37]`."""
+    if found is None or found.low is None or found.high is None:
+        return NONE
+    ends = f"[{fixed_point(found.low)}, {fixed_point(found.high)}]"
+    return f"{fixed_point(found.value, sign=True)} {ends}"
 
 
 def _by_size(columns: Columns) -> list[str]:

@@ -23,9 +23,9 @@ class Price:
 
     Attributes:
         feature: its name.
-        pays: change of the reward by one standard deviation more of the feature within prompts, the
-            other features kept; in the unit of `Pays`.
-        change: `pays` less that of the first model, each in its own unit; None for the first.
+        pays: change of the reward by one standard deviation more of the feature, the other features
+            kept, in standard deviations of the reward; both are within prompts, on this file.
+        change: `pays` less that of the first model; None for the first.
         spread: the standard deviation of the feature within prompts.
     """
 
@@ -37,12 +37,10 @@ class Price:
 
 @dataclass(frozen=True)
 class Pays:
-    """What a model pays for on a file. Its unit is the standard deviation of its rewards within
-    prompts on its reference file.
+    """What a model pays for on a file.
 
     Attributes:
         model, name: names of the reward model and of the file.
-        reference: the file that gives the unit.
         against: the first model; None for itself, and if the rows differ.
         prompts, responses: numbers of prompts with two distinct responses, and these responses.
         explained: share of the variance within prompts that the features explain.
@@ -51,7 +49,6 @@ class Pays:
 
     model: str
     name: str
-    reference: str
     against: str | None
     prompts: int
     responses: int
@@ -73,8 +70,8 @@ def prices(
         features: values of each feature, one per response.
         rewards: of the same responses.
         prompts: the prompt of every response.
-        unit: standard deviation of the rewards of a reference.
-        against: other rewards of the same responses, and their unit.
+        unit: rewards are divided by it.
+        against: other rewards of the same responses, and what they are divided by.
 
     Returns:
         None if nothing can be measured (see `fit_within`).
@@ -100,33 +97,29 @@ def pays(files: Sequence[ScoredFile], rows: Sequence[Sequence[Row]]) -> list[Pay
     """Return what every model pays for on every file, where that can be measured.
 
     Args:
-        files: in the order of the user; the first of a model is its reference.
+        files: in the order of the user; further models are compared with the first.
         rows: the rows behind each file.
     """
     texts = _Texts()
-    units: dict[str, tuple[str, float]] = {}
     first: dict[str, _Distinct] = {}
     found = []
     for file, behind in zip(files, rows, strict=True):
         kept = _Distinct.of(file, behind)
-        name, unit = units.setdefault(file.model, (file.name, kept.spread))
         start = first.setdefault(file.name, kept)
-        if min(unit, kept.spread) <= NOISE:
+        if kept.spread <= NOISE:
             continue
-        other = start if kept.same_responses(start) and units[start.model][1] > NOISE else None
+        other = start if kept.same_responses(start) and start.spread > NOISE else None
         measured = prices(
             texts.features(kept.places),
             kept.rewards,
             kept.prompts,
-            unit=unit,
-            against=None if other is None else (other.rewards, units[other.model][1]),
+            unit=kept.spread,
+            against=None if other is None else (other.rewards, other.spread),
         )
         if measured is not None:
             against = None if other is None else other.model
             priced, (explained, prompts, count) = measured
-            found.append(
-                Pays(file.model, file.name, name, against, prompts, count, explained, priced)
-            )
+            found.append(Pays(file.model, file.name, against, prompts, count, explained, priced))
     return found
 
 
