@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -12,6 +13,7 @@ from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResp
 from shiftrm.measure.diagnosis.verdict import overall, verdicts
 from shiftrm.report.diagnosis import Findings, numbers, render_page, write_numbers, write_page
 from shiftrm.report.diagnosis_examples import as_text, examples
+from shiftrm.report.diagnosis_features import pays_pictures, pays_sentences, pays_tables
 from shiftrm.report.diagnosis_plots import calibration_figure, difference_figure, length_figure
 from shiftrm.report.diagnosis_tables import NONE, interval, numbers_tables, short
 from shiftrm.report.plots import render
@@ -209,3 +211,65 @@ def test_many_points_become_a_density():
     few, _ = group_file(n=20)
     many, _ = group_file(n=2000)
     assert len(render(length_figure("$x_{", many))) < 4 * len(render(length_figure("x", few)))
+
+
+def worded_file(*, model="m", name="sft", by=1.0, n=40, noise=0.0):
+    """Rewards of `by` a word, and of two a question mark for each hundred words."""
+    rng = random.Random(0)
+    groups, rows = [], []
+    for i in range(n):
+        counts = [rng.randint(1, 9) for _ in range(3)]
+        asked = [rng.random() < 0.5 for _ in range(3)]
+        texts = [("word " * c) + "?" * a for c, a in zip(counts, asked, strict=True)]
+        rewards = [
+            by * c + 2 * 100 * a / c + rng.gauss(0, noise)
+            for c, a in zip(counts, asked, strict=True)
+        ]
+        groups.append(ScoredGroup(i, tuple(ScoredResponse(r, 1) for r in rewards)))
+        rows.append({"prompt": f"p{i}", "responses": texts})
+    return ScoredFile(model, name, groups=tuple(groups)), rows
+
+
+def test_what_the_reward_pays_for():
+    found = findings(worded_file(by=-30.0), worded_file(name="policy"), group_file(name="same"))
+    (name, text), *_ = pays_sentences(found)
+    assert name == "sft"
+    assert re.match(
+        r"The reward falls by 0\.\d\d standard deviations with one standard deviation more words; "
+        r"it rises by 0\.\d\d with more question marks\. ",
+        text,
+    )
+    assert "explain 100 %" in text
+    (table,) = pays_tables(found)
+    assert table.columns == ("One standard deviation more …", "sft", "policy")
+    (largest, _, price), (second, words, _), *_ = table.rows
+    assert (largest, second) == ("Question marks", "Words"), "by the largest price of all files"
+    assert float(price.split()[0]) > -float(words.split()[0]) > 0.5
+    assert re.fullmatch(r"-0\.\d\d \[-0\.\d\d, -0\.\d\d\]", words)
+    assert table.rows[-1][:2] == ("Explained by all features", "100 %")
+    (short,) = pays_tables(found, most=1)
+    assert [row[0] for row in short.rows] == ["Question marks", "Explained by all features"]
+    entry = numbers(found)["pays"][0]
+    assert (entry["model"], entry["name"], entry["against"]) == ("m", "sft", None)
+    assert {price["feature"] for price in entry["prices"]} >= {"length", "questions"}
+
+
+def test_models_stand_side_by_side_in_what_they_pay_for():
+    found = findings(worded_file(model="old"), worded_file(model="new", by=-30.0))
+    (table,) = pays_tables(found)
+    assert table.title == "What the reward pays for: sft"
+    assert table.columns[1:] == ("old", "new", "new less old")
+    words = next(row for row in table.rows if row[0] == "Words")
+    old, new, change = (float(cell.split()[0]) for cell in words[1:])
+    assert change == pytest.approx(new - old, abs=0.015)
+    assert [name for name, _ in pays_sentences(found)] == ["sft · old", "sft · new"]
+    (picture,) = pays_pictures(found)
+    assert picture.images[0].source
+
+
+def test_a_reward_that_no_feature_moves():
+    (_, text), *others = pays_sentences(findings(worded_file(noise=1e9), group_file(name="same")))
+    assert text.startswith("No feature moves the reward clearly by 0.1 standard deviations.")
+    assert not others, "the texts of the other file differ in no feature"
+    text = text_of(render_page(findings(group_file())))
+    assert "Not measured: too few prompts have several responses" in text

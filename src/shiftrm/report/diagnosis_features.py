@@ -15,6 +15,7 @@ from shiftrm.report.diagnosis_tables import NONE, short
 from shiftrm.report.pictures import Picture, image_of
 from shiftrm.report.tables import Table, fixed_point
 
+TITLE = "What the reward pays for"
 NAMED = 0.1
 """A sentence names a feature from this many standard deviations of the reward on."""
 _MOST_NAMED = 3
@@ -89,11 +90,11 @@ def _grouped(entries: Sequence[Pays]) -> list[tuple[str, Columns]]:
     if not entries:
         return []
     if len({entry.model for entry in entries}) == 1:
-        return [("What the reward pays for", [(entry.name, entry) for entry in entries])]
+        return [(TITLE, [(entry.name, entry) for entry in entries])]
     names = dict.fromkeys(entry.name for entry in entries)
     return [
         (
-            f"What the reward pays for: {name}",
+            f"{TITLE}: {name}",
             [(entry.model, entry) for entry in entries if entry.name == name],
         )
         for name in names
@@ -158,7 +159,7 @@ def pays_pictures(found: Findings) -> list[Picture]:
         columns = columns[:_MOST_SERIES]
         names = _by_size(columns)
         image = image_of(pays_figure(columns, names), title, caption)
-        pictures.append(Picture(title, (image,), caption))
+        pictures.append(Picture(title.replace(TITLE, "The largest prices"), (image,), caption))
     return pictures
 
 

@@ -56,6 +56,9 @@ class Pays:
     prices: tuple[Price, ...]
 
 
+_NO_CHANGE = Measured(0.0, 0.0, 0.0)  # where the two rewards do not differ at all
+
+
 def prices(
     features: Mapping[str, Floats],
     rewards: Floats,
@@ -88,8 +91,10 @@ def prices(
     for i, name in enumerate(features):
         pays = fit.measured(i)
         if pays is not None:
-            more = None if change is None else change.measured(i)
-            found.append(Price(name, pays, more, float(fit.spreads_F[i])))
+            more = _NO_CHANGE if change is None else change.measured(i)
+            found.append(
+                Price(name, pays, None if against is None else more, float(fit.spreads_F[i]))
+            )
     return tuple(found), (fit.explained, fit.prompts, fit.rows)
 
 
