@@ -143,6 +143,22 @@ def test_numbers_are_those_of_the_rewards(here, capsys, tmp_path):
     ), "words and the end token; the prompt does not count"
 
 
+def test_what_a_model_that_counts_tokens_pays_for(here, capsys, tmp_path):
+    """Its reward is the number of words, the end token apart: one standard deviation for one."""
+    status, output = run(
+        capsys, "--model", "length", "--data", "groups.jsonl", "--output", tmp_path / "d"
+    )
+    (found,) = json.loads((tmp_path / "d" / "diagnosis.json").read_text())["pays"]
+    assert status == 0
+    prices = {price["feature"]: price["pays"]["value"] for price in found["prices"]}
+    assert prices.pop("length") == pytest.approx(1, abs=0.01)
+    assert all(abs(value) < 0.01 for value in prices.values())
+    assert found["explained"] == pytest.approx(1, abs=0.01)
+    said = "rises by 1.00 standard deviations with one standard deviation more words."
+    assert said in " ".join(output.out.split())
+    assert said in " ".join((tmp_path / "d" / "diagnosis.html").read_text().split())
+
+
 def test_page_and_numbers_in_a_folder(here, capsys, tmp_path):
     status, output = run(
         capsys, "--model", "before=tiny", "--model", "after=sharp",
