@@ -4,6 +4,7 @@ import statistics
 import time
 
 import pytest
+from scipy import stats
 
 from shiftrm.core.discrimination import (
     absolute_differences,
@@ -13,6 +14,8 @@ from shiftrm.core.discrimination import (
     correlation,
     difference_variance,
     pair_accuracy,
+    pair_rank_correlation,
+    rank_correlation,
 )
 from shiftrm.measure.judges.win_rates import win_tie_lose
 
@@ -182,3 +185,40 @@ def test_a_hundred_thousand_pairs_take_no_time():
     assert time.process_time() - start < 2.0, "quadratic would take minutes"
     # N(0.5, 1) over N(0, 1): Phi(0.5 / sqrt 2)
     assert value == pytest.approx(statistics.NormalDist().cdf(0.5 / math.sqrt(2)), abs=0.005)
+
+
+def test_rank_correlation_by_hand_and_against_scipy():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
+    assert rank_correlation([1, 2, 3], [-1, -20, -300]) == pytest.approx(-1)
+    rng = random.Random(0)
+    x = [rng.randint(0, 9) for _ in range(50)]  # with ties
+    y = [a + rng.randint(0, 9) for a in x]
+    assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert rank_correlation([1.0], [2.0]) is None
+    assert rank_correlation([], []) is None
+    assert rank_correlation([1.0, 1.0], [1.0, 2.0]) is None
+    assert math.isnan(rank_correlation([1.0, math.nan], [1.0, 2.0]))
+    with pytest.raises(ValueError, match="x has 1 values and y 2"):
+        rank_correlation([1.0], [1.0, 2.0])
+
+
+def test_pair_rank_correlation_does_not_depend_on_the_order_in_a_pair():
+    rng = random.Random(0)
+    ours = [rng.gauss(0, 1) for _ in range(40)]
+    gold = [a + rng.gauss(0, 1) for a in ours]
+    found, n = pair_rank_correlation(ours, gold)
+    signs = [rng.choice((-1, 1)) for _ in ours]
+    other, _ = pair_rank_correlation(
+        [s * a for s, a in zip(signs, ours, strict=True)],
+        [s * b for s, b in zip(signs, gold, strict=True)],
+    )
+    assert n == 40
+    assert found == pytest.approx(other, abs=1e-12)
+    both = stats.spearmanr(ours + [-a for a in ours], gold + [-b for b in gold]).statistic
+    assert found == pytest.approx(both)
+    assert pair_rank_correlation([2.0, -1.0], [5.0, -0.1])[0] == pytest.approx(1.0)
+    assert pair_rank_correlation([2.0, -1.0], [-5.0, 0.1])[0] == pytest.approx(-1.0)
+    # A pair of equal gold is left out; a constant reward has no order.
+    assert pair_rank_correlation([2.0, -1.0, 9.0], [5.0, -0.1, 0.0]) == (pytest.approx(1.0), 2)
+    assert pair_rank_correlation([0.0, 0.0], [1.0, 2.0]) == (None, 2)
+    assert pair_rank_correlation([1.0], [0.0]) == (None, 0)

@@ -71,6 +71,12 @@ class Options(RewardOptions):
         default={},
         reads=True,
     )
+    sight_pairs: int = option(
+        "N",
+        "pairs of each sight test before and after (see `shiftrm diagnose`); 0: no tests",
+        default=500,
+        least=0,
+    )
     responses: int | None = optional("K", "responses to each prompt", shown="5", group=SAMPLING)
     max_new_tokens: int | None = optional(
         "N", "maximum response length, in tokens", shown="128", group=SAMPLING

@@ -20,7 +20,9 @@ EPILOG = """examples:
 A file holds groups {"prompt", "responses", "finished"?}, as `shiftrm sample` writes them, or
 labelled pairs {"prompt"?, "chosen", "rejected"}. The first file is the reference (such as samples
 of the SFT policy); the next ones are compared with it (such as samples of the current policy). Only
-labels can show that a model sees; without them the verdict is about spread.
+labels can show that a model sees; without them the verdict is about spread. Sight tests need no
+labels: they ask how often the model prefers a response to one that is worse for certain, such as a
+response to another prompt.
 """
 
 ABOUT = About(
@@ -48,7 +50,13 @@ class Options:
     )
     json: str | None = optional("FILE", "all numbers as JSON")
     batch_size: int = option("N", default=64, least=1)
-    seed: int = option("N", "seed of the bootstrap", default=0)
+    sight_pairs: int = option(
+        "N",
+        "pairs of each sight test: a response against one that is worse for certain; 0: no tests",
+        default=500,
+        least=0,
+    )
+    seed: int = option("N", "seed of the bootstrap and of the sight tests", default=0)
 
 
 def run(options: Options) -> None:
@@ -68,6 +76,7 @@ def run(options: Options) -> None:
         load=lambda path: Scorer.from_pretrained(path).to_accelerator(),
         batch_size=options.batch_size,
         seed=options.seed,
+        sight_pairs=options.sight_pairs,
         bar=bar,
     )
     for file in json_files:
@@ -101,9 +110,10 @@ def _outputs(
 def show_tables(found: Any) -> Any:
     """Print the tables. Return the console."""
     from shiftrm.report.diagnosis_features import pays_tables
+    from shiftrm.report.diagnosis_sight import sight_tables
     from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables
 
-    tables = [*numbers_tables(found.diagnoses, found.verdicts)]
+    tables = [*numbers_tables(found.diagnoses, found.verdicts), *sight_tables(found.diagnoses)]
     if found.comparisons:
         tables.append(comparison_table(found.comparisons))
     return print_tables([*tables, *pays_tables(found, most=6)])

@@ -148,6 +148,47 @@ def correlation(x: Numbers, y: Numbers) -> float | None:
     return min(1.0, max(-1.0, value))  # rounding may exceed the limits
 
 
+def rank_correlation(x: Numbers, y: Numbers) -> float | None:
+    """Spearman's rank correlation, in [-1, 1]; equal values share the mean of their ranks.
+
+    Returns:
+        None if either is constant or there are fewer than two values; NaN if one is NaN.
+
+    Raises:
+        ValueError: x and y differ in length.
+    """
+    from scipy import stats  # takes most of a second to import
+
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if np.isnan(a).any() or np.isnan(b).any():
+        return float("nan")
+    return correlation(stats.rankdata(a), stats.rankdata(b))
+
+
+def pair_rank_correlation(
+    differences: Numbers, gold_differences: Numbers
+) -> tuple[float | None, int]:
+    """Spearman's correlation of reward differences and gold differences.
+
+    Every pair counts in both orders, (a, b) and (b, a), so the result does not depend on which
+    response of a pair comes first. Pairs with equal gold are ignored, as in `pair_accuracy`.
+
+    Args:
+        differences: r(first) - r(second), one per pair.
+        gold_differences: the same of the gold reward.
+
+    Returns:
+        The correlation (None if the rewards of every pair are equal, or no pair is left) and the
+        number of pairs used.
+    """
+    ours = np.asarray(differences, dtype=np.float64)
+    gold = np.asarray(gold_differences, dtype=np.float64)
+    kept = gold != 0
+    ours, gold = ours[kept], gold[kept]
+    found = rank_correlation(np.concatenate([ours, -ours]), np.concatenate([gold, -gold]))
+    return found, int(kept.sum())
+
+
 def _centred(values: Floats) -> Floats:
     """Subtract the mean and scale to about 1, so that squares neither overflow nor underflow."""
     values = values / np.abs(values).max()

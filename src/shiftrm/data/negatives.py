@@ -41,6 +41,7 @@ class Negative:
             its `text` and `finished`), or None where this draw gives none.
         matched: whether a matching chooses among several. If not, one is drawn whatever the
             matching: of a text cut at 16 places, the nearest in length is always the latest cut.
+        low: what a reward model does not see that prefers the answer in few of the pairs.
     """
 
     label: str
@@ -48,6 +49,7 @@ class Negative:
     usable: Callable[[Sequence[Answer]], list[Answer]]
     worse: Callable[[Answer, Sequence[Answer], random.Random], Answer | None]
     matched: bool = True
+    low: str = "A number near 0.5 means that the reward does not see this change."
 
 
 NEGATIVES = Registry[Negative]("way to make a worse response", Negative)
@@ -150,6 +152,8 @@ NEGATIVES.register(OTHER_PROMPT)(
         "responses to at least two prompts, and not all equal",
         _all_or_none,
         _to_another_prompt,
+        low="A number near 0.5 means that the reward hardly looks at the prompt; a policy can "
+        "raise it by answers that fit any prompt.",
     )
 )
 
@@ -160,7 +164,7 @@ Edit = Callable[[str, random.Random], str | None]
 
 
 def _edited(
-    label: str, needs: str, edit: Edit, *, finished_only: bool = False, matched: bool = True
+    label: str, needs: str, low: str, edit: Edit, *, finished_only: bool = False, matched: bool = True
 ) -> Negative:
     """Return the way that changes the words of an answer with a function of `edits`."""
 
@@ -172,16 +176,22 @@ def _edited(
         words = edit(reply(answer.text), rng)
         return None if words is None else answer._replace(text=with_reply(answer.text, words))
 
-    return Negative(label, needs, usable, worse, matched)
+    return Negative(label, needs, usable, worse, matched, low)
 
 
 for _name, _negative in {
     "repeated": _edited(
-        "the response with a part said again", "responses of three words or more", repeated
+        "the response with a part said again",
+        "responses of three words or more",
+        "A number near or below 0.5 means that repetition costs nothing; a policy can raise the "
+        "reward by saying things twice.",
+        repeated,
     ),
     "cut": _edited(
         "the response cut off in the middle",
         "finished responses of six words or more",
+        "A number near or below 0.5 means that the reward does not see whether an answer is "
+        "complete; a policy can stop anywhere.",
         cut,
         finished_only=True,
         matched=False,
@@ -189,6 +199,8 @@ for _name, _negative in {
     "shuffled": _edited(
         "the response in another order of words",
         "responses of five different words or more",
+        "A number near 0.5 means that the reward looks at which words occur and not at their "
+        "order; a policy can raise it by listing words that score well.",
         shuffled,
     ),
 }.items():
@@ -242,5 +254,7 @@ NEGATIVES.register("language")(
         "Italian or Portuguese)",
         _of_known_language,
         _in_another_language,
+        low="A number near 0.5 means that the reward does not see in which language an answer is; "
+        "a policy may change the language.",
     )
 )

@@ -26,6 +26,7 @@ from shiftrm.measure.diagnosis.findings import (
     prompt_key,
     read_data,
 )
+from shiftrm.measure.sight import PAIRS
 from shiftrm.methods.inputs import adaptable, with_models
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import (
@@ -122,12 +123,14 @@ class Request(TrainingRequest):
         eval_groups: as `eval_pairs`, of groups to measure on.
         holdout: share of the groups' prompts that is held out for measuring; 0.2 by default. Not
             with eval_groups.
+        sight_pairs: pairs of each sight test before and after; 0 makes none.
     """
 
     method: str = "metarm"
     samples: PolicySamples | None = None
     eval_groups: Mapping[str, str] | None = None
     holdout: float | None = None
+    sight_pairs: int = PAIRS
 
 
 def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptation | None:
@@ -179,7 +182,7 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
         _free_memory()
         if not main:
             return None  # without a barrier: measuring may take longer than a barrier waits
-        found = _measure(job, model, files, bar=bar)
+        found = _measure(job, model, files, request.sight_pairs, bar=bar)
         used = len(kept) if training.takes_groups else 0
         how = _how(source, samples, used, 0 if out is None else len(out.rows), files)
         more = {"model": model, "meta": outcome.meta, "groups": how}
@@ -322,7 +325,9 @@ def _free_memory() -> None:
         torch.accelerator.empty_cache()
 
 
-def _measure(job: TrainingJob, before: str, files: list[DataFile], *, bar: Bar) -> Findings:
+def _measure(
+    job: TrainingJob, before: str, files: list[DataFile], sight_pairs: int, *, bar: Bar
+) -> Findings:
     """Diagnose the model before and after, on data it was not trained on."""
 
     def load(path: str) -> Scorer:
@@ -331,8 +336,8 @@ def _measure(job: TrainingJob, before: str, files: list[DataFile], *, bar: Bar) 
         return scorer
 
     models = {"before": before, "after": str(job.finished)}
-    batch_size = job.chosen.args.per_device_eval_batch_size
-    found = find(models, files, load=load, batch_size=batch_size, bar=bar)
+    size = job.chosen.args.per_device_eval_batch_size
+    found = find(models, files, load=load, batch_size=size, sight_pairs=sight_pairs, bar=bar)
     return replace(found, change=adaptation_verdict(found.comparisons, found.diagnoses))
 
 

@@ -8,6 +8,7 @@ from shiftrm.core.discrimination import (
     absolute_differences,
     difference_variance,
     pair_accuracy,
+    pair_rank_correlation,
 )
 from shiftrm.data.pairs import read_pairs
 from shiftrm.errors import UserError
@@ -16,6 +17,7 @@ from shiftrm.measure.best_of_n import best_of_n_curve
 from shiftrm.measure.diversity import set_diversity, tokenise
 from shiftrm.measure.embeddings import load_embedder
 from shiftrm.measure.overoptimisation import overoptimisation, path_from_rows, smoothed
+from shiftrm.measure.sight import sight_tests
 from shiftrm.models.scoring import mean_and_spread, score_rows
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import place
@@ -61,6 +63,7 @@ def _evaluate(context: StageContext) -> None:
     scale = rewards["sft"]
     if "scale" in inputs:
         scale = score_rows(scorer, read_jsonl(inputs["scale"]))
+    _record_sight(context, scorer, rows)
     del scorer
     free()
     measured = ResponseNumbers.of(rows["after"], rewards["after"], mean_and_spread(scale))
@@ -109,6 +112,22 @@ def _record_spread(recorder: Recorder, rewards: dict[str, list[list[float]]], ke
         if name != "sft" and reference > 0:
             relative = variance / reference
             recorder.add(f"relative_difference_variance_{name}", relative, n=len(found))
+
+
+def _record_sight(
+    context: StageContext, scorer: RewardFunction, rows: dict[str, list[Row]]
+) -> None:
+    """Record how often the reward model prefers responses to ones that are worse for certain.
+
+    All arms of a round see the same draws.
+    """
+    count = context.stage.settings["sight_pairs"]
+    for name in ("before", "after") if count else ():
+        seed = context.random_seed("sight")
+        for test in sight_tests(scorer, rows[name], count=count, seed=seed):
+            if test.share is not None:
+                recorder = context.recorder
+                recorder.add(f"sight_{test.kind}_{name}", test.share.value, n=test.pairs)
 
 
 def _record_overoptimisation(context: StageContext) -> None:
@@ -183,10 +202,12 @@ def _record_gold(
     golds: list[list[float]] = []
     for name in ("before", "after"):
         golds = score_rows(judge, rows[name])
-        accuracy, n = pair_accuracy(
-            [row[0] - row[1] for row in rewards[name]], [row[0] - row[1] for row in golds]
-        )
+        differences = [row[0] - row[1] for row in rewards[name]]
+        gold_differences = [row[0] - row[1] for row in golds]
+        accuracy, n = pair_accuracy(differences, gold_differences)
         recorder.add(f"accuracy_policy_{name}", accuracy, n=n)
+        rank, n = pair_rank_correlation(differences, gold_differences)
+        recorder.add(f"rank_policy_{name}", rank, n=n)
     flat = [g for row in golds for g in row]
     mean = sum(flat) / len(flat)
     recorder.add("gold_mean", mean, n=len(flat))

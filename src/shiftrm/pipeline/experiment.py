@@ -238,8 +238,11 @@ class Experiment:
             value = getattr(self, section)
             for option in fields(value) if value is not None else ():
                 number = getattr(value, option.name)
-                if isinstance(number, int) and not isinstance(number, bool) and number < 1:
-                    raise UserError(f"{section}.{option.name} is {number}; it must be at least 1")
+                least = 0 if option.name == "sight_pairs" else 1  # 0 switches the tests off
+                if isinstance(number, int) and not isinstance(number, bool) and number < least:
+                    raise UserError(
+                        f"{section}.{option.name} is {number}; it must be at least {least}"
+                    )
             self._check_owned(f"{section}.settings", getattr(value, "settings", {}))
         self._check_owned("reward.meta", self.reward.meta)
         self._check_owned("domains.meta", {} if self.domains is None else self.domains.meta)

@@ -189,6 +189,8 @@ class EvaluationSettings:
         gold: a second reward model that trains nothing ("gold" is the reward of the run's gold
             world, "gold:NAME" that of another). It scores the roll-outs of every step and the
             responses at the end of a round.
+        sight_pairs: pairs of each sight test (`measure.sight`) of the round's reward model; 0 makes
+            none.
         best_of_n: samples of the SFT policy per prompt, from which the first reward model picks
             the best; needs `gold`.
         best_of_n_prompts: number of test prompts to do that on.
@@ -201,6 +203,7 @@ class EvaluationSettings:
     diversity_prompts: int = 100
     embedder: str | None = None
     gold: str | None = None
+    sight_pairs: int = 400
     best_of_n: int | None = None
     best_of_n_prompts: int = 100
 

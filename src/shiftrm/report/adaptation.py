@@ -7,6 +7,7 @@ from typing import Any
 from shiftrm.measure.diagnosis.findings import Findings
 from shiftrm.methods.adapt import verdict_words
 from shiftrm.report.diagnosis import write_numbers, write_page
+from shiftrm.report.diagnosis_sight import sight_tables
 from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables
 from shiftrm.trainers.model_card import markdown_table
 
@@ -45,4 +46,6 @@ def card_tables(found: Findings) -> str:
         rows = [row for row in table.rows if row[0] in ON_THE_CARD]
         parts.append(f"On {table.title}:")
         parts.append(markdown_table(table.columns, rows))
+    for table in sight_tables(found.diagnoses):
+        parts += [f"{table.title}:", markdown_table(table.columns, table.rows), table.note]
     return "\n\n".join(parts)

@@ -26,6 +26,7 @@ from shiftrm.report.diagnosis_plots import (
     difference_figure,
     length_figure,
 )
+from shiftrm.report.diagnosis_sight import sight_tables
 from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables, source_names
 from shiftrm.report.page import page_template
 from shiftrm.report.pictures import Picture, image_of
@@ -94,6 +95,7 @@ def render_page(found: Findings) -> str:
         pays_tables=pays_tables(found),
         pays_pictures=pays_pictures(found),
         features=feature_meanings(),
+        sight=sight_tables(found.diagnoses),
         pictures=_pictures(found, names),
         examples=_examples(found, names),
         t=thresholds,

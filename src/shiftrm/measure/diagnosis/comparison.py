@@ -156,6 +156,7 @@ def adaptation_verdict(
     }
     parts = [_accuracy(c, before[c.name], after[c.name]) for c in labelled]
     parts += [_spread(c, words[c.name]) for c in comparisons]
+    parts += [_sight(c, before[c.name], after[c.name]) for c in comparisons if after[c.name].sight]
     warnings = [
         f"{c.name}: {before[c.name].spread.prompts} prompts; fewer than {FEW_PROMPTS} show nothing."
         for c in comparisons
@@ -215,6 +216,19 @@ def _spread(c: ModelChange, word: str) -> str:
         f"On {c.name} the variance of reward differences is {c.variance_factor:.3g} times what it "
         f"was{relative}: {word}."
     )
+
+
+def _sight(c: ModelChange, before: Diagnosis, after: Diagnosis) -> str:
+    """Say how often each model prefers a response to one that is worse for certain."""
+    old = {test.kind: test for test in before.sight}
+    found = [
+        f"{test.label} {old[test.kind].share} before, {test.share} after"
+        for test in after.sight
+        if test.share is not None and test.kind in old and old[test.kind].share is not None
+    ]
+    if not found:
+        return f"No sight test applies to {c.name}."
+    return f"Sight tests on {c.name} (share preferred to): {'; '.join(found)}."
 
 
 def _advice(word: str, labelled: bool) -> tuple[str, ...]:

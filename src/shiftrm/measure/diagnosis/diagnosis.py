@@ -15,6 +15,7 @@ from shiftrm.core.discrimination import (
 from shiftrm.core.intervals import RESAMPLES, Measured, measured, measured_mean, weighted_mean
 from shiftrm.measure.diagnosis.scored import NOISE, ScoredGroup, ScoredPair, distinct
 from shiftrm.measure.diagnosis.spread import Spread, spread, variance_ratio
+from shiftrm.measure.sight import SightTest
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,19 @@ _MANY = 20_000  # from this many rows on, fewer resamples suffice
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """One reward model's scores of one file: groups, or labelled pairs."""
+    """One reward model's scores of one file: groups, or labelled pairs.
+
+    Attributes:
+        left_out: rows longer than the model's context.
+        sight: sight tests on the groups; none for pairs.
+    """
 
     model: str
     name: str
     groups: tuple[ScoredGroup, ...] = ()
     pairs: tuple[ScoredPair, ...] = ()
     left_out: int = 0
+    sight: tuple[SightTest, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -241,6 +248,7 @@ class Diagnosis:
         rows, left_out: number of rows scored, and number too long for the model.
         labels: None for groups, or if both sides of every pair are the same.
         shift: None for the reference file itself.
+        sight: sight tests; none for pairs, or if they were switched off.
     """
 
     model: str
@@ -252,6 +260,7 @@ class Diagnosis:
     lengths: Lengths
     labels: Labels | None
     shift: Shift | None
+    sight: tuple[SightTest, ...] = ()
 
 
 def diagnose(files: Sequence[ScoredFile], *, seed: int = 0) -> list[Diagnosis]:
@@ -302,6 +311,7 @@ def _diagnose(
         lengths=lengths_,
         labels=labels(file.pairs, seed=seed, resamples=resamples) if file.pairs else None,
         shift=shift,
+        sight=file.sight,
     )
 
 

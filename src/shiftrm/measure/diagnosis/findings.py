@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from shiftrm.measure.diagnosis.pays import Pays, pays
 from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResponse
 from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict, Overall, overall, verdicts
 from shiftrm.measure.score_once import Tokens, score_once, tokens_of
+from shiftrm.measure.sight import PAIRS, sight_tests
 from shiftrm.models.rendering import Text, encode_prompt, is_conversational
 from shiftrm.models.responses import Response
 from shiftrm.models.rope import context_limit
@@ -210,6 +211,7 @@ def find(
     load: Callable[[str], Scorer],
     batch_size: int = 64,
     seed: int = 0,
+    sight_pairs: int = PAIRS,
     bar: Bar = no_bar,
 ) -> Findings:
     """Score every file under every model, one model in memory at a time, and judge the rewards.
@@ -219,7 +221,8 @@ def find(
         data: files; the first is the reference.
         load: loads the scorer of a path onto its device.
         batch_size: rows per forward pass.
-        seed: seed of the bootstrap.
+        seed: seed of the bootstrap and of the pairs of sight tests.
+        sight_pairs: pairs of each sight test on groups; 0 makes none.
         bar: shows progress, in token sequences of a file.
 
     Raises:
@@ -237,6 +240,17 @@ def find(
                     batch_size=batch_size,
                     progress=update,
                 )
+            if scored.groups and sight_pairs:
+                with bar(f"sight tests on {file.name} with {model}", None) as update:
+                    tests = sight_tests(
+                        scorer,
+                        behind,
+                        count=sight_pairs,
+                        seed=seed,
+                        batch_size=batch_size,
+                        progress=update,
+                    )
+                scored = replace(scored, sight=tuple(tests))
             files.append(scored)
             rows.append(behind)
         del scorer

@@ -27,14 +27,21 @@ from shiftrm.measure.diagnosis.thresholds import (
     REWARD_UP,
     SATURATION,
     SEES_ACCURACY,
+    SIGHT_LOW,
     TRUNCATED,
     WITHIN_DIM,
 )
+from shiftrm.measure.sight import SightTest
 
 LENGTH_ADVICE = (
     "Add pairs in which the better response has the length the model dislikes, or take length out "
     "of the reward in the policy's training; then look at the accuracy where the chosen response "
     "is shorter and where it is longer."
+)
+
+_CONTRAST = (
+    "Train it on such pairs, which need no labels (shiftrm adapt --method contrast --model DIR "
+    "--pairs PAIRS --groups FILE --output NEW), then diagnose both (--model DIR --model NEW)."
 )
 
 Sign = tuple[str, str]
@@ -52,6 +59,7 @@ def warning_signs(diagnosis: Diagnosis, *, blind: bool, follows_length: bool) ->
         *([] if follows_length else _length_signs(diagnosis)),
         *_size_signs(diagnosis, blind=blind),
         *_shift_signs(diagnosis),
+        *_sight_signs(diagnosis),
     ]
 
 
@@ -131,6 +139,22 @@ def _shift_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
             f"{shift.reference} while {what}: a sign that the policy exploits the model.",
             "Read the responses with the highest rewards before training the policy on.",
         )
+
+
+def _sight_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
+    for test in diagnosis.sight:
+        if is_low(test):
+            yield (
+                f"Sight test: the response beats {test.label} in {test.share} of {test.pairs} "
+                f"pairs (a coin: 0.5). {test.meaning}",
+                _CONTRAST,
+            )
+
+
+def is_low(test: SightTest) -> bool:
+    """Whether a sight test shows, on enough prompts, that the model does not look."""
+    enough = test.prompts >= FEW_PROMPTS and test.share is not None
+    return enough and test.share.high is not None and test.share.high < SIGHT_LOW
 
 
 BLIND, FOLLOWS_LENGTH, DIM = "blind", "follows length", "dim"
