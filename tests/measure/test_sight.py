@@ -138,7 +138,8 @@ def test_the_interval_draws_prompts_with_all_their_pairs():
         return [float(r[0] == "x") for r in responses]
 
     [test] = sight_tests(reward, groups, kinds=["other_prompt"], count=60)
-    assert test.prompts == 2 and test.pairs > 30
+    assert test.prompts == 2
+    assert test.pairs > 30
     assert (test.share.low, test.share.high) == (0.0, 1.0)
 
 
@@ -165,12 +166,15 @@ def test_kinds_that_do_not_apply_say_why():
     found = by_kind(sight_tests(constant, [{"prompt": "hi", "responses": ["yes", ""]}]))
     assert set(found) == set(NEGATIVES.names())
     for test in found.values():
-        assert test.share is None and test.pairs == test.prompts == 0
-        assert test.reason and "\n" not in test.reason
+        assert test.share is None
+        assert test.pairs == test.prompts == 0
+        assert test.reason
+        assert "\n" not in test.reason
     assert "two prompts" in found["other_prompt"].reason
     assert "language" in found["language"].reason
     [none] = sight_tests(constant, [{"prompt": None, "responses": ["a b c d e f"]}], kinds=["cut"])
-    assert none.share is None and none.reason
+    assert none.share is None
+    assert none.reason
 
 
 def test_another_language():
@@ -183,7 +187,8 @@ def test_another_language():
         return [float("It is what" in r) for r in responses]
 
     [test] = sight_tests(english, groups, kinds=["language"], count=40)
-    assert test.share.value == 1.0 and test.prompts > 10
+    assert test.share.value == 1.0
+    assert test.prompts > 10
 
 
 def test_an_unknown_kind_is_an_error():
@@ -201,7 +206,7 @@ def test_every_kind_says_what_a_low_share_means():
 
 
 def test_pairs_beyond_the_context_are_left_out_and_counted(reward_model, tokenizer):
-    """Each word is a token: the responses fill the context, so one with words added does not fit."""
+    """A word is a token. The responses fill the context; with words added they do not fit."""
     scorer = Scorer(reward_model, tokenizer)
     room = reward_model.config.max_position_embeddings
     rng = random.Random(0)
@@ -214,9 +219,11 @@ def test_pairs_beyond_the_context_are_left_out_and_counted(reward_model, tokeniz
         assert len(scorer.encode(prompt, response)) == room
         groups.append({"prompt": prompt, "responses": [response]})
     [test] = sight_tests(scorer, groups, kinds=["repeated"], count=60)
-    assert 0 < test.left_out and test.pairs + test.left_out <= 60
+    assert test.left_out > 0
+    assert test.pairs + test.left_out <= 60
     [cut] = sight_tests(scorer, groups, kinds=["cut"], count=60)
-    assert cut.left_out == 0 and cut.share is not None
+    assert cut.left_out == 0
+    assert cut.share is not None
 
 
 def test_a_scorer_and_a_function_agree(reward_model, tokenizer):
@@ -271,7 +278,8 @@ def test_predictions_agree_with_scipy_and_draw_seeds():
     [found] = predicts(points(rows))
     expected = stats.spearmanr([r[2] for r in rows], [r[3] for r in rows]).statistic
     assert found.rho == pytest.approx(expected)
-    assert found.low < expected < found.high and found.low > 0
+    assert found.low < expected < found.high
+    assert found.low > 0
     assert predicts(points(rows)) == [found]
 
 

@@ -164,7 +164,13 @@ Edit = Callable[[str, random.Random], str | None]
 
 
 def _edited(
-    label: str, needs: str, low: str, edit: Edit, *, finished_only: bool = False, matched: bool = True
+    label: str,
+    needs: str,
+    low: str,
+    edit: Edit,
+    *,
+    finished_only: bool = False,
+    matched: bool = True,
 ) -> Negative:
     """Return the way that changes the words of an answer with a function of `edits`."""
 

@@ -26,6 +26,7 @@ from shiftrm.records import Record
 PAIRS = 500
 """Pairs of each test by default: the share is then known to +-0.04."""
 
+
 @dataclass(frozen=True)
 class SightTest:
     """One sight test of a reward model on a policy's responses.
@@ -136,9 +137,7 @@ def _rewards(
     return {key: rewards[sequence] for key, sequence in read.items()}
 
 
-def _test(
-    kind: str, found: list[Row] | str, rewards: Mapping[str, float], seed: int
-) -> SightTest:
+def _test(kind: str, found: list[Row] | str, rewards: Mapping[str, float], seed: int) -> SightTest:
     negative = NEGATIVES.get(kind)
     label, meaning = negative.label, negative.low
     if isinstance(found, str):
@@ -181,7 +180,11 @@ class Prediction:
 
 
 def predicts(
-    records: Iterable[Record], *, when: str = "after", target: str = "accuracy_policy", seed: int = 0
+    records: Iterable[Record],
+    *,
+    when: str = "after",
+    target: str = "accuracy_policy",
+    seed: int = 0,
 ) -> list[Prediction]:
     """Say how well each sight test predicts what only labels (or gold) can measure.
 

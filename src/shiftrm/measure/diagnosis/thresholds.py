@@ -32,9 +32,9 @@ texts if the spread has fallen or responses repeat."""
 
 SIGHT_LOW = 0.7
 """A sight test is low if its whole interval lies below this. In a run of the demo no test of the
-true reward was (another prompt: 0.96 to 0.98, repeated: 0.99 to 1, cut: 0.69 to 0.86, shuffled: 0.74
-to 0.82). The fixed reward model preferred the response of its own prompt in 0.67 before PPO and in
-0.57 after it, the original to a repeated one in 0.34 to 0.50."""
+true reward was (another prompt: 0.96 to 0.98, repeated: 0.99 to 1, cut: 0.69 to 0.86, shuffled:
+0.74 to 0.82). The fixed reward model preferred the response of its own prompt in 0.67 before PPO
+and in 0.57 after it, the original to a repeated one in 0.34 to 0.50."""
 
 ENOUGH_LABELS = 200
 """Gives an accuracy to +-0.07: 1.96 * sqrt(0.25 / 200)."""

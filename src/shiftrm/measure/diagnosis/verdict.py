@@ -153,8 +153,10 @@ def _sight_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
 
 def is_low(test: SightTest) -> bool:
     """Whether a sight test shows, on enough prompts, that the model does not look."""
-    enough = test.prompts >= FEW_PROMPTS and test.share is not None
-    return enough and test.share.high is not None and test.share.high < SIGHT_LOW
+    share = test.share
+    if share is None or share.high is None or test.prompts < FEW_PROMPTS:
+        return False
+    return share.high < SIGHT_LOW
 
 
 BLIND, FOLLOWS_LENGTH, DIM = "blind", "follows length", "dim"
