@@ -17,10 +17,13 @@ __all__ = [
     "bradley_terry_loss",
     "difference_loss",
     "effective_sample_size",
+    "off_policy_weights",
     "preference_policy_loss",
     "response_log_likelihood",
     "reward_weighted_loss",
     "reward_weights",
+    "sum_to_zero_penalty",
+    "text_regularisation",
 ]
 
 TokenReduction = Literal["sum", "mean"]
@@ -102,6 +105,88 @@ def response_log_likelihood(
 def effective_sample_size(weights: Tensor) -> float:
     """Return `(sum w)^2 / sum w^2` of weights [B]: B if all are equal, 1 if only one is nonzero."""
     return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def off_policy_weights(
+    policy_B2: Tensor, reference_B2: Tensor, *, alpha: float, scale: float
+) -> Tensor:
+    """Return importance weights that make the pairs count as if the policy had written them.
+
+    `w = exp(m (u_c + u_l))` with `u = log pi_t(y|x) - log(a pi_t(y|x) + (1 - a) pi_0(y|x))`, the
+    logarithm of the relative density ratio, which is at most log(1/a).
+
+    Args:
+        policy_B2: log pi_t of the chosen and the rejected response, today's policy, shape [B, 2].
+        reference_B2: log pi_0, the policy that wrote the pairs, shape [B, 2].
+        alpha: a in (0, 1]; at 1 all weights are 1.
+        scale: m >= 0; below 1 it brings the weights of whole responses, whose logarithms add up
+            over tokens, closer together.
+
+    Returns:
+        Weights with mean 1, shape [B]: only their ratios matter to the minimiser, and with mean 1
+        the learning rate keeps its meaning.
+
+    Raises:
+        ValueError: shapes differ, or a value outside its range.
+
+    Source: Ackermann et al., arXiv 2507.15507 (a = 0.1; m = 0.001 to 0.01). The mean of 1 is ours.
+    """
+    _require_same_shape(policy=policy_B2, reference=reference_B2)
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it must lie in (0, 1]")
+    if not 0 <= scale < float("inf"):
+        raise ValueError(f"scale is {scale}; it must be at least 0")
+    a = torch.tensor(alpha, dtype=policy_B2.dtype, device=policy_B2.device)
+    mixture_B2 = torch.logaddexp(a.log() + policy_B2, torch.log1p(-a) + reference_B2)
+    u_B2 = policy_B2 - mixture_B2
+    return len(u_B2) * torch.softmax(scale * u_B2.sum(dim=1), dim=0)  # exp(m (u_c + u_l))
+
+
+def sum_to_zero_penalty(
+    rewards_B2: Tensor, *, mean: Tensor | float, pairs: float, coefficient: float
+) -> Tensor:
+    """Return each pair's share of the batch-wise sum-to-zero penalty, `lambda B rbar^2`.
+
+    rbar is the mean of all 2B rewards of an optimizer step of B pairs. The square does not split
+    into pairs, so a pair's share is its tangent at the step's mean m, `lambda B (2 m s - m^2)` with
+    s the mean reward of the pair. The mean of the shares over the step's pairs has the penalty's
+    value and gradient if m is rbar, however the step is cut into micro-batches.
+
+    Args:
+        rewards_B2: rewards of chosen and rejected responses, shape [B, 2].
+        mean: m, the mean reward of the whole step; a constant.
+        pairs: B, the pairs of the whole step.
+        coefficient: lambda.
+
+    Returns:
+        Shape [B].
+
+    Source: Hong et al., arXiv 2505.07271 (lambda = 1e-3). Their code takes B and the mean of the
+    micro-batch of one process; ours are those of the optimizer step.
+    """
+    pair_B = rewards_B2.mean(dim=1)
+    return coefficient * pairs * (2 * mean * pair_B - mean**2)  # lambda B rbar^2
+
+
+def text_regularisation(
+    reward_loss: Tensor, log_likelihood: Tensor, *, alpha: float, beta: float
+) -> Tensor:
+    """Return the reward loss with a loss that keeps the hidden states able to write text.
+
+    `(1 - alpha) L + alpha (-log sigmoid(beta log pi(y_w|x)))`: DPO's loss of the chosen response
+    alone, without a reference.
+
+    Args:
+        reward_loss: L, the Bradley-Terry loss of each pair, shape [B].
+        log_likelihood: log pi(y_w|x) of the chosen response by a language-model head on the reward
+            model's hidden states, summed over its tokens, shape [B].
+        alpha, beta: the weight of the text, in [0, 1], and its temperature, > 0.
+
+    Source: Yang et al., arXiv 2406.10216, "SFT regularisation" (alpha = 0.01, beta = 0.1).
+    """
+    _require_same_shape(reward_loss=reward_loss, log_likelihood=log_likelihood)
+    text = -F.logsigmoid(beta * log_likelihood)
+    return (1 - alpha) * reward_loss + alpha * text
 
 
 def reward_weights(rewards: Tensor, *, beta: float, normalize: bool = False) -> Tensor:

@@ -13,32 +13,40 @@ from shiftrm.models.rendering import check_template_options, check_text, is_conv
 FINISHED = ("chosen_finished", "rejected_finished")
 """Optional columns: False where a length limit cut the response off."""
 
+WEIGHT = "weight"
+"""An optional column: the factor of the pair's loss; 1 if missing."""
+
 LARGEST_MARGIN = 1e9
 """In units of reward. Beyond it, sums of losses approach the largest fp32 number."""
 
-COLUMNS = ("prompt", "chosen", "rejected", "margin", *FINISHED, "tools", "chat_template_kwargs")
+COLUMNS = (
+    *("prompt", "chosen", "rejected", "margin", WEIGHT, *FINISHED),
+    *("tools", "chat_template_kwargs"),
+)
 """The columns that training reads."""
 
 
 def read_pairs(path: str | Path) -> list[Row]:
     """Read preference pairs `{"prompt"?, "chosen", "rejected", "margin"?}` of a file or hub name.
 
-    A row may also hold `chosen_finished` and `rejected_finished`, and any other columns.
+    A row may also hold `weight` (a factor of its loss, at least 0), `chosen_finished` and
+    `rejected_finished`, and any other columns.
 
     Args:
         path: any source that `sources.iterate_rows` reads.
 
     Raises:
         UserError: missing or malformed file, a missing column, a pair whose sides are equal or
-            empty, or a row of a different kind than the first (text and chats mixed, a margin or
-            `chosen_finished` on some rows only); the message names file and line or row.
+            empty, or a row of a different kind than the first (text and chats mixed, a margin,
+            `weight` or `chosen_finished` on some rows only); the message names file and line or
+            row.
     """
     kinds: dict[str, tuple[str, str]] = {}
 
     def check(row: Row, where: str) -> None:
         check_pair(row, where)
         found = {c: kind_of(row[c]) for c in ("prompt", "chosen") if row.get(c) is not None}
-        found |= {c: "given" if c in row else "missing" for c in ("margin", *FINISHED)}
+        found |= {c: "given" if c in row else "missing" for c in ("margin", WEIGHT, *FINISHED)}
         check_kinds(found, kinds, where)
 
     return read_rows(path, check, what="preference pairs")
@@ -66,6 +74,7 @@ def check_pair(row: Row, where: str) -> Row:
             f"{where}: chosen and rejected are equal, so there is no preference; remove the row"
         )
     check_margin(row.get("margin", 0.0), where)
+    check_weight(row.get(WEIGHT), where)
     for column in FINISHED:
         if not isinstance(row.get(column, True), bool):
             raise UserError(
@@ -86,6 +95,21 @@ def check_margin(margin: Any, where: str) -> float:
             f"{LARGEST_MARGIN:g} in size on every row"
         )
     return float(margin)
+
+
+def check_weight(weight: Any, where: str) -> float:
+    """Return the weight, 1 for None; raise `UserError` if it is not a number from 0 to 1e9."""
+    if weight is None:
+        return 1.0
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not 0 <= weight <= LARGEST_MARGIN:
+        shown = repr(weight)
+        shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
+        raise UserError(
+            f"{where}: column {WEIGHT!r} is {shown}; expected a number from 0 to "
+            f"{LARGEST_MARGIN:g} on every row"
+        )
+    return float(weight)
 
 
 def check_kinds(found: dict[str, str], kinds: dict[str, tuple[str, str]], where: str) -> None:

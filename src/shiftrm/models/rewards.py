@@ -160,6 +160,34 @@ def sequence_rewards(model: nn.Module, input_ids: Tensor, attention_mask: Tensor
     return rewards_at(model, input_ids, attention_mask, last[:, None])[:, 0]
 
 
+def rewards_and_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the reward of each row and the hidden states under the head at every token.
+
+    Args:
+        model: a decoder with one label.
+        input_ids, attention_mask: shape [B, T], padded on the right.
+
+    Returns:
+        Shapes [B] and [B, T, H], both in fp32 (fp64 for an fp64 model).
+
+    Raises:
+        UserError: the model pools by itself, or rotates positions by the longest row.
+    """
+    if frequency_limit(model_config(model)) is not None:
+        raise UserError(
+            f"{type(model).__name__} rotates positions by the longest sequence of a batch, so its "
+            "hidden states depend on the other rows; use another model"
+        )
+    last = attention_mask.sum(1, keepdim=True) - 1
+    with _head_outputs(model, last) as rewards, _head_outputs(model, None, states_only=True) as all:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    if all[0].shape[1] != input_ids.shape[1]:
+        raise UserError(f"{type(model).__name__} pools by itself; use a decoder")
+    return rewards[0][:, 0], all[0]
+
+
 def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the head's value at every token, shape [B, T], for a critic.
 

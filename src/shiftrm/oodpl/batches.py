@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
 from shiftrm.core.hypergradient import OuterBatch
 from shiftrm.core.inner_loop import InnerBatch
-from shiftrm.core.likelihood import Sequences
 from shiftrm.data.domains import Domain
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.rendering import Text, encode, encode_prompt
+from shiftrm.models.likelihoods import Tokens, encode_for_policy, sequences
+from shiftrm.models.rendering import encode
 from shiftrm.models.rewards import pad_right
 
 __all__ = [
@@ -32,13 +30,6 @@ __all__ = [
     "outer_batch",
     "sequences",
 ]
-
-
-class Tokens(NamedTuple):
-    """A prompt with a response, whose tokens begin at `start`."""
-
-    ids: list[int]
-    start: int
 
 
 class Example(NamedTuple):
@@ -65,26 +56,6 @@ class EncodedDomain:
     query: list[Pair] = field(default_factory=list)
     eval_pairs: list[Pair] = field(default_factory=list)
     dropped: int = 0
-
-
-def encode_for_policy(
-    tokenizer: Any, prompt: Text, response: Text, *, finished: bool = True
-) -> Tokens:
-    """Return the token ids of a prompt with its response, and where the response begins.
-
-    The response begins where the tokens first differ from those of the prompt alone. If a token
-    joins the prompt's end and the response's beginning, it counts as part of the response.
-
-    Raises:
-        UserError: no response token is left, or as `rendering.encode`.
-    """
-    ids = encode(tokenizer, prompt, response, finished=finished)
-    opening = encode_prompt(tokenizer, prompt)
-    shared = [a == b for a, b in zip(ids, opening, strict=False)]
-    start = shared.index(False) if False in shared else len(shared)
-    if len(ids) - max(start, 1) < 1:  # nothing predicts token 0
-        raise UserError("the response has no token of its own; remove the row")
-    return Tokens(ids, start)
 
 
 @dataclass(frozen=True)
@@ -189,14 +160,6 @@ def encode_domains(
                 )
         found.append(one)
     return found
-
-
-def sequences(rows: Sequence[Tokens], *, pad_token_id: int) -> Sequences:
-    """Return rows as one batch [B, T], padded on the right."""
-    ids, mask = pad_right([row.ids for row in rows], pad_token_id=pad_token_id)
-    starts = torch.tensor([row.start for row in rows])
-    response = (torch.arange(ids.shape[1])[None] >= starts[:, None]) & mask.bool()
-    return Sequences(ids, mask, response.long())
 
 
 def inner_batch(

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from shiftrm.data.pairs import check_margin, check_pair
+from shiftrm.data.pairs import WEIGHT, check_margin, check_pair, check_weight
 from shiftrm.errors import UserError
 from shiftrm.files import Row, encodable
 from shiftrm.measure.diagnosis.findings import prompt_key
@@ -89,15 +89,17 @@ def length_filters(max_length: int | None) -> dict[str, Any]:
 
 @dataclass
 class PairCollator:
-    """Turn the `chosen_ids`, `rejected_ids` (and `margin`) of several rows into tensors.
+    """Turn the `chosen_ids`, `rejected_ids` (`margin`, `weight`) of several rows into tensors.
 
     Each row of a tensor belongs to one pair, so batches can be split and gathered by pair. The
     batch has the fields of `SharedRows` (K = 2: the chosen sequence, then the rejected one), and
-    `margin` [B] and row and prompt numbers [B] if the rows have them.
+    `margin` [B], `weight` [B] and row and prompt numbers [B] if the rows have them.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    more: tuple[str, ...] = ()
+    """Further columns of whole numbers, [B] each."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = pack(
@@ -109,7 +111,10 @@ class PairCollator:
         if "margin" in examples[0]:
             margins = [check_margin(e.get("margin"), f"row {e.get(ROW, '?')}") for e in examples]
             batch["margin"] = torch.tensor(margins, dtype=torch.float)
-        for column in (ROW, PROMPT):
+        if WEIGHT in examples[0]:
+            weights = [check_weight(e.get(WEIGHT), f"row {e.get(ROW, '?')}") for e in examples]
+            batch[WEIGHT] = torch.tensor(weights, dtype=torch.float)
+        for column in (ROW, PROMPT, *self.more):
             if column in examples[0]:
                 batch[column] = torch.tensor([e[column] for e in examples])
         return batch

@@ -14,7 +14,7 @@ from trl import RewardTrainer as TRLRewardTrainer
 from trl.data_utils import get_dataset_column_names
 
 from shiftrm.core.losses import bradley_terry_loss
-from shiftrm.data.pairs import COLUMNS, read_pairs
+from shiftrm.data.pairs import COLUMNS, WEIGHT, read_pairs
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_gradient
 from shiftrm.models.loading import (
@@ -43,7 +43,7 @@ from shiftrm.trainers.pair_metrics import PairStatistics, like_trl
 from shiftrm.trainers.reward_configs import RewardConfig
 from shiftrm.trainers.sharding import refuse_deepspeed, reset_after_failure, set_up_fsdp
 
-__all__ = ["RewardConfig", "RewardTrainer"]
+__all__ = ["RewardConfig", "RewardTrainer", "read_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     - `predict` returns rewards of shape [B, 2], chosen and rejected, and
       `preprocess_logits_for_metrics` gets this shape; `compute_metrics` gets TRL's [2B, 1].
     - `train_dataset` and `eval_dataset` may also be names of files or hub data sets.
-    - Every pair of an optimizer step counts once (`trainers/pair_batches.py`).
+    - Every pair of an optimizer step counts once (`trainers/pair_batches.py`). If the data has a
+      column `weight`, it is a factor of the pair's loss, in training and in evaluation.
     - Activation checkpointing is on if activations would not fit the memory (`RewardConfig`).
     """
 
@@ -104,9 +105,9 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
                 "torch_compile=True: rewards are read by a hook, which torch.compile does not "
                 "trace; leave it out"
             )
-        rest = tuple(map(_read, rest))
+        rest = tuple(map(read_dataset, rest))
         for name in ("train_dataset", "eval_dataset"):
-            keywords |= {name: _read(keywords[name])} if name in keywords else {}
+            keywords |= {name: read_dataset(keywords[name])} if name in keywords else {}
         self._embeddings = known_tokens(model)
         super().__init__(model, args, data_collator, *rest, **keywords)
         self.args.model_init_kwargs = model_init_kwargs
@@ -195,24 +196,41 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         self, model: nn.Module, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return each pair's loss [B], and rewards and token lengths of its sequences, [B, 2]."""
+        self._inspect_once(model, inputs)
+        rewards, lengths = self._pair_rewards(model, inputs)
+        chosen, rejected = rewards.unbind(1)
+        losses = self._reward_losses(chosen, rejected, inputs)
+        return losses, rewards, lengths
+
+    def _reward_losses(
+        self, chosen: Tensor, rejected: Tensor, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the loss of each pair from its rewards, [B]."""
+        losses = bradley_terry_loss(chosen, rejected, margin=inputs.get("margin"))  # Eq. 1
+        if self.args.center_rewards_coefficient is not None:
+            # Eisenstein et al., arXiv 2312.09244, Eq. 2, as in TRL.
+            losses = losses + self.args.center_rewards_coefficient * (chosen + rejected).pow(2)
+        return losses * inputs[WEIGHT] if WEIGHT in inputs else losses
+
+    def _inspect_once(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        """Check the model on the first batch that is trained on."""
         if self.model.training and not self._inspected:
             args = self.args
             quiet = args.disable_dropout and not args.neftune_noise_alpha
             inspect_model(model, inputs, quiet=quiet)
             self._inspected = True
+
+    def _pair_rewards(
+        self, model: nn.Module, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rewards and token lengths of the pairs' sequences, [B, 2]."""
         if "segment_ids" in inputs:
             rows = shared_rows(inputs)
-            rewards, lengths = self._group_rewards(model, rows), rows.sequence_lengths
-        else:  # a user's collator: TRL's batches, the chosen sequences and then the rejected
-            mask = inputs["attention_mask"]
-            rewards = sequence_rewards(model, inputs["input_ids"], mask).view(2, -1).T
-            lengths = mask.sum(1).view(2, -1).T
-        chosen, rejected = rewards.unbind(1)
-        losses = bradley_terry_loss(chosen, rejected, margin=inputs.get("margin"))  # Eq. 1
-        if self.args.center_rewards_coefficient is not None:
-            # Eisenstein et al., arXiv 2312.09244, Eq. 2, as in TRL.
-            losses = losses + self.args.center_rewards_coefficient * (chosen + rejected).pow(2)
-        return losses, rewards, lengths
+            return self._group_rewards(model, rows), rows.sequence_lengths
+        # a user's collator: TRL's batches, the chosen sequences and then the rejected
+        mask = inputs["attention_mask"]
+        rewards = sequence_rewards(model, inputs["input_ids"], mask).view(2, -1).T
+        return rewards, mask.sum(1).view(2, -1).T
 
     def _group_rewards(self, model: nn.Module, rows: SharedRows) -> Tensor:
         """Return rewards [B, K], with shared prefixes if the model supports them."""
@@ -289,7 +307,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        own = [name for name in (ROW, PROMPT) if name not in self._signature_columns]
+        own = [name for name in (ROW, PROMPT, WEIGHT) if name not in self._signature_columns]
         self._signature_columns += own
 
     def _prepare_dataset(
@@ -353,10 +371,10 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
             )
 
 
-def _read(given: Any) -> Any:
+def read_dataset(given: Any) -> Any:
     """Return the pairs of a source (`data.sources`), or of several by name; else the argument."""
     if isinstance(given, Mapping) and not isinstance(given, DatasetDict):
-        return {name: _read(value) for name, value in given.items()}
+        return {name: read_dataset(value) for name, value in given.items()}
     if isinstance(given, str | Path):
         return table(str(given), read_pairs(given), COLUMNS)
     return given
