@@ -82,7 +82,7 @@ def test_sum_to_zero_penalty_has_value_and_gradient_of_the_square():
                 for part in rewards.split(parts)
             ]
         )
-        assert float(shares.mean()) == pytest.approx(float(whole), rel=1e-12)
+        assert shares.mean().item() == pytest.approx(whole.item(), rel=1e-12)
         [found] = torch.autograd.grad(shares.mean(), rewards)
         torch.testing.assert_close(found, expected)
     by_hand = sum_to_zero_penalty(f64([3.0, 1.0], [0.0, 2.0]), mean=1.5, pairs=2, coefficient=0.1)
@@ -98,4 +98,4 @@ def test_text_regularisation_by_hand():
     likelihood = f64(-3.0).requires_grad_()
     loss = text_regularisation(f64(0.0), likelihood, alpha=0.01, beta=0.1)
     [slope] = torch.autograd.grad(loss.sum(), likelihood)
-    assert float(slope) == pytest.approx(-0.01 * 0.1 / (1 + math.exp(-0.3)))
+    assert slope.item() == pytest.approx(-0.01 * 0.1 / (1 + math.exp(-0.3)))

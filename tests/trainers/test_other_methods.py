@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from shiftrm.core.losses import off_policy_weights
+from shiftrm.data.pairs import check_pair, read_pairs
 from shiftrm.errors import UserError
 from shiftrm.files import write_jsonl
 from shiftrm.models.rendering import encode
@@ -75,18 +76,13 @@ def test_a_pairs_weight_is_a_factor_of_its_loss(reward_model, pairs, options, to
         losses = -F.logsigmoid(rewards[:, 0] - rewards[:, 1]) * torch.tensor(weights).double()
         torch.testing.assert_close(found, gradient_of(losses.mean(), model))
         logged = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
-        assert logged == pytest.approx(float(losses.mean()), rel=1e-6)
+        assert logged == pytest.approx(losses.mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("weight", [-0.1, "1", True, float("nan"), float("inf")])
 def test_bad_weights_are_refused(tmp_path, weight):
-    from shiftrm.data.pairs import read_pairs
-
-    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "weight": weight}
     with pytest.raises(UserError, match=r"row 3: column 'weight' is .*; expected a number from 0"):
-        from shiftrm.data.pairs import check_pair
-
         check_pair(row, "row 3")
     good = [{**row, "weight": 1.0}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
     write_jsonl(tmp_path / "some.jsonl", good)
@@ -214,7 +210,7 @@ def test_bsr_is_the_square_over_the_optimizer_step(
     loss = -F.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean() + 0.7 * 5 * rewards.mean() ** 2
     torch.testing.assert_close(found, gradient_of(loss, model), rtol=1e-6, atol=1e-8)
     logged = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
-    assert logged == pytest.approx(float(loss), rel=1e-5)
+    assert logged == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_bsrs_evaluation_is_that_of_bradley_terry(reward_model, pairs, options, tokenizer):
@@ -266,7 +262,7 @@ def test_grm_against_plain_transformers(tmp_path, options, tokenizer, tied):
     loss = (0.7 * pairs_loss + 0.3 * text).mean()
     torch.testing.assert_close(found, gradient_of(loss, model), rtol=1e-5, atol=1e-7)
     [logged] = [log for log in trainer.state.log_history if "loss" in log]
-    assert logged["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_grm_with_alpha_zero_is_bradley_terry(policies, options, tokenizer):
