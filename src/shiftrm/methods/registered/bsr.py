@@ -15,7 +15,7 @@ METHODS.register("bsr")(
         "Retrained, batch sum pulled to zero (BSR, arXiv 2505.07271)",
         "BSR",
         "#44AA99",
-        "d",
+        "X",
         needs=frozenset({"pairs"}),
         training=training,
     )
