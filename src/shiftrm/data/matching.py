@@ -21,12 +21,10 @@ Drawn = tuple[Answer, list[Answer]]
 _LIST_MARK = re.compile(r"^\s*(?:[-*•–]|\d+[.)])\s", re.M)  # noqa: RUF001
 
 
-def check_matching(matching: str, *, setting: str, score: Score | None = None) -> None:
-    """Raise UserError for an unknown matching, or for hard without rewards."""
+def check_matching(matching: str, *, setting: str) -> None:
+    """Raise UserError for an unknown matching."""
     if matching not in MATCHINGS:
         raise UserError(f"{setting} is {matching!r}{suggest(matching, list(MATCHINGS))}")
-    if matching == "hard" and score is None:
-        raise UserError(f"{setting} is 'hard', which needs a reward model to choose by; name one")
 
 
 def match(drawn: Sequence[Drawn], matching: str, *, score: Score | None = None) -> list[Answer]:
@@ -39,7 +37,6 @@ def match(drawn: Sequence[Drawn], matching: str, *, score: Score | None = None) 
             hard: the one of highest reward under the prompt.
         score: rewards, for hard.
     """
-    check_matching(matching, setting="matching", score=score)
     if matching == "random":
         return [others[0] for _, others in drawn]
     if matching == "length":

@@ -87,7 +87,9 @@ def negative_pairs(
             can make worse.
     """
     negative = NEGATIVES.get(kind)
-    check_matching(matching, setting="matching", score=score)
+    check_matching(matching, setting="matching")
+    if matching == "hard" and score is None:
+        raise UserError("matching is 'hard', which needs a reward model to choose by; give score")
     answers = answers_of(groups)
     usable = negative.usable(answers)
     if not usable:

@@ -1,22 +1,106 @@
-"""Prompt contrast: pairs, and pairs of responses to one prompt and to another (RRM's negatives)."""
+"""Contrast with responses that are worse for certain: added to the pairs, or as a meta objective.
 
-from shiftrm.methods.method import METHODS, Method
-from shiftrm.trainers.kinds import Training
+Costs: a share of 0.25 makes a step's pairs a third more, so an epoch takes a third more steps.
+`contrast_hard` scores 16 responses a contrast pair with the last round's reward model. A step of
+`contrast_meta` costs what a step of MetaRM with groups of two does.
+"""
+
+from collections.abc import Callable
+
+from shiftrm.methods.method import METHODS, Method, Need
+from shiftrm.trainers.kinds import Data, Training
 
 
-def training() -> Training:
+def _pairs(*takes: Data) -> Training:
     from shiftrm.trainers.contrast import ContrastConfig, ContrastTrainer
 
-    return Training(ContrastConfig, ContrastTrainer, frozenset({"groups"}))
+    return Training(ContrastConfig, ContrastTrainer, frozenset(takes))
 
 
-METHODS.register("contrast")(
-    Method(
+def on_pairs() -> Training:
+    return _pairs()
+
+
+def on_groups() -> Training:
+    return _pairs("groups")
+
+
+def with_reward() -> Training:
+    return _pairs("groups", "reward")
+
+
+def meta() -> Training:
+    from shiftrm.trainers.contrast import ContrastMetaConfig, ContrastMetaTrainer
+
+    return Training(ContrastMetaConfig, ContrastMetaTrainer, frozenset({"groups"}))
+
+
+GROUPS: frozenset[Need] = frozenset({"pairs", "groups"})
+NEEDS: dict[Callable[[], Training], frozenset[Need]] = {
+    on_pairs: frozenset({"pairs"}),
+    on_groups: GROUPS,
+    with_reward: GROUPS | {"reward"},
+    meta: GROUPS,
+}
+
+for name, label, short, colour, training, settings in (
+    (
+        "contrast",
         "Prompt contrast on the policy's responses",
         "Contrast",
         "#F0E442",
-        "*",
-        needs=frozenset({"pairs", "groups"}),
-        training=training,
+        on_groups,
+        {},
+    ),
+    (
+        "contrast_pairs",
+        "Prompt contrast on the pairs' responses (arXiv 2409.13156)",
+        "Contrast, pairs",
+        "#999933",
+        on_pairs,
+        {"contrast_source": "pairs"},
+    ),
+    (
+        "contrast_both",
+        "Prompt contrast on the responses of policy and pairs",
+        "Contrast, both",
+        "#DDCC77",
+        on_groups,
+        {"contrast_source": "both"},
+    ),
+    (
+        "contrast_hard",
+        "Prompt contrast with the responses that the reward model likes best",
+        "Contrast, hard",
+        "#CC6677",
+        with_reward,
+        {"contrast_matching": "hard"},
+    ),
+    (
+        "contrast_all",
+        "Contrast with other prompts' responses and with faults",
+        "Contrast, all",
+        "#88CCEE",
+        on_groups,
+        {"contrast_negatives": ["other_prompt", "repeated", "cut", "shuffled"]},
+    ),
+    (
+        "contrast_meta",
+        "MetaRM with prompt contrast as its objective",
+        "Contrast, meta",
+        "#AA4499",
+        meta,
+        {"meta_step": "normalized", "meta_learning_rate": 0.5, "deploy": "base"},
+    ),
+):
+    METHODS.register(name)(
+        Method(
+            label,
+            short,
+            colour,
+            "*",
+            needs=NEEDS[training],
+            training=training,
+            settings=settings,
+        )
     )
-)
