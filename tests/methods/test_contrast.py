@@ -6,10 +6,12 @@ import pytest
 
 from shiftrm.data.negatives import negative_pairs
 from shiftrm.errors import UserError
-from shiftrm.files import write_jsonl
+from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.methods.method import METHODS
 from shiftrm.models.scoring import Scorer
 from shiftrm.pipeline.jobs import TrainReward
+from shiftrm.trainers.contrast import as_groups, contrast_rows
+from shiftrm.trainers.settings import resolve
 from shiftrm.world.build import WorldConfig, label_pairs, write_base_model
 from shiftrm.world.language import demonstration
 
@@ -69,11 +71,92 @@ def test_one_prompt_or_one_response_cannot_be_contrasted(groups):
     [
         ({"contrast_share": 1.0}, "contrast_share is 1.0; it must lie in"),
         ({"contrast_matching": "lenght"}, "did you mean 'length'"),
+        ({"contrast_source": "pair"}, "contrast_source is 'pair'; did you mean 'pairs'"),
+        ({"contrast_negatives": ["cut", "shufled"]}, "did you mean 'shuffled'"),
+        ({"contrast_negatives": []}, "contrast_negatives is empty"),
     ],
 )
 def test_bad_settings_are_named(settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
         METHODS.get("contrast").training().config(output_dir=str(tmp_path), **settings)
+
+
+def pair_rows(count=6, **more):
+    return [
+        {"prompt": f"q{n}", "chosen": f"c{n} long one", "rejected": f"d{n}", **more}
+        for n in range(count)
+    ]
+
+
+def config(tmp_path, method="contrast", **settings):
+    return METHODS.get(method).training().config(output_dir=str(tmp_path), seed=3, **settings)
+
+
+def test_pairs_are_contrasted_in_place_of_the_policys_responses(tmp_path):
+    pairs = pair_rows(chosen_finished=True, rejected_finished=False)
+    for source, expected in (("policy", {"a", "b"}), ("pairs", {f"q{n}" for n in range(6)})):
+        args = config(tmp_path, contrast_source=source)
+        made = contrast_rows(args, pairs, GROUPS, None, count=100)
+        assert len(made) == 100
+        assert {row["prompt"].strip() for row in made} == expected
+    for row in made:  # of pairs: own response against one to another prompt, flags kept
+        assert row["chosen"][1] == row["prompt"][1] != row["rejected"][1]
+        assert row["chosen_finished"] == row["chosen"].startswith("c")
+        assert row["rejected_finished"] == row["rejected"].startswith("c")
+    args = config(tmp_path, contrast_source="both")
+    both = contrast_rows(args, pairs, GROUPS, None, count=101)
+    assert [row["prompt"].startswith("q") for row in both] == [False] * 51 + [True] * 50
+    assert both[:51] == negative_pairs(GROUPS, "other_prompt", 51, seed=3)
+    assert len(contrast_rows(args, pairs, GROUPS, None, count=None)) == 6 + 12  # none for blanks
+
+
+def test_each_way_makes_as_many(tmp_path):
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    groups = [{"prompt": p, "responses": [" ".join([p, *words])]} for p in "ab"]
+    args = config(tmp_path, contrast_negatives=["other_prompt", "cut", "shuffled"])
+    made = contrast_rows(args, [], groups, None, count=32)
+    lengths = [len(row["rejected"].split()) for row in made]
+    assert all(length == 9 for length in [*lengths[:11], *lengths[22:]])
+    assert all(length < 9 for length in lengths[11:22])
+    assert made[:11] == negative_pairs(groups, "other_prompt", 11, seed=3)
+
+
+def test_the_default_is_other_prompts_of_the_policys_responses(tmp_path):
+    args = config(tmp_path)
+    assert (args.contrast_source, args.contrast_matching) == ("policy", "random")
+    assert args.contrast_negatives == ["other_prompt"]
+    made = contrast_rows(args, pair_rows(), GROUPS, None, count=50)
+    assert made == negative_pairs(GROUPS, "other_prompt", 50, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups", "message"),
+    [
+        ({}, None, "contrast_source is 'policy', which needs groups"),
+        ({"contrast_source": "both"}, None, "contrast_source is 'both', which needs groups"),
+        ({"contrast_matching": "hard"}, GROUPS, "needs the last round's reward model; use a"),
+        ({"contrast_negatives": "language"}, GROUPS, "language: general sentences"),
+    ],
+)
+def test_what_a_contrast_lacks_is_named(settings, groups, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        contrast_rows(config(tmp_path, **settings), pair_rows(), groups, None, count=5)
+
+
+def test_groups_of_a_meta_step_are_better_then_worse():
+    [group] = as_groups([{"prompt": "p", "chosen": "c", "rejected": "r", "chosen_finished": False}])
+    assert group == {"prompt": "p", "responses": ["c", "r"], "finished": [False, True]}
+
+
+def test_settings_of_the_commands_are_read(tmp_path):
+    classes = METHODS.get("contrast").training()
+    given = {"contrast_negatives": "[other_prompt, cut]", "contrast_share": "0.5"}
+    args = resolve(given, classes.config, work=tmp_path, command_name="train").args
+    assert args.contrast_negatives == ["other_prompt", "cut"]
+    one = resolve(
+        {"contrast_negatives": "cut"}, classes.config, work=tmp_path, command_name="train"
+    )
+    assert one.args.contrast_negatives == ["cut"]
 
 
 def rows(rng, count):
@@ -82,29 +165,58 @@ def rows(rng, count):
     return [{"prompt": p, "responses": [demonstration(rng, p, 0.8) for _ in "ab"]} for p in prompts]
 
 
-def test_a_reward_model_learns_to_read_the_prompt(tmp_path):
+SETTINGS = {"max_steps": 120, "learning_rate": 3e-3, "per_device_train_batch_size": 64}
+SETTINGS |= {"save_strategy": "no", "lr_scheduler_type": "linear", "logging_steps": 120}
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """A function that trains a reward model by a method and returns its folder."""
+    folder = tmp_path_factory.mktemp("contrast")
     rng = random.Random(0)
-    write_base_model(tmp_path / "base", WorldConfig(layers=1))
+    write_base_model(folder / "base", WorldConfig(layers=1))
     made = rows(rng, 600)
     firsts, seconds = ([row["responses"][k] for row in made] for k in (0, 1))
     pairs = label_pairs([row["prompt"] for row in made], firsts, seconds, seed=0)
-    write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    write_jsonl(tmp_path / "groups.jsonl", rows(rng, 600))
-    settings = {"max_steps": 120, "learning_rate": 3e-3, "per_device_train_batch_size": 64}
-    settings |= {"save_strategy": "no", "lr_scheduler_type": "linear", "logging_steps": 120}
-    tests, sight = negative_pairs(rows(rng, 200), "other_prompt", 200, matching="length"), {}
-    for method, groups in (("retrained", None), ("contrast", str(tmp_path / "groups.jsonl"))):
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    write_jsonl(folder / "groups.jsonl", rows(rng, 600))
+
+    def run(method, **settings):
+        needs = METHODS.get(method).needs
         job = TrainReward(
-            str(tmp_path / "base"),
-            str(tmp_path / "pairs.jsonl"),
-            groups=groups,
+            str(folder / "base"),
+            str(folder / "pairs.jsonl"),
+            groups=str(folder / "groups.jsonl") if "groups" in needs else None,
+            reward=str(folder / "retrained") if "reward" in needs else None,
             adaptation=method,
-            settings=settings | ({"contrast_share": 0.5} if groups else {}),
+            settings=SETTINGS | settings,
         )
-        job.run(tmp_path / method)
-        scorer = Scorer.from_pretrained(tmp_path / method)
-        prompts = [test["prompt"] for test in tests]
-        own, other = (scorer(prompts, [t[side] for t in tests]) for side in ("chosen", "rejected"))
-        sight[method] = sum(a > b for a, b in zip(own, other, strict=True)) / len(tests)
-    assert sight["contrast"] > 0.75
-    assert sight["contrast"] > sight["retrained"] + 0.15
+        job.run(folder / method)
+        return folder / method
+
+    return run
+
+
+def sight(folder):
+    """How often a reward model prefers a response under its own prompt."""
+    tests = negative_pairs(rows(random.Random(1), 200), "other_prompt", 200, matching="length")
+    scorer, prompts = Scorer.from_pretrained(folder), [test["prompt"] for test in tests]
+    own, other = (scorer(prompts, [t[side] for t in tests]) for side in ("chosen", "rejected"))
+    return sum(a > b for a, b in zip(own, other, strict=True)) / len(tests)
+
+
+def test_a_reward_model_learns_to_read_the_prompt(train):
+    blind = sight(train("retrained"))
+    seeing = sight(train("contrast", contrast_share=0.5))
+    hard = sight(train("contrast_hard", contrast_share=0.5))
+    assert min(seeing, hard) > max(0.75, blind + 0.15)
+
+
+def test_a_meta_step_raises_the_contrast(train):
+    groups = {"contrast_negatives": "[other_prompt, shuffled]", "contrast_groups": 50}
+    folder = train("contrast_meta", max_steps=4, logging_steps=1, meta_batch_size=32, **groups)
+    steps = [row for row in read_jsonl(folder / "training_log.jsonl") if "meta_objective" in row]
+    assert len(steps) == 4
+    for step in steps:
+        assert step["meta_objective"] < step["meta_objective_after"] < 0  # mean log sigmoid
+        assert step["meta_influence"] > 0

@@ -90,7 +90,7 @@ for name, label, short, colour, training, settings in (
         "Contrast, meta",
         "#AA4499",
         meta,
-        {"meta_step": "normalized", "meta_learning_rate": 0.5, "deploy": "base"},
+        {"meta_step": "effect", "deploy": "base"},
     ),
 ):
     METHODS.register(name)(
