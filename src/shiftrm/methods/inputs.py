@@ -18,7 +18,8 @@ def adaptable(name: str) -> tuple[Method, Training]:
         raise UserError(f"--method {name}: keeps the reward model as it is; nothing to adapt")
     if "labels" in method.needs:
         raise UserError(
-            f"--method {name}: needs new labels; add them to --pairs and give --method retrained"
+            f"--method {name}: needs new labels; have people compare responses (`shiftrm evaluate "
+            "sheet` writes the questions), add them to --pairs and give --method retrained"
         )
     return method, method.classes()
 

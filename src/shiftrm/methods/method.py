@@ -26,8 +26,8 @@ class Method:
     """A method of getting a round's reward model.
 
     Attributes:
-        label: name on the page.
-        short: name in legends and terminal tables.
+        label: name on the page. "{labels}" in it stands for the labels that a round buys.
+        short: name in legends and terminal tables, likewise.
         colour, marker: in plots: hex code, and Matplotlib's letter.
         needs: what it is trained on. "groups", "policy" and "reward" are handed to the trainer, so
             its `Training.takes` names them, too.
@@ -44,6 +44,9 @@ class Method:
             (`trainers.members`); training costs as many times as much.
         combine: how what was trained becomes one reward, a key of `trainers.members.COMBINATIONS`;
             None: the model is the reward.
+        label_choice: for methods that need labels, which of the policy's responses are labelled:
+            drawn at random, or the pairs of a larger pool that say most about the reward model
+            (`pipeline.active_labels`).
     """
 
     label: str
@@ -58,6 +61,7 @@ class Method:
     start: Start = "sft"
     members: int = 1
     combine: str | None = None
+    label_choice: Literal["random", "active"] = "random"
 
     @property
     def trains(self) -> bool:

@@ -18,7 +18,7 @@ from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.inputs import KINDS
 from shiftrm.pipeline.job_checks import job_of, settings_of
 from shiftrm.pipeline.jobs import MetaTest, MetaTrain, Optimise, Sample, Sft, TrainReward
-from shiftrm.pipeline.resources import Disk, Sizes, disk_of, mean_tokens, operations
+from shiftrm.pipeline.resources import Disk, Sizes, disk_of, mean_tokens, members_of, operations
 from shiftrm.world.build import WorldConfig, base_model_config
 from shiftrm.world.language import MAX_RESPONSE_TOKENS
 from shiftrm.world.world import gold_world
@@ -183,7 +183,7 @@ def _steps(recipe: Experiment, stage: Stage, rows: Mapping[str, int | None]) -> 
 
         return int(given.get("steps", PPOConfig().steps))
     if int(given.get("max_steps", -1)) > 0:
-        return int(given["max_steps"])
+        return int(given["max_steps"]) * members_of(job)
     if isinstance(job, MetaTrain):
         from shiftrm.oodpl.meta_config import OODPLConfig
 
@@ -206,7 +206,7 @@ def _steps(recipe: Experiment, stage: Stage, rows: Mapping[str, int | None]) -> 
         an_epoch = count * answers // section.batch_size * uses
     else:
         an_epoch = math.ceil(count / section.batch_size)
-    return math.ceil(epochs * an_epoch)  # as transformers' Trainer rounds
+    return members_of(job) * math.ceil(epochs * an_epoch)  # as transformers' Trainer rounds
 
 
 def _config_class(job: Any) -> Any:
@@ -286,6 +286,8 @@ def stage_memory(stage: Stage, sizes: Sizes) -> int:
     job = job_of(stage)
     policy, reward = FP32 * sizes.policy, FP32 * sizes.reward
     if job is None:
+        if "choice" in stage.settings:  # of the pairs to label
+            return reward
         if stage.name.endswith("evaluation"):  # the reward model goes before the policies come
             return max(reward, 0 if stage.settings["policy_stage"] is None else 2 * policy)
         return reward if stage.name.startswith("best_of_n") else 0

@@ -65,6 +65,7 @@ class Arm:
             section `policy` if that has the same optimiser.
         reference_reset: whether the KL of a round is to the policy that the round starts from; by
             default as the method says. What is measured is always the KL to the SFT policy.
+        labels: pairs to label in a round, for methods that need labels; by default `world.labels`.
     """
 
     reward: str = "metarm"
@@ -73,6 +74,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     policy_settings: dict[str, Any] = field(default_factory=dict)
     reference_reset: bool | None = None
+    labels: int | None = None
 
     @property
     def method(self) -> Method:
@@ -231,6 +233,10 @@ class Experiment:
             )
         if arm.rounds is not None and arm.rounds < 1:
             raise UserError(f"methods.{name}.rounds is {arm.rounds}; it must be at least 1")
+        if arm.labels is not None and "labels" not in arm.method.needs:
+            raise UserError(f"methods.{name}.labels: {arm.reward!r} buys no labels; leave it out")
+        if arm.labels is not None and arm.labels < 1:
+            raise UserError(f"methods.{name}.labels is {arm.labels}; it must be at least 1")
 
     def _check_sections(self) -> None:
         """Check that counts are at least one, and that no section sets what the run sets."""
@@ -289,6 +295,13 @@ class Experiment:
         """Return the number of rounds of an arm."""
         arm = self.methods[name]
         return arm.rounds or (1 if arm.is_dpo else self.rounds)
+
+    def labels_of(self, name: str) -> tuple[int, int]:
+        """Return how many pairs an arm labels in a round, and how many it chooses them from."""
+        assert self.world is not None
+        arm = self.methods[name]
+        count = arm.labels or self.world.labels
+        return count, count * (self.world.label_pool if arm.method.label_choice == "active" else 1)
 
     def optimiser_of(self, name: str) -> str:
         """Return the policy optimiser of an arm."""

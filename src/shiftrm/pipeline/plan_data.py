@@ -1,7 +1,7 @@
 """Where a run's data comes from: data sets, or the gold world and labels in it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shiftrm.config import to_mapping
@@ -11,7 +11,9 @@ from shiftrm.pipeline.jobs import Input, Made, plain_input
 from shiftrm.world.build import BASE_MODEL, SFT
 from shiftrm.world.world import GOLD
 
-__all__ = ["PREPARE", "Sources", "data_stages", "label_stage", "record_as", "sources"]
+__all__ = [
+    "PREPARE", "Sources", "data_stages", "label_prompts", "label_stage", "record_as", "sources",
+]  # fmt: skip
 
 PREPARE = "shiftrm.pipeline.prepare"
 RESPONSES = "responses.jsonl"
@@ -91,11 +93,42 @@ def data_stages(experiment: Experiment, sample: Sampling) -> tuple[Stage, list[S
 
 
 def label_stage(
-    here: str, samples: str, after: Made, number: int, method: str, *, gold: str
+    here: str,
+    samples: str,
+    after: Made,
+    number: int,
+    method: str,
+    *,
+    gold: str,
+    active: tuple[int, Input] | None = None,
 ) -> Stage:
-    """Return the stage that adds fresh labels of a round to the pairs that the arm has."""
+    """Return the stage that adds fresh labels of a round to the pairs that the arm has.
+
+    Args:
+        active: how many of the samples are labelled, those that say most about a reward model that
+            was trained on the pairs; and that model. None: all.
+    """
     files = {"pairs": (samples, f"labels/{number}", "labels", [after])}
-    return _labelled(here, files, record_as("labels", method, number), gold)
+    stage = _labelled(here, files, record_as("labels", method, number), gold)
+    if active is None:
+        return stage
+    count, reward = active
+    choice = {"count": count, "reward": plain_input(reward)}
+    needs = [*stage.needs, *_of([reward] if isinstance(reward, Made) else [])]
+    settings = {**stage.settings, "choice": choice}
+    return replace(stage, settings=settings, needs=tuple(dict.fromkeys(needs)))
+
+
+def label_prompts(experiment: Experiment, name: str, number: int) -> Made:
+    """Return the prompts of the responses that an arm labels, or chooses from, in a round."""
+    return Made("data", f"{_label_file(experiment, name, number)}.jsonl")
+
+
+def _label_file(experiment: Experiment, name: str, number: int) -> str:
+    assert experiment.world is not None
+    _, pool = experiment.labels_of(name)
+    more = "" if pool == experiment.world.labels else f"-{pool}"
+    return f"label_prompts-{number}{more}"
 
 
 def _rounds(experiment: Experiment) -> int:
@@ -137,6 +170,11 @@ def _world(experiment: Experiment) -> Stage:
         draws[f"group_prompts-{number}"] = (f"groups/{number}", groups)
         draws[f"label_prompts-{number}"] = (f"labels/{number}", world.labels)
         draws[f"policy_prompts-{number}"] = (f"ppo/{number}", world.policy_prompts)
+    for name, arm in experiment.methods.items():
+        if "labels" in arm.method.needs and not arm.is_dpo:
+            for number in range(1, experiment.rounds_of(name) + 1):
+                pool = experiment.labels_of(name)[1]
+                draws[_label_file(experiment, name, number)] = (f"labels/{number}", pool)
     evaluated = {"eval_prompts": experiment.evaluation.prompts}
     if (count := _best_of_n_prompts(experiment)) is not None:
         evaluated["best_of_n_prompts"] = count

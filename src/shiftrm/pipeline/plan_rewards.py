@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import Arm
 from shiftrm.pipeline.jobs import Input, Made, Sample, TrainReward
-from shiftrm.pipeline.plan_data import RESPONSES, label_stage, record_as
+from shiftrm.pipeline.plan_data import RESPONSES, label_prompts, label_stage, record_as
 from shiftrm.trainers.kinds import pairs_only, with_groups
 
 if TYPE_CHECKING:
@@ -50,11 +50,18 @@ def adapted_model(
     if "reward" in needs:
         given["reward"] = before.reward
     if "labels" in needs:
-        prompts, role = Made("data", f"label_prompts-{number}.jsonl"), f"labels/{number}"
+        prompts, role = label_prompts(planner.recipe, name, number), f"labels/{number}"
         record = record_as("responses", name, number)
         samples = planner.sampling(f"{here}/samples", role, policy, prompts, 2, record)
+        count, pool = planner.recipe.labels_of(name)
         labels = label_stage(
-            f"{here}/labels", samples.name, before.pairs, number, name, gold=planner.recipe.gold
+            f"{here}/labels",
+            samples.name,
+            before.pairs,
+            number,
+            name,
+            gold=planner.recipe.gold,
+            active=(count, before.reward) if pool > count else None,
         )
         stages += [samples, labels]
         pairs = Made(labels.name, "pairs.jsonl")

@@ -11,6 +11,7 @@ from shiftrm.data.pairs import read_pairs
 from shiftrm.errors import UserError
 from shiftrm.files import Row, read_jsonl, write_jsonl
 from shiftrm.models.loading import load_reward_model
+from shiftrm.pipeline.active_labels import informative_pairs
 from shiftrm.pipeline.data_sets import assembled
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import place
@@ -121,15 +122,22 @@ def label_samples(context: StageContext) -> None:
 
     Settings: `files`, by name the `samples` (an input of two responses a prompt), the `role` of the
     draws, and `after`: a list of inputs whose pairs come first; `gold`, the name of the gold
-    reward, by default that of the default world.
+    reward, by default that of the default world; `choice`, `count` and `reward`: label only the
+    pairs that say most about that reward model, which was trained on those of `after`.
     """
+    choice = context.stage.settings.get("choice")
     world = gold_world(context.stage.settings.get("gold", GOLD))
     assert world is not None
     for name, said in context.stage.settings["files"].items():
         rows = [row for before in said["after"] for row in read_pairs(place(before, context.root))]
+        samples = read_groups(place(said["samples"], context.root))
+        if choice is not None:
+            reward = place(choice["reward"], context.root)
+            kept = informative_pairs(reward, rows, samples, count=choice["count"])
+            samples = [samples[i] for i in kept]
         labelled = _labelled(
             world,
-            read_groups(place(said["samples"], context.root)),
+            samples,
             seed=context.random_seed(f"{said['role']}/labels"),
         )
         write_jsonl(context.out / f"{name}.jsonl", [*rows, *labelled])

@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shiftrm.files import Row
+from shiftrm.methods.method import METHODS
 from shiftrm.pipeline.engine import Stage
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.job_checks import job_of, settings_of
 from shiftrm.pipeline.jobs import Made, MetaTest, MetaTrain, Sample, Sft, TrainReward, is_training
 
-__all__ = ["Disk", "Sizes", "disk_of", "mean_tokens", "operations", "speed", "time_note"]
+__all__ = [
+    "Disk",
+    "Sizes",
+    "disk_of",
+    "mean_tokens",
+    "members_of",
+    "operations",
+    "speed",
+    "time_note",
+]
 
 _BYTES = {"bfloat16": 2, "float16": 2}
 """Bytes per number by dtype; others take 4."""
@@ -56,6 +66,8 @@ def disk_of(stage: Stage, sizes: Sizes, steps: int | None) -> Disk:
     width = _BYTES.get(str(given.get("dtype")), 4)
     trained = 3 * width * size if adapters is None else 3 * 4 * adapters
     kept = width * size + 4 * (adapters or 0)
+    members = members_of(job)
+    steps = None if steps is None else math.ceil(steps / members)
     if (
         getattr(job, "method", None) == "ppo"
     ):  # the critic, too; the newest and the one being written
@@ -68,7 +80,17 @@ def disk_of(stage: Stage, sizes: Sizes, steps: int | None) -> Disk:
         number = most if steps is None else min(most, math.ceil(steps / _save_steps(given, steps)))
     if given.get("save_strategy") in ("no", False):
         number = 0
-    return Disk(kept, number * trained)
+    if members == 1:
+        return Disk(kept, number * trained)
+    if METHODS.get(job.adaptation).combine == "warm":  # the members go when their mean is there
+        return Disk(kept, number * trained + members * kept)
+    return Disk(members * kept, number * trained)
+
+
+def members_of(job: Any) -> int:
+    """Return the number of models that a job trains one after another."""
+    known = isinstance(job, TrainReward) and job.adaptation is not None
+    return METHODS.get(job.adaptation).members if known else 1
 
 
 def _save_steps(given: Mapping[str, Any], steps: int) -> float:

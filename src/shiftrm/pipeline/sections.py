@@ -92,6 +92,7 @@ class WorldSection(WorldConfig):
     Attributes:
         pairs, heldout_pairs: pairs to label. Pairs of equal or empty responses are dropped.
         labels: pairs of the round's policy to label, for methods that need labels.
+        label_pool: pairs that active labels are chosen from, as a multiple of those labelled.
         scale_prompts: prompts whose SFT responses (two each) give the mean and the standard
             deviation of a reward model's rewards.
         policy_prompts: prompts drawn for each round's policy optimisation.
@@ -100,6 +101,7 @@ class WorldSection(WorldConfig):
     pairs: int = 3000
     heldout_pairs: int = 500
     labels: int = 300
+    label_pool: int = 4
     scale_prompts: int = 512
     policy_prompts: int = 4096
 

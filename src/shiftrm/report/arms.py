@@ -8,6 +8,7 @@ from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.methods.method import METHODS, Method
+from shiftrm.pipeline.sections import WorldSection
 from shiftrm.report.measurements import Measurements
 
 SFT = "sft"
@@ -88,6 +89,7 @@ def _arm(
     method = _method(settings.get("reward"))
     if method is None:
         return _recorded(m, name)
+    method = _with_count(method, settings, config)
     optimiser = settings.get("policy") or _policy(config)
     keeps = not method.trains and not method.needs
     logged = m.metrics("reward_model", name)
@@ -105,6 +107,15 @@ def _arm(
         return arm
     label = method.label if name == settings.get("reward") else name
     return replace(arm, name=f"{label} (vanilla{f' {optimiser.upper()}' if optimiser else ''})")
+
+
+def _with_count(method: Method, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Method:
+    """Return the method with the number of labels that the arm buys in its names."""
+    world = config.get("world")
+    default = world.get("labels") if isinstance(world, Mapping) else None
+    count = str(settings.get("labels") or default or WorldSection.labels)
+    names = {name: getattr(method, name).replace("{labels}", count) for name in ("label", "short")}
+    return replace(method, **names)
 
 
 def _meta_steps(logged: Iterable[str]) -> bool:
