@@ -1,0 +1,245 @@
+"""The study with a real model: its gold, labels and measures by hand, and one small run."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from real_model_study import gold as lexical
+from real_model_study import measures
+from real_model_study.choices import (
+    chosen_demonstrations,
+    first_turns,
+    label_pairs,
+    split_prompts,
+)
+from real_model_study.gold import LexicalGold, cross_validated, fit, fit_and_report, ngrams
+from real_model_study.plan import Plan, StudyConfig, needed_for
+from real_model_study.results import add_rows
+
+from shiftrm.data.domains import prompt_key
+from shiftrm.errors import UserError
+from shiftrm.files import read_jsonl
+from shiftrm.pipeline.engine import stage_keys
+
+# -- the lexical gold ------------------------------------------------------------------------------
+
+
+def test_ngrams_are_presence_in_the_first_words():
+    assert ngrams("No, I can\u2019t. No!") == [
+        *("no", "i", "can't"),
+        *("no i", "i can't", "can't no"),
+    ]
+    words = [f"w{i}" for i in range(lexical.WORDS + 5)]
+    assert f"w{lexical.WORDS - 1}" in ngrams(" ".join(words))
+    assert f"w{lexical.WORDS}" not in ngrams(" ".join(words))
+    assert ngrams("?!") == []
+
+
+def test_reward_by_hand():
+    gold = LexicalGold({"no": 2.0, "yes": -1.0, "no way": 0.5}, mean=0.5, spread=2.0)
+    assert gold.reward("no") == pytest.approx((2.0 - 0.5) / 2)
+    assert gold.reward("no no no") == gold.reward("no")  # presence, not frequency
+    known = (2.0 + 0.5) / math.sqrt(2)  # "way" has no weight, so two n-grams are known
+    assert gold.reward("no way") == pytest.approx((known - 0.5) / 2)
+    assert gold.reward("") == gold.reward("maybe") == -0.25
+    messages = [{"role": "assistant", "content": "no way"}]
+    assert gold([None, None], ["no way", messages]) == [gold.reward("no way")] * 2
+
+
+def test_weights_are_at_the_minimum_of_the_penalised_loss():
+    """Two words, of which each stands alone: d is +1 and -1, so sigmoid and penalty balance."""
+    gold = fit([("yes", "no")] * 8, penalty=0.1, least=3)
+    w = gold.weights["yes"]
+    assert gold.weights["no"] == pytest.approx(-w)
+    # d/dw of log(1 + exp(-2w)) + 0.1 w^2 (both weights): -2 sigmoid(-2w) + 0.2 w = 0
+    assert 2 / (1 + math.exp(2 * w)) == pytest.approx(0.2 * w, rel=1e-3)
+    # Standardised over all responses: their rewards are +1 and -1.
+    assert gold.reward("yes") == pytest.approx(1.0)
+    assert gold.reward("no") == pytest.approx(-1.0)
+
+
+def test_rare_words_have_no_weight_and_nothing_to_fit_is_an_error():
+    pairs = [("yes rare", "no")] + [("yes", "no")] * 3
+    assert set(fit(pairs, penalty=0.1, least=3).weights) == {"yes", "no"}
+    with pytest.raises(UserError, match="no word occurs in 3"):
+        fit([("a", "b")], penalty=0.1, least=3)
+
+
+def made_up(count, seed=0):
+    rng = random.Random(seed)
+    words = [f"w{i}" for i in range(20)]
+    return [
+        (
+            " ".join(["good", *rng.sample(words, 6)]),
+            " ".join(["bad", *rng.sample(words, 6)]),
+        )
+        for _ in range(count)
+    ]
+
+
+def test_cross_validation_sees_what_is_learnt_and_what_is_not():
+    pairs = made_up(60)
+    prompts = [f"p{i // 2}" for i in range(60)]
+    assert cross_validated(pairs, prompts, penalty=0.01) == 1.0
+    rng = random.Random(1)
+    noise = [pair if rng.random() < 0.5 else pair[::-1] for pair in pairs]
+    assert 0.2 < cross_validated(noise, prompts, penalty=0.01) < 0.8
+    gold, report = fit_and_report(pairs, prompts, penalties=(0.01, 1.0))
+    assert report.train_accuracy == 1.0
+    assert report.penalty == 0.01
+    assert report.ngrams == len(gold.weights)
+
+
+def test_gold_survives_its_file(tmp_path):
+    gold = fit(made_up(20), penalty=0.01)
+    gold.write(tmp_path / "gold.json")
+    again = LexicalGold.read(tmp_path / "gold.json")
+    assert again == gold
+    assert again.reward("good w1") == gold.reward("good w1")
+
+
+# -- prompts, labels, best of n --------------------------------------------------------------------
+
+
+def chat(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_first_turns_are_different_and_have_the_system_message():
+    pairs = [
+        {"prompt": [*chat("a"), {"role": "assistant", "content": "b"}, *chat("c")]},
+        {"prompt": chat("a")},
+        {"prompt": chat("d")},
+    ]
+    system = {"role": "system", "content": "Be short."}
+    assert first_turns(pairs, "Be short.") == [[system, *chat("a")], [system, *chat("d")]]
+    assert first_turns(pairs, "") == [chat("a"), chat("d")]
+
+
+def test_no_prompt_has_two_purposes():
+    prompts = [chat(f"p{i}") for i in range(10)]
+    found = split_prompts(prompts, {"label": 3, "eval": 4}, seed=0)
+    keys = [prompt_key(row["prompt"]) for rows in found.values() for row in rows]
+    assert [len(rows) for rows in found.values()] == [3, 4]
+    assert len(set(keys)) == 7
+    assert split_prompts(prompts, {"label": 3, "eval": 4}, seed=1) != found
+    with pytest.raises(UserError, match="needs 11 prompts and the pairs have 10"):
+        split_prompts(prompts, {"label": 11}, seed=0)
+
+
+def group(prompt, responses, finished=None):
+    done = finished or [True] * len(responses)
+    return {"prompt": chat(prompt), "responses": responses, "finished": done}
+
+
+def test_labels_without_noise_by_hand():
+    groups = [group("p", ["a", "b", "c", "c"], [True, False, True, True]), group("q", ["d", "e"])]
+    golds = [[1.0, 2.0, 0.0, 5.0], [3.0, 3.0]]
+    pairs = label_pairs(groups, golds, 1, temperature=0, seed=0)  # c/c equal text, d/e equal gold
+    assert pairs == [
+        {
+            "prompt": chat("p"),
+            "chosen": "b",
+            "rejected": "a",
+            "chosen_finished": False,
+            "rejected_finished": True,
+        }
+    ]
+    with pytest.raises(UserError, match="only 1 of 2 pairs"):
+        label_pairs(groups, golds, 2, temperature=0, seed=0)
+
+
+def test_every_prompt_gives_a_pair_before_any_gives_two():
+    groups = [group("p", ["a", "b", "c", "d"]), group("q", ["e", "f", "g", "h"])]
+    pairs = label_pairs(groups, [[4, 3, 2, 1]] * 2, 3, temperature=0, seed=0)
+    assert [pair["chosen"] for pair in pairs] == ["a", "e", "c"]
+
+
+def test_noise_is_bradley_terrys():
+    groups = [group(f"p{i}", ["better", "worse"]) for i in range(4000)]
+    pairs = label_pairs(groups, [[1.0, 0.0]] * 4000, 4000, temperature=2.0, seed=0)
+    right = sum(pair["chosen"] == "better" for pair in pairs) / 4000
+    expected = 1 / (1 + math.exp(-0.5))
+    assert right == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 4000))
+    assert pairs == label_pairs(groups, [[1.0, 0.0]] * 4000, 4000, temperature=2.0, seed=0)
+
+
+def test_best_of_n_takes_the_highest_finished_response():
+    groups = [
+        group("p", ["a", "b", "c"], [True, True, False]),
+        group("q", ["d", " "], [False, True]),
+        group("r", ["e", "f"]),
+    ]
+    rows = chosen_demonstrations(groups, [[0.0, 1.0, 9.0], [1.0, 2.0], [2.0, 2.0]])
+    assert [row["completion"][0]["content"] for row in rows] == ["b", "e"]
+    assert [row["prompt"] for row in rows] == [chat("p"), chat("r")]
+    with pytest.raises(UserError, match="no response is finished"):
+        chosen_demonstrations(groups[1:2], [[1.0, 2.0]])
+
+
+# -- measures --------------------------------------------------------------------------------------
+
+
+def test_accuracy_counts_all_pairs_of_a_prompt():
+    golds = [[3.0, 2.0, 1.0], [1.0, 1.0]]
+    rewards = [[5.0, 6.0, 6.0], [0.0, 9.0]]
+    # Pairs of the first: 3>2 wrong, 3>1 wrong, 2>1 tied; the second has no gold difference.
+    found = measures.accuracy(rewards, golds)
+    assert found.value == pytest.approx(0.5 / 3)
+    assert measures.accuracy([[1.0, 2.0]], [[0.0, 0.0]]) is None
+
+
+def test_accuracy_against_a_loop_over_pairs():
+    rng = np.random.default_rng(0)
+    rewards, golds = rng.normal(size=(5, 6)), rng.normal(size=(5, 6))
+    right = [
+        (r[i] > r[j]) == (g[i] > g[j])
+        for r, g in zip(rewards, golds, strict=True)
+        for i in range(6)
+        for j in range(i)
+    ]
+    found = measures.accuracy(rewards.tolist(), golds.tolist())
+    assert found.value == pytest.approx(np.mean(right))
+    assert found.low < found.value < found.high
+
+
+def test_rank_is_the_mean_over_prompts_that_have_one():
+    golds = [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]
+    rewards = [[10.0, 20.0, 21.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]
+    assert measures.rank(rewards, golds).value == pytest.approx((1.0 - 1.0) / 2)
+    assert measures.rank(golds[2:], golds[2:]) is None
+
+
+def test_best_gold_of_all_samples_is_the_favourites():
+    golds = [[1.0, 5.0, 2.0], [7.0, 8.0, 9.0]]
+    rewards = [[3.0, 1.0, 2.0], [1.0, 1.0, 0.0]]  # a tie shares its probability
+    assert measures.best_gold(rewards, golds, 3).tolist() == [1.0, 7.5]
+    # Best of one is the mean.
+    assert measures.best_gold(rewards, golds, 1).tolist() == pytest.approx([8 / 3, 8.0])
+
+
+def test_paired_interval_is_that_of_the_differences():
+    """A shift common to both arms' prompts does not widen it, unlike an unpaired interval."""
+    rng = np.random.default_rng(0)
+    prompts = rng.normal(0, 10, 200)
+    ours, theirs = prompts + rng.normal(0.3, 0.5, 200), prompts + rng.normal(0, 0.5, 200)
+    found = measures.difference(ours, theirs)
+    differences = ours - theirs
+    assert found.value == pytest.approx(differences.mean())
+    half = 1.96 * differences.std(ddof=1) / math.sqrt(200)
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.15)
+    assert found.low > 0
+
+
+def test_rows_of_a_seed_replace_older_ones(tmp_path):
+    def row(seed, value):
+        return {"seed": seed, "arm": "fixed", "measure": "accuracy", "value": value}
+
+    path = tmp_path / "results.jsonl"
+    add_rows(path, [row(1, 0.1)])
+    add_rows(path, [row(0, 0.2)])
+    assert add_rows(path, [row(1, 0.3)]) == [row(0, 0.2), row(1, 0.3)]
+    assert read_jsonl(path) == [row(0, 0.2), row(1, 0.3)]
