@@ -389,3 +389,43 @@ def test_several_processes_do_not_sample(shiftrm, monkeypatch):
     refused(
         shiftrm, POLICY, "--policy: sampling needs a single process; call `shiftrm sample` first"
     )
+
+
+MORE = ["--groups", "many.jsonl", "max_steps=1", "save_strategy=no"]
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("ocrm", ["--policy", "policy", "--reference", "policy"]),
+        ("policy_init", ["--policy", "policy"]),
+        ("self_labelled", []),
+        ("bsr", []),
+    ],
+)
+def test_methods_that_use_other_models(shiftrm, method, given):
+    status, output = shiftrm(*BASE, *MORE, "--method", method, *given)
+    assert status == 0, output.err
+    found = json.loads(Path("out/before_after.json").read_text())
+    assert found["model"] == "rm", "before is the reward model, wherever training starts"
+    card = Path("out/README.md").read_text()
+    start = "policy" if method == "policy_init" else "rm"
+    assert f"# Reward model adapted from {start}" in card
+    assert ("| reference | `policy` | - |" in card) == (method == "ocrm")
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("ocrm", ["--reference", "policy"], "needs today's policy; give --policy"),
+        ("ocrm", ["--policy", "policy"], "needs the SFT policy; give --reference"),
+        ("ocrm", ["--policy", "none", "--reference", "policy"], "none: no such folder"),
+        ("policy_init", [], "starts from today's policy; give --policy"),
+        ("retrained", ["--policy", "policy"], "uses no policy; leave out --policy"),
+        ("bsr", ["--reference", "policy"], "uses no reference; leave out --reference"),
+        ("grm", [], "rm: has no language-model head (lm_head.weight)"),
+        ("retrained", ["--policy", "policy", "--responses", "3"], "--responses needs --prompts"),
+    ],
+)
+def test_models_that_a_method_lacks_or_does_not_use(shiftrm, method, given, message):
+    refused(shiftrm, [*BASE, *MORE, "--method", method, *given], message)

@@ -181,11 +181,14 @@ def rewards_and_states(
             "hidden states depend on the other rows; use another model"
         )
     last = attention_mask.sum(1, keepdim=True) - 1
-    with _head_outputs(model, last) as rewards, _head_outputs(model, None, states_only=True) as all:
+    with (
+        _head_outputs(model, last) as rewards,
+        _head_outputs(model, None, states_only=True) as states,
+    ):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    if all[0].shape[1] != input_ids.shape[1]:
+    if states[0].shape[1] != input_ids.shape[1]:
         raise UserError(f"{type(model).__name__} pools by itself; use a decoder")
-    return rewards[0][:, 0], all[0]
+    return rewards[0][:, 0], states[0]
 
 
 def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

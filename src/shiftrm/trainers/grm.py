@@ -66,6 +66,11 @@ class LanguageHead:
             return logits
         return self.softcap * torch.tanh(logits / self.softcap)
 
+    def to(self, device: torch.device) -> None:
+        """Move the head's own weights."""
+        self.weight = None if self.weight is None else self.weight.to(device)
+        self.bias = None if self.bias is None else self.bias.to(device)
+
     @classmethod
     def load(cls, path: str, **options: Any) -> "LanguageHead":
         """Read the head of a checkpoint.
@@ -133,6 +138,7 @@ class GRMTrainer(RewardTrainer):
         super().__init__(model, args, **keywords)
         if self.is_fsdp_enabled:
             raise UserError("grm does not run with FSDP: it reads the embeddings' weights; use DDP")
+        self._language_head.to(self.args.device)
         if isinstance(self.data_collator, PairCollator):
             self.data_collator.more = (START,)
 
