@@ -17,6 +17,9 @@ INPUTS: dict[Data, dict[str, str]] = {
 }
 """The inputs by the data that they are part of, and what each is."""
 
+ORDINARY = ("RewardTrainer", "MetaRMTrainer")
+"""The trainers that are told apart by the data they were given; records name others."""
+
 MODELS = tuple(name for data, names in INPUTS.items() if data != "groups" for name in names)
 """The inputs that are checkpoints."""
 

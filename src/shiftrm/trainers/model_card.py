@@ -13,6 +13,7 @@ from shiftrm.core.intervals import Measured
 from shiftrm.data.sources import HUB_NAME
 from shiftrm.measure.diagnosis.thresholds import FEW_PROMPTS, INFLUENCE_CEILING, INFLUENCE_FLOOR
 from shiftrm.measure.diagnosis.verdict import accuracy_verdict
+from shiftrm.trainers.kinds import ORDINARY
 
 NOT_METRICS = (
     "runtime",
@@ -123,6 +124,7 @@ class Outcome(TrainedModel):
         loss: mean training loss over all steps, including those before an interruption.
         pairs, heldout: numbers of pairs, those held out by set.
         dropped: counts of dropped rows by data set and reason.
+        trainer: the name of its class.
         adapted: None if the model was trained, not adapted.
         combined: what the result is made of, if not one model.
     """
@@ -133,6 +135,7 @@ class Outcome(TrainedModel):
     pairs: int
     heldout: dict[str, int]
     dropped: dict[str, dict[str, int]]
+    trainer: str = "RewardTrainer"
     meta: dict[str, float] = field(default_factory=dict)
     adapted: Adapted | None = None
     combined: str | None = None
@@ -144,6 +147,7 @@ def measurements(trainer: Any, result: Any) -> dict[str, Any]:
     sets = trainer.eval_dataset
     sets = sets if isinstance(sets, dict) else {} if sets is None else {"": sets}
     return {
+        "trainer": type(trainer).__name__,
         "steps": trainer.state.global_step,
         "loss": _mean_loss(logs, trainer.state.global_step, result.training_loss),
         "pairs": len(trainer.train_dataset),
@@ -273,6 +277,8 @@ def _opening(outcome: Outcome) -> str:
         "with a MetaRM step on unlabelled responses (arXiv 2405.00438)"
         if outcome.meta
         else "with the Bradley-Terry loss"
+        if outcome.trainer in ORDINARY
+        else f"with `{outcome.trainer}`"
     )
     lora = (
         " LoRA was merged into these weights; the adapter alone is in `adapter/`."

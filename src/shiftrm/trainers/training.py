@@ -26,7 +26,7 @@ from shiftrm.files import Row
 from shiftrm.models.loading import checkpoint_fingerprint, refuse_ensemble, refuse_gguf
 from shiftrm.progress import task
 from shiftrm.trainers import work_folder
-from shiftrm.trainers.kinds import MODELS, Training, pairs_only
+from shiftrm.trainers.kinds import MODELS, ORDINARY, Training, pairs_only
 from shiftrm.trainers.machine import explain_out_of_memory
 from shiftrm.trainers.members import combine, train_members
 from shiftrm.trainers.model_card import DataSet, Outcome, measurements, model_card, summary
@@ -414,6 +414,8 @@ def _run_record(job: TrainingJob) -> dict[str, Any]:
         "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in job.data},
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
+    if (trainer := job.training.trainer.__name__) not in ORDINARY:  # they began without this
+        record["trainer"] = trainer
     if job.training.combine is not None:  # others began without these
         record |= {"members": job.training.members, "combine": job.training.combine}
     return record
