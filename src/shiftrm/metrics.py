@@ -129,6 +129,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("bon_proxy", "Proxy"),
     Metric("bon_gold", "Gold", "", 2, _HIGH),
     Metric("bon_*", "Best of n"),
+    Metric("pays_explained", "Explained by the features", "share"),
+    Metric("pays_*", "Pays for", "SFT spreads"),
+    Metric("overpays_low_*", "Overpays, low end", "SFT spreads"),
+    Metric("overpays_high_*", "Overpays, high end", "SFT spreads"),
+    Metric("overpays_*", "Overpays", "SFT spreads"),
     # Diversity.
     Metric("self_bleu", "Self-BLEU, n = 2..5", "", 3, _LOW),
     Metric("self_bleu_*", "Self-BLEU", "", 3, _LOW),

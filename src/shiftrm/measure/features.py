@@ -20,12 +20,23 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
+from shiftrm.core.discrimination import Floats
 from shiftrm.measure.phrases import FUNCTION_WORDS, HEDGES, REFUSAL
 from shiftrm.models.rendering import Text
 from shiftrm.models.responses import Response
 from shiftrm.registry import Registry
 
-__all__ = ["FEATURES", "Reading", "TextFeature", "measure_text", "reading", "words_of"]
+__all__ = [
+    "FEATURES",
+    "Reading",
+    "TextFeature",
+    "measure_all",
+    "measure_text",
+    "reading",
+    "words_of",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,15 @@ FEATURES = Registry[TextFeature]("text feature", TextFeature)
 def measure_text(read: Reading) -> dict[str, float]:
     """Return every feature of a response by name, in the order of `FEATURES`."""
     return {name: float(FEATURES.get(name).measure(read)) for name in FEATURES.names()}
+
+
+def measure_all(responses: Sequence[Response]) -> dict[str, Floats]:
+    """Return the values of every feature, one for each response."""
+    found = [measure_text(reading(response)) for response in responses]
+    return {
+        name: np.array([values[name] for values in found], dtype=np.float64)
+        for name in FEATURES.names()
+    }
 
 
 def reading(response: Response) -> Reading:

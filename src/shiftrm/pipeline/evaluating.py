@@ -22,6 +22,7 @@ from shiftrm.models.scoring import mean_and_spread, score_rows
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import place
 from shiftrm.pipeline.measures import ResponseNumbers, free, policy_kl
+from shiftrm.pipeline.paying import record_pays
 from shiftrm.policies.ppo import RewardFunction
 from shiftrm.policies.text_rewards import open_watch
 from shiftrm.records import Recorder
@@ -69,12 +70,19 @@ def _evaluate(context: StageContext) -> None:
     measured = ResponseNumbers.of(rows["after"], rewards["after"], mean_and_spread(scale))
     measured.record(recorder)
     _record_spread(recorder, rewards, settings["kept_values"])
-    golds = None
+    golds = gold_of_sft = None
     if settings["gold"] is not None:
         judge = open_watch(settings["gold"], batch_size=size)
         golds = _record_gold(recorder, judge, rows, rewards)
+        if settings["features"]:
+            gold_of_sft = score_rows(judge, rows["sft"])
         del judge
         free()
+    if settings["features"]:
+        by_gold = None
+        if golds is not None and gold_of_sft is not None:
+            by_gold = {"sft": gold_of_sft, "after": golds}
+        record_pays(recorder, rows, rewards, by_gold, settings["gold"])
     if settings["policy_stage"] is None:
         recorder.add("kl", 0.0)
     else:

@@ -193,6 +193,8 @@ class EvaluationSettings:
             responses at the end of a round.
         sight_pairs: pairs of each sight test (`measure.sight`) of the round's reward model; 0 makes
             none.
+        features: whether to record what the reward model pays for: in a gold world the terms of its
+            reward (`evaluation.gold`), elsewhere features of the text.
         best_of_n: samples of the SFT policy per prompt, from which the first reward model picks
             the best; needs `gold`.
         best_of_n_prompts: number of test prompts to do that on.
@@ -206,6 +208,7 @@ class EvaluationSettings:
     embedder: str | None = None
     gold: str | None = None
     sight_pairs: int = 400
+    features: bool = True
     best_of_n: int | None = None
     best_of_n_prompts: int = 100
 
