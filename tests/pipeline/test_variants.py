@@ -59,7 +59,7 @@ def test_the_gold_world_judges_and_watches(world, tmp_path, here, capsys):
         policy={"batch_size": 8, "settings": recipe(world)["policy"]["settings"]},
         lora={"lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]},
         judge={"kind": "gold"},
-        evaluation={"prompts": 6, "judged": 6, "gold": "gold", "best_of_n": 4},
+        evaluation={"prompts": 12, "judged": 6, "responses": 4, "gold": "gold", "best_of_n": 4},
         execution={"in_process": True, "report_to": "tensorboard"},
     )
     output = tmp_path / "run"
@@ -105,6 +105,9 @@ def test_the_gold_world_judges_and_watches(world, tmp_path, here, capsys):
     bon = {(r.metric, r.step): r.value for r in records if r.stage == "best_of_n"}
     assert bon["bon_kl", 4] == pytest.approx(math.log(4) - 3 / 4)
     assert bon["bon_proxy", 4] >= bon["bon_proxy", 1]
+    priced = {name.removeprefix("pays_") for name in end if name.startswith("pays_")}
+    assert priced > {"explained", "praise_words"}
+    assert all(f"overpays_{name}" in end for name in priced - {"explained"})
     compared = {(r.method, r.metric) for r in records if r.stage == "compare"}
     assert {
         ("fixed", "win_vs_rloo"),
