@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from shiftrm.files import atomic_write_text
 from shiftrm.records import Record
-from shiftrm.report import setup_tables, sight, tables, win_tables
+from shiftrm.report import paying, setup_tables, sight, tables, win_tables
 from shiftrm.report.headline import headline, kl_sentences, why_no_wins
 from shiftrm.report.pictures import pictures
 from shiftrm.report.results import Results
@@ -69,6 +69,9 @@ def render_page(
         "blindness": [*sight.blindness(m), *sight.others_spread(m)],
         "flags": flags(m),
         "sight_tables": sight.sight_tables(m),
+        "paying": paying.paying_sentences(m),
+        "paying_tables": paying.paying_tables(m),
+        "paying_pictures": paying.paying_pictures(m),
         "pictures": pictures(m),
         "no_wins": None if m.judged else why_no_wins(m),
         "win_tables": [
