@@ -1,6 +1,7 @@
 """Prompt contrast: its pairs by definition, and a reward model that learns to read the prompt."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,11 @@ from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.methods.method import METHODS
 from shiftrm.models.scoring import Scorer
+from shiftrm.pipeline.job_checks import job_of
 from shiftrm.pipeline.jobs import TrainReward
+from shiftrm.pipeline.plan import plan
+from shiftrm.pipeline.prepare import join_groups
+from shiftrm.pipeline.run import read_recipe
 from shiftrm.trainers.contrast import as_groups, contrast_rows
 from shiftrm.trainers.settings import resolve
 from shiftrm.world.build import WorldConfig, label_pairs, write_base_model
@@ -220,3 +225,24 @@ def test_a_meta_step_raises_the_contrast(train):
     for step in steps:
         assert step["meta_objective"] < step["meta_objective_after"] < 0  # mean log sigmoid
         assert step["meta_influence"] > 0
+
+
+def test_contrast_over_rounds_gets_the_groups_of_all_rounds(tmp_path):
+    arms = "methods=[contrast, contrast_rounds]"
+    found = {stage.name: stage for stage in plan(read_recipe("gold_demo", [arms, "rounds=3"]))}
+    here = "methods/contrast_rounds/round-{}/{}".format
+
+    def groups(method, number):
+        return str(job_of(found[f"methods/{method}/round-{number}/reward_model"]).groups)
+
+    assert groups("contrast", 3) == "methods/contrast/round-3/groups/groups.jsonl"
+    assert groups("contrast_rounds", 1) == here(1, "groups/groups.jsonl")
+    assert groups("contrast_rounds", 3) == here(3, "all_groups/groups.jsonl")
+    assert found[here(2, "all_groups")].needs == (here(1, "groups"), here(2, "groups"))
+    joined = found[here(3, "all_groups")]
+    assert joined.needs == (here(2, "all_groups"), here(3, "groups"))
+    for number, place in enumerate(joined.needs):
+        (tmp_path / place).mkdir(parents=True)
+        write_jsonl(tmp_path / place / "groups.jsonl", GROUPS[number : number + 2])
+    join_groups(SimpleNamespace(stage=joined, root=tmp_path, out=tmp_path))
+    assert read_jsonl(tmp_path / "groups.jsonl") == [*GROUPS[:2], *GROUPS[1:3]]

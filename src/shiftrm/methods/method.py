@@ -11,10 +11,11 @@ from typing import Any, Literal
 from shiftrm.registry import Registry
 from shiftrm.trainers.kinds import Training
 
-Need = Literal["pairs", "groups", "policy", "reward", "labels", "gold"]
-"""Preference pairs; unlabelled groups of the policy's responses; today's policy itself, with the
-SFT policy; the last round's reward model; new labels of the policy's responses; the gold world's
-reward itself. The last two exist in the gold world only."""
+Need = Literal["pairs", "groups", "earlier_groups", "policy", "reward", "labels", "gold"]
+"""Preference pairs; unlabelled groups of the policy's responses; with them, in a recipe, those of
+earlier rounds, in the same file; today's policy itself, with the SFT policy; the last round's
+reward model; new labels of the policy's responses; the gold world's reward itself. The last two
+exist in the gold world only."""
 
 Start = Literal["sft", "policy", "reward"]
 """A checkpoint that training starts from: the SFT policy or today's policy, each with a new score

@@ -111,14 +111,12 @@ class Planner:
         here = f"methods/{name}/round-{number}"
         stages: list[Stage] = []
         reward: Input = Made("reward_model")
-        after = replace(before, policy=f"{here}/policy", responses=f"{here}/responses")
         if not arm.is_dpo and "gold" in arm.method.needs:
             reward = self.recipe.gold
         elif not arm.is_dpo and arm.method.trains:
-            adapted, pairs = adapted_model(self, name, arm, number, before)
+            adapted, before = adapted_model(self, name, arm, number, before)
             stages += adapted
-            reward = Made(stages[-1].name)
-            after = replace(after, reward=reward, pairs=pairs)
+            reward = before.reward
         stages.append(self._policy(f"{here}/policy", name, number, before.policy, reward))
         stages.append(self.responses(f"{here}/responses", name, number, f"{here}/policy"))
         stages.append(
@@ -138,6 +136,7 @@ class Planner:
                     self._judging(),
                 )
             )
+        after = replace(before, policy=f"{here}/policy", responses=f"{here}/responses")
         return stages, after
 
     def responses(self, here: str, name: str, number: int, policy: str | None) -> Stage:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import Arm
-from shiftrm.pipeline.jobs import Input, Made, Sample, TrainReward
-from shiftrm.pipeline.plan_data import RESPONSES, label_prompts, label_stage, record_as
+from shiftrm.pipeline.jobs import Input, Made, Sample, TrainReward, plain_input
+from shiftrm.pipeline.plan_data import PREPARE, RESPONSES, label_prompts, label_stage, record_as
 from shiftrm.trainers.kinds import pairs_only, with_groups
 
 if TYPE_CHECKING:
@@ -26,18 +26,20 @@ class Before:
         responses: stage of its responses to the evaluation prompts.
         reward: the last round's reward model.
         pairs: the labelled pairs so far.
+        groups: the groups so far, for methods that keep them.
     """
 
     policy: str | None
     responses: str
     reward: Input
     pairs: Made
+    groups: Made | None = None
 
 
 def adapted_model(
     planner: "Planner", name: str, arm: Arm, number: int, before: Before
-) -> tuple[list[Stage], Made]:
-    """Return the stages of a round's reward model, which is the last one; and its pairs."""
+) -> tuple[list[Stage], Before]:
+    """Return the stages of a round's reward model, and `before` with that model and its data."""
     here, policy = f"methods/{name}/round-{number}", before.policy
     needs, pairs = arm.method.needs, planner.inputs.pairs
     stages: list[Stage] = []
@@ -45,6 +47,9 @@ def adapted_model(
     if "groups" in needs:
         stages.append(_groups(planner, f"{here}/groups", name, number, policy))
         given["groups"] = Made(f"{here}/groups", GROUPS)
+    if "earlier_groups" in needs and before.groups is not None:
+        stages.append(_joined(f"{here}/all_groups", name, number, before.groups, given["groups"]))
+        given["groups"] = Made(f"{here}/all_groups", GROUPS)
     if "policy" in needs:
         given |= {"policy": planner.of_policy(policy), "reference": planner.of_policy(None)}
     if "reward" in needs:
@@ -72,7 +77,9 @@ def adapted_model(
     }[arm.method.start]
     job = TrainReward(start, pairs, **given)
     stages.append(reward_model(planner, f"{here}/reward_model", name, number, arm, job))
-    return stages, pairs
+    groups = given["groups"] if "earlier_groups" in needs else None
+    reward = Made(stages[-1].name)
+    return stages, replace(before, reward=reward, pairs=pairs, groups=groups)
 
 
 def _groups(planner: "Planner", here: str, name: str, number: int, policy: str | None) -> Stage:
@@ -82,6 +89,13 @@ def _groups(planner: "Planner", here: str, name: str, number: int, policy: str |
     job = replace(sample_job(planner, role, policy, made, settings.responses), makes=GROUPS)
     size = settings.batch_size or planner.recipe.execution.sampling_batch_size
     return planner.stage(here, job, record, {"batch_size": size})
+
+
+def _joined(here: str, name: str, number: int, *files: Made) -> Stage:
+    """The stage that writes several files of groups as one."""
+    settings = {"files": [plain_input(file) for file in files]}
+    needs = tuple(file.stage for file in files)
+    return Stage(here, f"{PREPARE}:join_groups", settings, needs, record_as("groups", name, number))
 
 
 def sample_job(

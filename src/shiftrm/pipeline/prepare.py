@@ -20,6 +20,7 @@ from shiftrm.world.build_domains import DOMAINS, DomainWorldConfig, write_domain
 from shiftrm.world.world import GOLD, World, gold_world
 
 __all__ = [
+    "join_groups",
     "label_samples",
     "new_reward_model",
     "prepare_data",
@@ -115,6 +116,12 @@ def new_reward_model(context: StageContext) -> None:
     seed = context.random_seed(settings["role"])
     load_reward_model(policy, seed=seed).save_pretrained(context.out / "model")
     AutoTokenizer.from_pretrained(policy).save_pretrained(context.out / "model")
+
+
+def join_groups(context: StageContext) -> None:
+    """Write the groups of several files, in order, to `groups.jsonl`. Settings: `files`, inputs."""
+    files = [place(file, context.root) for file in context.stage.settings["files"]]
+    write_jsonl(context.out / "groups.jsonl", [row for file in files for row in read_jsonl(file)])
 
 
 def label_samples(context: StageContext) -> None:

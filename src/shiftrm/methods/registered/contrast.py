@@ -25,6 +25,10 @@ def on_groups() -> Training:
     return _pairs("groups")
 
 
+def on_all_groups() -> Training:
+    return _pairs("groups")
+
+
 def with_reward() -> Training:
     return _pairs("groups", "reward")
 
@@ -39,6 +43,7 @@ GROUPS: frozenset[Need] = frozenset({"pairs", "groups"})
 NEEDS: dict[Callable[[], Training], frozenset[Need]] = {
     on_pairs: frozenset({"pairs"}),
     on_groups: GROUPS,
+    on_all_groups: GROUPS | {"earlier_groups"},
     with_reward: GROUPS | {"reward"},
     meta: GROUPS,
 }
@@ -75,6 +80,14 @@ for name, label, short, colour, training, settings in (
         "#CC6677",
         with_reward,
         {"contrast_matching": "hard"},
+    ),
+    (
+        "contrast_rounds",
+        "Prompt contrast on the responses of all policies so far",
+        "Contrast, rounds",
+        "#117733",
+        on_all_groups,
+        {},
     ),
     (
         "contrast_all",
