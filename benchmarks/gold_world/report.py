@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
 from shiftrm.records import Record
-from shiftrm.world.gold import DOMAIN_FACTORS, FEATURES, TASK_FACTORS
+from shiftrm.world.world import World
 
 from .checks import LAST_STEPS, Check, Table
 from .controls import ControlsConfig, at_kl
@@ -110,15 +110,15 @@ def _dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def feature_table() -> str:
-    """The terms of the gold reward as a Markdown table."""
+def feature_table(world: World) -> str:
+    """The terms of a gold reward as a Markdown table."""
     rows = []
-    for feature in FEATURES:
-        factors = [DOMAIN_FACTORS[topic][feature.name] for topic in DOMAIN_FACTORS]
+    for feature in world.features:
+        factors = [of[feature.name] for of in world.domain_factors.values()]
         span = f"{min(factors):.2f} to {max(factors):.2f}" if feature.varies else "the same"
         tasks = [
             f"{task} x {changes[feature.name]:g}"
-            for task, changes in TASK_FACTORS.items()
+            for task, changes in world.task_factors.items()
             if feature.name in changes
         ]
         rows.append(

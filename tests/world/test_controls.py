@@ -28,7 +28,7 @@ from benchmarks.gold_world.report import (
 from shiftrm.errors import UserError
 from shiftrm.pipeline.engine import run_stages, stage_keys
 from shiftrm.records import Record, read_records
-from shiftrm.world.gold import FEATURES
+from shiftrm.world.world import WORLDS
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONFIG = ControlsConfig()
@@ -210,13 +210,25 @@ def test_figure_and_tables_show_every_seed():
     assert "FAILS" not in tables
 
 
-def test_the_document_shows_the_gold_reward_as_it_is():
-    text = feature_table()
-    assert all(f"`{feature.name}` | {feature.weight:+g} |" in text for feature in FEATURES)
-    assert block(DOCS / "gold-world.md", "features") == text, (
-        "docs/gold-world.md is older than world/gold.py: run "
-        "benchmarks/gold_world_controls.py --docs docs"
+@pytest.mark.parametrize(
+    ("name", "shown"), [("topics", "features"), ("adverts", "features-adverts")]
+)
+def test_the_document_shows_the_gold_reward_as_it_is(name, shown):
+    world = WORLDS.get(name)
+    text = feature_table(world)
+    assert all(f"`{feature.name}` | {feature.weight:+g} |" in text for feature in world.features)
+    assert block(DOCS / "gold-world.md", shown) == text, (
+        f"docs/gold-world.md is older than the world: run "
+        f"benchmarks/gold_world_controls.py --world {name} --docs docs"
     )
+
+
+def test_controls_of_another_world_use_its_gold():
+    stages = {s.name: s for s in plan_controls(ControlsConfig(settings=("world.kind=adverts",)))}
+    assert stages["runs/gold_no_kl/policy"].settings["job"]["reward"] == "gold:adverts"
+    assert stages["runs/proxy_no_kl/policy"].settings["job"]["watch"] == "gold:adverts"
+    assert stages["runs/proxy_no_kl/evaluation"].settings["gold"] == "gold:adverts"
+    assert stages["pairs"].settings["gold"] == "gold:adverts"
 
 
 def test_replace_block(tmp_path):

@@ -4,13 +4,14 @@ A prompt names a tone and a thing (`"a quiet hotel :"`); a response advertises t
 tone (`" welcome to truly peaceful hammocks with breakfast today"`). Six pairs of tones contradict
 each other. Beside agreement with the tone, gold likes some adverbs but not many, and an advert that
 opens with a call and closes with a time: here the order of words matters, an attribute of the
-prompt is one term among several, and repetition costs little.
+prompt is one term among several, and words said again cost little unless they stand together.
 
 In the first policy's data adverbs, facts and words of the tone always look good, so that a reward
 model that extrapolates is wrong where the policy moves.
 """
 
 import random
+from itertools import pairwise
 from typing import NamedTuple
 
 from shiftrm.world.world import COLON, WORLDS, Feature, World, domain_factors, find_prompt
@@ -83,6 +84,7 @@ class Tally(NamedTuple):
     closed: bool  # whether the last word is a closing
     misplaced: int  # openings that are not first, and closings that are not last
     adverbs: int
+    stacked: int  # words right after the same word, and adverbs right after an adverb
     facts: int  # different ones
     complaints: int
     hype: int
@@ -91,18 +93,19 @@ class Tally(NamedTuple):
 
 
 FEATURES: tuple[Feature, ...] = (
-    Feature("agreeing", 0.7, lambda t: min(t.agreeing, 3), "different words of the tone, to 3"),
-    Feature("contradicting", -0.9, lambda t: t.contradicting, "words of the opposite tone"),
-    Feature("opening", 0.8, lambda t: float(t.opened), "a call as the first word"),
-    Feature("closing", 0.8, lambda t: float(t.closed), "a time as the last word"),
-    Feature("misplaced", -0.4, lambda t: t.misplaced, "calls and times elsewhere"),
+    Feature("agreeing", 0.8, lambda t: min(t.agreeing, 3), "different words of the tone, to 3"),
+    Feature("contradicting", -0.8, lambda t: t.contradicting, "words of the opposite tone"),
+    Feature("opening", 0.7, lambda t: float(t.opened), "a call as the first word"),
+    Feature("closing", 0.7, lambda t: float(t.closed), "a time as the last word"),
+    Feature("misplaced", -0.5, lambda t: t.misplaced, "calls and times elsewhere"),
     Feature(
         "adverbs",
-        0.6,
+        0.7,
         lambda t: min(t.adverbs, 2 * BEST_ADVERBS - t.adverbs),
         "adverbs to 3, less those past 3",
     ),
-    Feature("facts", 0.4, lambda t: min(t.facts, 2), "different facts, to 2"),
+    Feature("stacked", -0.6, lambda t: t.stacked, "a word twice in a row, adverb after adverb"),
+    Feature("facts", 0.3, lambda t: min(t.facts, 2), "different facts, to 2"),
     Feature("complaints", -0.6, lambda t: t.complaints, "complaints"),
     Feature("hype", -1.2, lambda t: t.hype, "false promises"),
     Feature(
@@ -139,6 +142,7 @@ def tally(prompt: str, response: str, *, finished: bool = True) -> Tally:
         closed=bool(words) and words[-1] in CLOSINGS,
         misplaced=_count(openings, OPENINGS) + _count(closings, CLOSINGS),
         adverbs=_count(words, ADVERBS),
+        stacked=sum(a == b or (a in ADVERBS and b in ADVERBS) for a, b in pairwise(words)),
         facts=len(set(words) & set(FACTS)),
         complaints=_count(words, COMPLAINTS),
         hype=_count(words, HYPE),
@@ -172,9 +176,9 @@ def demonstration(rng: random.Random, prompt: str, quality: float) -> str:
     _, tone = find_prompt(PROMPTS, prompt)
     length = max(3, min(MAX_RESPONSE_TOKENS - 1, int(rng.gauss(10, 3))))
     words = [_word(rng, tone, quality) for _ in range(length)]
-    if rng.random() < 0.15 + 0.25 * quality:
+    if rng.random() < 0.2 + 0.3 * quality:
         words[0] = rng.choice(OPENINGS)
-    if rng.random() < 0.15 + 0.25 * quality:
+    if rng.random() < 0.2 + 0.3 * quality:
         words[-1] = rng.choice(CLOSINGS)
     return " " + " ".join(words)
 
@@ -183,14 +187,14 @@ def _word(rng: random.Random, tone: str, quality: float) -> str:
     """Return the next word of a demonstration."""
     flaw = 1.0 - quality
     classes: tuple[tuple[float, tuple[str, ...]], ...] = (
-        (0.08 + 0.14 * quality, TONE_WORDS[tone]),
-        (0.04 + 0.12 * flaw, TONE_WORDS[OPPOSITE[tone]]),
-        (0.08, TONE_WORDS[rng.choice(TONES)]),
-        (0.08 + 0.08 * quality, ADVERBS),
-        (0.04 + 0.04 * quality, FACTS),
+        (0.18 + 0.12 * quality, TONE_WORDS[tone]),
+        (0.01 + 0.07 * flaw, TONE_WORDS[OPPOSITE[tone]]),
+        (0.06, TONE_WORDS[rng.choice(TONES)]),
+        (0.06 + 0.07 * quality, ADVERBS),
+        (0.03 + 0.03 * quality, FACTS),
         (0.08 * flaw, COMPLAINTS),
         (0.04 * flaw, HYPE),
-        (0.03, OPENINGS + CLOSINGS),
+        (0.02, OPENINGS + CLOSINGS),
     )
     u = rng.random()
     for share, words in classes:
