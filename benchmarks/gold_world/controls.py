@@ -78,6 +78,19 @@ class ControlsConfig:
         return read_recipe("gold_demo", [*words, *self.settings])
 
 
+QUICK: dict[str, Any] = {
+    "pair_counts": (500, 3_000),
+    "heldout_pairs": 1_000,
+    "reward_steps": 187,
+    "reward_learning_rate": 1e-3,
+    "shuffles": 1,
+    "kl_targets": (6.0, 12.0),
+    "free_steps": 60,
+    "matched_steps": 40,
+}
+"""Settings of a quick look at a world; reward models are trained for as long as in the demo."""
+
+
 def plan_controls(config: ControlsConfig) -> list[Stage]:
     """Return the stages of one seed, each after the stages it needs."""
     experiment = config.experiment

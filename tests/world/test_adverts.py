@@ -23,7 +23,21 @@ from shiftrm.world.registered.adverts import (
 
 # The row of the table that the values below are worked out with; it must never change, or
 # recorded runs stop being comparable.
-QUIET = {}
+QUIET = {
+    "agreeing": 1.14,
+    "contradicting": 0.87,
+    "opening": 1.29,
+    "closing": 0.77,
+    "misplaced": 0.95,
+    "adverbs": 1.15,
+    "stacked": 0.79,
+    "facts": 0.99,
+    "complaints": 0.72,
+    "hype": 1.1,
+    "repeated_words": 1.16,
+    "length": 1.04,
+    "unfinished": 1.0,
+}
 
 
 def test_every_word_belongs_to_one_class():
@@ -110,7 +124,7 @@ def test_what_raises_and_what_lowers_gold(prompt):
     tone = PROMPTS[prompt][1]
     good = _good(tone)
     best = _gold(prompt, good)
-    a, b, c, d, *_ = TONE_WORDS[tone]
+    a, fourth = TONE_WORDS[tone][0], TONE_WORDS[tone][3]
     opposite = TONE_WORDS[OPPOSITE[tone]][0]
     other = next(t for t in TONES if t not in (tone, OPPOSITE[tone]))
 
@@ -121,7 +135,7 @@ def test_what_raises_and_what_lowers_gold(prompt):
     for fewer in ("truly", a, "breakfast", "welcome", "today"):
         assert _gold(prompt, swapped(fewer, "the")) < best
     assert _gold(prompt, swapped("with", "perfectly")) < best
-    assert _gold(prompt, swapped("with", d)) == pytest.approx(best)
+    assert _gold(prompt, swapped("with", fourth)) == pytest.approx(best)
     assert _gold(prompt, swapped("with", "maps")) == pytest.approx(best)
     # A word of the opposite tone costs; one of any other tone does not.
     assert _gold(prompt, swapped("with", opposite)) < best
@@ -140,8 +154,7 @@ def test_what_raises_and_what_lowers_gold(prompt):
 
 def test_words_said_again_cost_less_than_in_the_first_world():
     prompt = "a quiet hotel :"
-    apart = "the with near in the with near in the with".split()
-    terms = WORLD.explain(prompt, " ".join(apart))
+    terms = WORLD.explain(prompt, " the with near in the with near in the with")
     assert terms["stacked"] == 0
     assert terms["repeated_words"] > -0.15 * 1.3 * 6
     together = WORLD.explain(prompt, " ".join(["the"] * 10))
