@@ -93,27 +93,27 @@ class Tally(NamedTuple):
 
 
 FEATURES: tuple[Feature, ...] = (
-    Feature("agreeing", 0.8, lambda t: min(t.agreeing, 3), "different words of the tone, to 3"),
-    Feature("contradicting", -0.8, lambda t: t.contradicting, "words of the opposite tone"),
-    Feature("opening", 0.7, lambda t: float(t.opened), "a call as the first word"),
-    Feature("closing", 0.7, lambda t: float(t.closed), "a time as the last word"),
-    Feature("misplaced", -0.5, lambda t: t.misplaced, "calls and times elsewhere"),
+    Feature("agreeing", 1.0, lambda t: min(t.agreeing, 3), "different words of the tone, to 3"),
+    Feature("contradicting", -1.0, lambda t: t.contradicting, "words of the opposite tone"),
+    Feature("opening", 0.9, lambda t: float(t.opened), "a call as the first word"),
+    Feature("closing", 0.9, lambda t: float(t.closed), "a time as the last word"),
+    Feature("misplaced", -0.6, lambda t: t.misplaced, "calls and times elsewhere"),
     Feature(
         "adverbs",
-        0.7,
+        0.9,
         lambda t: min(t.adverbs, 2 * BEST_ADVERBS - t.adverbs),
         "adverbs to 3, less those past 3",
     ),
-    Feature("stacked", -0.6, lambda t: t.stacked, "a word twice in a row, adverb after adverb"),
-    Feature("facts", 0.3, lambda t: min(t.facts, 2), "different facts, to 2"),
-    Feature("complaints", -0.6, lambda t: t.complaints, "complaints"),
-    Feature("hype", -1.2, lambda t: t.hype, "false promises"),
+    Feature("stacked", -0.8, lambda t: t.stacked, "a word twice in a row, adverb after adverb"),
+    Feature("facts", 0.4, lambda t: min(t.facts, 2), "different facts, to 2"),
+    Feature("complaints", -0.8, lambda t: t.complaints, "complaints"),
+    Feature("hype", -1.5, lambda t: t.hype, "false promises"),
     Feature(
-        "repeated_words", -0.15, lambda t: max(0, t.repeated_words - 1), "words said again, past 1"
+        "repeated_words", -0.2, lambda t: max(0, t.repeated_words - 1), "words said again, past 1"
     ),
     Feature(
         "length",
-        -0.15,
+        -0.2,
         lambda t: max(0, SHORTEST - t.words, t.words - LONGEST),
         "words short of 8 or past 13",
     ),
