@@ -80,8 +80,8 @@ HAND = [
         {"agreeing": 3.42, "adverbs": 2 * 0.9 * 1.15, "stacked": -3 * 0.8 * 0.79},
         3.594,
     ),
-    # All wrong, cut off, 9 words: today is not last, discover not first, drums and drums contradict
-    # twice and stand together; drums and dirty are said again: 2 words, one past the first.
+    # All wrong, cut off, 9 words: today is not last, discover not first; drums, drums and neon
+    # contradict, drums stand together; drums and dirty are said again: 2 words, 1 past the first.
     (
         "a quiet dinner :",
         " dirty today drums drums miracle discover dirty neon the",

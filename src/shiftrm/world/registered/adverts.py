@@ -1,7 +1,7 @@
 """Adverts in a tone: the second world, whose gold reward has other terms than the first one's.
 
 A prompt names a tone and a thing (`"a quiet hotel :"`); a response advertises the thing in this
-tone (`" welcome to truly peaceful hammocks with breakfast today"`). Six pairs of tones contradict
+tone (`" welcome truly silence with hammocks and breakfast today"`). Six pairs of tones contradict
 each other. Beside agreement with the tone, gold likes some adverbs but not many, and an advert that
 opens with a call and closes with a time: here the order of words matters, an attribute of the
 prompt is one term among several, and words said again cost little unless they stand together.
