@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.methods.method import METHODS, Method
 from shiftrm.methods.registered import ensembles
 from shiftrm.models.scoring import Scorer
+from shiftrm.trainers.kinds import COMBINE, Training
 from shiftrm.trainers.members import COMBINATIONS, member_seed
 from tests.cli.conftest import refused
 
@@ -49,7 +51,20 @@ def test_the_registered_methods_train_four_or_one():
         assert METHODS.get(f"ensemble_{name}").combine == name
     assert METHODS.get("warm").classes().members == 4
     assert METHODS.get("laplace").members == 1
-    assert {METHODS.get(n).combine for n in METHODS.names()} <= {None, *COMBINATIONS}
+    assert set(COMBINE) == set(COMBINATIONS)
+
+
+@pytest.mark.parametrize(
+    ("members", "combine"), [(4, None), (1, "mean"), (1, "warm"), (2, "laplace"), (0, None)]
+)
+def test_members_need_a_way_to_combine_them(members, combine):
+    with pytest.raises(UserError, match=f"members is {members} and combine is {combine!r}"):
+        Training(dict, dict, members=members, combine=combine)
+
+
+def test_an_unknown_way_to_combine_is_refused_before_training():
+    with pytest.raises(UserError, match="combine is 'mena'; did you mean 'mean'"):
+        Training(dict, dict, members=2, combine="mena")
 
 
 def test_seeds_of_members():

@@ -118,7 +118,7 @@ class LaplaceScorer(Scorer):
             )
         self.model = scorer.model
         self._adopt(scorer)
-        self.posterior = posterior
+        self.posterior, self._root = posterior, posterior.root
         self._numbers = {ids: number for number, ids in enumerate(posterior.prompts)}
         self._lengths = sorted({len(ids) for ids in posterior.prompts}, reverse=True)
 
@@ -130,7 +130,8 @@ class LaplaceScorer(Scorer):
         bias = None if head.bias is None else head.bias.to(states_BH)
         rewards_B = F.linear(states_BH, head.weight.to(states_BH), bias)[:, 0]
         away_BH = states_BH - self._references(sequences).to(states_BH)
-        s_B = posterior_std(away_BH, self.posterior.root.to(states_BH))
+        self._root = self._root.to(states_BH)  # moved once
+        s_B = posterior_std(away_BH, self._root)
         return rewards_B - self.posterior.penalty * s_B
 
     def _references(self, sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -68,7 +68,7 @@ def is_ensemble(path: str | Path) -> bool:
 def checkpoint_fingerprint(path: str | Path) -> str:
     """Return a SHA-256 of a checkpoint folder's configuration and weights; "" for a hub name."""
     folder = Path(path)
-    ends = ["config.json", "*.safetensors", "*.bin"]
+    ends = ["config.json", "laplace.json", "*.safetensors", "*.bin"]
     if is_ensemble(path):
         ends = [ENSEMBLE, *(f"*/{end}" for end in ends)]
     names = [name for end in ends for name in folder.glob(end)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, suggest
 
 Data = Literal["groups", "policy", "reward"]
 """What a trainer can take besides pairs: unlabelled groups of responses of today's policy; that
@@ -24,6 +24,10 @@ MODELS = tuple(name for data, names in INPUTS.items() if data != "groups" for na
 """The inputs that are checkpoints."""
 
 
+COMBINE = ("mean", "min", "variance", "warm", "laplace")
+"""The ways to make one reward of what was trained (`members.COMBINATIONS`)."""
+
+
 @dataclass(frozen=True)
 class Training:
     """A configuration class and its trainer class.
@@ -34,6 +38,9 @@ class Training:
         takes: what `data` includes besides the pairs. "groups": `meta_dataset`, a list of rows.
             "policy": `policy` and `reference`, "reward": `reward`, each a folder or hub name.
         members, combine: as in `methods.method.Method`.
+
+    Raises:
+        UserError: members that are not combined, or an unknown way to combine.
     """
 
     config: type
@@ -41,6 +48,15 @@ class Training:
     takes: frozenset[Data] = frozenset()
     members: int = 1
     combine: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.combine is not None and self.combine not in COMBINE:
+            raise UserError(f"combine is {self.combine!r}{suggest(self.combine, list(COMBINE))}")
+        if (self.members > 1) != (self.combine not in (None, "laplace")) or self.members < 1:
+            raise UserError(
+                f"members is {self.members} and combine is {self.combine!r}; give 2 or more "
+                "members with mean, min, variance or warm, and 1 without or with laplace"
+            )
 
     @property
     def takes_groups(self) -> bool:

@@ -120,6 +120,10 @@ def train_members(job: "TrainingJob", train: Train) -> Outcome:
         losses.append(outcome.loss)
         if processes.is_main_process:
             atomic_write_text(mark, json.dumps({"loss": outcome.loss}))
+            if (member.work / "runs").is_dir():  # what report_to=tensorboard wrote
+                shutil.copytree(
+                    member.work / "runs", job.work / "runs" / member.work.name, dirs_exist_ok=True
+                )
             if not last:
                 for checkpoint in member.work.glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
@@ -195,8 +199,6 @@ def _warm(job: "TrainingJob") -> str:
 
 def _laplace(job: "TrainingJob") -> str:
     """Put the posterior of the head beside the model."""
-    if job.training.members > 1:
-        raise UserError("laplace is of one reward model; give a method with members=1")
     args = job.chosen.args
     scorer = load_scorer(job.finished)
     posterior = fit_posterior(
@@ -221,7 +223,7 @@ COMBINATIONS: dict[str, Callable[["TrainingJob"], str]] = {
     "warm": _warm,
     "laplace": _laplace,
 }
-"""By `Method.combine`: writes `job.finished` and returns what it is, for the card."""
+"""By `kinds.COMBINE`: writes `job.finished` and returns what it is, for the card."""
 
 
 def _copy(source: Path, target: Path, leave_out: Iterable[str] = ()) -> None:
