@@ -16,9 +16,10 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.oodpl.meta_config import OODPLConfig
 from shiftrm.oodpl.trainer import OODPLTrainer
 from shiftrm.trainers import work_folder
+from shiftrm.trainers.one_model import write_model
 from shiftrm.trainers.progress import ProgressInWords
 from shiftrm.trainers.settings import REFUSED, command_defaults, first_line, value_of
-from shiftrm.trainers.training import exists, write_model
+from shiftrm.trainers.training import exists
 from shiftrm.trainers.training_log import write_training_log
 
 __all__ = ["meta_train", "settings_of"]

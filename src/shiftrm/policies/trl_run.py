@@ -19,14 +19,9 @@ from shiftrm.policies.outcome import (
 )
 from shiftrm.policies.rollouts import Problem
 from shiftrm.policies.text_rewards import with_gold
+from shiftrm.trainers.one_model import add_callbacks, write_model
 from shiftrm.trainers.settings import first_line
-from shiftrm.trainers.training import (
-    TrainingJob,
-    add_callbacks,
-    open_work,
-    publish,
-    write_model,
-)
+from shiftrm.trainers.training import TrainingJob, open_work, publish
 from shiftrm.trainers.training_log import training_log, write_training_log
 
 __all__ = ["Plan", "run_in_work", "run_trl"]
