@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from shiftrm.config import apply_overrides, from_mapping
     from shiftrm.models.loading import checkpoint_fingerprint
     from shiftrm.pipeline.engine import run_stages
+    from shiftrm.pipeline.run import check_settings
 
     config = from_mapping(StudyConfig, apply_overrides({}, args.set))
     model = checkpoint(args.model, args.output)
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     for seed in dict.fromkeys(args.seeds):
         root = args.output / f"seed-{seed}"
         stages = replace(plan, seed=seed).stages(args.arms)
+        check_settings(stages)
         if args.until is not None:
             stages = needed_for(stages, args.until)
         run_stages(stages, root, seed=seed, threads=args.threads, on_progress=Clock(seed))

@@ -30,7 +30,10 @@ __all__ = ["AGAINST", "BEST_OF", "CEILING", "SHORTEST", "add_rows", "seed_rows"]
 
 
 def seed_rows(root: Path, seed: int, arms: Sequence[str]) -> list[Row]:
-    """Return the rows of a seed's folder, of those arms that are finished.
+    """Return the rows of a seed's folder, of all arms that are finished there.
+
+    Args:
+        arms: these come first, in this order.
 
     Returns:
         Nothing while the moved policy's responses are not there.
@@ -46,7 +49,8 @@ def seed_rows(root: Path, seed: int, arms: Sequence[str]) -> list[Row]:
         CEILING: golds,
         SHORTEST: {"eval": _shortness(groups), "base": _shortness(base)},
     }
-    for name in dict.fromkeys(arms):
+    there = sorted(path.name for path in (root / "arms").glob("*"))
+    for name in dict.fromkeys([*arms, *there]):
         path = root / "arms" / name / "scores" / SCORES
         if path.is_file():
             rows = read_jsonl(path)

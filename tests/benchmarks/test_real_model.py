@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from shiftrm.data.domains import prompt_key
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl
 from shiftrm.pipeline.engine import stage_keys
+from shiftrm.pipeline.run import check_settings
 from tests.byte_level import byte_level
 
 # -- the lexical gold ------------------------------------------------------------------------------
@@ -289,6 +291,13 @@ def test_arms_differ_only_in_what_they_are_trained_on(tmp_path):
     assert "arms/fixed/reward_model" not in stages
 
 
+def test_the_settings_of_every_training_are_known(tmp_path):
+    check_settings(plan(tmp_path, ppo=True).stages(ARMS))
+    wrong = replace(plan(tmp_path), config=StudyConfig(learning_rate=-1.0))
+    with pytest.raises(UserError, match="learning_rate"):
+        check_settings(wrong.stages(ARMS))
+
+
 def test_arms_can_be_added_later_and_stages_chosen(tmp_path):
     few, all_ = (plan(tmp_path).stages(arms) for arms in (ARMS[:2], ARMS))
     old, new = stage_keys(few, 0), stage_keys(all_, 0)
@@ -428,6 +437,15 @@ def test_a_small_study_for_real(small_world, in_process, monkeypatch, capsys):
     assert real_model.main() == 0
     assert (here / "out" / "seed-3" / "proxy" / "stage.json").stat().st_mtime_ns == stamp
     assert read_jsonl(here / "results.jsonl") == rows
+    # PPO is added to an arm that is there.
+    more = ["--ppo", "--arms", "fixed", "--set", *SMALL, "ppo_steps=1", "ppo_prompts=4"]
+    monkeypatch.setattr("sys.argv", [*words[: words.index("--arms")], *more])
+    assert real_model.main() == 0
+    more_rows = read_jsonl(here / "results.jsonl")
+    [new] = [row for row in more_rows if row not in rows]
+    assert (new["arm"], new["measure"]) == ("fixed", "ppo_gold")
+    assert len(more_rows) == len(rows) + 1
+
     monkeypatch.setattr("sys.argv", [*words, "--set", *SMALL, "steps=3"])
     assert real_model.main() == 2
     assert "another configuration" in capsys.readouterr().err
