@@ -227,7 +227,7 @@ def test_options_from_a_file(shiftrm, monkeypatch):
 def test_advice_when_the_meta_step_is_too_small(shiftrm):
     status, output = shiftrm(*GROUPS, "preset=paper", "learning_rate=1e-7")
     assert status == 0
-    assert "That is too small to matter: raise meta_learning_rate.\n" in output.out
+    assert "That is too small to matter: set preset=by_effect" in output.out
     assert "scale_free" not in output.out, "its step may be far too large instead"
     assert "Before and after: un" in output.out  # 8 prompts held out: unclear
 
@@ -237,7 +237,7 @@ def test_a_warning_when_the_meta_step_outweighs_the_pairs(shiftrm, caplog):
     status, output = shiftrm(*GROUPS, *settings)
     assert status == 0
     assert re.search(r"WARNING: in one step it was \S+\. Above 1 the meta step, which", output.out)
-    assert "Lower meta_learning_rate." in output.out
+    assert "set preset=by_effect, which chooses the length of the step" in output.out
     [said] = [r.message for r in caplog.records if "outweighs the pairs" in r.message]
     assert said.startswith("step 0: the meta step changes the gradient by")
 

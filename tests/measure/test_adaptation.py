@@ -35,10 +35,10 @@ def groups_file(model, scale, *, name="groups", n=N):
     return ScoredFile(model, name, groups=tuple(groups))
 
 
-def verdict(*files):
+def verdict(*files, meta_steps=False):
     """Files of the model before, then those of the model after."""
     diagnoses = diagnose(files)
-    return adaptation_verdict(compare(files, diagnoses), diagnoses)
+    return adaptation_verdict(compare(files, diagnoses), diagnoses, meta_steps=meta_steps)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,15 @@ def test_louder_on_groups_where_labels_show_nothing():
     assert found.word == "louder, not sharper"
     assert "9 times what it was, 9 relative to the reference" in found.sentence
     assert "label responses of today's policy" in found.advice[0]
+
+
+@pytest.mark.parametrize(("after", "scale"), [(30, 5), (10, 1)])
+def test_after_meta_steps_that_did_not_sharpen_it_names_the_method_that_may(after, scale):
+    files = pairs_file("a", 30), pairs_file("b", after, scale=scale)
+    with_meta_steps, without = (verdict(*files, meta_steps=m).advice for m in (True, False))
+    assert any("--method contrast" in text for text in with_meta_steps)
+    assert not any("contrast" in text for text in without), "it may be what was tried"
+    assert set(without) < set(with_meta_steps)
 
 
 def test_sharper_on_one_and_duller_on_another():

@@ -338,7 +338,9 @@ def _measure(
     models = {"before": before, "after": str(job.finished)}
     size = job.chosen.args.per_device_eval_batch_size
     found = find(models, files, load=load, batch_size=size, sight_pairs=sight_pairs, bar=bar)
-    return replace(found, change=adaptation_verdict(found.comparisons, found.diagnoses))
+    meta_steps = hasattr(job.chosen.args, "meta_step")
+    change = adaptation_verdict(found.comparisons, found.diagnoses, meta_steps=meta_steps)
+    return replace(found, change=change)
 
 
 def _how(

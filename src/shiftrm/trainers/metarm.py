@@ -26,10 +26,10 @@ from shiftrm.core.meta_layers import per_layer, random_directions
 from shiftrm.core.objectives import OBJECTIVES, recorded_signs
 from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
-from shiftrm.measure.diagnosis.thresholds import INFLUENCE_CEILING
 from shiftrm.trainers.meta_effect import EFFECTS, MetaEffect
 from shiftrm.trainers.meta_groups import MetaGroups
 from shiftrm.trainers.meta_state import META_STATE_FILE, MetaStepState, meta_state, read_meta_state
+from shiftrm.trainers.meta_words import too_large
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.reward_configs import PRESETS, MetaRMConfig, check_metarm
 from shiftrm.trainers.sharding import (
@@ -373,13 +373,9 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
 
     def _log_meta(self, name: str, value: float) -> None:
         super()._log_meta(name, value)
-        if name == "meta_influence" and value > INFLUENCE_CEILING and not self._said_too_large:
+        if name != "meta_influence" or self._said_too_large:
+            return
+        if words := too_large(value, by_effect=self.args.meta_step == "effect"):
             self._said_too_large = True
-            logger.warning(
-                "step %d: the meta step changes the gradient by %.2g of its length; above %g it "
-                "outweighs the pairs, and rewards become louder but rarely sharper: lower "
-                "meta_learning_rate",
-                self._step(),
-                value,
-                INFLUENCE_CEILING,
-            )
+            text = "step %d: the meta step changes the gradient by %.2g of its length. %s"
+            logger.warning(text, self._step(), value, words)

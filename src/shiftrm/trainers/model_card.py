@@ -11,9 +11,10 @@ from huggingface_hub import ModelCardData
 import shiftrm
 from shiftrm.core.intervals import Measured
 from shiftrm.data.sources import HUB_NAME
-from shiftrm.measure.diagnosis.thresholds import FEW_PROMPTS, INFLUENCE_CEILING, INFLUENCE_FLOOR
+from shiftrm.measure.diagnosis.thresholds import FEW_PROMPTS
 from shiftrm.measure.diagnosis.verdict import accuracy_verdict
 from shiftrm.trainers.kinds import ORDINARY
+from shiftrm.trainers.meta_words import too_large, too_small
 
 NOT_METRICS = (
     "runtime",
@@ -226,16 +227,13 @@ def _meta_words(outcome: Outcome) -> list[str]:
     influence = outcome.meta.get("meta_influence")
     if influence is None:
         return []
+    by_effect = "meta_rho" in outcome.meta
     words = f"The meta step changed the gradient by {influence:.2g} of its length."
-    if influence < INFLUENCE_FLOOR:
-        words += " That is too small to matter: raise meta_learning_rate."
+    if small := too_small(influence, by_effect=by_effect):
+        words += f" {small}"
     most = outcome.meta["meta_influence_most"]
-    if most > INFLUENCE_CEILING:
-        words += (
-            f" WARNING: in one step it was {most:.2g}. Above {INFLUENCE_CEILING:g} the meta step, "
-            "which uses no labels, outweighs the pairs: rewards become louder but rarely sharper. "
-            "Lower meta_learning_rate."
-        )
+    if large := too_large(most, by_effect=by_effect):
+        words += f" WARNING: in one step it was {most:.2g}. {large}"
     return [words]
 
 

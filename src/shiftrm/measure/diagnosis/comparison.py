@@ -131,11 +131,18 @@ TRAIN_ON_LABELS = (
     "Wider differences alone do not help: label responses of today's policy, a few hundred pairs "
     "at least, and train on them (shiftrm train)."
 )
-KEEP_THE_OLD = "Keep the model from before, or adapt with a smaller step (meta_learning_rate)."
+KEEP_THE_OLD = "Keep the model from before."
+TRY_CONTRAST = (
+    "Meta steps widen differences and rarely correct their order. Without labels, prompt contrast "
+    "(--method contrast) teaches the model something true: to look at the prompt."
+)
 
 
 def adaptation_verdict(
-    comparisons: Sequence[ModelChange], diagnoses: Sequence[Diagnosis]
+    comparisons: Sequence[ModelChange],
+    diagnoses: Sequence[Diagnosis],
+    *,
+    meta_steps: bool = False,
 ) -> DiagnosisVerdict:
     """Say whether an adaptation made the model sharper or only louder, with the numbers.
 
@@ -145,6 +152,7 @@ def adaptation_verdict(
     Args:
         comparisons: after against before, one a file.
         diagnoses: of both models; those of the files that were compared are looked up by name.
+        meta_steps: whether it was by meta steps (MetaRM), for the advice.
     """
     before = {d.name: d for d in diagnoses if d.model == comparisons[0].before}
     after = {d.name: d for d in diagnoses if d.model == comparisons[0].after}
@@ -169,7 +177,9 @@ def adaptation_verdict(
             f"Nothing says whether it orders the responses of {' and '.join(unlabelled)} better: "
             "spread is not sight."
         )
-    return DiagnosisVerdict(word, "\n".join(parts), tuple(warnings), _advice(word, bool(labelled)))
+    return DiagnosisVerdict(
+        word, "\n".join(parts), tuple(warnings), _advice(word, bool(labelled), meta_steps)
+    )
 
 
 def _has_interval(c: ModelChange) -> bool:
@@ -231,9 +241,9 @@ def _sight(c: ModelChange, before: Diagnosis, after: Diagnosis) -> str:
     return f"Sight tests on {c.name} (share preferred to): {'; '.join(found)}."
 
 
-def _advice(word: str, labelled: bool) -> tuple[str, ...]:
+def _advice(word: str, labelled: bool, meta_steps: bool) -> tuple[str, ...]:
     if word in (DULLER, MIXED):
-        return (KEEP_THE_OLD,)
+        return (KEEP_THE_OLD, *((TRY_CONTRAST,) if meta_steps else ()))
     if word == LOUDER:
-        return (TRAIN_ON_LABELS,)
+        return (*((TRY_CONTRAST,) if meta_steps else ()), TRAIN_ON_LABELS)
     return () if labelled else (LABEL_MORE,)

@@ -45,4 +45,6 @@ INFLUENCE_FLOOR = 1e-3
 """A meta step that changes the gradient of L by less than this share of its norm is too small to
 matter."""
 INFLUENCE_CEILING = 1.0
-"""Above this, the meta step changes the gradient by more than the norm of the pairs' gradient."""
+"""Above this, the meta step, which uses no labels, changes the gradient by more than the norm of
+the pairs' gradient. On SmolLM2-135M two steps of fixed length 0.5 had an influence of 7.7: the
+variance of reward differences grew 633-fold, and the accuracy fell from 0.56 to 0.44."""
