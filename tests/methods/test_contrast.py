@@ -126,6 +126,13 @@ def test_each_way_makes_as_many(tmp_path):
     assert made[:11] == negative_pairs(groups, "other_prompt", 11, seed=3)
 
 
+def test_a_way_that_can_do_nothing_is_left_out(tmp_path, caplog):
+    args = config(tmp_path, contrast_negatives=["language", "other_prompt", "cut"])
+    made = contrast_rows(args, [], GROUPS, None, count=30)
+    assert made == negative_pairs(GROUPS, "other_prompt", 30, seed=3)
+    assert "contrast leaves out cut, which needs finished responses of six" in caplog.text
+
+
 def test_the_default_is_other_prompts_of_the_policys_responses(tmp_path):
     args = config(tmp_path)
     assert (args.contrast_source, args.contrast_matching) == ("policy", "random")

@@ -9,6 +9,7 @@ as the groups of a meta step (arXiv 2405.00438, Algorithm 1) in place of unlabel
     theta' = theta + eta * grad_theta sum log sigmoid(r(x, y) - r(x, y'))
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shiftrm.data.groups import read_groups
 from shiftrm.data.matching import Score, check_matching
-from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT, negative_pairs
+from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT, negative_pairs, possible
 from shiftrm.data.pairs import COLUMNS, FINISHED, read_pairs
 from shiftrm.data.replies import answers_of
 from shiftrm.errors import UserError, suggest
@@ -35,6 +36,8 @@ else:
     _Base = object
 
 __all__ = ["ContrastConfig", "ContrastMetaConfig", "ContrastMetaTrainer", "ContrastTrainer"]
+
+logger = logging.getLogger(__name__)
 
 SOURCES = ("policy", "pairs", "both")
 
@@ -179,13 +182,15 @@ def contrast_rows(
 ) -> list[Row]:
     """Return contrast rows as the settings say, as many of each way and source (give or take one).
 
+    A way that can make nothing worse is left out with a warning, unless all are such.
+
     Args:
         pairs, groups: the labelled pairs, and the groups of the policy's responses or their file.
         reward: folder of a reward model, for hard.
         count: of rows; None: one for each response of the sources.
 
     Raises:
-        UserError: the source or the reward model is missing, or a way can make nothing worse.
+        UserError: the source or the reward model is missing, or no way can make anything worse.
     """
     sources = []
     if args.contrast_source != "pairs":
@@ -207,13 +212,25 @@ def contrast_rows(
         score = scoring(reward)
     if count is None:
         count = sum(len(answers_of(source)) for source in sources)
-    cells = [(source, kind) for source in sources for kind in args.contrast_negatives]
+    cells = _usable(sources, args.contrast_negatives)
     made: list[Row] = []
     for number, (source, kind) in enumerate(cells):
         part = count // len(cells) + (number < count % len(cells))
         matching, seed = args.contrast_matching, args.seed
         made += negative_pairs(source, kind, part, matching=matching, seed=seed, score=score)
     return made
+
+
+def _usable(sources: list[list[Row]], kinds: Sequence[str]) -> list[tuple[list[Row], str]]:
+    """Return the sources with the ways that can make something worse of them; else the first."""
+    found: list[tuple[list[Row], str]] = []
+    without: list[tuple[list[Row], str]] = []
+    for source in sources:
+        for kind in kinds:
+            (found if possible(source, kind) else without).append((source, kind))
+    for _, kind in without if found else ():
+        logger.warning("contrast leaves out %s, which needs %s", kind, NEGATIVES.get(kind).needs)
+    return found or without[:1]  # whose error says what is missing
 
 
 def as_groups(pairs: Iterable[Row]) -> list[Row]:
