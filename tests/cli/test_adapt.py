@@ -115,6 +115,7 @@ def _check_words(out, found):
         assert words in card
     assert found["change"]["sentence"] in card
     assert "Accuracy on labels" in card
+    assert "| One standard deviation more … |" in card, "what each model pays for"
     assert "held out of it" in card
     assert not WORK.exists()
 

@@ -139,7 +139,8 @@ _SINGLE = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00
 def _pattern() -> re.Pattern[str]:
     """Return the pattern of a word: marks (vowel signs, accents) belong to it, unlike in `\\w`."""
     marks = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
-    part = rf"(?:(?![{_SINGLE}])[^\W_][{marks}\u200c\u200d]*)+"
+    letters = rf"[^\W_{_SINGLE}]"
+    part = rf"{letters}+(?:[{marks}\u200c\u200d]+{letters}*)*"
     return re.compile(rf"[{_SINGLE}]|{part}(?:['\u2019]{part})*")
 
 
@@ -182,12 +183,12 @@ def _list_lines(read: Reading) -> float:
 
 def _digits(read: Reading) -> float:
     marks = "".join(read.text.split())
-    return _share(sum(c.isdecimal() for c in marks), len(marks))
+    return _share(sum(map(str.isdecimal, marks)), len(marks))
 
 
 def _capitals(read: Reading) -> float:
-    upper = sum(c.isupper() for c in read.text)
-    return _share(upper, upper + sum(c.islower() for c in read.text))
+    upper = sum(map(str.isupper, read.text))
+    return _share(upper, upper + sum(map(str.islower, read.text)))
 
 
 def _marks(characters: str) -> Callable[[Reading], float]:

@@ -7,6 +7,7 @@ from typing import Any
 from shiftrm.measure.diagnosis.findings import Findings
 from shiftrm.methods.adapt import verdict_words
 from shiftrm.report.diagnosis import write_numbers, write_page
+from shiftrm.report.diagnosis_features import pays_tables
 from shiftrm.report.diagnosis_sight import sight_tables
 from shiftrm.report.diagnosis_tables import comparison_table, numbers_tables
 from shiftrm.trainers.model_card import markdown_table
@@ -48,4 +49,8 @@ def card_tables(found: Findings) -> str:
         parts.append(markdown_table(table.columns, rows))
     for table in sight_tables(found.diagnoses):
         parts += [f"{table.title}:", markdown_table(table.columns, table.rows), table.note]
+    prices = pays_tables(found, most=6)
+    for table in prices:
+        parts += [f"{table.title}:", markdown_table(table.columns, table.rows)]
+    parts += [table.note for table in prices[-1:]]  # the same for all
     return "\n\n".join(parts)
