@@ -12,7 +12,7 @@ from shiftrm.errors import UserError
 
 EPILOG = """examples:
   shiftrm adapt --model models/reward --pairs pairs.jsonl --groups groups.jsonl \\
-      --eval-pairs heldout.jsonl --output models/reward-2 preset=scale_free learning_rate=5e-6
+      --eval-pairs heldout.jsonl --output models/reward-2 preset=by_effect learning_rate=5e-6
   shiftrm adapt --model models/reward --pairs pairs.jsonl --policy models/ppo-1 \\
       --prompts prompts.jsonl --responses 5 --temperature 0.8 --output models/reward-2
   shiftrm adapt --config adapt.yaml --eval-groups other=groups-of-other-prompts.jsonl

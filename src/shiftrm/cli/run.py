@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   shiftrm run recipes/hh_helpful.yaml model=models/llama --dry-run
   shiftrm run recipes/hh_helpful.yaml model=models/llama --output runs/helpful
-  shiftrm run recipes/hh_helpful.yaml model=meta-llama/Llama-2-7b-hf preset=scale_free \\
+  shiftrm run recipes/hh_helpful.yaml model=meta-llama/Llama-2-7b-hf preset=by_effect \\
       execution.processes=8 judge.kind=endpoint judge.model=gpt-4o --output runs/helpful
   shiftrm run gold_domains --output runs/oodpl
   shiftrm run recipes/summary.yaml model=models/llama data.pairs.source=my/pairs.jsonl \\

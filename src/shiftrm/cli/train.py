@@ -9,7 +9,7 @@ from shiftrm.data.sources import SOURCE_HELP
 EPILOG = """examples:
   shiftrm train --model models/sft --pairs pairs.jsonl --output models/reward
   shiftrm train --model models/sft --pairs pairs.jsonl --groups groups.jsonl \\
-      --output models/reward-round-2 preset=scale_free learning_rate=5e-6 num_train_epochs=1
+      --output models/reward-round-2 preset=by_effect learning_rate=5e-6 num_train_epochs=1
   shiftrm train --config reward.yaml --learning-rate 1e-5 --eval-pairs chat=chat.csv
   accelerate launch -m shiftrm train --config reward.yaml
 
