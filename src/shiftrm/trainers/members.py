@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from shiftrm.core.ensembles import mean_weights
 from shiftrm.errors import UserError
-from shiftrm.files import Row, atomic_write_text, read_jsonl, write_jsonl
+from shiftrm.files import Row, atomic_write_text, iterate_jsonl, write_jsonl
 from shiftrm.models.combined import Ensemble, Member
 from shiftrm.models.laplace import fit_posterior
 from shiftrm.models.scoring import mean_and_spread
@@ -241,8 +241,8 @@ def _link(source: str, target: str) -> None:
 
 def _mean_log(job: "TrainingJob") -> None:
     """Write a training log with the means over the members, which log at the same steps."""
-    logs = [
-        read_jsonl(member_job(job, number).finished / TRAINING_LOG)
+    logs = [  # empty where training ends before the first log
+        [row for _, row in iterate_jsonl(member_job(job, number).finished / TRAINING_LOG)]
         for number in range(job.training.members)
     ]
     rows: list[Row] = []
