@@ -217,6 +217,8 @@ class Plan:
         if method.training is not None:
             found.append(self._reward_model(name))
             reward = Made(found[-1].name)
+            if method.label_choice != "random":
+                raise UserError(f"arm {name}: the study labels responses drawn at random only")
         elif name != FIXED:
             raise UserError(f"arm {name}: trains nothing; the lexical gold is an arm of its own")
         scores = Stage(

@@ -53,7 +53,8 @@ def _by_arm(rows: Sequence[Row], columns: dict[str, str]) -> str:
     for seed, arm in dict.fromkeys((row["seed"], row["arm"]) for row in rows):
         cells = [_cell(found.get((seed, arm, measure))) for measure in columns]
         if any(cell != "-" for cell in cells):
-            lines.append([str(seed), _label(arm), *cells])
+            count = found.get((seed, arm, "labels"))
+            lines.append([str(seed), _label(arm, count), *cells])
     return markdown_table(["seed", "reward", *columns.values()], lines)
 
 
@@ -77,8 +78,12 @@ def _sight_columns(rows: Sequence[Row]) -> dict[str, str]:
     return {kind: kind.removeprefix(SIGHT).replace("_", " ") for kind in kinds}
 
 
-def _label(arm: str) -> str:
-    return LABELS[arm] if arm in LABELS else METHODS.get(arm).label
+def _label(arm: str, labels: Row | None) -> str:
+    """Return the arm's name; `labels` is the row that says how many new labels it has."""
+    if arm in LABELS:
+        return LABELS[arm]
+    count = "" if labels is None else f"{labels['value']:.0f}"
+    return METHODS.get(arm).label.replace("{labels}", count).replace(" a round", "")
 
 
 def _cell(row: Row | None) -> str:

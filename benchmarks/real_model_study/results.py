@@ -13,6 +13,7 @@ import numpy as np
 
 from shiftrm.core.intervals import Measured
 from shiftrm.files import Row, read_jsonl, write_jsonl
+from shiftrm.methods.method import METHODS
 from shiftrm.models.scoring import score_rows
 
 from . import measures
@@ -64,6 +65,9 @@ def seed_rows(root: Path, seed: int, arms: Sequence[str]) -> list[Row]:
     for name, given in rewards.items():
         found += _arm_rows(name, given, golds, best, seed)
         found += _sight_rows(root, name, seed) + _ppo_rows(root, name, seed, gold)
+        if name not in (CEILING, SHORTEST) and "labels" in METHODS.get(name).needs:
+            labels = len(_labelled(root, "fresh")) - len(_labelled(root, "pairs"))
+            found.append(_row(seed, name, "labels", Measured(float(labels)), labels))
     return found
 
 
@@ -149,6 +153,10 @@ def _ppo_rows(root: Path, name: str, seed: int, gold: LexicalGold) -> list[Row]:
         return []
     golds = [sum(row) / len(row) for row in score_rows(gold, read_jsonl(path))]
     return [_row(seed, name, "ppo_gold", measures.mean(golds), len(golds))]
+
+
+def _labelled(root: Path, stage: str) -> list[Row]:
+    return read_jsonl(root / stage / "pairs.jsonl")
 
 
 def _shortness(groups: Sequence[Row]) -> list[list[float]]:

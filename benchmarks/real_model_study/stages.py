@@ -14,6 +14,7 @@ from shiftrm.models.scoring import Scorer, score_rows
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import place
 from shiftrm.pipeline.measures import free, policy_kl
+from shiftrm.policies.loading import load_scorer
 
 from .choices import chosen_demonstrations, first_turns, label_pairs, split_prompts
 from .gold import LexicalGold, fit_and_report, plain_text
@@ -129,9 +130,7 @@ def gold_of(context: StageContext) -> LexicalGold:
 
 
 def _scorer(context: StageContext, path: str | Path) -> Scorer:
-    scorer = Scorer.from_pretrained(path).to_accelerator()
-    scorer.batch_size = context.stage.execution["sampling_batch_size"]
-    return scorer
+    return load_scorer(str(path), batch_size=context.stage.execution["sampling_batch_size"])
 
 
 def _file(context: StageContext, stage: str, name: str | None = None) -> Path:

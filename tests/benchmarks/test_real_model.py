@@ -309,6 +309,8 @@ def test_arms_can_be_added_later_and_stages_chosen(tmp_path):
     assert "arms/contrast/sight" in [s.name for s in needed_for(all_, ["arms/contrast"])]
     with pytest.raises(UserError, match="--until mvoed: no such stage"):
         needed_for(all_, ["mvoed"])
+    with pytest.raises(UserError, match="drawn at random only"):
+        plan(tmp_path).stages(["active_labels"])
     with pytest.raises(UserError, match="arm gold: trains nothing"):
         plan(tmp_path).stages(["gold"])
 
@@ -327,6 +329,8 @@ def test_tables_have_a_line_for_every_seed_and_arm(tmp_path):
         row(1, "fixed", "accuracy", 0.7),
         row(1, "fixed", "sight_other_prompt", 0.9, 0.8, 1.0),
         row(1, "moved", "kl", 3.0),
+        row(1, "fresh_labels", "labels", 300.0),
+        row(1, "fresh_labels", "rank", 0.1),
     ]
     page = tmp_path / "real-model.md"
     page.write_text("x\n<!-- results:begin -->\nNot run yet.\n<!-- results:end -->\ny\n")
@@ -337,6 +341,7 @@ def test_tables_have_a_line_for_every_seed_and_arm(tmp_path):
     assert "| seed | reward | other prompt |" in text
     assert "| 1 | Reward model kept fixed | 0.90 [0.80, 1.00] |" in text
     assert "| 1 | moved | kl | 3.00 |" in text
+    assert "| 1 | Retrained with 300 fresh labels (ceiling) | - | 0.10 |" in text
     assert "Not run yet" not in text
     assert text.startswith("x\n")
     assert text.endswith("y\n")
@@ -414,7 +419,8 @@ def test_a_small_study_for_real(small_world, in_process, monkeypatch, capsys):
     here = small_world
     words = ["real_model.py", "run", "--model", str(here / "policy"), "--seeds", "3"]
     words += ["--pairs", str(here / "hh.jsonl"), "--output", str(here / "out")]
-    words += ["--results", str(here / "results.jsonl"), "--arms", *ARMS]
+    arms = [*ARMS, "policy_init", "ensemble_mean"]
+    words += ["--results", str(here / "results.jsonl"), "--arms", *arms]
     monkeypatch.setattr("sys.argv", [*words, "--until", "proxy", "--set", *SMALL])
     assert real_model.main() == 0
     assert not (here / "results.jsonl").exists()
@@ -425,11 +431,12 @@ def test_a_small_study_for_real(small_world, in_process, monkeypatch, capsys):
     found = {(row["arm"], row["measure"]): row for row in rows}
     assert {row["seed"] for row in rows} == {3}
     assert found["gold", "accuracy"]["value"] == found["gold", "rank"]["value"] == 1.0
-    best = {arm: found[arm, "best_gold"]["value"] for arm in [*ARMS, "gold", "shortest"]}
+    best = {arm: found[arm, "best_gold"]["value"] for arm in [*arms, "gold", "shortest"]}
     assert all(value <= best["gold"] for value in best.values())
     change = found["contrast", "best_gold_minus_fixed"]["value"]
     assert change == pytest.approx(best["contrast"] - best["fixed"], abs=2e-6)
     assert ("contrast", "sight_other_prompt") in found
+    assert found["fresh_labels", "labels"]["value"] == 6
     assert found["moved", "kl"]["value"] >= 0
 
     # The same once more does nothing; another setting is refused.
