@@ -7,6 +7,9 @@ Liu et al., arXiv 2409.13156). `ContrastMetaTrainer` leaves the pairs as they ar
 as the groups of a meta step (arXiv 2405.00438, Algorithm 1) in place of unlabelled groups:
 
     theta' = theta + eta * grad_theta sum log sigmoid(r(x, y) - r(x, y'))
+
+Only theta' takes a step along that gradient. Theta descends L(theta'), to first order
+`L + eta <grad L, grad J>`, which does not raise the contrast at theta itself.
 """
 
 import logging
