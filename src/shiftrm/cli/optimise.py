@@ -67,7 +67,7 @@ class Options(TrainingOptions):
         "DIR", "the model to stay close to", shown="the policy", reads=True
     )
     reward: str | None = optional(
-        "DIR", "reward model, or gold, the gold world's (ppo, rloo, grpo)", reads=True
+        "DIR", "reward model, or gold or gold:WORLD, a gold world's (ppo, rloo, grpo)", reads=True
     )
     scale: str | None = optional(
         "DATA",
@@ -77,7 +77,7 @@ class Options(TrainingOptions):
     )
     watch: str | None = optional(
         "DIR",
-        "second reward model (or gold, the gold world's) that scores the samples and trains "
+        "second reward model (or gold, or gold:WORLD) that scores the samples and trains "
         "nothing: logged as gold_mean",
         reads=True,
     )

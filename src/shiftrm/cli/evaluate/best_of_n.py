@@ -46,8 +46,8 @@ class Options:
     )
     gold: str = option(
         "MODEL",
-        "judge of the choice: folder, hub name, column:NAME, or `gold`, the gold world's true "
-        "reward",
+        "judge of the choice: folder, hub name, column:NAME, or `gold` or `gold:WORLD`, a gold "
+        "world's true reward",
         default="column:gold",
         reads=True,
     )

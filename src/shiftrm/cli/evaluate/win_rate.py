@@ -64,7 +64,9 @@ ENDPOINT = "a judge behind an endpoint"
 class Options:
     ours: str = option("DATA", "responses of one policy", reads=True)
     theirs: str = option("DATA", "responses of the other", reads=True)
-    judge: str = option("KIND", "endpoint, reward-model or gold")
+    judge: str = option(
+        "KIND", "endpoint, reward-model, or gold or gold:WORLD, a gold world's reward"
+    )
     output: str = option("DIR", "folder to write")
     model: str | None = optional("NAME", "name at the endpoint; folder of a reward model")
     limit: int = option("N", "prompts, 0 for all", default=100, least=0)
