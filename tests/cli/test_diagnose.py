@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaForSequ
 from shiftrm.cli import main
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.measure.diagnosis.findings import read_data, score_data
+from shiftrm.measure.sight import sight_tests
 from shiftrm.models.scoring import Scorer
 from tests.conftest import WORDS, llama_config
 
@@ -157,6 +159,40 @@ def test_what_a_model_that_counts_tokens_pays_for(here, capsys, tmp_path):
     said = "rises by 1.00 standard deviations with one standard deviation more words."
     assert said in " ".join(output.out.split())
     assert said in " ".join((tmp_path / "d" / "diagnosis.html").read_text().split())
+
+
+def test_sight_tests_are_those_of_the_rewards(here, capsys, tmp_path):
+    """A model that counts tokens: longer is better, whatever the prompt."""
+    arguments = ("--model", "length", "--data", "groups.jsonl", "labelled=pairs.jsonl")
+    _, output = run(capsys, *arguments, "--sight-pairs", "80", "--json", tmp_path / "n.json")
+    groups, pairs = json.loads((tmp_path / "n.json").read_text())["files"]
+    assert pairs["sight"] == []
+    tests = {test["kind"]: test for test in groups["sight"]}
+    assert tests["cut"]["share"]["value"] == 1.0
+    assert tests["shuffled"]["share"]["value"] == pytest.approx(0.5, abs=0.15), "rounding"
+    # Repeated: longer (worth 0) or of the same length (worth about one half).
+    assert tests["repeated"]["share"]["value"] < 0.5
+    assert tests["other_prompt"]["share"]["low"] < 0.5 < tests["other_prompt"]["share"]["high"]
+    assert tests["language"]["share"] is None
+    assert tests["language"]["reason"]
+    assert all(test["pairs"] <= 80 for test in tests.values())
+    said = " ".join(output.out.split())
+    assert "Sight tests: how often the response is preferred" in said
+    assert "! Sight test: the response beats a response to another prompt in" in said
+    assert "> Train it on such pairs, which need no labels" in said
+    # The same, by the library.
+    scorer = Scorer.from_pretrained("length")
+    again = sight_tests(scorer, read_jsonl("groups.jsonl"), count=80)
+    assert [asdict(test) for test in again] == list(tests.values())
+
+
+def test_sight_tests_can_be_switched_off(here, capsys, tmp_path):
+    arguments = ("--model", "sharp", "--data", "groups.jsonl", "--json", tmp_path / "n.json")
+    _, output = run(capsys, *arguments, "--sight-pairs", "0")
+    assert json.loads((tmp_path / "n.json").read_text())["files"][0]["sight"] == []
+    assert "Sight test" not in output.out
+    status, output = run(capsys, *arguments, "--sight-pairs", "-1")
+    assert (status, len(output.err.splitlines())) == (2, 1)
 
 
 def test_page_and_numbers_in_a_folder(here, capsys, tmp_path):

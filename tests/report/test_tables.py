@@ -4,7 +4,7 @@ import pytest
 
 from shiftrm.metrics import Better, Metric, declare
 from shiftrm.records import Record
-from shiftrm.report import setup_tables, sight, tables, win_tables
+from shiftrm.report import blindness, setup_tables, sight, tables, win_tables
 from shiftrm.report.measurements import SeedEstimate
 from shiftrm.report.results import Results
 
@@ -143,12 +143,12 @@ def test_kl_stands_beside_gold(one_seed):
 
 
 def test_tables_of_sight(one_seed):
-    kept, spread, adapted = sight.sight_tables(demo(one_seed))
+    kept, spread, adapted = blindness.blindness_tables(demo(one_seed))
     assert kept.rows[0] == ("1", "0.720", "0.660", "1.00", "0.50")
     assert kept.rows[2] == ("3", "0.600", "0.540", "0.25", "0.12")
     assert row(spread, FIXED)[1:] == ("1.00 → 0.50", "0.50 → 0.25", "0.25 → 0.12")
     assert row(adapted, "MetaRM, scale-free step", "2")[2:4] == ("sharper", "0.660 → 0.700")
-    [spread, adapted] = sight.sight_tables(recipe(recipe_records()))  # without gold
+    [spread, adapted] = blindness.blindness_tables(recipe(recipe_records()))  # without gold
     assert row(spread, FIXED)[1:3] == ("1.00 → 0.55", "0.55 → 0.30")
     assert row(adapted, "MetaRM", "1")[2:4] == ("not measured", "not measured")
 
@@ -223,10 +223,10 @@ def test_every_row_is_as_wide_as_its_header(one_seed, three_seeds):
         win_tables.win_table, win_tables.best_round_table, win_tables.judging_table,
         tables.metrics_table, tables.kl_table, tables.other_table, tables.over_optimisation_table,
         tables.best_of_n_table, setup_tables.versions_table, setup_tables.world_table,
-        setup_tables.arms_table, setup_tables.data_table, tables.diversity_table,
+        setup_tables.arms_table, setup_tables.data_table, tables.diversity_table, sight.sight_table,
     )  # fmt: skip
     partial = [r for i, r in enumerate(one_seed) if i % 3]
     for records in ([], one_seed, three_seeds, partial):
         m = demo(records)
-        for table in [*(make(m) for make in makers), *sight.sight_tables(m)]:
+        for table in [*(make(m) for make in makers), *blindness.blindness_tables(m)]:
             assert all(len(cells) == len(table.columns) for cells in table.rows), table.title

@@ -64,7 +64,8 @@ def _evaluate(context: StageContext) -> None:
     scale = rewards["sft"]
     if "scale" in inputs:
         scale = score_rows(scorer, read_jsonl(inputs["scale"]))
-    _record_sight(context, scorer, rows)
+    for name in ("before", "after"):
+        _record_sight(context, scorer, rows[name], f"sight_{{}}_{name}")
     del scorer
     free()
     measured = ResponseNumbers.of(rows["after"], rewards["after"], mean_and_spread(scale))
@@ -74,6 +75,7 @@ def _evaluate(context: StageContext) -> None:
     if settings["gold"] is not None:
         judge = open_watch(settings["gold"], batch_size=size)
         golds = _record_gold(recorder, judge, rows, rewards)
+        _record_sight(context, judge, rows["after"], "gold_sight_{}")
         if settings["features"]:
             gold_of_sft = score_rows(judge, rows["sft"])
         del judge
@@ -123,19 +125,20 @@ def _record_spread(recorder: Recorder, rewards: dict[str, list[list[float]]], ke
 
 
 def _record_sight(
-    context: StageContext, scorer: RewardFunction, rows: dict[str, list[Row]]
+    context: StageContext, reward_fn: RewardFunction, rows: list[Row], name: str
 ) -> None:
-    """Record how often the reward model prefers responses to ones that are worse for certain.
+    """Record how often rewards prefer responses to ones that are worse for certain.
 
-    All arms of a round see the same draws.
+    Args:
+        rows: responses. The draws are the same for all arms and rounds.
+        name: name of the metrics, with `{}` in place of the kind.
     """
     count = context.stage.settings["sight_pairs"]
-    for name in ("before", "after") if count else ():
-        seed = context.random_seed("sight")
-        for test in sight_tests(scorer, rows[name], count=count, seed=seed):
-            if test.share is not None:
-                recorder = context.recorder
-                recorder.add(f"sight_{test.kind}_{name}", test.share.value, n=test.pairs)
+    if not count:
+        return
+    for test in sight_tests(reward_fn, rows, count=count, seed=context.random_seed("sight")):
+        if test.share is not None:
+            context.recorder.add(name.format(test.kind), test.share.value, n=test.pairs)
 
 
 def _record_overoptimisation(context: StageContext) -> None:

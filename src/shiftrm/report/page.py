@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from shiftrm.files import atomic_write_text
 from shiftrm.records import Record
-from shiftrm.report import paying, setup_tables, sight, tables, win_tables
+from shiftrm.report import blindness, paying, setup_tables, sight, tables, win_tables
 from shiftrm.report.headline import headline, kl_sentences, why_no_wins
 from shiftrm.report.pictures import pictures
 from shiftrm.report.results import Results
@@ -66,9 +66,11 @@ def render_page(
         "compared": _compared(m),
         "warnings": [*notes, *warnings(m)],
         "arms_table": setup_tables.arms_table(m),
-        "blindness": [*sight.blindness(m), *sight.others_spread(m)],
+        "blindness": [*blindness.blindness(m), *blindness.others_spread(m)],
         "flags": flags(m),
-        "sight_tables": sight.sight_tables(m),
+        "blindness_tables": blindness.blindness_tables(m),
+        "sight_sentences": sight.sight_sentences(m),
+        "sight_tables": _with_rows(sight.sight_table(m)),
         "paying": paying.paying_sentences(m),
         "paying_tables": paying.paying_tables(m),
         "paying_pictures": paying.paying_pictures(m),

@@ -10,7 +10,7 @@ from shiftrm.records import Record
 from shiftrm.report.headline import headline, kl_sentences
 from shiftrm.report.results import SFT, Results
 from shiftrm.report.setup_tables import DATA_SETS, dropped_rows
-from shiftrm.report.sight import blindness
+from shiftrm.report.blindness import blindness
 from shiftrm.report.tables import fixed_point, text_table
 from shiftrm.report.warnings import flags, warnings
 from shiftrm.report.win_tables import contest
