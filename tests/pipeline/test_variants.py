@@ -9,11 +9,14 @@ import torch
 from shiftrm.cli import main
 from shiftrm.files import read_jsonl
 from shiftrm.measure.overoptimisation import overoptimisation, path_from_rows, smoothed
+from shiftrm.measure.sight import sight_tests
 from shiftrm.metrics import metric
 from shiftrm.pipeline import evaluating
+from shiftrm.pipeline.engine import random_seed
 from shiftrm.pipeline.estimate import estimate
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import read_recipe
+from shiftrm.policies.text_rewards import open_watch
 from shiftrm.records import read_records
 from shiftrm.report import measurements, render_page, summary
 from shiftrm.world.gold import gold_reward
@@ -101,13 +104,13 @@ def test_the_gold_world_judges_and_watches(world, tmp_path, here, capsys):
         for text, done in zip(row["responses"], row["finished"], strict=True)
     ]
     assert end["gold_mean"] == pytest.approx(sum(golds) / len(golds), abs=1e-6)
-    context_seed = random_seed(found.seed, "sight")
-    for judge, name in ((GoldReward(), "gold_sight_{}"), (None, "sight_{}_after")):
-        judge = judge or Scorer.from_pretrained(output / "reward_model" / "model")
-        for test in sight_tests(judge, rows, count=400, seed=context_seed):
+    kept = str(output / "reward_model" / "model")
+    for judge, name in (("gold", "gold_sight_{}"), (kept, "sight_{}_after")):
+        seed = random_seed(found.seed, "sight")
+        for test in sight_tests(open_watch(judge), rows, count=400, seed=seed):
             measured = end.get(name.format(test.kind))
             assert measured == (test.share and pytest.approx(test.share.value)), test.kind
-    assert "sight_cut_before" in end
+    assert "sight_repeated_before" in end
     assert end["win_vs_sft"] + end["tie_vs_sft"] + end["lose_vs_sft"] == pytest.approx(1)
     bon = {(r.metric, r.step): r.value for r in records if r.stage == "best_of_n"}
     assert bon["bon_kl", 4] == pytest.approx(math.log(4) - 3 / 4)
@@ -275,13 +278,6 @@ def test_a_reward_model_judges(world, tuned, tmp_path, here, capsys, monkeypatch
     status, records = run(path, tmp_path / "run")
     assert status == 0, capsys.readouterr().err
     end = metrics(records, "evaluate", "dpo")
-    context_seed = random_seed(found.seed, "sight")
-    for judge, name in ((GoldReward(), "gold_sight_{}"), (None, "sight_{}_after")):
-        judge = judge or Scorer.from_pretrained(output / "reward_model" / "model")
-        for test in sight_tests(judge, rows, count=400, seed=context_seed):
-            measured = end.get(name.format(test.kind))
-            assert measured == (test.share and pytest.approx(test.share.value)), test.kind
-    assert "sight_cut_before" in end
     assert end["win_vs_sft"] + end["tie_vs_sft"] + end["lose_vs_sft"] == pytest.approx(1)
     assert not any(name.startswith("overopt") for name in end), "nobody watched"
     served = json.loads((tmp_path / "served.json").read_text())["words"]

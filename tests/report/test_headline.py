@@ -10,9 +10,9 @@ from shiftrm.measure.judges.comparing import Verdict
 from shiftrm.pipeline import judging
 from shiftrm.records import Record, Recorder
 from shiftrm.report import summary
+from shiftrm.report.blindness import blindness, others_spread
 from shiftrm.report.headline import NOTHING_TO_COMPARE, headline, kl_sentences
 from shiftrm.report.results import Results
-from shiftrm.report.blindness import blindness, others_spread
 from shiftrm.report.warnings import flags, warnings
 from shiftrm.report.win_tables import contest, judging_table
 from shiftrm.report.wording import listing

@@ -46,10 +46,8 @@ def test_the_table_of_a_run():
     table = sight_table(Results(recorded(), DEMO))
     other, cut = "A response to another prompt", "The response cut off in the middle"
     assert table.columns == ("Arm", "Round", other, cut, "Rank correlation with gold")
-    fixed = "PPO, reward model kept fixed"
     rows = {row[:2]: row[2:] for row in table.rows}
     [name] = {arm for arm, _ in rows if arm not in ("SFT", "Gold")}
-    assert fixed.split(",")[0] in name or name
     assert rows[name, "1"] == rows[name, "2"] == ("0.65 → 0.45", "0.80 → 0.80", "0.50 → 0.12")
     assert rows["Gold", "all"] == ("0.91 to 0.92", "not measured", "—")
     [(_, sft)] = [(key, cells) for key, cells in rows.items() if key[1] == "0"]
@@ -92,7 +90,7 @@ def made(kind, share, *, prompts=50, reason=""):
     return SightTest(kind, negative.label, share, pairs, prompts, 0, negative.low, reason)
 
 
-def tests_of(other=0.53, **more):
+def shares(other=0.53, **more):
     share = Measured(other, other - 0.04, other + 0.04)
     none = made("language", None, reason="language: needs prompts of a known language")
     return (made("other_prompt", share, **more), made("cut", Measured(0.9, 0.85, 0.95)), none)
@@ -104,7 +102,7 @@ def with_tests(tests, **more):
 
 
 def test_one_model_has_a_column_for_each_file_of_groups():
-    found = findings(with_tests(tests_of()), with_tests(tests_of(0.9), name="ppo"), pair_file())
+    found = findings(with_tests(shares()), with_tests(shares(0.9), name="ppo"), pair_file())
     [table] = sight_tables(found.diagnoses)
     assert table.columns == ("", "What a low number means", "sft", "ppo")
     first, second, third = table.rows
@@ -119,8 +117,8 @@ def test_one_model_has_a_column_for_each_file_of_groups():
 
 def test_several_models_have_a_table_for_each_file():
     found = findings(
-        with_tests(tests_of(), model="a"), pair_file(model="a"),
-        with_tests(tests_of(0.9), model="b"), pair_file(model="b"),
+        with_tests(shares(), model="a"), pair_file(model="a"),
+        with_tests(shares(0.9), model="b"), pair_file(model="b"),
     )  # fmt: skip
     [table] = sight_tables(found.diagnoses)
     assert table.title.endswith("· sft")
@@ -133,7 +131,7 @@ def test_several_models_have_a_table_for_each_file():
 )
 def test_a_low_test_warns_with_its_meaning_and_names_the_remedy(other, more, low):
     """Low: the whole interval, +-0.04, lies below 0.7, on 30 prompts or more."""
-    [verdict] = findings(with_tests(tests_of(other, **more))).verdicts
+    [verdict] = findings(with_tests(shares(other, **more))).verdicts
     warned = [text for text in verdict.warnings if text.startswith("Sight test:")]
     assert len(warned) == low
     assert any("--method contrast" in text for text in verdict.advice) == low
@@ -143,7 +141,7 @@ def test_a_low_test_warns_with_its_meaning_and_names_the_remedy(other, more, low
 
 
 def test_the_page_and_numbers_of_a_diagnosis(undrawn):
-    found = findings(with_tests(tests_of()))
+    found = findings(with_tests(shares()))
     html = diagnosis_page(found)
     text = text_of(html)
     assert "<h2>Sight tests</h2>" in html
@@ -151,7 +149,7 @@ def test_the_page_and_numbers_of_a_diagnosis(undrawn):
     assert "hardly looks at the prompt" in text
     first = numbers(found)["files"][0]["sight"][0]
     assert first["kind"] == "other_prompt"
-    assert first["share"] == {"value": 0.53, "low": 0.49, "high": pytest.approx(0.57)}
+    assert first["share"] == pytest.approx({"value": 0.53, "low": 0.49, "high": 0.57})
     assert "<h2>Sight tests</h2>" not in diagnosis_page(findings(group_file()))
 
 
@@ -165,9 +163,7 @@ def test_foreign_text_is_escaped(undrawn):
 
 
 def test_an_adaptation_says_both_numbers_and_the_card_has_the_table():
-    found = findings(
-        with_tests(tests_of(), model="before"), with_tests(tests_of(0.9), model="after")
-    )
+    found = findings(with_tests(shares(), model="before"), with_tests(shares(0.9), model="after"))
     change = adaptation_verdict(found.comparisons, found.diagnoses)
     said = (
         "Sight tests on sft (share preferred to): a response to another prompt 0.53 [0.49, 0.57] "

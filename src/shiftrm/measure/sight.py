@@ -151,7 +151,7 @@ def _test(kind: str, found: list[Row] | str, rewards: Mapping[str, float], seed:
             prompts.append(json.dumps(pair.get("prompt"), sort_keys=True))
     left_out = len(found) - len(right)
     if not right:
-        reason = "every pair is longer than the model's context" if found else "no pair was made"
+        reason = f"{kind}: every pair is longer than the model's context"
         return SightTest(kind, label, None, 0, 0, left_out, meaning, reason)
     share = measured_mean(np.array(right), prompts, seed=seed)
     return SightTest(kind, label, share, len(right), len(set(prompts)), left_out, meaning)

@@ -38,7 +38,7 @@ def _table(title: str, columns: Sequence[tuple[str, Diagnosis]]) -> Table:
         rows.append((f"to {tests[0].label}", tests[0].meaning, *cells))
     note = "Brackets: 95 % intervals over prompts. A coin: 0.5."
     reasons = dict.fromkeys(
-        f"{test.kind}: {test.reason}" for found in by_kind for test in found.values() if test.reason
+        test.reason for found in by_kind for test in found.values() if test.reason
     )
     if reasons:
         note += f" “{NONE}”: does not apply ({'; '.join(reasons)})."

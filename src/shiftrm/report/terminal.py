@@ -7,10 +7,10 @@ from typing import Any
 
 from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
+from shiftrm.report.blindness import blindness
 from shiftrm.report.headline import headline, kl_sentences
 from shiftrm.report.results import SFT, Results
 from shiftrm.report.setup_tables import DATA_SETS, dropped_rows
-from shiftrm.report.blindness import blindness
 from shiftrm.report.tables import fixed_point, text_table
 from shiftrm.report.warnings import flags, warnings
 from shiftrm.report.win_tables import contest
