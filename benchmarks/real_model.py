@@ -20,7 +20,7 @@ from shiftrm.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "real_model_study" / "results.jsonl"
-ARMS = ["fixed", "retrained", "metarm_paper", "contrast", "fresh_labels"]
+ARMS = ["fixed", "retrained", "metarm_paper", "metarm_by_effect", "contrast", "fresh_labels"]
 
 
 def main() -> int:

@@ -84,7 +84,7 @@ class StudyConfig:
     eval_prompts: int = 128
     eval_responses: int = 16
     base_responses: int = 4
-    sight_pairs: int = 300
+    sight_pairs: int = 150
     steps: int = 150
     batch_size: int = 8
     learning_rate: float = 2e-5

@@ -7,9 +7,10 @@ from pathlib import Path
 from shiftrm.data.named import load
 from shiftrm.data.pairs import read_pairs
 from shiftrm.data.splits import unit_of
-from shiftrm.files import read_jsonl, write_jsonl
+from shiftrm.files import Row, read_jsonl, write_jsonl
 from shiftrm.measure.sight import sight_tests
 from shiftrm.models.rendering import encode_prompt
+from shiftrm.models.responses import IDS
 from shiftrm.models.scoring import Scorer, score_rows
 from shiftrm.pipeline.engine import StageContext
 from shiftrm.pipeline.jobs import place
@@ -70,7 +71,10 @@ def choose_best(context: StageContext) -> None:
 
 
 def measure_moving(context: StageContext) -> None:
-    """Write what both policies' responses are worth, to the gold and to the proxy, and the KL."""
+    """Write what both policies' responses are worth, to the gold and to the proxy, and the KL.
+
+    The KL is measured on as many responses a prompt as the first policy gave.
+    """
     gold = gold_of(context)
     proxy = _scorer(context, context.folder("proxy") / "model")
     rows = []
@@ -89,7 +93,9 @@ def measure_moving(context: StageContext) -> None:
     free()
     size = context.stage.execution["sampling_batch_size"]
     moved, base = str(context.folder("moved") / "model"), context.stage.settings["model"]
-    kl, _ = policy_kl(moved, base, read_jsonl(_file(context, "eval_samples")), size)
+    kept = len(read_jsonl(_file(context, "base_samples"))[0]["responses"])
+    samples = [_first(row, kept) for row in read_jsonl(_file(context, "eval_samples"))]
+    kl, _ = policy_kl(moved, base, samples, size)
     demonstrations = read_jsonl(_file(context, "demonstrations"))
     chosen = [[gold.reward(plain_text(row["completion"]))] for row in demonstrations]
     rows[1] |= {"kl": kl, "demonstrations_gold": _means(chosen)}
@@ -136,6 +142,12 @@ def _scorer(context: StageContext, path: str | Path) -> Scorer:
 def _file(context: StageContext, stage: str, name: str | None = None) -> Path:
     """Return the file that a stage makes, which has its name unless another is given."""
     return context.folder(stage) / f"{name or stage}.jsonl"
+
+
+def _first(row: Row, count: int) -> Row:
+    """Return a group of the first responses."""
+    columns = ("responses", "finished", IDS)
+    return {**row, **{name: row[name][:count] for name in columns}}
 
 
 def _means(values: Sequence[Sequence[float]]) -> list[float]:

@@ -265,7 +265,7 @@ def plan(tmp_path, **options):
     return Plan(StudyConfig(), 0, str(tmp_path / "m"), tmp_path / "hh.jsonl", prints, **options)
 
 
-ARMS = ["fixed", "retrained", "metarm_paper", "contrast", "fresh_labels"]
+ARMS = ["fixed", "retrained", "metarm_paper", "metarm_by_effect", "contrast", "fresh_labels"]
 
 
 def test_arms_differ_only_in_what_they_are_trained_on(tmp_path):
@@ -284,6 +284,7 @@ def test_arms_differ_only_in_what_they_are_trained_on(tmp_path):
     assert made == {
         "retrained": None,
         "metarm_paper": given,
+        "metarm_by_effect": given,
         "contrast": given,
         "fresh_labels": None,
     }
