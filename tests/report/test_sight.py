@@ -134,7 +134,8 @@ def test_a_low_test_warns_with_its_meaning_and_names_the_remedy(other, more, low
     [verdict] = findings(with_tests(shares(other, **more))).verdicts
     warned = [text for text in verdict.warnings if text.startswith("Sight test:")]
     assert len(warned) == low
-    assert any("--method contrast" in text for text in verdict.advice) == low
+    wanted = "contrast_negatives=[other_prompt])"
+    assert any(wanted in text for text in verdict.advice) == low
     if low:
         assert f"{other:.2f} [" in warned[0]
         assert warned[0].endswith(NEGATIVES.get("other_prompt").low)

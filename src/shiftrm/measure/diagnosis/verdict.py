@@ -39,11 +39,6 @@ LENGTH_ADVICE = (
     "is shorter and where it is longer."
 )
 
-_CONTRAST = (
-    "Train it on such pairs, which need no labels (shiftrm adapt --method contrast --model DIR "
-    "--pairs PAIRS --groups FILE --output NEW), then diagnose both (--model DIR --model NEW)."
-)
-
 Sign = tuple[str, str]
 """What was seen, and what to do about it or ""."""
 
@@ -142,13 +137,19 @@ def _shift_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
 
 
 def _sight_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
-    for test in diagnosis.sight:
-        if is_low(test):
-            yield (
-                f"Sight test: the response beats {test.label} in {test.share} of {test.pairs} "
-                f"pairs (a coin: 0.5). {test.meaning}",
-                _CONTRAST,
-            )
+    low = [test for test in diagnosis.sight if is_low(test)]
+    advice = (
+        "Train it on such pairs, which need no labels (shiftrm adapt --method contrast --model DIR "
+        "--pairs PAIRS --groups FILE --output NEW "
+        f"contrast_negatives=[{','.join(test.kind for test in low)}]), then diagnose both (--model "
+        "DIR --model NEW)."
+    )
+    for test in low:
+        yield (
+            f"Sight test: the response beats {test.label} in {test.share} of {test.pairs} pairs "
+            f"(a coin: 0.5). {test.meaning}",
+            advice,
+        )
 
 
 def is_low(test: SightTest) -> bool:
