@@ -46,9 +46,9 @@ class Planner:
     inputs: Sources
 
     def stages(self) -> list[Stage]:
-        found = self.beginning() + self._first_models()
+        found = self.beginning() + self.first_models()
         for name, arm in self.recipe.methods.items():
-            before = Before(None, "responses", Made("reward_model"), self.inputs.pairs)
+            before = self.at_start
             for number in range(1, self.recipe.rounds_of(name) + 1):
                 stages, before = self.round(name, arm, number, before)
                 found += stages
@@ -70,7 +70,7 @@ class Planner:
         job = Sft(self.inputs.base, self.inputs.demonstrations, settings=settings)
         return [data, self.training("sft", job, record_as("sft", "sft", 0), "sft"), *pairs]
 
-    def _first_models(self) -> list[Stage]:
+    def first_models(self) -> list[Stage]:
         """The first reward model, and the SFT policy measured under it."""
         first = TrainReward(self.of_policy(None), self.inputs.pairs)
         found = [
@@ -101,6 +101,11 @@ class Planner:
         return [samples, scores]
 
     # -- one round -----------------------------------------------------------------------------
+
+    @property
+    def at_start(self) -> Before:
+        """What the first round starts from."""
+        return Before(None, "responses", Made("reward_model"), self.inputs.pairs)
 
     def round(self, name: str, arm: Arm, number: int, before: Before) -> tuple[list[Stage], Before]:
         """Return the stages of an arm's round, and what its next round starts from.

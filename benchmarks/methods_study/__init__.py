@@ -1,0 +1,1 @@
+"""The study of ways to adapt a reward model while the policy moves; see `benchmarks/methods.py`."""

@@ -1,0 +1,175 @@
+"""The study as a picture and as the tables of `docs/methods.md`."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from matplotlib.figure import Figure
+
+from .arms import ARMS, Kind
+from .results import Result
+from .statistics import Paired, at_target, holm, paired, pooled_slope
+
+CHOOSING = (100, 101, 102, 103)
+"""Seeds on which settings were chosen; none of them is reported in the comparison."""
+
+COLOURS = {
+    Kind.REFERENCE: "#333333",
+    Kind.LABEL_FREE: "#0072B2",
+    Kind.COMBINATION: "#D55E00",
+    Kind.LABELS: "#009E73",
+    Kind.CONTROL: "#999999",
+}
+
+Measure = Callable[[Result], float]
+
+
+class Study:
+    """The reported results of one world, by KL target and round."""
+
+    def __init__(self, results: Sequence[Result], world: str, *, chosen_on: bool = False) -> None:
+        self.results = [
+            r for r in results if r.world == world and (r.seed in CHOOSING) == chosen_on
+        ]
+
+    def cell(self, kl: float, number: int) -> "Cell":
+        return Cell([r for r in self.results if r.kl_target == kl and r.round == number], kl)
+
+    def cells(self) -> list[tuple[float, int, "Cell"]]:
+        """Return the cells that have at least two arms, in order of KL and round."""
+        keys = sorted({(r.kl_target, r.round) for r in self.results})
+        found = [(kl, number, self.cell(kl, number)) for kl, number in keys]
+        return [(kl, number, cell) for kl, number, cell in found if len(cell.arms) > 1]
+
+
+class Cell:
+    """All arms and seeds at one KL target and round."""
+
+    def __init__(self, results: Sequence[Result], kl: float) -> None:
+        self.results, self.kl = list(results), kl
+        present = {r.arm for r in results}
+        self.arms = [name for name in ARMS if name in present]
+        self.arms += sorted(present - set(self.arms) - {"start"})
+        points = [(r.arm, r.kl, r.gold) for r in results if r.arm != "gold"]
+        self.slope = pooled_slope(points)
+
+    def values(self, arm: str, measure: Measure) -> dict[int, float]:
+        return {r.seed: measure(r) for r in self.results if r.arm == arm}
+
+    def gold(self, arm: str) -> dict[int, float]:
+        return self.values(arm, lambda r: r.gold)
+
+    def adjusted(self, arm: str) -> dict[int, float]:
+        return self.values(arm, lambda r: at_target(r.gold, r.kl, self.kl, self.slope))
+
+    def number(self, arm: str, name: str) -> float:
+        """Return the mean over seeds of a number of the evaluation; NaN if it is not there."""
+        found = [r.numbers[name] for r in self.results if r.arm == arm and name in r.numbers]
+        return sum(found) / len(found) if found else math.nan
+
+
+def comparison_table(cell: Cell) -> str:
+    """Return the table of one KL target and round: every arm against retrained and fixed."""
+    others = [arm for arm in cell.arms if arm != "retrained"]
+    against = {arm: paired(cell.gold(arm), cell.gold("retrained")) for arm in others}
+    adjusted = holm([against[arm].p for arm in others])
+    p_of = dict(zip(others, adjusted, strict=True))
+    lines = [
+        "| arm | seeds | gold | KL | to retrained (95 %) | Holm p | wins | at equal KL "
+        "| to fixed (95 %) | wins | worst | accuracy | rank | labels |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in cell.arms:
+        gold = cell.gold(arm)
+        about = ARMS.get(arm)
+        fixed = paired(gold, cell.gold("fixed"))
+        equal = paired(cell.adjusted(arm), cell.adjusted("retrained"))
+        own = against.get(arm)
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    about.label if about else arm,
+                    str(len(gold)),
+                    f"{_mean(gold.values()):.2f}",
+                    f"{_mean(cell.values(arm, lambda r: r.kl).values()):.1f}",
+                    _interval(own),
+                    _p(p_of.get(arm, math.nan)),
+                    _wins(own),
+                    _interval(equal if own else None),
+                    _interval(fixed if arm != "fixed" else None),
+                    _wins(fixed if arm != "fixed" else None),
+                    _number(fixed.worst if arm != "fixed" else math.nan, "+.2f"),
+                    _number(cell.number(arm, "accuracy_policy_before"), ".3f"),
+                    _number(cell.number(arm, "rank_policy_before"), ".2f"),
+                    str(about.labels or "") if about else "",
+                ]
+            )
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def seeds_table(cell: Cell) -> str:
+    """Return gold of every arm and seed."""
+    seeds = sorted({r.seed for r in cell.results})
+    lines = ["| arm | " + " | ".join(map(str, seeds)) + " |", "|---" * (len(seeds) + 1) + "|"]
+    for arm in cell.arms:
+        gold = cell.gold(arm)
+        shown = [f"{gold[seed]:.2f}" if seed in gold else "" for seed in seeds]
+        label = ARMS[arm].label if arm in ARMS else arm
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def picture(study: Study) -> Figure:
+    """One panel per KL target and round: difference to retrained with its interval."""
+    cells = study.cells()
+    rows = max((len(cell.arms) for *_, cell in cells), default=1)
+    figure = Figure(figsize=(4.2 * max(1, len(cells)), 0.27 * rows + 1.4), layout="constrained")
+    panels = figure.subplots(1, max(1, len(cells)), squeeze=False)[0]
+    for axes, (kl, number, cell) in zip(panels, cells, strict=False):
+        arms = [arm for arm in cell.arms if arm != "retrained"]
+        found = {arm: paired(cell.gold(arm), cell.gold("retrained")) for arm in arms}
+        arms = sorted((arm for arm in arms if found[arm].n), key=lambda arm: found[arm].mean)
+        for place, arm in enumerate(arms):
+            one = found[arm]
+            colour = COLOURS[ARMS[arm].kind] if arm in ARMS else "#999999"
+            if not math.isnan(one.low):
+                axes.plot([one.low, one.high], [place, place], color=colour, linewidth=1.8)
+            axes.plot(one.mean, place, "o", color=colour, markersize=5)
+        axes.axvline(0.0, color="#333333", linewidth=0.8)
+        axes.set_yticks(
+            range(len(arms)), [ARMS[arm].label if arm in ARMS else arm for arm in arms], fontsize=8
+        )
+        axes.set_title(f"KL {kl:g}, round {number}", fontsize=10)
+        axes.set_xlabel("gold, difference to retrained", fontsize=9)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure
+
+
+def _mean(values: object) -> float:
+    found = list(values)  # type: ignore[call-overload]
+    return sum(found) / len(found) if found else math.nan
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def _interval(found: Paired | None) -> str:
+    if found is None or not found.n:
+        return ""
+    if math.isnan(found.low):
+        return f"{found.mean:+.2f}"
+    return f"{found.mean:+.2f} ({found.low:+.2f}, {found.high:+.2f})"
+
+
+def _wins(found: Paired | None) -> str:
+    return "" if found is None or not found.n else f"{found.wins}/{found.n}"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return "< .001" if value < 0.001 else f"{value:.3f}".lstrip("0")

@@ -1,0 +1,103 @@
+"""The study's results: one row per arm, round, KL target and seed, in one file that is committed."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shiftrm.files import read_jsonl, write_jsonl
+from shiftrm.records import Record
+
+TAIL = 10
+"""PPO steps at the end of a round over which gold and KL are averaged."""
+
+KEPT = (
+    "accuracy_policy_before",
+    "accuracy_policy_after",
+    "rank_policy_before",
+    "rank_policy_after",
+    "accuracy_heldout",
+    "length_mean",
+)
+"""Metrics of the evaluation that a row keeps, beside those of `KEPT_BEGINNINGS`."""
+
+KEPT_BEGINNINGS = ("sight_", "pays_", "overpays_")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One round of one arm.
+
+    Attributes:
+        gold, kl: mean over the roll-outs of the last `TAIL` PPO steps.
+        gold_evaluated, kl_evaluated: of the final policy on the evaluation prompts.
+        numbers: other metrics of the evaluation by name.
+    """
+
+    world: str
+    seed: int
+    kl_target: float
+    arm: str
+    round: int
+    gold: float
+    kl: float
+    gold_evaluated: float
+    kl_evaluated: float
+    numbers: dict[str, float]
+    commit: str
+
+    @property
+    def key(self) -> tuple[str, float, int, str, int]:
+        return self.world, self.kl_target, self.seed, self.arm, self.round
+
+
+def results_of(records: Sequence[Record], *, world: str, kl_target: float) -> list[Result]:
+    """Return a row for every arm and round that the records of one seed hold completely."""
+    found = []
+    for arm, number in dict.fromkeys((r.method, r.round) for r in records if r.stage == "evaluate"):
+        mine = [r for r in records if r.method == arm and r.round == number]
+        steps = {
+            name: [r.value for r in mine if r.stage == "ppo" and r.metric == name and r.step]
+            for name in ("gold_mean", "sequence_kl")
+        }
+        final = {r.metric: r.value for r in mine if r.stage == "evaluate" and r.step is None}
+        if not steps["gold_mean"]:  # before the first round
+            continue
+        numbers = {
+            name: float(value)
+            for name, value in final.items()
+            if (name in KEPT or name.startswith(KEPT_BEGINNINGS)) and not isinstance(value, list)
+        }
+        found.append(
+            Result(
+                world,
+                mine[0].seed,
+                kl_target,
+                arm,
+                number,
+                _tail(steps["gold_mean"]),
+                _tail(steps["sequence_kl"]),
+                float(final["gold_mean"]),
+                float(final["kl"]),
+                numbers,
+                mine[0].commit,
+            )
+        )
+    return found
+
+
+def _tail(values: Sequence[object]) -> float:
+    last = [float(value) for value in values[-TAIL:]]  # type: ignore[arg-type]
+    return sum(last) / len(last)
+
+
+def read_results(path: Path) -> list[Result]:
+    """Return the rows of the file, or none if there is none."""
+    return [Result(**row) for row in read_jsonl(path)] if path.exists() else []
+
+
+def add_results(path: Path, new: Iterable[Result]) -> list[Result]:
+    """Add rows to the file, in the place of older ones with the same key, and return all."""
+    rows = {result.key: result for result in [*read_results(path), *new]}
+    merged = [rows[key] for key in sorted(rows)]
+    write_jsonl(path, (asdict(result) for result in merged))
+    return merged
