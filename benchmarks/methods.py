@@ -75,3 +75,23 @@ def run(args: argparse.Namespace) -> int:
             )
             add_results(args.results, found)
     return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from gold_world.report import replace_block
+    from methods_study.report import Study, pages, picture
+    from methods_study.results import read_results
+    from shiftrm.report.plots import render
+
+    results = read_results(args.results)
+    if not results:
+        raise UserError(f"{args.results}: no results; make some with `methods.py run`")
+    for name, content in pages(results).items():
+        replace_block(args.docs / "methods.md", name, content)
+    (args.docs / "methods.png").write_bytes(render(picture(Study(results, "")), format="png"))
+    print(f"{args.docs / 'methods.md'}, {args.docs / 'methods.png'}")
+    return 0
+
+
+if __name__ == "__main__":  # the engine's workers import this file again
+    sys.exit(main())

@@ -5,9 +5,11 @@ of the head and the same prompts for PPO. `TRIED` lists every setting that was t
 """
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from shiftrm.errors import UserError, suggest
 from shiftrm.pipeline.experiment import Arm
 
 
@@ -60,3 +62,40 @@ ARMS: dict[str, StudyArm] = {
     ),
     "par": StudyArm(Arm("par"), "preference as reward (PAR)", Kind.LABEL_FREE),
 }
+
+
+
+def _tried(name: str, settings: dict[str, Any], **policy: Any) -> StudyArm:
+    """Return an arm with other settings of its reward model, and of PPO."""
+    base = ARMS[name]
+    arm = replace(
+        base.arm,
+        settings={**base.arm.settings, **settings},
+        policy_settings={**base.arm.policy_settings, **policy},
+    )
+    changed = ", ".join(f"{key} {value}" for key, value in {**settings, **policy}.items())
+    return replace(base, arm=arm, label=f"{base.label}: {changed}")
+
+
+CANDIDATES: dict[str, StudyArm] = {
+    "contrast.share10": _tried("contrast", {"contrast_share": 0.1, "max_steps": 208}),
+    "contrast.share40": _tried("contrast", {"contrast_share": 0.4, "max_steps": 312}),
+    "contrast.share60": _tried("contrast", {"contrast_share": 0.6, "max_steps": 468}),
+    "contrast.187": _tried("contrast", {"max_steps": 187}),
+    "contrast.length": _tried("contrast", {"contrast_matching": "length"}),
+}
+"""Settings tried beside those of `ARMS`, on the choosing seeds alone."""
+
+
+def arms_of(names: Sequence[str]) -> dict[str, Arm]:
+    """Return arms by name; "all" stands for all of them.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    wanted = list(ARMS) if list(names) == ["all"] else list(dict.fromkeys(names))
+    known = {**ARMS, **CANDIDATES}
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"--arms {name}{suggest(name, list(known))}")
+    return {name: known[name].arm for name in wanted}

@@ -32,6 +32,7 @@ class StudyConfig:
         arms: by name; see `arms.ARMS`.
         rounds: in all, with the shared first one.
         first_steps, steps: PPO steps of the first round and of the others.
+        world: kind of gold world; "" is the recipe's.
         settings: further `key=value` words over the recipe.
     """
 
@@ -42,6 +43,7 @@ class StudyConfig:
     first_steps: int = 40
     steps: int = 30
     responses: int = 4
+    world: str = ""
     settings: tuple[str, ...] = ()
 
     @property
@@ -53,6 +55,7 @@ class StudyConfig:
             f"evaluation.responses={self.responses}",
             "judge.kind=none",
             "methods=[fixed]",
+            *([f"world.kind={self.world}"] if self.world else []),
         ]
         recipe = read_recipe("gold_demo", [*words, *self.settings])
         start = Arm(reward="fixed", policy_settings={"steps": self.first_steps})

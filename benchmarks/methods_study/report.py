@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 
-from .arms import ARMS, Kind
+from .arms import ARMS, CANDIDATES, Kind
 from .results import Result
 from .statistics import Paired, at_target, holm, paired, pooled_slope
 
@@ -146,6 +146,45 @@ def picture(study: Study) -> Figure:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     return figure
+
+
+def tried_table(study: Study) -> str:
+    """Return what was tried on the choosing seeds: gold and the difference to retrained."""
+    lines = [
+        "| KL | setting | seeds | gold | KL reached | to retrained | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kl, number, cell in study.cells():
+        for arm in cell.arms:
+            about = {**ARMS, **CANDIDATES}.get(arm)
+            gold = cell.gold(arm)
+            found = paired(gold, cell.gold("retrained"))
+            cells = [
+                f"{kl:g}, round {number}",
+                about.label if about else arm,
+                str(len(gold)),
+                f"{_mean(gold.values()):.2f}",
+                f"{_mean(cell.values(arm, lambda r: r.kl).values()):.1f}",
+                "" if arm == "retrained" else _interval(found),
+                _number(cell.number(arm, "accuracy_policy_before"), ".3f"),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pages(results: Sequence[Result]) -> dict[str, str]:
+    """Return the generated parts of docs/methods.md by the name of their block."""
+    first, tried = Study(results, ""), Study(results, "", chosen_on=True)
+    comparison, seeds = [], []
+    for kl, number, cell in first.cells():
+        heading = f"**KL {kl:g}, round {number}**"
+        comparison.append(f"{heading}\n\n{comparison_table(cell)}")
+        seeds.append(f"{heading}\n\n{seeds_table(cell)}")
+    return {
+        "comparison": "\n\n".join(comparison) or "Nothing has been run yet.",
+        "seeds": "\n\n".join(seeds) or "Nothing has been run yet.",
+        "tried": tried_table(tried),
+    }
 
 
 def _mean(values: object) -> float:

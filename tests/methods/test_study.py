@@ -1,0 +1,100 @@
+"""The study of methods (`benchmarks/methods.py`): its statistics, its plan and its results."""
+
+import math
+
+import pytest
+from scipy import stats
+
+from benchmarks.methods_study.arms import ARMS, CANDIDATES, arms_of
+from benchmarks.methods_study.plan import START, StudyConfig, plan_study
+from benchmarks.methods_study.results import Result, add_results, read_results, results_of
+from benchmarks.methods_study.statistics import at_target, holm, paired, pooled_slope
+from shiftrm.errors import UserError
+from shiftrm.pipeline.engine import stage_keys
+from shiftrm.records import Record
+
+OURS = {0: 4.1, 1: 3.9, 2: 4.6, 3: 4.4, 9: 7.0}
+THEIRS = {0: 3.6, 1: 4.0, 2: 3.9, 3: 3.8, 5: 1.0}
+
+
+def test_a_paired_comparison_is_the_t_test_of_the_shared_seeds():
+    found = paired(OURS, THEIRS)
+    test = stats.ttest_rel([4.1, 3.9, 4.6, 4.4], [3.6, 4.0, 3.9, 3.8])
+    low, high = test.confidence_interval(0.95)
+    assert found.n == 4 and found.wins == 3
+    assert found.mean == pytest.approx(0.425)
+    assert found.worst == pytest.approx(-0.1)
+    assert (found.low, found.high, found.p) == pytest.approx((low, high, test.pvalue))
+
+
+def test_one_seed_or_the_same_arm_has_no_interval():
+    one = paired({0: 2.0}, {0: 1.5})
+    assert (one.mean, one.n) == (0.5, 1) and math.isnan(one.low) and math.isnan(one.p)
+    assert math.isnan(paired(OURS, OURS).p)
+    assert paired(OURS, {77: 1.0}).n == 0
+
+
+def test_holm_by_hand():
+    # 4 tests: .01 * 4, .02 * 3, .03 * 2 (kept at the .06 before it), .5 * 1; NaN is not one of them.
+    assert holm([0.03, 0.01, math.nan, 0.5, 0.02])[:2] == pytest.approx([0.06, 0.04])
+    assert holm([0.03, 0.01, math.nan, 0.5, 0.02])[3:] == pytest.approx([0.5, 0.06])
+    assert math.isnan(holm([math.nan])[0])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_the_slope_is_that_within_arms_whatever_their_level():
+    points = [("a", 10.0, 4.0), ("a", 12.0, 3.6), ("b", 10.0, 9.0), ("b", 11.0, 8.8)]
+    assert pooled_slope(points) == pytest.approx(-0.2)
+    assert at_target(3.6, 12.0, 10.0, -0.2) == pytest.approx(4.0)
+    assert pooled_slope([("a", 1.0, 1.0)]) == 0.0
+
+
+def test_arms_share_the_first_round_and_start_from_its_policy():
+    arms = arms_of(["retrained", "contrast_log_sigmoid", "fresh_labels"])
+    stages = {s.name: s for s in plan_study(StudyConfig(0, 12.0, arms, rounds=3))}
+    first = [name for name in stages if name.endswith("round-1/policy")]
+    assert first == [f"methods/{START}/round-1/policy"]
+    for name in arms:
+        assert first[0] in stages[f"methods/{name}/round-2/policy"].needs
+        assert f"methods/{name}/round-2/policy" in stages[f"methods/{name}/round-3/policy"].needs
+    # Labels add up over rounds.
+    assert "methods/fresh_labels/round-2/labels" in stages["methods/fresh_labels/round-3/labels"].needs
+    job = stages["methods/contrast_log_sigmoid/round-2/policy"].settings["job"]
+    assert job["settings"]["kl_target"] == 12.0
+    assert job["settings"]["reward_shaping"] == "log_sigmoid"
+
+
+def test_an_arm_does_not_change_with_the_arms_beside_it():
+    alone = stage_keys(plan_study(StudyConfig(3, 6.0, arms_of(["contrast"]))), 3)
+    beside = stage_keys(plan_study(StudyConfig(3, 6.0, arms_of(["retrained", "contrast"]))), 3)
+    assert alone.items() <= beside.items()
+
+
+def test_every_arm_and_candidate_can_be_planned():
+    names = [*ARMS, *CANDIDATES]
+    stages = plan_study(StudyConfig(0, 12.0, arms_of(names), rounds=2))
+    made = {stage.record_as["method"] for stage in stages}
+    assert set(names) <= made
+
+
+def test_an_unknown_arm_is_named():
+    with pytest.raises(UserError, match="contrst; did you mean 'contrast'"):
+        arms_of(["contrst"])
+
+
+def test_results_average_the_last_steps_and_are_added_once(tmp_path):
+    def record(stage: str, metric: str, value: float, step: int | None = None) -> Record:
+        return Record(stage, "contrast", 2, metric, value, step=step, seed=4, commit="abc")
+
+    records = [record("ppo", "gold_mean", float(k), k) for k in range(1, 21)]
+    records += [record("ppo", "sequence_kl", 2.0 * k, k) for k in range(1, 21)]
+    records += [record("evaluate", "gold_mean", 3.5), record("evaluate", "kl", 11.0)]
+    records += [record("evaluate", "accuracy_policy_before", 0.6)]
+    [found] = results_of(records, world="", kl_target=12.0)
+    assert (found.gold, found.kl) == (15.5, 31.0)  # mean of 11..20
+    assert (found.gold_evaluated, found.kl_evaluated, found.seed) == (3.5, 11.0, 4)
+    assert found.numbers == {"accuracy_policy_before": 0.6}
+    path = tmp_path / "results.jsonl"
+    add_results(path, [found])
+    other = Result(**{**vars(found), "arm": "retrained"})
+    assert add_results(path, [found, other]) == read_results(path) == [found, other]
