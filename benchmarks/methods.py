@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
             stages = plan_study(config)
             run_stages(stages, root, seed=seed, workers=args.workers, on_progress=progress)
             found = results_of(
-                read_records(root / RECORDS_FILE), world=args.world, kl_target=kl
+                read_records(root / RECORDS_FILE),
+                world=args.world,
+                kl_target=kl,
+                resets=[name for name, arm in missing.items() if arm.resets_reference],
             )
             add_results(args.results, found)
     return 0

@@ -1,6 +1,6 @@
 """The study's results: one row per arm, round, KL target and seed, in one file that is committed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Result:
     """One round of one arm.
 
     Attributes:
-        gold, kl: mean over the roll-outs of the last `TAIL` PPO steps.
+        gold, kl: mean over the roll-outs of the last `TAIL` PPO steps; KL to the SFT policy.
         gold_evaluated, kl_evaluated: of the final policy on the evaluation prompts.
         numbers: other metrics of the evaluation by name.
     """
@@ -50,8 +50,15 @@ class Result:
         return self.world, self.kl_target, self.seed, self.arm, self.round
 
 
-def results_of(records: Sequence[Record], *, world: str, kl_target: float) -> list[Result]:
-    """Return a row for every arm and round that the records of one seed hold completely."""
+def results_of(
+    records: Sequence[Record], *, world: str, kl_target: float, resets: Collection[str] = ()
+) -> list[Result]:
+    """Return a row for every arm and round that the records of one seed hold completely.
+
+    Args:
+        resets: arms whose KL in PPO is to the policy that the round starts from. Their `kl` is that
+            of the evaluation, which is to the SFT policy for every arm.
+    """
     found = []
     for arm, number in dict.fromkeys((r.method, r.round) for r in records if r.stage == "evaluate"):
         mine = [r for r in records if r.method == arm and r.round == number]
@@ -75,7 +82,7 @@ def results_of(records: Sequence[Record], *, world: str, kl_target: float) -> li
                 arm,
                 number,
                 _tail(steps["gold_mean"]),
-                _tail(steps["sequence_kl"]),
+                float(final["kl"]) if arm in resets else _tail(steps["sequence_kl"]),
                 float(final["gold_mean"]),
                 float(final["kl"]),
                 numbers,
