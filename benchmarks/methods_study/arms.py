@@ -37,32 +37,62 @@ LOG_SIGMOID: dict[str, Any] = {"reward_shaping": "log_sigmoid"}
 CONTRAST_STEPS = 250
 """Steps that keep two epochs of the original pairs beside a contrast share of 25 %."""
 
+
+def _contrast(
+    method: str, policy: dict[str, Any] | None = None, steps: int = CONTRAST_STEPS, **settings: Any
+) -> Arm:
+    return Arm(method, settings={"max_steps": steps, **settings}, policy_settings=policy or {})
+
+
+
 ARMS: dict[str, StudyArm] = {
     "fixed": StudyArm(Arm("fixed"), "fixed", Kind.REFERENCE),
     "retrained": StudyArm(Arm("retrained"), "retrained", Kind.REFERENCE),
     "gold": StudyArm(Arm("gold"), "gold as reward", Kind.REFERENCE),
-    "contrast": StudyArm(
-        Arm("contrast", settings={"max_steps": CONTRAST_STEPS}), "contrast", Kind.LABEL_FREE
-    ),
+    "contrast": StudyArm(_contrast("contrast"), "contrast", Kind.LABEL_FREE),
     "contrast_log_sigmoid": StudyArm(
-        Arm("contrast", settings={"max_steps": CONTRAST_STEPS}, policy_settings=LOG_SIGMOID),
-        "contrast + log-sigmoid",
-        Kind.COMBINATION,
+        _contrast("contrast", policy=LOG_SIGMOID), "contrast + log-sigmoid", Kind.COMBINATION
     ),
     "log_sigmoid": StudyArm(Arm("log_sigmoid"), "log-sigmoid shaping", Kind.LABEL_FREE),
     "fresh_labels": StudyArm(Arm("fresh_labels"), "300 random labels", Kind.LABELS, 300),
     "metarm_paper": StudyArm(Arm("metarm_paper"), "MetaRM, as in the paper", Kind.LABEL_FREE),
-    "metarm_scale_free": StudyArm(
-        Arm("metarm_scale_free"), "MetaRM, step of length 0.5", Kind.LABEL_FREE
+    "metarm_by_effect": StudyArm(Arm("metarm_by_effect"), "MetaRM by effect", Kind.LABEL_FREE),
+    "contrast_pairs": StudyArm(
+        _contrast("contrast_pairs"), "contrast from the pairs", Kind.LABEL_FREE
+    ),
+    "contrast_both": StudyArm(_contrast("contrast_both"), "contrast from both", Kind.LABEL_FREE),
+    "contrast_hard": StudyArm(_contrast("contrast_hard"), "contrast, hard", Kind.LABEL_FREE),
+    "contrast_all": StudyArm(
+        _contrast("contrast_all"), "contrast, four kinds of negatives", Kind.LABEL_FREE
+    ),
+    "contrast_meta": StudyArm(
+        Arm("contrast_meta"), "contrast as meta objective", Kind.LABEL_FREE
     ),
     "retrained_longer": StudyArm(
         Arm("retrained", settings={"max_steps": CONTRAST_STEPS}),
         "retrained, contrast's steps",
         Kind.CONTROL,
     ),
+    "metarm_scale_free": StudyArm(
+        Arm("metarm_scale_free"), "MetaRM, step of length 0.5", Kind.LABEL_FREE
+    ),
+    "metarm_exact": StudyArm(Arm("metarm_exact"), "MetaRM, exact gradient", Kind.LABEL_FREE),
+    "metarm_random": StudyArm(Arm("metarm_random"), "a random direction", Kind.CONTROL),
     "par": StudyArm(Arm("par"), "preference as reward (PAR)", Kind.LABEL_FREE),
+    "clip": StudyArm(Arm("clip"), "clipped reward", Kind.LABEL_FREE),
+    "policy_init": StudyArm(Arm("policy_init"), "policy's backbone", Kind.LABEL_FREE),
+    "ocrm": StudyArm(Arm("ocrm", reference_reset=False), "OCRM's weights", Kind.LABEL_FREE),
+    "bsr": StudyArm(Arm("bsr"), "BSR", Kind.LABEL_FREE),
+    "grm": StudyArm(Arm("grm"), "GRM", Kind.LABEL_FREE),
+    "self_labelled": StudyArm(Arm("self_labelled"), "own labels", Kind.LABEL_FREE),
+    "warm": StudyArm(Arm("warm"), "WARM of 4", Kind.LABEL_FREE),
+    "laplace": StudyArm(Arm("laplace"), "Laplace, r - 3 s", Kind.LABEL_FREE),
+    "ensemble_mean": StudyArm(Arm("ensemble_mean"), "ensemble of 4, mean", Kind.LABEL_FREE),
+    "ensemble_min": StudyArm(Arm("ensemble_min"), "ensemble of 4, least", Kind.LABEL_FREE),
+    "ensemble_variance": StudyArm(
+        Arm("ensemble_variance"), "ensemble of 4, mean - variance", Kind.LABEL_FREE
+    ),
 }
-
 
 
 def _tried(name: str, settings: dict[str, Any], **policy: Any) -> StudyArm:
@@ -83,6 +113,24 @@ CANDIDATES: dict[str, StudyArm] = {
     "contrast.share60": _tried("contrast", {"contrast_share": 0.6, "max_steps": 468}),
     "contrast.187": _tried("contrast", {"max_steps": 187}),
     "contrast.length": _tried("contrast", {"contrast_matching": "length"}),
+    "contrast_all.ls": _tried("contrast_all", {}, **LOG_SIGMOID),
+    "contrast_hard.ls": _tried("contrast_hard", {}, **LOG_SIGMOID),
+    "contrast_all.40ls": _tried(
+        "contrast_all", {"contrast_share": 0.4, "max_steps": 312}, **LOG_SIGMOID
+    ),
+    "contrast_repeated.ls": _tried(
+        "contrast", {"contrast_negatives": ["other_prompt", "repeated"]}, **LOG_SIGMOID
+    ),
+    "contrast_repeated40.ls": _tried(
+        "contrast",
+        {
+            "contrast_negatives": ["other_prompt", "repeated"],
+            "contrast_share": 0.4,
+            "max_steps": 312,
+        },
+        **LOG_SIGMOID,
+    ),
+    "contrast.par": _tried("contrast", {}, reward_shaping="par"),
 }
 """Settings tried beside those of `ARMS`, on the choosing seeds alone."""
 
