@@ -3,7 +3,7 @@
     python benchmarks/methods.py run --seeds 0 1 2 3 4 5 6 7 8 9 --kl 6 12 --output runs/methods
     python benchmarks/methods.py report
 
-`run` adds every finished arm to benchmarks/methods_study/results.jsonl and leaves out what is there,
+`run` adds every finished arm to benchmarks/methods_study/results.jsonl and leaves out what is there
 so that the study can be made in parts, on several machines or days (about 35 seconds of CPU per
 arm and round). `report` writes docs/methods.md and docs/methods.png from that file alone.
 """
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from shiftrm.errors import UserError, suggest
+from shiftrm.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "methods_study" / "results.jsonl"
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                 read_records(root / RECORDS_FILE),
                 world=args.world,
                 kl_target=kl,
-                resets=[name for name, arm in missing.items() if arm.resets_reference],
+                resets=[name for name, about in missing.items() if about.arm.resets_reference],
             )
             add_results(args.results, found)
     return 0

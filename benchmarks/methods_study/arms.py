@@ -23,6 +23,14 @@ class Kind(enum.Enum):
     CONTROL = "control"
 
 
+class Groups(enum.Enum):
+    """Whose responses an arm's groups hold."""
+
+    POLICY = "today's policy"
+    SFT = "the SFT policy"
+    SORTED = "today's policy, the best by gold first"
+
+
 @dataclass(frozen=True)
 class StudyArm:
     """An arm, its name in the tables, and what it costs in labels a round."""
@@ -31,18 +39,21 @@ class StudyArm:
     label: str
     kind: Kind
     labels: int = 0
+    groups: Groups = Groups.POLICY
 
 
 LOG_SIGMOID: dict[str, Any] = {"reward_shaping": "log_sigmoid"}
 CONTRAST_STEPS = 250
 """Steps that keep two epochs of the original pairs beside a contrast share of 25 %."""
 
+RESET_KL = 3.0
+"""KL target of a round to the policy that it starts from, where the reference is reset."""
+
 
 def _contrast(
     method: str, policy: dict[str, Any] | None = None, steps: int = CONTRAST_STEPS, **settings: Any
 ) -> Arm:
     return Arm(method, settings={"max_steps": steps, **settings}, policy_settings=policy or {})
-
 
 
 ARMS: dict[str, StudyArm] = {
@@ -55,6 +66,9 @@ ARMS: dict[str, StudyArm] = {
     ),
     "log_sigmoid": StudyArm(Arm("log_sigmoid"), "log-sigmoid shaping", Kind.LABEL_FREE),
     "fresh_labels": StudyArm(Arm("fresh_labels"), "300 random labels", Kind.LABELS, 300),
+    "active_labels": StudyArm(Arm("active_labels"), "300 active labels", Kind.LABELS, 300),
+    "labels_100": StudyArm(Arm("fresh_labels", labels=100), "100 random labels", Kind.LABELS, 100),
+    "active_100": StudyArm(Arm("active_labels", labels=100), "100 active labels", Kind.LABELS, 100),
     "metarm_paper": StudyArm(Arm("metarm_paper"), "MetaRM, as in the paper", Kind.LABEL_FREE),
     "metarm_by_effect": StudyArm(Arm("metarm_by_effect"), "MetaRM by effect", Kind.LABEL_FREE),
     "contrast_pairs": StudyArm(
@@ -65,9 +79,10 @@ ARMS: dict[str, StudyArm] = {
     "contrast_all": StudyArm(
         _contrast("contrast_all"), "contrast, four kinds of negatives", Kind.LABEL_FREE
     ),
-    "contrast_meta": StudyArm(
-        Arm("contrast_meta"), "contrast as meta objective", Kind.LABEL_FREE
+    "contrast_rounds": StudyArm(
+        _contrast("contrast_rounds"), "contrast over all rounds' samples", Kind.LABEL_FREE
     ),
+    "contrast_meta": StudyArm(Arm("contrast_meta"), "contrast as meta objective", Kind.LABEL_FREE),
     "retrained_longer": StudyArm(
         Arm("retrained", settings={"max_steps": CONTRAST_STEPS}),
         "retrained, contrast's steps",
@@ -77,9 +92,25 @@ ARMS: dict[str, StudyArm] = {
         Arm("metarm_scale_free"), "MetaRM, step of length 0.5", Kind.LABEL_FREE
     ),
     "metarm_exact": StudyArm(Arm("metarm_exact"), "MetaRM, exact gradient", Kind.LABEL_FREE),
-    "metarm_random": StudyArm(Arm("metarm_random"), "a random direction", Kind.CONTROL),
+    "metarm_random": StudyArm(
+        Arm("metarm_random"), "MetaRM by effect in a random direction", Kind.CONTROL
+    ),
+    "metarm_sft": StudyArm(
+        Arm("metarm_by_effect"), "MetaRM by effect on SFT samples", Kind.CONTROL, groups=Groups.SFT
+    ),
+    "metarm_gold_signs": StudyArm(
+        Arm("metarm_by_effect", settings={"meta_objective": "ordered_difference"}),
+        "MetaRM by effect with gold's signs",
+        Kind.CONTROL,
+        groups=Groups.SORTED,
+    ),
     "par": StudyArm(Arm("par"), "preference as reward (PAR)", Kind.LABEL_FREE),
     "clip": StudyArm(Arm("clip"), "clipped reward", Kind.LABEL_FREE),
+    "reference_reset": StudyArm(
+        Arm("reference_reset", policy_settings={"kl_target": RESET_KL}),
+        "KL to the round's first policy",
+        Kind.LABEL_FREE,
+    ),
     "policy_init": StudyArm(Arm("policy_init"), "policy's backbone", Kind.LABEL_FREE),
     "ocrm": StudyArm(Arm("ocrm", reference_reset=False), "OCRM's weights", Kind.LABEL_FREE),
     "bsr": StudyArm(Arm("bsr"), "BSR", Kind.LABEL_FREE),
@@ -135,7 +166,7 @@ CANDIDATES: dict[str, StudyArm] = {
 """Settings tried beside those of `ARMS`, on the choosing seeds alone."""
 
 
-def arms_of(names: Sequence[str]) -> dict[str, Arm]:
+def arms_of(names: Sequence[str]) -> dict[str, StudyArm]:
     """Return arms by name; "all" stands for all of them.
 
     Raises:
@@ -146,4 +177,4 @@ def arms_of(names: Sequence[str]) -> dict[str, Arm]:
     for name in wanted:
         if name not in known:
             raise UserError(f"--arms {name}{suggest(name, list(known))}")
-    return {name: known[name].arm for name in wanted}
+    return {name: known[name] for name in wanted}

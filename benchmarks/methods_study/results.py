@@ -1,4 +1,4 @@
-"""The study's results: one row per arm, round, KL target and seed, in one file that is committed."""
+"""The study's results: a row per arm, round, KL target and seed, in one file that is committed."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass

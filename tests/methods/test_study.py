@@ -1,17 +1,22 @@
 """The study of methods (`benchmarks/methods.py`): its statistics, its plan and its results."""
 
 import math
+import random
 
 import pytest
-from scipy import stats
-
 from benchmarks.methods_study.arms import ARMS, CANDIDATES, arms_of
-from benchmarks.methods_study.plan import START, StudyConfig, plan_study
+from benchmarks.methods_study.plan import START, StudyConfig, plan_study, sort_by_gold
 from benchmarks.methods_study.results import Result, add_results, read_results, results_of
 from benchmarks.methods_study.statistics import at_target, holm, paired, pooled_slope
+from scipy import stats
+
 from shiftrm.errors import UserError
-from shiftrm.pipeline.engine import stage_keys
+from shiftrm.files import read_jsonl, write_jsonl
+from shiftrm.pipeline.engine import Stage, StageContext, stage_keys
 from shiftrm.records import Record
+from shiftrm.world.gold import gold_reward
+from shiftrm.world.language import demonstration
+from shiftrm.world.world import DEFAULT_WORLD, WORLDS
 
 OURS = {0: 4.1, 1: 3.9, 2: 4.6, 3: 4.4, 9: 7.0}
 THEIRS = {0: 3.6, 1: 4.0, 2: 3.9, 3: 3.8, 5: 1.0}
@@ -21,7 +26,8 @@ def test_a_paired_comparison_is_the_t_test_of_the_shared_seeds():
     found = paired(OURS, THEIRS)
     test = stats.ttest_rel([4.1, 3.9, 4.6, 4.4], [3.6, 4.0, 3.9, 3.8])
     low, high = test.confidence_interval(0.95)
-    assert found.n == 4 and found.wins == 3
+    assert found.n == 4
+    assert found.wins == 3
     assert found.mean == pytest.approx(0.425)
     assert found.worst == pytest.approx(-0.1)
     assert (found.low, found.high, found.p) == pytest.approx((low, high, test.pvalue))
@@ -29,13 +35,15 @@ def test_a_paired_comparison_is_the_t_test_of_the_shared_seeds():
 
 def test_one_seed_or_the_same_arm_has_no_interval():
     one = paired({0: 2.0}, {0: 1.5})
-    assert (one.mean, one.n) == (0.5, 1) and math.isnan(one.low) and math.isnan(one.p)
+    assert (one.mean, one.n) == (0.5, 1)
+    assert math.isnan(one.low)
+    assert math.isnan(one.p)
     assert math.isnan(paired(OURS, OURS).p)
     assert paired(OURS, {77: 1.0}).n == 0
 
 
 def test_holm_by_hand():
-    # 4 tests: .01 * 4, .02 * 3, .03 * 2 (kept at the .06 before it), .5 * 1; NaN is not one of them.
+    # 4 tests: .01 * 4, .02 * 3, .03 * 2 (kept at the .06 before it), .5 * 1; NaN is left out.
     assert holm([0.03, 0.01, math.nan, 0.5, 0.02])[:2] == pytest.approx([0.06, 0.04])
     assert holm([0.03, 0.01, math.nan, 0.5, 0.02])[3:] == pytest.approx([0.5, 0.06])
     assert math.isnan(holm([math.nan])[0])
@@ -58,7 +66,9 @@ def test_arms_share_the_first_round_and_start_from_its_policy():
         assert first[0] in stages[f"methods/{name}/round-2/policy"].needs
         assert f"methods/{name}/round-2/policy" in stages[f"methods/{name}/round-3/policy"].needs
     # Labels add up over rounds.
-    assert "methods/fresh_labels/round-2/labels" in stages["methods/fresh_labels/round-3/labels"].needs
+    assert (
+        "methods/fresh_labels/round-2/labels" in stages["methods/fresh_labels/round-3/labels"].needs
+    )
     job = stages["methods/contrast_log_sigmoid/round-2/policy"].settings["job"]
     assert job["settings"]["kl_target"] == 12.0
     assert job["settings"]["reward_shaping"] == "log_sigmoid"
@@ -75,6 +85,42 @@ def test_every_arm_and_candidate_can_be_planned():
     stages = plan_study(StudyConfig(0, 12.0, arms_of(names), rounds=2))
     made = {stage.record_as["method"] for stage in stages}
     assert set(names) <= made
+
+
+def test_controls_use_other_groups(tmp_path):
+    arms = arms_of(["metarm_by_effect", "metarm_sft", "metarm_gold_signs"])
+    stages = {s.name: s for s in plan_study(StudyConfig(0, 12.0, arms, rounds=2))}
+
+    def read(name: str) -> tuple[str, ...]:
+        return stages[f"methods/{name}/round-2/groups"].needs
+
+    assert read("metarm_by_effect") == ("methods/start/round-1/policy", "data")
+    assert read("metarm_sft") == ("sft", "data")
+    unsorted = "methods/metarm_gold_signs/round-2/unsorted_groups"
+    assert read("metarm_gold_signs") == (unsorted,)
+    assert stages[unsorted].needs == read("metarm_by_effect")
+    # The seed is the same, so that only the policy differs.
+    seeds = {
+        s.settings["job"]["seed"]
+        for n, s in stages.items()
+        if n.endswith("groups") and s.settings.get("job")
+    }
+    assert len(seeds) == 1
+
+
+def test_groups_are_sorted_by_gold(tmp_path):
+    prompt = next(iter(WORLDS.get(DEFAULT_WORLD).prompts))
+    poor, good = " insult insult insult", demonstration(random.Random(1), prompt, 1.0)
+    assert gold_reward(prompt, good) > gold_reward(prompt, poor)
+    row = {"prompt": prompt, "responses": [poor, good, poor], "finished": [True, True, False]}
+    write_jsonl(tmp_path / "raw" / "groups.jsonl", [row])
+    (tmp_path / "out").mkdir()
+    settings = {"groups": "raw", "gold": "gold"}
+    stage = Stage("groups", "", settings, ("raw",))
+    sort_by_gold(StageContext(stage, tmp_path, tmp_path / "out", tmp_path, 0, recorder=None))
+    [found] = read_jsonl(tmp_path / "out" / "groups.jsonl")
+    assert found["responses"] == [good, poor, poor]
+    assert found["finished"] == [True, True, False]
 
 
 def test_an_unknown_arm_is_named():
