@@ -64,6 +64,11 @@ ARMS: dict[str, StudyArm] = {
     "contrast_log_sigmoid": StudyArm(
         _contrast("contrast", policy=LOG_SIGMOID), "contrast + log-sigmoid", Kind.COMBINATION
     ),
+    "contrast_all_log_sigmoid": StudyArm(
+        _contrast("contrast_all", policy=LOG_SIGMOID),
+        "contrast, four kinds + log-sigmoid",
+        Kind.COMBINATION,
+    ),
     "log_sigmoid": StudyArm(Arm("log_sigmoid"), "log-sigmoid shaping", Kind.LABEL_FREE),
     "fresh_labels": StudyArm(Arm("fresh_labels"), "300 random labels", Kind.LABELS, 300),
     "active_labels": StudyArm(Arm("active_labels"), "300 active labels", Kind.LABELS, 300),
@@ -144,7 +149,6 @@ CANDIDATES: dict[str, StudyArm] = {
     "contrast.share60": _tried("contrast", {"contrast_share": 0.6, "max_steps": 468}),
     "contrast.187": _tried("contrast", {"max_steps": 187}),
     "contrast.length": _tried("contrast", {"contrast_matching": "length"}),
-    "contrast_all.ls": _tried("contrast_all", {}, **LOG_SIGMOID),
     "contrast_hard.ls": _tried("contrast_hard", {}, **LOG_SIGMOID),
     "contrast_all.40ls": _tried(
         "contrast_all", {"contrast_share": 0.4, "max_steps": 312}, **LOG_SIGMOID
