@@ -5,7 +5,11 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 
+from shiftrm.measure.sight import Prediction, predicts
+from shiftrm.records import Record
+
 from .arms import ARMS, CANDIDATES, Kind
+from .plan import START
 from .results import Result
 from .statistics import Paired, at_target, holm, paired, pooled_slope
 
@@ -48,7 +52,7 @@ class Cell:
         self.results, self.kl = list(results), kl
         present = {r.arm for r in results}
         self.arms = [name for name in ARMS if name in present]
-        self.arms += sorted(present - set(self.arms) - {"start"})
+        self.arms += sorted(present - set(self.arms) - {START})
         points = [(r.arm, r.kl, r.gold) for r in results if r.arm != "gold"]
         self.slope = pooled_slope(points)
 
@@ -172,18 +176,65 @@ def tried_table(study: Study) -> str:
     return "\n".join(lines)
 
 
+def sight_table(study: Study) -> str:
+    """Return how each sight test ranks the reward models, against what labels would say.
+
+    Every reward model (seed, arm, round, KL target) is one point; the intervals draw seeds.
+    """
+    records = [
+        Record("evaluate", f"{r.arm} {r.kl_target:g}", r.round, name, value, seed=r.seed)
+        for r in study.results
+        if r.arm not in ("gold", START)
+        for name, value in r.numbers.items()
+        if name.startswith(("sight_", "accuracy_policy_", "rank_policy_"))
+    ]
+    lines = [
+        "| sight test | accuracy on policy pairs | rank correlation with gold | models | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    ranks = {p.kind: p for p in predicts(records, when="before", target="rank_policy")}
+    for found in predicts(records, when="before"):
+        cells = [found.kind, _rho(found), _rho(ranks[found.kind]), str(found.n), str(found.seeds)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def means_table(cell: Cell, beginning: str, ending: str = "") -> str:
+    """Return the means over seeds of all numbers with this beginning and ending, by arm."""
+    names = sorted(
+        {
+            name
+            for r in cell.results
+            for name in r.numbers
+            if name.startswith(beginning) and name.endswith(ending)
+        }
+    )
+    short = [name.removeprefix(beginning).removesuffix(ending).replace("_", " ") for name in names]
+    lines = ["| arm | " + " | ".join(short) + " |", "|---" * (len(names) + 1) + "|"]
+    for arm in cell.arms:
+        values = [_number(cell.number(arm, name), ".2f") for name in names]
+        if any(values):
+            label = ARMS[arm].label if arm in ARMS else arm
+            lines.append(f"| {label} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
 def pages(results: Sequence[Result]) -> dict[str, str]:
     """Return the generated parts of docs/methods.md by the name of their block."""
     first, tried = Study(results, ""), Study(results, "", chosen_on=True)
-    comparison, seeds = [], []
+    comparison, seeds, sight, pays = [], [], [sight_table(first)], []
     for kl, number, cell in first.cells():
         heading = f"**KL {kl:g}, round {number}**"
         comparison.append(f"{heading}\n\n{comparison_table(cell)}")
         seeds.append(f"{heading}\n\n{seeds_table(cell)}")
+        sight.append(f"{heading}\n\n{means_table(cell, 'sight_', '_before')}")
+        pays.append(f"{heading}\n\n{means_table(cell, 'overpays_')}")
     return {
         "comparison": "\n\n".join(comparison) or "Nothing has been run yet.",
         "seeds": "\n\n".join(seeds) or "Nothing has been run yet.",
         "tried": tried_table(tried),
+        "sight": "\n\n".join(sight),
+        "pays": "\n\n".join(pays),
     }
 
 
@@ -194,6 +245,12 @@ def _mean(values: object) -> float:
 
 def _number(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
+
+
+def _rho(found: Prediction) -> str:
+    if found.rho is None or found.low is None or found.high is None:
+        return "" if found.rho is None else f"{found.rho:+.2f}"
+    return f"{found.rho:+.2f} ({found.low:+.2f}, {found.high:+.2f})"
 
 
 def _interval(found: Paired | None) -> str:

@@ -21,6 +21,7 @@ KEPT = (
 """Metrics of the evaluation that a row keeps, beside those of `KEPT_BEGINNINGS`."""
 
 KEPT_BEGINNINGS = ("sight_", "pays_", "overpays_")
+LEFT_OUT = ("overpays_low_", "overpays_high_")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def results_of(
         numbers = {
             name: float(value)
             for name, value in final.items()
-            if (name in KEPT or name.startswith(KEPT_BEGINNINGS)) and not isinstance(value, list)
+            if not isinstance(value, list) and _is_kept(name)
         }
         found.append(
             Result(
@@ -90,6 +91,10 @@ def results_of(
             )
         )
     return found
+
+
+def _is_kept(name: str) -> bool:
+    return name in KEPT or (name.startswith(KEPT_BEGINNINGS) and not name.startswith(LEFT_OUT))
 
 
 def _tail(values: Sequence[object]) -> float:

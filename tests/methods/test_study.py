@@ -2,10 +2,12 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 from benchmarks.methods_study.arms import ARMS, CANDIDATES, arms_of
 from benchmarks.methods_study.plan import START, StudyConfig, plan_study, sort_by_gold
+from benchmarks.methods_study.report import Study, pages, picture
 from benchmarks.methods_study.results import Result, add_results, read_results, results_of
 from benchmarks.methods_study.statistics import at_target, holm, paired, pooled_slope
 from scipy import stats
@@ -144,3 +146,56 @@ def test_results_average_the_last_steps_and_are_added_once(tmp_path):
     add_results(path, [found])
     other = Result(**{**vars(found), "arm": "retrained"})
     assert add_results(path, [found, other]) == read_results(path) == [found, other]
+
+
+def _result(arm: str, seed: int, gold: float, **more: Any) -> Result:
+    numbers = {"accuracy_policy_before": 0.5, "sight_cut_before": 0.1 * seed}
+    values: dict[str, Any] = {"world": "", "kl_target": 12.0, "round": 2, "kl": 12.0}
+    values |= {"gold_evaluated": gold, "kl_evaluated": 12.0, "numbers": numbers, "commit": "abc"}
+    return Result(arm=arm, seed=seed, gold=gold, **{**values, **more})
+
+
+def test_the_page_compares_arms_by_seed_and_keeps_choosing_seeds_apart():
+    results = [_result("retrained", seed, 3.0 + seed) for seed in range(3)]
+    results += [_result("contrast", seed, 3.5 + seed + 0.1 * seed) for seed in range(3)]
+    results += [_result("fixed", seed, 3.2 + seed) for seed in range(3)]
+    results += [_result("retrained", 100, 1.0), _result("contrast.share10", 100, 9.0)]
+    made = pages(results)
+    row = next(line for line in made["comparison"].splitlines() if line.startswith("| contrast |"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    # Differences .5, .6, .7: mean .6, standard error .1 / sqrt 3, t quantile 4.303.
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert cells[1:3] == ["3", "4.60"]
+    assert cells[4] == f"+0.60 ({0.6 - half:+.2f}, {0.6 + half:+.2f})"
+    assert cells[6] == "3/3"
+    assert cells[8].startswith("+0.40")
+    assert "9.00" not in made["comparison"]
+    assert "9.00" not in made["seeds"]
+    assert "9.00" in made["tried"]
+    assert "| contrast | 3.50 | 4.60 | 5.70 |" in made["seeds"]
+
+
+def test_sight_tests_are_ranked_against_accuracy():
+    results = [
+        _result(
+            "contrast",
+            seed,
+            4.0,
+            kl_target=kl,
+            numbers={"accuracy_policy_before": seed + kl, "sight_cut_before": 2 * (seed + kl)}
+            | {"rank_policy_before": -seed - kl},
+        )
+        for seed in range(4)
+        for kl in (6.0, 12.0)
+    ]
+    row = pages(results)["sight"].splitlines()[2]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "cut", "+1.00 (+1.00, +1.00)", "-1.00 (-1.00, -1.00)", "8", "4",
+    ]  # fmt: skip
+
+
+def test_the_picture_has_a_panel_per_cell():
+    results = [_result(arm, s, 3.0, kl_target=kl) for arm in ("retrained", "contrast", "fixed")
+               for s in range(3) for kl in (6.0, 12.0)]  # fmt: skip
+    figure = picture(Study(results, ""))
+    assert [axes.get_title() for axes in figure.axes] == ["KL 6, round 2", "KL 12, round 2"]
