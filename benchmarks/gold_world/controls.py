@@ -83,7 +83,7 @@ QUICK: dict[str, Any] = {
     "heldout_pairs": 1_000,
     "reward_steps": 187,
     "reward_learning_rate": 1e-3,
-    "shuffles": 1,
+    "shuffles": 3,
     "kl_targets": (6.0, 12.0),
     "free_steps": 60,
     "matched_steps": 40,
