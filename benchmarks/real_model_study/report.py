@@ -87,4 +87,9 @@ def _label(arm: str, labels: Row | None) -> str:
 
 
 def _cell(row: Row | None) -> str:
-    return "-" if row is None else str(Measured(row["value"], row["low"], row["high"]))
+    """Return a number with its interval; one without has four digits that count."""
+    if row is None:
+        return "-"
+    if row["low"] is None:
+        return f"{row['value']:.4g}"
+    return str(Measured(row["value"], row["low"], row["high"]))

@@ -330,6 +330,7 @@ def test_tables_have_a_line_for_every_seed_and_arm(tmp_path):
         row(1, "fixed", "accuracy", 0.7),
         row(1, "fixed", "sight_other_prompt", 0.9, 0.8, 1.0),
         row(1, "moved", "kl", 3.0),
+        row(1, "lexical_gold", "penalty", 0.001),
         row(1, "fresh_labels", "labels", 300.0),
         row(1, "fresh_labels", "rank", 0.1),
     ]
@@ -341,8 +342,9 @@ def test_tables_have_a_line_for_every_seed_and_arm(tmp_path):
     assert "| 0 | Lexical gold (ceiling) | - | - | 1.25 |" in text
     assert "| seed | reward | other prompt |" in text
     assert "| 1 | Reward model kept fixed | 0.90 [0.80, 1.00] |" in text
-    assert "| 1 | moved | kl | 3.00 |" in text
-    assert "| 1 | Retrained with 300 fresh labels (ceiling) | - | 0.10 |" in text
+    assert "| 1 | moved | kl | 3 |" in text
+    assert "| 1 | Retrained with 300 fresh labels (ceiling) | - | 0.1 |" in text
+    assert "| 1 | lexical gold | penalty | 0.001 |" in text
     assert "Not run yet" not in text
     assert text.startswith("x\n")
     assert text.endswith("y\n")
