@@ -104,7 +104,7 @@ def _check_words(out, found):
     assert f"Before and after: {found['change']['word']}." in out
     assert found["change"]["sentence"] in out
     assert "Adapted on 12 pairs (0 dropped) for 2 steps" in out
-    assert "those of 8 of the 40 prompts, were held out of it (heldout-groups.jsonl)" in out
+    assert "those of 8 of the 40 prompts, were held out to measure on (heldout-groups.jsonl)" in out
     assert "Nothing says whether it orders the responses of held-out groups better" in out
     assert "Models compared on the same rows" in out
     assert "Page: out/before_after.html" in out
@@ -116,7 +116,7 @@ def _check_words(out, found):
     assert found["change"]["sentence"] in card
     assert "Accuracy on labels" in card
     assert "| One standard deviation more … |" in card, "what each model pays for"
-    assert "held out of it" in card
+    assert "held out to measure on" in card
     assert not WORK.exists()
 
 
@@ -161,6 +161,17 @@ def test_another_method_trains_on_the_pairs_alone(shiftrm):
     assert shiftrm(*train, "max_steps=2")[0] == 0
     assert weights("out") == weights("trained")
     assert "Trained on the pairs alone, not on" in Path("out/README.md").read_text()
+
+
+def test_a_method_without_a_meta_step_does_not_speak_of_one(shiftrm):
+    status, output = shiftrm(
+        *BASE, "--groups", "many.jsonl", "max_steps=2", "--method", "contrast", "--sight-pairs", "0"
+    )
+    assert status == 0
+    out = len(read_jsonl("out/heldout-groups.jsonl"))
+    assert f"Adapted to {50 - out} groups of many.jsonl; {out} groups, those of 8" in output.out
+    for words in (output.out, Path("out/README.md").read_text()):
+        assert "meta step" not in words.lower()
 
 
 def test_a_method_from_outside_the_package(shiftrm, monkeypatch):

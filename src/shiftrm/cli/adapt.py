@@ -15,9 +15,11 @@ EPILOG = """examples:
       --eval-pairs heldout.jsonl --output models/reward-2 preset=by_effect learning_rate=5e-6
   shiftrm adapt --model models/reward --pairs pairs.jsonl --policy models/ppo-1 \\
       --prompts prompts.jsonl --responses 5 --temperature 0.8 --output models/reward-2
+  shiftrm adapt --model models/reward --pairs pairs.jsonl --groups groups.jsonl \\
+      --method contrast --output models/reward-2
   shiftrm adapt --config adapt.yaml --eval-groups other=groups-of-other-prompts.jsonl
 
-This runs `shiftrm train` with groups, starting from a trained reward model, and the diagnosis of
+This runs `shiftrm train --method`, starting from a trained reward model, and the diagnosis of
 `shiftrm diagnose` before and after. The diagnosis uses data that the training has not seen:
 --eval-pairs, and a share of the prompts of the groups, unless --eval-groups gives others. Only
 labels can show that the model became sharper, so give --eval-pairs, preferably of the current
@@ -36,7 +38,7 @@ interrupted, killed or stopped by a full disk continues from there when it is gi
 ABOUT = About(
     help="adapt a reward model to responses of the current policy; before and after",
     description="Adapts a trained reward model to unlabelled responses of the current policy "
-    "(MetaRM), and says whether it became sharper or only louder.",
+    "(MetaRM, or another --method), and says whether it became sharper or only louder.",
     epilog=EPILOG + REWARD_HELP + FILES + SOURCE_HELP,
     again="to continue: samples and checkpoints are kept",
 )
@@ -48,7 +50,7 @@ SAMPLING = "sampling, with --policy"
 class Options(RewardOptions):
     method: str = option(
         "NAME",
-        "retrained, another registered method, or package.module:attribute",
+        "contrast, retrained, another registered method, or package.module:attribute",
         default="metarm",
     )
     groups: str | None = optional("DATA", "response groups of the current policy", reads=True)

@@ -50,7 +50,7 @@ from shiftrm.trainers.training import (
 from shiftrm.trainers.work_folder import SAMPLES
 
 HOLDOUT = 0.2
-"""Share of the groups' prompts that is held out from the meta step."""
+"""Share of the groups' prompts that is only measured on."""
 
 HELD_OUT = "heldout-groups.jsonl"
 """A file in the output folder, beside the weights."""
@@ -353,14 +353,14 @@ def _how(
         else f"{samples.policy}, which answered each prompt of {source.name} {samples.responses} "
         "times"
     )
-    text = f"The meta step saw {kept} groups of {origin}"
+    text = f"Adapted to {kept} groups of {origin}"
     if not kept:
         text = f"Trained on the pairs alone, not on the groups of {origin}"
     if source.out:
         total = len(set(source.keys))
         return (
             f"{text}; {out} groups, those of {len(source.out)} of the {total} prompts, were held "
-            f"out of it ({HELD_OUT})."
+            f"out to measure on ({HELD_OUT})."
         )
     text += "; before and after are measured on other groups."
     for file in files:
