@@ -148,6 +148,8 @@ CANDIDATES: dict[str, StudyArm] = {
     "contrast.share40": _tried("contrast", {"contrast_share": 0.4, "max_steps": 312}),
     "contrast.share60": _tried("contrast", {"contrast_share": 0.6, "max_steps": 468}),
     "contrast.187": _tried("contrast", {"max_steps": 187}),
+    "contrast.187ls": _tried("contrast_log_sigmoid", {"max_steps": 187}),
+    "contrast.length187": _tried("contrast", {"contrast_matching": "length", "max_steps": 187}),
     "contrast.length": _tried("contrast", {"contrast_matching": "length"}),
     "contrast_hard.ls": _tried("contrast_hard", {}, **LOG_SIGMOID),
     "contrast_all.40ls": _tried(

@@ -11,6 +11,8 @@ from shiftrm import _old_names
 __version__ = "0.1.0"
 
 _HOME = {
+    "ContrastConfig": "shiftrm.trainers.contrast",
+    "ContrastTrainer": "shiftrm.trainers.contrast",
     "MetaRMConfig": "shiftrm.trainers.metarm",
     "MetaRMTrainer": "shiftrm.trainers.metarm",
     "OODPLConfig": "shiftrm.oodpl.meta_config",
