@@ -72,6 +72,8 @@ class ControlsConfig:
             f"reward.settings.learning_rate={self.reward_learning_rate}",
             f"reward.settings.eval_steps={every}",
             f"reward.settings.logging_steps={every}",
+            "policy.settings.kl_coefficient=0.05",
+            "policy.settings.kl_rate=0.2",
             "rounds=1",
             "methods=[fixed]",
         ]

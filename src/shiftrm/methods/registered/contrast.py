@@ -2,7 +2,8 @@
 
 Costs: a share of 0.25 makes a step's pairs a third more, so an epoch takes a third more steps.
 `contrast_hard` scores 16 responses a contrast pair with the last round's reward model. A step of
-`contrast_meta` costs what a step of MetaRM with groups of two does.
+`contrast_meta` costs what a step of MetaRM with groups of two does. `contrast_log_sigmoid` trains as
+`contrast` does, and PPO gets the log-sigmoid of the reward (arXiv 2402.00742).
 """
 
 from collections.abc import Callable
@@ -117,3 +118,15 @@ for name, label, short, colour, training, settings in (
             settings=settings,
         )
     )
+
+METHODS.register("contrast_log_sigmoid")(
+    Method(
+        "Prompt contrast and log-sigmoid reward",
+        "Contrast + log-sigmoid",
+        "#D55E00",
+        "*",
+        needs=NEEDS[on_groups],
+        training=on_groups,
+        policy_settings={"reward_shaping": "log_sigmoid"},
+    )
+)
