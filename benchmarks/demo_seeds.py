@@ -26,8 +26,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 INTRODUCTION = """# The demo over {seeds} seeds
 
-`shiftrm demo` on the gold world: {arms} arms, {rounds} rounds, KL target 6, {steps} PPO steps a
-round, from the same SFT policy and the same pairs. Made on {machine} with {versions}, source
+`shiftrm demo` on the gold world: {arms} arms, {rounds} rounds, KL target {kl_target}, {steps} PPO
+steps a round, from the same SFT policy and the same pairs. Made on {machine} with {versions}, source
 commit {commits}, by
 
 ```
@@ -70,11 +70,13 @@ def picture(m: Results) -> Figure:
     """Gold by round, accuracy on the policy's pairs by round, variance while PPO runs."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     gold, accuracy, variance = figure.subplots(1, 3)
-    arms = m.with_rewards
+    arms = _arms(m)
     for place, arm in enumerate(arms):
         style = m.arms[arm]
         shift = 0.07 * (place - (len(arms) - 1) / 2)
         for axes, metric in ((gold, "gold_mean"), (accuracy, "accuracy_policy_before")):
+            if style.is_gold and axes is accuracy:
+                continue
             rounds = m.rounds(arm)
             found = [m.estimate("evaluate", arm, r, metric) for r in rounds]
             axes.errorbar(
@@ -124,6 +126,11 @@ def picture(m: Results) -> Figure:
     return figure
 
 
+def _arms(m: Results) -> list[str]:
+    """The arms with rounds: those with reward models, and gold as the reward."""
+    return [*m.with_rewards, *([m.ceiling] if m.ceiling else [])]
+
+
 def _variance(m: Results, axes) -> None:  # type: ignore[no-untyped-def]
     """The fixed arm's rounds one after the other, on a logarithmic axis."""
     lines: dict[int, list[tuple[int, float]]] = {}
@@ -147,7 +154,8 @@ def page(m: Results, machine: str) -> str:
     steps = max(int(p[-1][0]) for p in m.curve("ppo", "fixed", 1, "sequence_kl").values())
     text = INTRODUCTION.format(
         seeds=len(m.seeds),
-        arms=len(m.with_rewards),
+        arms=len(_arms(m)),
+        kl_target=f"{m.section('policy')['settings']['kl_target']:g}",
         rounds=len(m.all_rounds),
         steps=steps,
         machine=machine,
@@ -170,7 +178,7 @@ def page(m: Results, machine: str) -> str:
 
 def _gold_by_seed(m: Results) -> tables.Table:
     rows = []
-    for arm in m.with_rewards:
+    for arm in _arms(m):
         for r in m.rounds(arm):
             values = m.final("evaluate", arm, r, "gold_mean")
             kls = m.final("evaluate", arm, r, "kl")

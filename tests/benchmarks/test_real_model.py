@@ -343,7 +343,7 @@ def test_tables_have_a_line_for_every_seed_and_arm(tmp_path):
     assert "| seed | reward | other prompt |" in text
     assert "| 1 | Reward model kept fixed | 0.90 [0.80, 1.00] |" in text
     assert "| 1 | moved | kl | 3 |" in text
-    assert "| 1 | Retrained with 300 fresh labels (ceiling) | - | 0.1 |" in text
+    assert "| 1 | Retrained with 300 fresh labels | - | 0.1 |" in text
     assert "| 1 | lexical gold | penalty | 0.001 |" in text
     assert "Not run yet" not in text
     assert text.startswith("x\n")

@@ -8,7 +8,7 @@ from shiftrm.pipeline.job_checks import job_of
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import read_recipe
 
-TRAINED = ("retrained", "metarm_paper", "metarm_scale_free", "fresh_labels")
+TRAINED = ("retrained", "metarm_paper", "contrast_log_sigmoid", "fresh_labels")
 
 
 def stages(*overrides):
@@ -35,7 +35,7 @@ def test_what_each_arm_reads_for_its_reward_model():
     assert reward == {
         "retrained": ("sft", "pairs"),
         "metarm_paper": ("sft", "pairs", "methods/metarm_paper/round-2/groups"),
-        "metarm_scale_free": ("sft", "pairs", "methods/metarm_scale_free/round-2/groups"),
+        "contrast_log_sigmoid": ("sft", "pairs", "methods/contrast_log_sigmoid/round-2/groups"),
         "fresh_labels": ("sft", "methods/fresh_labels/round-2/labels", "pairs"),
     }
     labels = [found[f"methods/fresh_labels/round-{k}/labels"].needs for k in (1, 2)]
@@ -57,9 +57,16 @@ def test_arms_get_the_same_policy_training_and_the_same_reward_training():
     found = by_name()
     for number in (1, 2, 3):
         jobs = [
-            job_of(found[f"methods/{arm}/round-{number}/policy"]) for arm in ("fixed", *TRAINED)
+            job_of(found[f"methods/{arm}/round-{number}/policy"])
+            for arm in ("fixed", *TRAINED, "gold")
         ]
-        assert len({str(dict(job.settings)) for job in jobs}) == 1
+        shaped = [job.settings.get("reward_shaping") for job in jobs]
+        assert shaped == [None, None, None, "log_sigmoid", None, None]
+        settings = [
+            {key: value for key, value in job.settings.items() if key != "reward_shaping"}
+            for job in jobs
+        ]
+        assert len({str(one) for one in settings}) == 1
         assert len({(str(job.prompts), str(job.scale), job.watch) for job in jobs}) == 1
     settings = [dict(job_of(found[f"methods/{a}/round-1/reward_model"]).settings) for a in TRAINED]
     own = ("preset", "meta_batch_size")

@@ -94,7 +94,7 @@ def test_the_page_says_how_many_labels_an_arm_buys():
     }
     records = [Record("evaluate", arm, 1, "kl", 1.0) for arm in methods]
     arms = Results(records, {"methods": methods, "world": {"labels": 200}}).arms
-    assert arms["fresh_labels"].name == "Retrained with 200 fresh labels a round (ceiling)"
+    assert arms["fresh_labels"].name == "Retrained with 200 fresh labels a round"
     assert arms["few"].name == "few (30 fresh labels)"
     assert arms["active_labels"].short == "40 active labels"
 

@@ -68,8 +68,9 @@ def test_arms_of_one_method_differ_in_colour(optimiser):
 
 def test_gold_as_the_reward_is_not_a_reward_model_that_is_kept():
     m = Results(evaluated("gold"), {"methods": {"gold": {"reward": "gold"}}})
-    assert (m.vanilla, m.with_rewards) == (None, ["gold"])
+    assert (m.vanilla, m.with_rewards, m.ceiling) == (None, [], "gold")
     assert m.name("gold") == "Gold as the reward (ceiling)"
+    assert m.arms["gold"].words == "none: the gold reward"
 
 
 def test_a_method_from_outside_brings_its_label_and_colour():

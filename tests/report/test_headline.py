@@ -49,7 +49,7 @@ def test_several_seeds_only_clear_arms_are_called_higher(three_seeds):
     m = demo(three_seeds)
     head = headline(m)
     assert head.title == (
-        "Over 3 seeds, Retrained with 300 fresh labels a round (ceiling) (+0.51) ended clearly "
+        "Over 3 seeds, Retrained with 300 fresh labels a round (+0.51) ended clearly "
         "higher in gold than the reward model kept fixed at matched KL; no clear answer for "
         "Retrained (+0.00); MetaRM paper (+0.03) and MetaRM scale-free (+0.40)."
     )

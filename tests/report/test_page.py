@@ -98,8 +98,8 @@ def test_the_page_of_the_demo(three_seeds, tmp_path: Path):
     html = path.read_text(encoding="utf-8")
     assert_harmless(html)
     assert headings(html) == [h for h in HEADINGS if h not in ("Over-optimisation", "Diversity")]
-    # Variance 3, wins 2, held-out 2 arms, normalised 1, KL 2, accuracy 2, meta steps 3.
-    assert len(images(html)) == 15
+    # Opening 1, variance 3, wins 2, held-out 2 arms, normalised 1, KL 2, accuracy 2, meta steps 3.
+    assert len(images(html)) == 16
     assert all(len(image["alt"] or "") > 30 for image in images(html))
     text = text_of(html)
     assert "clearly higher in gold than the reward model kept fixed at matched KL" in text
@@ -322,4 +322,4 @@ def test_report_of_an_earlier_demo(tmp_path: Path, one_seed, undrawn):
     assert "MetaRM scale-free (+0.45)" in text
     assert "the highest mean gold on the first half" in text
     dots = len(images(path.read_text(encoding="utf-8")))
-    assert dots == 15
+    assert dots == 16

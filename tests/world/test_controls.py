@@ -34,6 +34,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 CONFIG = ControlsConfig()
 
 
+def test_the_controls_keep_their_own_start_of_the_kl_penalty():
+    """The recipe's is for the demo's KL; the numbers of docs/gold-world.md are with this one."""
+    settings = CONFIG.experiment.policy.settings
+    assert (settings["kl_coefficient"], settings["kl_rate"]) == (0.05, 0.2)
+
+
 def line(start, end, steps=100):
     return [start + (end - start) * i / (steps - 1) for i in range(steps)]
 

@@ -50,6 +50,18 @@ class GoldGap:
             return None
         return relative_gap([self.kl, self.reference_kl]) <= KL_TOLERANCE
 
+    @property
+    def within_noise(self) -> bool:
+        """Whether the difference is within the sampling error of the responses."""
+        return abs(self.difference.mean) <= (self.sampling_half_width or 0.0)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval over the seeds excludes zero; for one seed, beyond the noise."""
+        if self.difference.half_width is None:
+            return not self.within_noise
+        return self.difference.excludes_zero
+
 
 def _sampling_half_width(m: Measurements, arms: tuple[str, str], round_: int) -> float | None:
     """Return 1.96 standard errors of the difference of two mean gold scores."""

@@ -34,6 +34,7 @@ class ShownArm:
         words: what happens to the reward model.
         optimiser: of the policy, if the configuration says it.
         is_dpo: whether the policy is trained without a reward model.
+        is_gold: whether it is trained on the gold reward itself.
         keeps: whether the first reward model is kept.
         trains: whether the arm trains reward models of its own.
         adapts: whether they take meta steps on the policy's responses.
@@ -47,6 +48,7 @@ class ShownArm:
     words: str = "trained in every round"
     optimiser: str | None = None
     is_dpo: bool = False
+    is_gold: bool = False
     keeps: bool = False
     trains: bool = False
     adapts: bool = False
@@ -92,12 +94,14 @@ def _arm(
     method = _with_count(method, settings, config)
     optimiser = settings.get("policy") or _policy(config)
     keeps = not method.trains and not method.needs
+    is_gold = "gold" in method.needs
     logged = m.metrics("reward_model", name)
     arm = _styled(
         method,
         name if name != settings.get("reward") else "",
-        words="kept fixed" if keeps else method.label,
+        words="kept fixed" if keeps else "none: the gold reward" if is_gold else method.label,
         optimiser=optimiser,
+        is_gold=is_gold,
         keeps=keeps,
         trains=method.trains,
         adapts="groups" in method.needs and (not logged or _meta_steps(logged)),

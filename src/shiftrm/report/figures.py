@@ -328,6 +328,8 @@ def kl_figure(m: Results, what: Literal["gold", "proxy"]) -> Figure | None:
     entries = []
     for arm in m.arms:
         style = m.arms[arm]
+        if style.is_gold and what == "proxy":
+            continue
         dots, ends = _policy_dots(m, arm, step), _round_ends(m, arm, final)
         if not dots and not ends:
             continue

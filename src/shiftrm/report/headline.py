@@ -49,7 +49,7 @@ def headline(m: Results) -> Headline:
     """
     gaps = gold_gaps(m)
     contests = [found for arm in m.trained if (found := _against_sft(m, arm)) is not None]
-    steered = [gap for gap in gaps if not m.arms[gap.method].is_dpo]
+    steered = [gap for gap in gaps if gap.method in m.with_rewards]
     if m.gold_is_true and steered:
         title = _gold_title(m, steered)
     elif contests:
@@ -60,9 +60,10 @@ def headline(m: Results) -> Headline:
         tail = "; see below what the second reward model says" if gaps else ""
         title = f"{why_no_wins(m)}{tail}."
     by_gold = [_gap_sentence(m, gap) for gap in gaps] + _against_retraining(m)
-    if len(m.seeds) > 1 and len(gaps) > 1:
+    compared = [gap for gap in gaps if not m.arms[gap.method].is_gold]
+    if len(m.seeds) > 1 and len(compared) > 1:
         by_gold.append(
-            f"{len(gaps)} arms are compared with the same baseline and the intervals are not "
+            f"{len(compared)} arms are compared with the same baseline and the intervals are not "
             "corrected for that."
         )
     by_judge = [_contest_sentence(m, found) for found in contests] + _against_vanilla(m)
@@ -80,7 +81,7 @@ def _gold_title(m: Results, gaps: list[GoldGap]) -> str:
     """
     seeds = max(gap.difference.count for gap in gaps)
     several = seeds > 1
-    clear = [g for g in gaps if (g.difference.excludes_zero if several else not _within_noise(g))]
+    clear = [g for g in gaps if (g.difference.excludes_zero if several else not g.within_noise)]
     higher = [gap for gap in clear if gap.difference.mean > 0]
     lower = [gap for gap in clear if gap.difference.mean < 0]
     near = [gap for gap in gaps if gap not in higher and gap not in lower]
@@ -134,11 +135,6 @@ def _gap_sentence(m: Results, gap: GoldGap) -> str:
     return f"{text}; {kls}{'' if gap.matched or still else ', which is not matched'}."
 
 
-def _within_noise(gap: GoldGap) -> bool:
-    """Whether the difference is within the sampling error of the responses."""
-    return abs(gap.difference.mean) <= (gap.sampling_half_width or 0.0)
-
-
 def _uncertainty(gap: GoldGap) -> str:
     """Return the interval over the seeds; for one seed the sampling error, labelled so."""
     difference = gap.difference
@@ -153,15 +149,19 @@ def _uncertainty(gap: GoldGap) -> str:
         return "one seed, no interval"
     return (
         f"one seed, no interval; sampling error alone ±{fixed_point(gap.sampling_half_width)}"
-        + (", so within the noise of one run" if _within_noise(gap) else "")
+        + (", so within the noise of one run" if gap.within_noise else "")
     )
 
 
 def _against_retraining(m: Results) -> list[str]:
-    """Compare arms with meta steps with the same training without them."""
+    """Compare arms that learn more than the pairs, without labels, with training on the pairs."""
     sentences = []
-    for arm in m.adapted if m.retrained else ():
-        gap = gold_gap(m, arm, m.retrained or "")
+    plain = m.retrained
+    others = [a for a in m.with_rewards if m.arms[a].trains and not m.arms[a].buys_labels]
+    for arm in others if plain else ():
+        if arm == plain:
+            continue
+        gap = gold_gap(m, arm, plain or "")
         if gap is not None:
             sentences.append(
                 f"{m.name(arm)} against plain retraining on the same pairs: "
@@ -258,7 +258,8 @@ def kl_sentences(m: Results) -> list[str]:
             f"{100 * worst.gap:.0f} % apart, in round {worst.round})."
         )
     texts += apart
-    if not apart and len(found) > 1 and relative_gap(list(found.values())) > KL_TOLERANCE:
+    others = [kl for arm, kl in found.items() if not m.arms[arm].is_gold]
+    if not apart and len(others) > 1 and relative_gap(others) > KL_TOLERANCE:
         texts.append(
             f"The last KLs of all arms are not matched (more than {100 * KL_TOLERANCE:.0f} % "
             "apart): a policy that moved further may win or lose by that alone."

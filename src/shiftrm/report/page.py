@@ -12,6 +12,7 @@ from shiftrm.files import atomic_write_text
 from shiftrm.records import Record
 from shiftrm.report import blindness, paying, setup_tables, sight, tables, win_tables
 from shiftrm.report.headline import headline, kl_sentences, why_no_wins
+from shiftrm.report.opening import opening_picture, opening_sentence
 from shiftrm.report.pictures import pictures
 from shiftrm.report.results import Results
 from shiftrm.report.samples import SamplePrompt
@@ -60,9 +61,12 @@ def render_page(
     over = _with_rows(tables.over_optimisation_table(m), tables.best_of_n_table(m))
     diversity = _with_rows(tables.diversity_table(m))
     name = m.config.get("name")
+    head = headline(m)
     blocks = {
         "title": f"shiftrm run: {name}" if name else "shiftrm: does the reward model still see?",
-        "head": headline(m),
+        "opening": opening_sentence(m, head),
+        "opening_picture": opening_picture(m),
+        "head": head,
         "compared": _compared(m),
         "warnings": [*notes, *warnings(m)],
         "arms_table": setup_tables.arms_table(m),

@@ -42,7 +42,13 @@ class Results(Measurements):
     @property
     def with_rewards(self) -> list[str]:
         """The arms whose policy is trained on a reward model."""
-        return [name for name in self.trained if not self.arms[name].is_dpo]
+        arms = self.arms
+        return [a for a in self.trained if not arms[a].is_dpo and not arms[a].is_gold]
+
+    @property
+    def ceiling(self) -> str | None:
+        """The first arm whose policy is trained on the gold reward itself."""
+        return next((a for a in self.trained if self.arms[a].is_gold), None)
 
     @property
     def adapted(self) -> list[str]:

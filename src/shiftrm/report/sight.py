@@ -20,7 +20,8 @@ def sight_table(m: Results) -> Table:
     rows = [
         (m.name(arm), str(r), *(_cell(m, arm, r, metric) for metric in metrics))
         for arm, r in (m.keys if kinds else ())
-        if any(m.mean(arm, r, f"{metric}_after") is not None for metric in metrics)
+        if not m.arms[arm].is_gold
+        and any(m.mean(arm, r, f"{metric}_after") is not None for metric in metrics)
     ]
     gold = [_of_gold(m, kind) for kind in kinds]
     if any(gold):

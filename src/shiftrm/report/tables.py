@@ -53,14 +53,24 @@ def arrow(old: float | None, new: float | None, digits: int = 2) -> str:
     return " → ".join(said)
 
 
+_OF_REWARD_MODELS = ("proxy_", "accuracy_", "rank_", "sight_", "relative_difference_variance_")
+
+
+def applies(m: Results, arm: str, metric: str) -> bool:
+    """Whether a metric says something of an arm: gold has no reward model to measure."""
+    return not (m.arms[arm].is_gold and metric.startswith(_OF_REWARD_MODELS))
+
+
 def cell(m: Results, arm: str, round_: int, metric: str) -> str:
     """Format a number of an evaluation with the digits that its metric declares.
 
     "—" where a number does not apply: SFT has no policy training, so its numbers are recorded as
-    "after", and only arms with meta steps have an influence.
+    "after", only arms with meta steps have an influence, and gold has no reward model.
     """
     if metric == "meta_influence":
         return _influence_cell(m, arm, round_)
+    if not applies(m, arm, metric):
+        return "—"
     text = number(m.estimate("evaluate", arm, round_, metric), declared(metric).digits)
     return "—" if (text, arm, metric[-7:]) == (NOT_MEASURED, SFT, "_before") else text
 
@@ -126,7 +136,8 @@ def metrics_table(m: Results) -> Table:
         "“Before” is the round's reward model on responses of the policy the round began with, "
         "“after” on those of the policy trained on it; the variance is relative to the same reward "
         "model's on SFT responses. SFT (round 0) and DPO have no reward model of their own: theirs "
-        f"is the first one. “—”: does not apply (no policy training, no meta step).{seed_note(m)}",
+        "is the first one. “—”: does not apply (no policy training, no meta step, no reward model)."
+        f"{seed_note(m)}",
     )
 
 

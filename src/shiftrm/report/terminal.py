@@ -9,9 +9,10 @@ from shiftrm.metrics import metric as declared
 from shiftrm.records import Record
 from shiftrm.report.blindness import blindness
 from shiftrm.report.headline import headline, kl_sentences
+from shiftrm.report.opening import opening_sentence
 from shiftrm.report.results import SFT, Results
 from shiftrm.report.setup_tables import DATA_SETS, dropped_rows
-from shiftrm.report.tables import fixed_point, text_table
+from shiftrm.report.tables import applies, fixed_point, text_table
 from shiftrm.report.warnings import flags, warnings
 from shiftrm.report.win_tables import contest
 
@@ -47,7 +48,8 @@ def summary(records: Iterable[Record], config: Mapping[str, Any] | None = None) 
     lines = _table(m)
     if sentences and any(m.rounds(arm, "compare") for arm in m.trained):
         lines += ["", HALVES]
-    lines += ["", head.title, *(f"- {text}" for text in sentences)]
+    lines += ["", *dict.fromkeys([opening_sentence(m, head), head.title])]
+    lines += [*(f"- {text}" for text in sentences)]
     lines += [" ".join(blindness(m)), " ".join(kl), *_data_sentence(m)]
     lines += [f"Warning: {text}" for text in (*warnings(m), *flags(m)) if text not in kl]
     return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
@@ -74,7 +76,7 @@ def _table(m: Results) -> list[str]:
             found = contest(m, "evaluate", arm, [round_])
             cells.append(found.shares.replace(" ", "") if found else "-")
         for metric in metrics:
-            value = m.mean(arm, round_, metric)
+            value = m.mean(arm, round_, metric) if applies(m, arm, metric) else None
             cells.append("-" if value is None else fixed_point(value, declared(metric).digits))
         rows.append([m.short(arm)[:24], str(round_), *cells])
     return text_table(rows)

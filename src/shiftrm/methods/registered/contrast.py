@@ -2,8 +2,8 @@
 
 Costs: a share of 0.25 makes a step's pairs a third more, so an epoch takes a third more steps.
 `contrast_hard` scores 16 responses a contrast pair with the last round's reward model. A step of
-`contrast_meta` costs what a step of MetaRM with groups of two does. `contrast_log_sigmoid` trains as
-`contrast` does, and PPO gets the log-sigmoid of the reward (arXiv 2402.00742).
+`contrast_meta` costs what a step of MetaRM with groups of two does. `contrast_log_sigmoid` trains
+as `contrast` does, and PPO gets the log-sigmoid of the reward (arXiv 2402.00742).
 """
 
 from collections.abc import Callable

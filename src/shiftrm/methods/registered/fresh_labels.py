@@ -8,7 +8,7 @@ from shiftrm.trainers.kinds import pairs_only
 
 METHODS.register("fresh_labels")(
     Method(
-        "Retrained with {labels} fresh labels a round (ceiling)",
+        "Retrained with {labels} fresh labels a round",
         "{labels} fresh labels",
         "#009E73",
         "P",
