@@ -34,23 +34,22 @@ def opening_sentence(m: Results, head: Headline) -> str:
     if not best.clear or best.difference.mean <= 0:
         least = min(gaps, key=lambda gap: gap.gold).gold
         text = (
-            f"{start}no method made the policy's answers clearly worth more in true reward than "
-            f"the reward model kept fixed did ({fixed}): {others} ended at "
-            f"{_span(least, best.gold)}"
+            f"{start}no method earns the policy clearly more true reward than the reward model "
+            f"kept fixed ({fixed}): {others} ended at {_span(least, best.gold)}"
         )
         trained = "" if ceiling is None else f"; the true reward itself gave {_short(ceiling)}"
         return f"{text}, {runs}{trained}."
     chosen = f"the best of {others}" if len(gaps) > 1 else "the other method"
     text = (
-        f"{start}the policy's answers are worth {fixed} in true reward if the reward model is kept "
-        f"fixed, {_short(best.gold)} with {chosen} ({m.name(best.method)})"
+        f"{start}the policy earns a true reward of {fixed} with the reward model kept fixed, "
+        f"{_short(best.gold)} with {chosen} ({m.name(best.method)})"
     )
     if ceiling is None or ceiling <= best.reference_gold:
         return f"{text}, {runs}."
     share = 100 * best.difference.mean / (ceiling - best.reference_gold)
     return (
-        f"{text} and {_short(ceiling)} if the true reward itself trains the policy: {runs} that "
-        f"method closed {share:.0f} % of the gap."
+        f"{text} and {_short(ceiling)} with the true reward itself: {runs} that method closed "
+        f"{share:.0f} % of the gap."
     )
 
 
@@ -69,11 +68,8 @@ def _distance(gaps: list[GoldGap]) -> str:
         return ""
     mean = sum(kls) / len(kls)
     if all(gap.matched for gap in gaps):
-        return f" at about the same distance from the policy at the start (KL {mean:.0f})"
-    return (
-        f" at different distances from the policy at the start (KL {min(kls):.0f} to "
-        f"{max(kls):.0f})"
-    )
+        return f", equally far from the start (KL {mean:.0f})"
+    return f", not equally far from the start (KL {min(kls):.0f} to {max(kls):.0f})"
 
 
 def _word(count: int) -> str:
