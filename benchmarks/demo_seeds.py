@@ -27,8 +27,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 INTRODUCTION = """# The demo over {seeds} seeds
 
 `shiftrm demo` on the gold world: {arms} arms, {rounds} rounds, KL target {kl_target}, {steps} PPO
-steps a round, from the same SFT policy and the same pairs. Made on {machine} with {versions}, source
-commit {commits}, by
+steps a round, from the same SFT policy and the same pairs. Made on {machine} with {versions},
+source commit {commits}, by
 
 ```
 for s in {seed_list}; do shiftrm demo --seed $s --output runs/seed-$s; done

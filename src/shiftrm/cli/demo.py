@@ -10,7 +10,7 @@ EPILOG = """examples:
   shiftrm demo
   shiftrm demo --output runs/seed-1 --seed 1
   shiftrm demo --rounds 4 --same-coefficient
-  shiftrm demo --output runs/quick policy.settings.steps=10 methods=[fixed,metarm_scale_free]
+  shiftrm demo --output runs/quick policy.settings.steps=10 methods=[fixed,contrast]
 
 The demo is the recipe gold_demo (`shiftrm run gold_demo --dry-run` prints its plan). An interrupted
 demo continues when the same command is given again. OUTPUT/config.yaml lists all settings with
