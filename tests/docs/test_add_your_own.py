@@ -87,6 +87,25 @@ def test_my_objective(outside, policy, tokenizer, pairs, groups):
     assert all(log["meta_objective_after"] > log["meta_objective"] for log in logs)
 
 
+def test_my_negative(outside, groups):
+    from shiftrm.data.negatives import negative_pairs
+
+    pairs = negative_pairs(groups, "my_negative:BACKWARDS", 4)
+    assert len(pairs) == 4
+    for pair in pairs:
+        assert pair["rejected"].split() == pair["chosen"].split()[::-1] != pair["chosen"].split()
+
+
+def test_my_feature():
+    from shiftrm.measure.features import Reading, TextFeature
+    from shiftrm.registry import Registry
+
+    features = Registry("text feature", TextFeature)
+    line = re.search(r"`(FEATURES\.register\(.*?\)\)\))`", PAGE.read_text(encoding="utf-8"), re.S)
+    eval(line[1], {"FEATURES": features, "TextFeature": TextFeature})
+    assert features.get("commas").measure(Reading("Why?", "One, two, three.")) == 2
+
+
 def test_my_advantage(outside):
     from shiftrm.policies.advantages import ADVANTAGES
     from tests.policies.test_ppo import make_trainer
