@@ -211,13 +211,16 @@ def normalised(m: Results) -> dict[str, tuple[int, list[float]]]:
 
 def normalised_figure(m: Results) -> Figure | None:
     """Plot normalised reward differences of all arms with reward models (Figure 5)."""
-    series = [
-        (values, m.arms[arm].colour, f"{m.short(arm)}, round {last}")
-        for arm, (last, values) in normalised(m).items()
-    ]
-    if not series:
+    found = normalised(m)
+    if not found:
         return None
-    labels = "normalised $|r_i - r_j|$", "Normalised differences"
+    ends = {last for last, _ in found.values()}
+    series = [
+        (values, m.arms[arm].colour, m.short(arm) + (f", round {last}" if len(ends) > 1 else ""))
+        for arm, (last, values) in found.items()
+    ]
+    which = f", round {ends.pop()}" if len(ends) == 1 else ""
+    labels = "normalised $|r_i - r_j|$", f"Normalised differences{which}"
     return _histograms(labels, series, np.linspace(0, 1, 26), ("-", "--", "-.", ":"))
 
 

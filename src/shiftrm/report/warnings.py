@@ -164,21 +164,26 @@ def _below_half_flags(m: Results) -> list[str]:
     An accuracy is below one half if it is lower by more than two standard errors at p = 1/2.
     """
     metric = "accuracy_policy_after"
-    worse: list[str] = []
+    worse: dict[str, dict[int, float]] = {}
     coin: dict[str, list[int]] = {}
     for arm in m.with_rewards:
         for round_, found in m.course(arm, metric):
             size = m.sample_size("evaluate", arm, round_, metric)  # pairs of all seeds
             above = (found.mean - 0.5) / (2 * math.sqrt(0.25 / size)) if size else math.inf
             if above < -1:
-                worse.append(f"{m.name(arm)}, round {round_} ({fixed_point(found.mean, 3)})")
+                worse.setdefault(arm, {})[round_] = found.mean
             elif above < 1:
                 coin.setdefault(arm, []).append(round_)
     texts = []
     if worse:
+        said = [
+            f"{m.name(arm)}, {rounds_text(list(values))} "
+            f"({', '.join(fixed_point(value, 3) for value in values.values())})"
+            for arm, values in worse.items()
+        ]
         texts.append(
             "Accuracy on the policy's own pairs after its training is below one half in "
-            f"{listing(worse)}: there the reward model prefers the worse response, and amplifying "
+            f"{listing(said)}: there the reward model prefers the worse response, and amplifying "
             "makes it worse."
         )
     if coin:
