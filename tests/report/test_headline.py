@@ -264,6 +264,9 @@ def test_below_one_half_is_flagged_and_a_coin_within_the_noise(one_seed):
     [worse] = [flag for flag in found if "below one half" in flag]
     assert "MetaRM, scale-free step, round 2 (0.460)" in worse
     assert "amplifying makes it worse" in worse
+    both = change(change(one_seed, 0.46, **where, **EVALUATE), 0.45, **{**where, "round": 3})
+    [worse] = [flag for flag in flags(demo(both)) if "below one half" in flag]
+    assert "MetaRM, scale-free step, rounds 2 and 3 (0.460, 0.450):" in worse
     found = flags(demo(change(one_seed, 0.49, **where, **EVALUATE)))
     assert not any("below one half" in flag for flag in found)
     [coin] = [flag for flag in found if "no better than by chance" in flag]

@@ -98,6 +98,8 @@ def test_histogram_heights_are_shares(one_seed):
     figure = figures.normalised_figure(view(one_seed))
     filled = [patch for patch in figure.axes[0].patches if hasattr(patch, "get_height")]
     assert sum(patch.get_height() for patch in filled) == pytest.approx(2.0)  # two of five arms
+    assert figure.axes[0].get_title(loc="left") == "Normalised differences, round 3"
+    assert "Retrained" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 @pytest.mark.parametrize(
