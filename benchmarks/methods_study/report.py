@@ -1,7 +1,7 @@
 """The study as a picture and as the tables of `docs/methods.md`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -176,6 +176,38 @@ def tried_table(study: Study) -> str:
     return "\n".join(lines)
 
 
+def answer(study: Study) -> str:
+    """Return a sentence per KL target and round: the best arm without labels, and the ceiling."""
+    sentences = []
+    for kl, number, cell in study.cells():
+        free = [
+            arm
+            for arm in cell.arms
+            if arm in ARMS and ARMS[arm].kind in (Kind.LABEL_FREE, Kind.COMBINATION)
+        ]
+        if not free:
+            continue
+        against = {arm: paired(cell.gold(arm), cell.gold("retrained")) for arm in cell.arms}
+        most = max(against[arm].n for arm in free)
+        best = max(
+            (arm for arm in free if against[arm].n == most), key=lambda arm: against[arm].mean
+        )
+        fixed = paired(cell.gold(best), cell.gold("fixed"))
+        sentences.append(
+            f"- **KL {kl:g}, round {number}, {most} seeds**: of the methods without labels, "
+            f"*{ARMS[best].label}* ends highest, {_interval(against[best])} gold above retraining "
+            f"and {_interval(fixed)} above the fixed reward model. "
+            f"{_others(against)}"
+        )
+    return "\n".join(sentences) or "Nothing has been run yet."
+
+
+def _others(against: Mapping[str, Paired]) -> str:
+    named = {"gold": "gold itself as the reward", "fresh_labels": "300 fresh labels"}
+    found = [f"{words} {_interval(against[arm])}" for arm, words in named.items() if arm in against]
+    return f"Against retraining, {' and '.join(found)}." if found else ""
+
+
 def sight_table(study: Study) -> str:
     """Return how each sight test ranks the reward models, against what labels would say.
 
@@ -230,6 +262,7 @@ def pages(results: Sequence[Result]) -> dict[str, str]:
         sight.append(f"{heading}\n\n{means_table(cell, 'sight_', '_before')}")
         pays.append(f"{heading}\n\n{means_table(cell, 'overpays_')}")
     return {
+        "answer": answer(first),
         "comparison": "\n\n".join(comparison) or "Nothing has been run yet.",
         "seeds": "\n\n".join(seeds) or "Nothing has been run yet.",
         "tried": tried_table(tried),

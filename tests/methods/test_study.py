@@ -169,6 +169,8 @@ def test_the_page_compares_arms_by_seed_and_keeps_choosing_seeds_apart():
     assert cells[4] == f"+0.60 ({0.6 - half:+.2f}, {0.6 + half:+.2f})"
     assert cells[6] == "3/3"
     assert cells[8].startswith("+0.40")
+    assert "KL 12, round 2, 3 seeds" in made["answer"]
+    assert "*contrast* ends highest, +0.60" in made["answer"]
     assert "9.00" not in made["comparison"]
     assert "9.00" not in made["seeds"]
     assert "9.00" in made["tried"]
