@@ -47,6 +47,13 @@ def test_without_a_configuration_the_records_say_it():
     assert Results(plain).retrained == "b"
 
 
+def test_other_methods_on_the_pairs_are_not_plain_retraining():
+    methods = {name: {"reward": name} for name in ("contrast_pairs", "bsr", "log_sigmoid")}
+    assert Results(evaluated(*methods), {"methods": methods}).retrained is None
+    methods["again"] = {"reward": "retrained"}
+    assert Results(evaluated(*methods), {"methods": methods}).retrained == "again"
+
+
 def test_a_name_says_nothing():
     config = {"methods": {"fixed": {"reward": "metarm"}, "metarm": {"reward": "fixed"}}}
     m = Results(evaluated("fixed", "metarm"), config)

@@ -39,6 +39,7 @@ class ShownArm:
         trains: whether the arm trains reward models of its own.
         adapts: whether they take meta steps on the policy's responses.
         buys_labels: whether they are trained on new labels.
+        retrains: whether they are trained on the original pairs alone, and nothing else changes.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ShownArm:
     trains: bool = False
     adapts: bool = False
     buys_labels: bool = False
+    retrains: bool = False
 
 
 def arms_of(m: Measurements, config: Mapping[str, Any]) -> dict[str, ShownArm]:
@@ -106,6 +108,7 @@ def _arm(
         trains=method.trains,
         adapts="groups" in method.needs and (not logged or _meta_steps(logged)),
         buys_labels="labels" in method.needs,
+        retrains=settings.get("reward") == "retrained",
     )
     if not keeps:
         return arm
@@ -159,7 +162,7 @@ def _recorded(m: Measurements, name: str) -> ShownArm:
     if _meta_steps(logged):
         return ShownArm(f"{name} (MetaRM)", name, "", "", trains=True, adapts=True)
     if logged:
-        return ShownArm(f"{name} (retrained)", name, "", "", trains=True)
+        return ShownArm(f"{name} (retrained)", name, "", "", trains=True, retrains=True)
     if m.rounds(name, "ppo", "rewards/accuracies"):
         return _styled(_DPO, name, words="none", optimiser="dpo", is_dpo=True)
     return ShownArm(f"{name} (vanilla)", name, "", "", words="kept fixed", keeps=True)

@@ -63,8 +63,7 @@ class Results(Measurements):
     @property
     def retrained(self) -> str | None:
         """The first arm that trains on the original pairs alone."""
-        plain = (a for a in self.with_rewards if self.arms[a].trains and not self.arms[a].adapts)
-        return next((a for a in plain if not self.arms[a].buys_labels), None)
+        return next((a for a in self.with_rewards if self.arms[a].retrains), None)
 
     @property
     def all_rounds(self) -> list[int]:
