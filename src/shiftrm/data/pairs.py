@@ -86,30 +86,25 @@ def check_pair(row: Row, where: str) -> Row:
 
 def check_margin(margin: Any, where: str) -> float:
     """Return the margin; raise `UserError` if it is not a number or too large for fp32."""
-    number = isinstance(margin, int | float) and not isinstance(margin, bool)
-    if not number or not -LARGEST_MARGIN <= margin <= LARGEST_MARGIN:
-        shown = repr(margin)
-        shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
-        raise UserError(
-            f"{where}: column 'margin' is {shown}; expected a number of at most "
-            f"{LARGEST_MARGIN:g} in size on every row"
-        )
-    return float(margin)
+    expected = f"a number of at most {LARGEST_MARGIN:g} in size"
+    return _check_number(margin, f"{where}: column 'margin'", -LARGEST_MARGIN, expected)
 
 
 def check_weight(weight: Any, where: str) -> float:
     """Return the weight, 1 for None; raise `UserError` if it is not a number from 0 to 1e9."""
     if weight is None:
         return 1.0
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 <= weight <= LARGEST_MARGIN:
-        shown = repr(weight)
+    expected = f"a number from 0 to {LARGEST_MARGIN:g}"
+    return _check_number(weight, f"{where}: column {WEIGHT!r}", 0.0, expected)
+
+
+def _check_number(value: Any, place: str, least: float, expected: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value <= LARGEST_MARGIN:
+        shown = repr(value)
         shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
-        raise UserError(
-            f"{where}: column {WEIGHT!r} is {shown}; expected a number from 0 to "
-            f"{LARGEST_MARGIN:g} on every row"
-        )
-    return float(weight)
+        raise UserError(f"{place} is {shown}; expected {expected} on every row")
+    return float(value)
 
 
 def check_kinds(found: dict[str, str], kinds: dict[str, tuple[str, str]], where: str) -> None:

@@ -67,3 +67,29 @@ def score_once(
                 "or overflows in its precision (try float32)"
             )
     return dict(zip(places, rewards, strict=True))
+
+
+def score_fitting(
+    scorer: Scorer,
+    responses: Sequence[Response],
+    places: Sequence[str],
+    *,
+    name: str,
+    batch_size: int = 64,
+    progress: Advance | None = None,
+) -> list[float | None]:
+    """Return the reward of every response, None for one that exceeds the model's context.
+
+    Args:
+        places: location of each response, for errors; see `score_once` for the others.
+
+    Raises:
+        UserError: as `tokens_of` and `score_once`.
+    """
+    located = list(zip(responses, places, strict=True))
+    found = [tokens_of(scorer, [response], where) for response, where in located]
+    read = {
+        tokens[0]: where for tokens, where in zip(found, places, strict=True) if tokens is not None
+    }
+    rewards = score_once(scorer, read, name=name, batch_size=batch_size, progress=progress)
+    return [None if tokens is None else rewards[tokens[0]] for tokens in found]

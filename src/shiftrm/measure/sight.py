@@ -14,10 +14,10 @@ import numpy as np
 
 from shiftrm.core.discrimination import rank_correlation
 from shiftrm.core.intervals import Measured, measured, measured_mean
-from shiftrm.data.negatives import NEGATIVES, negative_pairs
+from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT, negative_pairs
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.measure.score_once import score_once, tokens_of
+from shiftrm.measure.score_once import score_fitting
 from shiftrm.models.responses import Response
 from shiftrm.models.scoring import Scorer, rewards_of, row_responses
 from shiftrm.progress import Advance
@@ -102,7 +102,7 @@ def sight_tests(
 def _pairs(groups: Sequence[Row], kind: str, count: int, seed: int) -> list[Row] | str:
     """Return different pairs of a kind, or why there are none."""
     NEGATIVES.get(kind)  # an unknown kind is an error, not a test that does not apply
-    matching = "length" if kind == "other_prompt" else "random"
+    matching = "length" if kind == OTHER_PROMPT else "random"
     try:
         found = negative_pairs(groups, kind, count, matching=matching, seed=seed)
     except UserError as error:
@@ -125,16 +125,16 @@ def _rewards(
     """Return the reward of every side, without those longer than a model's context."""
     if not isinstance(reward_fn, Scorer):
         return dict(zip(sides, rewards_of(reward_fn, list(sides.values())), strict=True))
-    tokens = {key: tokens_of(reward_fn, [side], "sight test") for key, side in sides.items()}
-    read = {key: found[0] for key, found in tokens.items() if found is not None}
-    rewards = score_once(
+    rewards = score_fitting(
         reward_fn,
-        dict.fromkeys(read.values(), "sight test"),
+        list(sides.values()),
+        ["sight test"] * len(sides),
         name="the reward model",
         batch_size=batch_size or reward_fn.batch_size,
         progress=progress,
     )
-    return {key: rewards[sequence] for key, sequence in read.items()}
+    found = zip(sides, rewards, strict=True)
+    return {key: reward for key, reward in found if reward is not None}
 
 
 def _test(kind: str, found: list[Row] | str, rewards: Mapping[str, float], seed: int) -> SightTest:

@@ -26,7 +26,7 @@ from shiftrm.data.pairs import COLUMNS, FINISHED, read_pairs
 from shiftrm.data.replies import answers_of
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
-from shiftrm.measure.score_once import score_once, tokens_of
+from shiftrm.measure.score_once import score_fitting
 from shiftrm.models.responses import Response
 from shiftrm.models.scoring import Scorer
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
@@ -255,13 +255,10 @@ def scoring(reward: str | Path) -> Score:
     def score(
         prompts: Sequence[Any], responses: Sequence[Any], *, finished: Sequence[bool]
     ) -> list[float]:
-        rows = zip(prompts, responses, finished, strict=True)
-        found = [
-            tokens_of(scorer, [Response(*row)], f"contrast, row {i}") for i, row in enumerate(rows)
-        ]
-        places = {one[0]: f"contrast, row {i}" for i, one in enumerate(found) if one is not None}
-        rewards = score_once(scorer, places, name=str(reward))
-        return [-math.inf if one is None else rewards[one[0]] for one in found]
+        rows = [Response(*row) for row in zip(prompts, responses, finished, strict=True)]
+        places = [f"contrast, row {i}" for i in range(len(rows))]
+        rewards = score_fitting(scorer, rows, places, name=str(reward))
+        return [-math.inf if one is None else one for one in rewards]
 
     return score
 
