@@ -10,6 +10,7 @@ arm and round). `report` writes docs/methods.md and docs/methods.png from that f
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from shiftrm.errors import UserError
@@ -64,25 +65,39 @@ def run(args: argparse.Namespace) -> int:
             root = args.output / (args.world or "world") / f"kl-{kl:g}" / f"seed-{seed}"
             config = StudyConfig(seed, kl, missing, rounds=args.rounds, world=args.world)
 
-            def progress(event: str, name: str, here: Path = root) -> None:
-                if event == "done":
-                    print(f"{here}: {name}", file=sys.stderr, flush=True)
-
+            clock = Clock(root)
             stages = plan_study(config)
-            run_stages(stages, root, seed=seed, workers=args.workers, on_progress=progress)
+            run_stages(stages, root, seed=seed, workers=args.workers, on_progress=clock)
             found = results_of(
                 read_records(root / RECORDS_FILE),
                 world=args.world,
                 kl_target=kl,
                 resets=[name for name, about in missing.items() if about.arm.resets_reference],
+                seconds=clock.seconds,
             )
             add_results(args.results, found)
     return 0
 
 
+class Clock:
+    """Prints the stages that end, and keeps the seconds that each took."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.began: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, event: str, name: str) -> None:
+        if event == "start":
+            self.began[name] = time.monotonic()
+        elif event == "done":
+            self.seconds[name] = time.monotonic() - self.began[name]
+            print(f"{self.root}: {name}", file=sys.stderr, flush=True)
+
+
 def report(args: argparse.Namespace) -> int:
     from gold_world.report import replace_block
-    from methods_study.report import Study, pages, picture
+    from methods_study.report import pages, picture, studies
     from methods_study.results import read_results
     from shiftrm.report.plots import render
 
@@ -91,7 +106,7 @@ def report(args: argparse.Namespace) -> int:
         raise UserError(f"{args.results}: no results; make some with `methods.py run`")
     for name, content in pages(results).items():
         replace_block(args.docs / "methods.md", name, content)
-    (args.docs / "methods.png").write_bytes(render(picture(Study(results, "")), format="png"))
+    (args.docs / "methods.png").write_bytes(render(picture(studies(results)), format="png"))
     print(f"{args.docs / 'methods.md'}, {args.docs / 'methods.png'}")
     return 0
 

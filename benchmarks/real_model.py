@@ -36,6 +36,7 @@ def main() -> int:
     run_.add_argument("--output", type=Path, default=Path("runs/real-model"), metavar="DIR")
     run_.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     run_.add_argument("--threads", type=int, default=1, metavar="N", help="of torch; default 1")
+    run_.add_argument("--workers", type=int, default=1, metavar="N", help="processes; default 1")
     run_.add_argument("--until", nargs="+", metavar="STAGE", help="only these and what they need")
     run_.add_argument("--ppo", action="store_true", help="also PPO per arm; needs a GPU")
     run_.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over the settings")
@@ -74,7 +75,14 @@ def run(args: argparse.Namespace) -> int:
         check_settings(stages)
         if args.until is not None:
             stages = needed_for(stages, args.until)
-        run_stages(stages, root, seed=seed, threads=args.threads, on_progress=Clock(seed))
+        run_stages(
+            stages,
+            root,
+            seed=seed,
+            workers=args.workers,
+            threads=args.threads,
+            on_progress=Clock(seed),
+        )
         rows = seed_rows(root, seed, args.arms)
         if rows:
             add_rows(args.results, rows)
@@ -83,25 +91,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Clock:
-    """Prints how long each stage took: seconds on the clock, and CPU seconds of its process."""
+    """Prints how long each stage took, in seconds on the clock."""
 
     def __init__(self, seed: int) -> None:
-        self.seed, self.began = seed, (0.0, 0.0)
+        self.seed = seed
+        self.began: dict[str, float] = {}
 
     def __call__(self, event: str, name: str) -> None:
         if event == "start":
-            self.began = self._now()
+            self.began[name] = time.monotonic()
         elif event == "done":
-            wall, cpu = (now - then for now, then in zip(self._now(), self.began, strict=True))
-            line = f"seed {self.seed}: {name} done in {wall:.0f} s ({cpu:.0f} s of CPU)"
-            print(line, file=sys.stderr, flush=True)
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        import psutil
-
-        times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-        return time.monotonic(), sum(found.user + found.system for found in times)
+            wall = time.monotonic() - self.began[name]
+            print(f"seed {self.seed}: {name} done in {wall:.0f} s", file=sys.stderr, flush=True)
 
 
 def report(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """The study as a picture and as the tables of `docs/methods.md`."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -10,7 +10,7 @@ from shiftrm.records import Record
 
 from .arms import ARMS, CANDIDATES, Kind
 from .plan import START
-from .results import Result
+from .results import SECONDS, Result
 from .statistics import Paired, at_target, holm, paired, pooled_slope
 
 CHOOSING = (100, 101, 102, 103)
@@ -24,6 +24,12 @@ COLOURS = {
     Kind.CONTROL: "#999999",
 }
 
+COLUMNS = 3
+"""Panels beside each other in the picture."""
+
+WORLD_NAMES = {"": "", "adverts": "second world, "}
+"""How a world is called in headings."""
+
 Measure = Callable[[Result], float]
 
 
@@ -31,6 +37,7 @@ class Study:
     """The reported results of one world, by KL target and round."""
 
     def __init__(self, results: Sequence[Result], world: str, *, chosen_on: bool = False) -> None:
+        self.world = world
         self.results = [
             r for r in results if r.world == world and (r.seed in CHOOSING) == chosen_on
         ]
@@ -38,11 +45,15 @@ class Study:
     def cell(self, kl: float, number: int) -> "Cell":
         return Cell([r for r in self.results if r.kl_target == kl and r.round == number], kl)
 
-    def cells(self) -> list[tuple[float, int, "Cell"]]:
-        """Return the cells that have at least two arms, in order of KL and round."""
-        keys = sorted({(r.kl_target, r.round) for r in self.results})
-        found = [(kl, number, self.cell(kl, number)) for kl, number in keys]
-        return [(kl, number, cell) for kl, number, cell in found if len(cell.arms) > 1]
+    def __iter__(self) -> Iterator[tuple[float, int, "Cell"]]:
+        """Yield the cells that have at least two arms, in order of KL and round."""
+        for kl, number in sorted({(r.kl_target, r.round) for r in self.results}):
+            cell = self.cell(kl, number)
+            if len(cell.arms) > 1:
+                yield kl, number, cell
+
+    def title(self, kl: float, number: int) -> str:
+        return _capital(f"{WORLD_NAMES.get(self.world, self.world)}KL {kl:g}, round {number}")
 
 
 class Cell:
@@ -79,8 +90,8 @@ def comparison_table(cell: Cell) -> str:
     p_of = dict(zip(others, adjusted, strict=True))
     lines = [
         "| arm | seeds | gold | KL | to retrained (95 %) | Holm p | wins | at equal KL "
-        "| to fixed (95 %) | wins | worst | accuracy | rank | labels |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| to fixed (95 %) | wins | worst | accuracy | rank | labels | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in cell.arms:
         gold = cell.gold(arm)
@@ -106,6 +117,7 @@ def comparison_table(cell: Cell) -> str:
                     _number(cell.number(arm, "accuracy_policy_before"), ".3f"),
                     _number(cell.number(arm, "rank_policy_before"), ".2f"),
                     str(about.labels or "") if about else "",
+                    _number(cell.number(arm, SECONDS), ".0f"),
                 ]
             )
             + " |"
@@ -125,13 +137,18 @@ def seeds_table(cell: Cell) -> str:
     return "\n".join(lines)
 
 
-def picture(study: Study) -> Figure:
-    """One panel per KL target and round: difference to retrained with its interval."""
-    cells = study.cells()
-    rows = max((len(cell.arms) for *_, cell in cells), default=1)
-    figure = Figure(figsize=(4.2 * max(1, len(cells)), 0.27 * rows + 1.4), layout="constrained")
-    panels = figure.subplots(1, max(1, len(cells)), squeeze=False)[0]
-    for axes, (kl, number, cell) in zip(panels, cells, strict=False):
+def picture(studies: Sequence[Study]) -> Figure:
+    """One panel per world, KL target and round: difference to retrained with its interval."""
+    cells = [(study.title(kl, number), cell) for study in studies for kl, number, cell in study]
+    columns = min(COLUMNS, max(1, len(cells)))
+    rows = -(-max(1, len(cells)) // columns)
+    most = max((len(cell.arms) for _, cell in cells), default=1)
+    size = (4.4 * columns, (0.24 * most + 1.1) * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(cells) :]:
+        axes.set_visible(False)
+    for axes, (title, cell) in zip(panels, cells, strict=False):
         arms = [arm for arm in cell.arms if arm != "retrained"]
         found = {arm: paired(cell.gold(arm), cell.gold("retrained")) for arm in arms}
         arms = sorted((arm for arm in arms if found[arm].n), key=lambda arm: found[arm].mean)
@@ -145,7 +162,7 @@ def picture(study: Study) -> Figure:
         axes.set_yticks(
             range(len(arms)), [ARMS[arm].label if arm in ARMS else arm for arm in arms], fontsize=8
         )
-        axes.set_title(f"KL {kl:g}, round {number}", fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("gold, difference to retrained", fontsize=9)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -158,7 +175,7 @@ def tried_table(study: Study) -> str:
         "| KL | setting | seeds | gold | KL reached | to retrained | accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
-    for kl, number, cell in study.cells():
+    for kl, number, cell in study:
         for arm in cell.arms:
             about = {**ARMS, **CANDIDATES}.get(arm)
             gold = cell.gold(arm)
@@ -179,7 +196,7 @@ def tried_table(study: Study) -> str:
 def answer(study: Study) -> str:
     """Return a sentence per KL target and round: the best arm without labels, and the ceiling."""
     sentences = []
-    for kl, number, cell in study.cells():
+    for kl, number, cell in study:
         free = [
             arm
             for arm in cell.arms
@@ -194,12 +211,19 @@ def answer(study: Study) -> str:
         )
         fixed = paired(cell.gold(best), cell.gold("fixed"))
         sentences.append(
-            f"- **KL {kl:g}, round {number}, {most} seeds**: of the methods without labels, "
+            f"- **{study.title(kl, number)}, {most} seeds**: of the methods without labels, "
             f"*{ARMS[best].label}* ends highest, {_interval(against[best])} gold above retraining "
             f"and {_interval(fixed)} above the fixed reward model. "
-            f"{_others(against)}"
+            f"{_others(against)}{_way_to_gold(against, best)}"
         )
-    return "\n".join(sentences) or "Nothing has been run yet."
+    return "\n".join(sentences)
+
+
+def _way_to_gold(against: Mapping[str, Paired], arm: str) -> str:
+    if "gold" not in against or not against["gold"].mean > 0:
+        return ""
+    share = against[arm].mean / against["gold"].mean
+    return f" That is {100 * share:.0f} % of the distance from retraining to gold as the reward."
 
 
 def _others(against: Mapping[str, Paired]) -> str:
@@ -253,22 +277,34 @@ def means_table(cell: Cell, beginning: str, ending: str = "") -> str:
 
 def pages(results: Sequence[Result]) -> dict[str, str]:
     """Return the generated parts of docs/methods.md by the name of their block."""
-    first, tried = Study(results, ""), Study(results, "", chosen_on=True)
-    comparison, seeds, sight, pays = [], [], [sight_table(first)], []
-    for kl, number, cell in first.cells():
-        heading = f"**KL {kl:g}, round {number}**"
-        comparison.append(f"{heading}\n\n{comparison_table(cell)}")
-        seeds.append(f"{heading}\n\n{seeds_table(cell)}")
-        sight.append(f"{heading}\n\n{means_table(cell, 'sight_', '_before')}")
-        pays.append(f"{heading}\n\n{means_table(cell, 'overpays_')}")
-    return {
-        "answer": answer(first),
-        "comparison": "\n\n".join(comparison) or "Nothing has been run yet.",
-        "seeds": "\n\n".join(seeds) or "Nothing has been run yet.",
-        "tried": tried_table(tried),
-        "sight": "\n\n".join(sight),
-        "pays": "\n\n".join(pays),
+    first, second = studies(results)
+    found = {
+        "answer": "\n".join(filter(None, (answer(first), answer(second)))),
+        "comparison": _by_cell(first, comparison_table),
+        "second": _by_cell(second, comparison_table),
+        "seeds": _by_cell(first, seeds_table) + "\n\n" + _by_cell(second, seeds_table),
+        "tried": tried_table(Study(results, "", chosen_on=True)),
+        "sight": sight_table(first)
+        + "\n\n"
+        + _by_cell(first, lambda cell: means_table(cell, "sight_", "_before")),
+        "pays": _by_cell(first, lambda cell: means_table(cell, "overpays_")),
     }
+    return {name: text.strip() or "Nothing has been run yet." for name, text in found.items()}
+
+
+def studies(results: Sequence[Result]) -> tuple[Study, Study]:
+    """Return the reported results of the first and of the second world."""
+    return Study(results, ""), Study(results, "adverts")
+
+
+def _by_cell(study: Study, table: Callable[[Cell], str]) -> str:
+    return "\n\n".join(
+        f"**{study.title(kl, number)}**\n\n{table(cell)}" for kl, number, cell in study
+    )
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _mean(values: object) -> float:

@@ -1,6 +1,6 @@
 """The study's results: a row per arm, round, KL target and seed, in one file that is committed."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,9 @@ KEPT = (
     "length_mean",
 )
 """Metrics of the evaluation that a row keeps, beside those of `KEPT_BEGINNINGS`."""
+
+SECONDS = "seconds_reward_model"
+"""The number that says how long the round's reward model was trained."""
 
 KEPT_BEGINNINGS = ("sight_", "pays_", "overpays_")
 LEFT_OUT = ("overpays_low_", "overpays_high_")
@@ -52,15 +55,22 @@ class Result:
 
 
 def results_of(
-    records: Sequence[Record], *, world: str, kl_target: float, resets: Collection[str] = ()
+    records: Sequence[Record],
+    *,
+    world: str,
+    kl_target: float,
+    resets: Collection[str] = (),
+    seconds: Mapping[str, float] | None = None,
 ) -> list[Result]:
     """Return a row for every arm and round that the records of one seed hold completely.
 
     Args:
         resets: arms whose KL in PPO is to the policy that the round starts from. Their `kl` is that
             of the evaluation, which is to the SFT policy for every arm.
+        seconds: that each stage took, of those that were not there before.
     """
     found = []
+    took = seconds or {}
     for arm, number in dict.fromkeys((r.method, r.round) for r in records if r.stage == "evaluate"):
         mine = [r for r in records if r.method == arm and r.round == number]
         steps = {
@@ -75,6 +85,9 @@ def results_of(
             for name, value in final.items()
             if not isinstance(value, list) and _is_kept(name)
         }
+        training = took.get(f"methods/{arm}/round-{number}/reward_model")
+        if training is not None:
+            numbers[SECONDS] = round(training, 2)
         found.append(
             Result(
                 world,

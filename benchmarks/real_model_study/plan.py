@@ -42,8 +42,8 @@ RUN_JOB = "shiftrm.pipeline.launch:run_job"
 STAGES = f"{__package__}.stages"
 FIXED = "fixed"
 
-ROWS = 32
-"""Responses that are sampled at once."""
+PPO_UPDATES = 4
+"""Optimizer steps on the responses of one PPO step."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,12 @@ class StudyConfig:
         steps, batch_size, learning_rate: of every reward model.
         sft_epochs, sft_batch_size, sft_learning_rate: of the fine-tuning that moves the policy.
         micro_batch_size: pairs computed at once; it changes memory, not results.
+        sampling_rows: responses sampled at once; another number gives other draws.
+        bf16: autocast in every training; a GPU takes half the time.
         save_steps: optimizer steps between checkpoints that an interrupted training resumes from.
-        ppo_steps, ppo_prompts, ppo_kl: of PPO: steps, prompts a step, and the KL it is held at.
+        ppo_steps, ppo_prompts, ppo_responses: of PPO: steps, prompts a step, responses to each.
+        ppo_kl, ppo_kl_coefficient: the KL it is steered to, and where the coefficient starts.
+        ppo_learning_rate: of the policy; the critic's is three times as high.
     """
 
     system: str = "Answer in one short sentence."
@@ -92,10 +96,15 @@ class StudyConfig:
     sft_batch_size: int = 16
     sft_learning_rate: float = 2e-5
     micro_batch_size: int = 4
+    sampling_rows: int = 32
+    bf16: bool = False
     save_steps: int = 25
     ppo_steps: int = 40
-    ppo_prompts: int = 32
+    ppo_prompts: int = 16
+    ppo_responses: int = 8
     ppo_kl: float = 6.0
+    ppo_kl_coefficient: float = 0.05
+    ppo_learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
         for name in ("label_responses", "group_responses", "eval_responses", "base_responses"):
@@ -140,9 +149,12 @@ class Plan:
     def stages(self, arms: Sequence[str]) -> list[Stage]:
         """Return the stages of a seed with these arms, each after those it needs."""
         found = [*self._beginning(), *self._moving(), *self._evaluation()]
+        last: list[Stage] = []
         for name in dict.fromkeys(arms):
-            found += self._arm(name)
-        return found
+            reward, stages = self._arm(name)
+            found += stages
+            last += self._ppo(name, reward) if self.ppo else []
+        return found + last
 
     # -- before the policy moves -----------------------------------------------------------------
 
@@ -209,10 +221,13 @@ class Plan:
 
     # -- arms ------------------------------------------------------------------------------------
 
-    def _arm(self, name: str) -> list[Stage]:
-        """Return the stages of one way to adapt, after `pipeline.plan_rewards.adapted_model`."""
+    def _arm(self, name: str) -> tuple[Made, list[Stage]]:
+        """Return the reward model of one way to adapt, and its stages.
+
+        It follows `pipeline.plan_rewards.adapted_model`.
+        """
         found: list[Stage] = []
-        reward: Input = Made("proxy")
+        reward = Made("proxy")
         method = METHODS.get(name)
         if method.training is not None:
             found.append(self._reward_model(name))
@@ -237,7 +252,7 @@ class Plan:
             _record("evaluate", name, 1),
             self._execution({}),
         )
-        return [*found, scores, sight, *(self._ppo(name, reward) if self.ppo else [])]
+        return reward, [*found, scores, sight]
 
     def _reward_model(self, name: str) -> Stage:
         method = METHODS.get(name)
@@ -259,13 +274,20 @@ class Plan:
         return self._training(f"arms/{name}/reward_model", job, _record("reward_model", name, 1))
 
     def _ppo(self, name: str, reward: Input) -> list[Stage]:
+        """Return PPO from the first policy against an arm's reward; the arm may shape it."""
         config, here = self.config, f"arms/{name}/ppo"
         settings = {
             "steps": config.ppo_steps,
             "prompts_per_step": config.ppo_prompts,
+            "rollouts_per_prompt": config.ppo_responses,
+            "minibatch_size": config.ppo_prompts * config.ppo_responses // PPO_UPDATES,
+            "learning_rate": config.ppo_learning_rate,
+            "critic_learning_rate": 3 * config.ppo_learning_rate,
             "kl_target": config.ppo_kl,
+            "kl_coefficient": config.ppo_kl_coefficient,
             **asdict(config.sampling),
             "seed": random_seed(self.seed, "ppo"),
+            **METHODS.get(name).policy_settings,
         }
         job = Optimise(
             "ppo",
@@ -278,8 +300,8 @@ class Plan:
         )
         way = {
             "micro_batch_size": config.micro_batch_size,
-            "forward_batch_size": ROWS,
-            "bf16": False,
+            "forward_batch_size": config.sampling_rows,
+            "bf16": config.bf16,
             "gradient_checkpointing": False,
             "report_to": "none",
         }
@@ -300,7 +322,7 @@ class Plan:
             f"{here.rpartition('/')[2]}.jsonl",
             responses=responses,
             sampling=self.config.sampling,
-            batch_size=max(1, ROWS // responses),
+            batch_size=max(1, self.config.sampling_rows // responses),
             seed=random_seed(self.seed, f"samples/{purpose}/{responses}"),
         )
         needs = tuple(dict.fromkeys(("data", *inputs_of(job))))
@@ -340,7 +362,7 @@ class Plan:
             "per_device_train_batch_size": micro,
             "gradient_accumulation_steps": size // micro,
             "gradient_checkpointing": False,
-            "bf16": False,
+            "bf16": self.config.bf16,
             "report_to": "none",
         }
         settings = {"job": plain(job), **self.fingerprints}
@@ -349,8 +371,8 @@ class Plan:
     def _execution(self, way: dict[str, Any]) -> dict[str, Any]:
         execution = Execution(
             micro_batch_size=self.config.micro_batch_size,
-            sampling_batch_size=ROWS,
-            bf16=False,
+            sampling_batch_size=self.config.sampling_rows,
+            bf16=self.config.bf16,
             gradient_checkpointing=False,
             in_process=True,
         )

@@ -23,6 +23,14 @@ COLUMNS = {
 }
 SIGHT = "sight_"
 
+PPO_COLUMNS = {
+    "ppo_gold": "gold after PPO",
+    "ppo_kl": "KL",
+    "ppo_gold_minus_fixed": "gold minus fixed",
+    "ppo_gold_minus_retrained": "gold minus retrained",
+}
+PPO_TEXT = "PPO from the first policy against each reward, on answers to the test prompts:"
+
 
 def write_page(path: Path, rows: Sequence[Row]) -> None:
     """Put the tables into the page's block `results`.
@@ -35,12 +43,14 @@ def write_page(path: Path, rows: Sequence[Row]) -> None:
 
 def tables(rows: Sequence[Row]) -> str:
     """Return all tables as Markdown."""
+    ppo = any(row["measure"] in PPO_COLUMNS for row in rows)
     return "\n\n".join(
         (
             "On the moved policy's responses to the test prompts:",
             _by_arm(rows, COLUMNS),
             "Sight tests (share of pairs in which the better version has the higher reward):",
             _by_arm(rows, _sight_columns(rows)),
+            *((PPO_TEXT, _by_arm(rows, PPO_COLUMNS)) if ppo else ()),
             "How far the policy moved, and the lexical gold:",
             _about(rows),
         )

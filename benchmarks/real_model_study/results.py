@@ -15,6 +15,7 @@ from shiftrm.core.intervals import Measured
 from shiftrm.files import Row, read_jsonl, write_jsonl
 from shiftrm.methods.method import METHODS
 from shiftrm.models.scoring import score_rows
+from shiftrm.trainers.training_log import TRAINING_LOG
 
 from . import measures
 from .gold import LexicalGold
@@ -64,11 +65,11 @@ def seed_rows(root: Path, seed: int, arms: Sequence[str]) -> list[Row]:
     best = {name: measures.best_gold(r["eval"], golds["eval"], n) for name, r in rewards.items()}
     for name, given in rewards.items():
         found += _arm_rows(name, given, golds, best, seed)
-        found += _sight_rows(root, name, seed) + _ppo_rows(root, name, seed, gold)
+        found += _sight_rows(root, name, seed)
         if name not in (CEILING, SHORTEST) and "labels" in METHODS.get(name).needs:
             labels = len(_labelled(root, "fresh")) - len(_labelled(root, "pairs"))
             found.append(_row(seed, name, "labels", Measured(float(labels)), labels))
-    return found
+    return found + _ppo_rows(root, [*rewards], seed, gold)
 
 
 def add_rows(path: Path, rows: Sequence[Row]) -> list[Row]:
@@ -147,12 +148,26 @@ def _sight_rows(root: Path, name: str, seed: int) -> list[Row]:
     return found
 
 
-def _ppo_rows(root: Path, name: str, seed: int, gold: LexicalGold) -> list[Row]:
-    path = root / "arms" / name / "ppo_samples" / "ppo_samples.jsonl"
-    if not path.is_file():
-        return []
-    golds = [sum(row) / len(row) for row in score_rows(gold, read_jsonl(path))]
-    return [_row(seed, name, "ppo_gold", measures.mean(golds), len(golds))]
+def _ppo_rows(root: Path, names: Sequence[str], seed: int, gold: LexicalGold) -> list[Row]:
+    """Return what PPO against each arm's reward gave: gold by test prompt, and the KL it ended at.
+
+    The KL is of the policy's last roll-outs to the policy that it started from.
+    """
+    golds: dict[str, Any] = {}
+    for name in names:
+        path = root / "arms" / name / "ppo_samples" / "ppo_samples.jsonl"
+        if path.is_file():
+            golds[name] = np.array([np.mean(row) for row in score_rows(gold, read_jsonl(path))])
+    found = []
+    for name, ours in golds.items():
+        values = {"ppo_gold": measures.mean(ours)}
+        for other in AGAINST:
+            if other in golds and other != name:
+                values[f"ppo_gold_minus_{other}"] = measures.difference(ours, golds[other])
+        last = read_jsonl(root / "arms" / name / "ppo" / "model" / TRAINING_LOG)[-1]
+        values["ppo_kl"] = Measured(last["final_sequence_kl"])
+        found += [_row(seed, name, measure, value, len(ours)) for measure, value in values.items()]
+    return found
 
 
 def _labelled(root: Path, stage: str) -> list[Row]:

@@ -452,9 +452,11 @@ def test_a_small_study_for_real(small_world, in_process, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*words[: words.index("--arms")], *more])
     assert real_model.main() == 0
     more_rows = read_jsonl(here / "results.jsonl")
-    [new] = [row for row in more_rows if row not in rows]
-    assert (new["arm"], new["measure"]) == ("fixed", "ppo_gold")
-    assert len(more_rows) == len(rows) + 1
+    new = {row["measure"]: row for row in more_rows if row not in rows}
+    assert {row["arm"] for row in new.values()} == {"fixed"}
+    assert set(new) == {"ppo_gold", "ppo_kl"}
+    assert new["ppo_kl"]["value"] >= 0
+    assert len(more_rows) == len(rows) + 2
 
     monkeypatch.setattr("sys.argv", [*words, "--set", *SMALL, "steps=3"])
     assert real_model.main() == 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from benchmarks.methods_study.arms import ARMS, CANDIDATES, arms_of
 from benchmarks.methods_study.plan import START, StudyConfig, plan_study, sort_by_gold
-from benchmarks.methods_study.report import Study, pages, picture
+from benchmarks.methods_study.report import pages, picture, studies
 from benchmarks.methods_study.results import Result, add_results, read_results, results_of
 from benchmarks.methods_study.statistics import at_target, holm, paired, pooled_slope
 from scipy import stats
@@ -138,10 +138,11 @@ def test_results_average_the_last_steps_and_are_added_once(tmp_path):
     records += [record("ppo", "sequence_kl", 2.0 * k, k) for k in range(1, 21)]
     records += [record("evaluate", "gold_mean", 3.5), record("evaluate", "kl", 11.0)]
     records += [record("evaluate", "accuracy_policy_before", 0.6)]
-    [found] = results_of(records, world="", kl_target=12.0)
+    took = {"methods/contrast/round-2/reward_model": 7.25, "methods/fixed/round-2/policy": 3.0}
+    [found] = results_of(records, world="", kl_target=12.0, seconds=took)
     assert (found.gold, found.kl) == (15.5, 31.0)  # mean of 11..20
     assert (found.gold_evaluated, found.kl_evaluated, found.seed) == (3.5, 11.0, 4)
-    assert found.numbers == {"accuracy_policy_before": 0.6}
+    assert found.numbers == {"accuracy_policy_before": 0.6, "seconds_reward_model": 7.25}
     path = tmp_path / "results.jsonl"
     add_results(path, [found])
     other = Result(**{**vars(found), "arm": "retrained"})
@@ -199,5 +200,28 @@ def test_sight_tests_are_ranked_against_accuracy():
 def test_the_picture_has_a_panel_per_cell():
     results = [_result(arm, s, 3.0, kl_target=kl) for arm in ("retrained", "contrast", "fixed")
                for s in range(3) for kl in (6.0, 12.0)]  # fmt: skip
-    figure = picture(Study(results, ""))
-    assert [axes.get_title() for axes in figure.axes] == ["KL 6, round 2", "KL 12, round 2"]
+    results += [_result(arm, s, 3.0, world="adverts") for arm in ("retrained", "fixed")
+                for s in range(2)]  # fmt: skip
+    figure = picture(studies(results))
+    titles = ["KL 6, round 2", "KL 12, round 2", "Second world, KL 12, round 2"]
+    assert [axes.get_title() for axes in figure.axes] == titles
+
+
+def test_worlds_are_kept_apart_and_seconds_are_means():
+    golds = {"retrained": 3.0, "contrast": 4.0, "gold": 5.0}
+    results = [
+        _result(arm, s, gold + s, world=world, numbers={"seconds_reward_model": 10.0 + 2 * s})
+        for world, shift in (("", 0.0), ("adverts", 0.5))
+        for arm, gold in {**golds, "contrast": 4.0 - shift}.items()
+        for s in range(2)
+    ]
+    made = pages(results)
+    for block, change in (("comparison", "+1.00"), ("second", "+0.50")):
+        [row] = [line for line in made[block].splitlines() if line.startswith("| contrast |")]
+        cells = [cell.strip() for cell in row.split("|")[1:-1]]
+        assert cells[4] == change
+        assert cells[-1] == "11"
+    first, second = made["answer"].splitlines()
+    assert "50 % of the distance from retraining to gold" in first
+    assert second.startswith("- **Second world, KL 12, round 2, 2 seeds**")
+    assert "25 % of the distance" in second
