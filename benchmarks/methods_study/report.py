@@ -255,7 +255,7 @@ def sight_table(study: Study) -> str:
     return "\n".join(lines)
 
 
-def means_table(cell: Cell, beginning: str, ending: str = "") -> str:
+def means_table(cell: Cell, beginning: str, ending: str = "", form: str = ".2f") -> str:
     """Return the means over seeds of all numbers with this beginning and ending, by arm."""
     names = sorted(
         {
@@ -268,7 +268,7 @@ def means_table(cell: Cell, beginning: str, ending: str = "") -> str:
     short = [name.removeprefix(beginning).removesuffix(ending).replace("_", " ") for name in names]
     lines = ["| arm | " + " | ".join(short) + " |", "|---" * (len(names) + 1) + "|"]
     for arm in cell.arms:
-        values = [_number(cell.number(arm, name), ".2f") for name in names]
+        values = [_number(cell.number(arm, name), form) for name in names]
         if any(values):
             label = ARMS[arm].label if arm in ARMS else arm
             lines.append(f"| {label} | " + " | ".join(values) + " |")
@@ -287,6 +287,7 @@ def pages(results: Sequence[Result]) -> dict[str, str]:
         "sight": sight_table(first)
         + "\n\n"
         + _by_cell(first, lambda cell: means_table(cell, "sight_", "_before")),
+        "meta": _by_cell(first, lambda cell: means_table(cell, "meta_", form=".2g")),
         "pays": _by_cell(first, lambda cell: means_table(cell, "overpays_")),
     }
     return {name: text.strip() or "Nothing has been run yet." for name, text in found.items()}

@@ -20,6 +20,9 @@ KEPT = (
 )
 """Metrics of the evaluation that a row keeps, beside those of `KEPT_BEGINNINGS`."""
 
+META = ("meta_influence", "meta_growth", "meta_rho", "meta_trials")
+"""What a meta step logs that a row keeps, as means over the training."""
+
 SECONDS = "seconds_reward_model"
 """The number that says how long the round's reward model was trained."""
 
@@ -85,6 +88,7 @@ def results_of(
             for name, value in final.items()
             if not isinstance(value, list) and _is_kept(name)
         }
+        numbers |= _training_means(mine)
         training = took.get(f"methods/{arm}/round-{number}/reward_model")
         if training is not None:
             numbers[SECONDS] = round(training, 2)
@@ -104,6 +108,15 @@ def results_of(
             )
         )
     return found
+
+
+def _training_means(records: Sequence[Record]) -> dict[str, float]:
+    """Return the means over the training of the round's reward model, of what a meta step logs."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if record.stage == "reward_model" and record.metric in META:
+            found.setdefault(record.metric, []).append(float(record.value))  # type: ignore[arg-type]
+    return {name: round(sum(values) / len(values), 8) for name, values in found.items()}
 
 
 def _is_kept(name: str) -> bool:

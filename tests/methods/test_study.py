@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,11 +139,18 @@ def test_results_average_the_last_steps_and_are_added_once(tmp_path):
     records += [record("ppo", "sequence_kl", 2.0 * k, k) for k in range(1, 21)]
     records += [record("evaluate", "gold_mean", 3.5), record("evaluate", "kl", 11.0)]
     records += [record("evaluate", "accuracy_policy_before", 0.6)]
+    for influence in (0.2, 0.6):
+        step = Record("reward_model", "contrast", 2, "meta_influence", influence, step=1, seed=4)
+        records += [step, replace(step, round=1, value=9.0)]
     took = {"methods/contrast/round-2/reward_model": 7.25, "methods/fixed/round-2/policy": 3.0}
     [found] = results_of(records, world="", kl_target=12.0, seconds=took)
     assert (found.gold, found.kl) == (15.5, 31.0)  # mean of 11..20
     assert (found.gold_evaluated, found.kl_evaluated, found.seed) == (3.5, 11.0, 4)
-    assert found.numbers == {"accuracy_policy_before": 0.6, "seconds_reward_model": 7.25}
+    assert found.numbers == {
+        "accuracy_policy_before": 0.6,
+        "meta_influence": pytest.approx(0.4),
+        "seconds_reward_model": 7.25,
+    }
     path = tmp_path / "results.jsonl"
     add_results(path, [found])
     other = Result(**{**vars(found), "arm": "retrained"})
