@@ -34,9 +34,9 @@ from shiftrm.policies.ppo_math import (
     masked_variance,
     policy_logprobs,
     token_rewards,
-    vocabulary_of,
     whiten,
 )
+from shiftrm.policies.ppo_passes import Predictions, vocabulary_of
 from shiftrm.policies.ppo_runtime import Processes
 from shiftrm.policies.ppo_update import (
     Batch,
@@ -369,8 +369,10 @@ class PPOTrainer:
                 logits = self._pass(part.logits, self.policy)
                 with reference_of(self.policy, self.problem.reference) as reference:
                     theirs = self._pass(part.logits, reference)
-                kl, entropy = kl_and_entropy(logits, theirs, part.response_mask)
-                found.append((part.chosen(logits), part.chosen(theirs), kl, entropy))
+                both = (Predictions(given, vocabulary) for given in (logits, theirs))
+                numbers = [predictions.logprobs(part.tokens) for predictions in both]
+                numbers += kl_and_entropy(logits, theirs)
+                found.append(tuple(map(part.spread, numbers)))
             with activity(self.critic):
                 values = [self._pass(part.values, self.critic) for part in own.portions(size)]
         by_name = [[f[k] for f in found] for k in range(4)]

@@ -16,14 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shiftrm.core.likelihood import unwrapped
 from shiftrm.models.rewards import pad_right, token_values
 from shiftrm.models.sampling import Sample
+from shiftrm.policies.ppo_passes import Predictions, logits_at, predictions_at, vocabulary_of
 
 LOGITS_AT_ONCE = 2**27
 """Most logits of one model held at once without gradient (512 MiB in fp32)."""
 
 TOKENS_ON_CPU = 1536
 """Most tokens in one pass without gradient on a CPU, whose caches do not hold more activations."""
+
+FEW_LOGITS = 2**20
+"""Rows with fewer logits in all of their last A columns compute them all (4 MiB in fp32)."""
 
 _SLICE = 2**23
 """Most logits copied to fp32 at once."""
@@ -215,31 +220,59 @@ class Rows:
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size))
 
+    @property
+    def places(self) -> Tensor:
+        """Index among the B * T tokens of the state before each of the N response tokens, [N]."""
+        T, A = self.input_ids.shape[1], self.response_mask.shape[1]
+        row, column = self.response_mask.nonzero(as_tuple=True)
+        return row * T + column + (T - A - 1)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The response tokens of all rows, row by row, shape [N]."""
+        return self.input_ids[:, -self.response_mask.shape[1] :][self.response_mask]
+
+    def spread(self, values_N: Tensor) -> Tensor:
+        """Return values of the response tokens at their places, shape [B, A]; 0 elsewhere."""
+        zeros = values_N.new_zeros(self.response_mask.shape)
+        return zeros.masked_scatter(self.response_mask, values_N)
+
     def logits(self, model: Any) -> Tensor:
-        """Unmodified logits of the last A tokens, as the model gives them, shape [B, A, V]."""
+        """Unmodified logits of the response tokens, as the model gives them, shape [N, V].
+
+        The model may be wrapped (DDP, FSDP).
+        """
+        return self._of_few(model) if self._are_few(model) else logits_at(model, *self._inputs())
+
+    def predictions(self, model: Any) -> Predictions:
+        """What the model predicts at the response tokens; see `predictions_at`."""
+        if self._are_few(model):
+            return Predictions(self._of_few(model), vocabulary_of(model))
+        return predictions_at(model, *self._inputs())
+
+    def logprobs(self, model: Any) -> Tensor:
+        """Log-probabilities of the last A tokens, shape [B, A]; 0 where the mask is False."""
+        return self.spread(self.predictions(model).logprobs(self.tokens))
+
+    def _inputs(self) -> tuple[dict[str, Tensor], Tensor]:
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}, self.places
+
+    def _are_few(self, model: Any) -> bool:
+        return self.response_mask.numel() * vocabulary_of(model) <= FEW_LOGITS
+
+    def _of_few(self, model: Any) -> Tensor:
+        """`logits` from those of the last A tokens: one product where there is little to save."""
         A = self.response_mask.shape[1]
         options: dict[str, Any] = {}
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
-        if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-            options["logits_to_keep"] = A + 1  # no vocabulary projection for prompts
+        if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
+            options["logits_to_keep"] = A + 1
         logits: Tensor = model(
             input_ids=self.input_ids,
             attention_mask=self.attention_mask,
             use_cache=False,
             **options,
         ).logits[:, -(A + 1) : -1]
-        return logits
-
-    def logprobs(self, model: Any) -> Tensor:
-        """Log-probabilities of the last A tokens, shape [B, A]; 0 where the mask is False."""
-        return self.chosen(self.logits(model))
-
-    def chosen(self, logits: Tensor) -> Tensor:
-        """`logprobs` from logits of shape [B, A, V]; in fp32 or more."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        tokens = self.input_ids[:, -self.response_mask.shape[1] :]
-        chosen = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
-        return chosen.masked_fill(~self.response_mask, 0.0)
+        return logits[self.response_mask]
 
     def portions(self, most: int, vocabulary: int | None = None) -> Iterator["Rows"]:
         """Yield parts for passes without gradient, of at most this many rows.
@@ -255,7 +288,8 @@ class Rows:
 
     def within(self, logits: int, vocabulary: int) -> int:
         """Number of rows, at least 1, that together have at most this many logits."""
-        return max(1, logits // max(1, self.response_mask.shape[1] * vocabulary))
+        longest = int(self.response_mask.sum(dim=1).max())
+        return max(1, logits // max(1, longest * vocabulary))
 
     def values(self, critic: nn.Module) -> Tensor:
         """The critic's value of the state before each of the last A tokens, shape [B, A]."""
@@ -302,46 +336,31 @@ def exact_token_kl(
     rows = Rows.pack(samples, device=next(policy.parameters()).device)
     kl: list[Tensor] = []
     for chunk in rows.portions(batch_size, vocabulary_of(policy)):
-        kl_BA, _ = kl_and_entropy(
-            chunk.logits(policy), chunk.logits(reference), chunk.response_mask
-        )
-        kl.append(kl_BA.sum(1))
+        kl_N, _ = kl_and_entropy(chunk.logits(policy), chunk.logits(reference))
+        kl.append(chunk.spread(kl_N).sum(1))
     return torch.cat(kl)
 
 
-def vocabulary_of(model: Any) -> int:
-    """Number of logits per token of a causal language model."""
-    return int(model.config.get_text_config().vocab_size)
-
-
 @torch.no_grad()
-def kl_and_entropy(
-    logits_BTV: Tensor, ref_logits_BTV: Tensor, mask_BT: Tensor
-) -> tuple[Tensor, Tensor]:
+def kl_and_entropy(logits_NV: Tensor, ref_logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """KL to the reference and entropy at each state, exactly over the vocabulary; in fp32 or more.
 
     `KL_t = sum_v pi_v (log pi_v - log pi_ref_v)`, `H_t = -sum_v pi_v log pi_v`.
 
     Args:
-        logits_BTV, ref_logits_BTV: of policy and reference, any precision, shape [B, T, V].
-        mask_BT: True at response tokens, shape [B, T].
+        logits_NV, ref_logits_NV: of policy and reference, any precision, shape [N, V].
 
     Returns:
-        Nats, shape [B, T] each, at least 0; 0 where the mask is False, NaN where a logit is.
+        Nats, shape [N] each, at least 0; NaN where a logit is.
     """
-    dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
-    V = logits_BTV.shape[-1]
-    logits_NV, ref_NV = logits_BTV.reshape(-1, V), ref_logits_BTV.reshape(-1, V)
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     kl, entropy = [], []
-    size = max(1, _SLICE // V)  # of states: the copies in fp32 stay small
+    size = max(1, _SLICE // logits_NV.shape[-1])  # of states: the copies in fp32 stay small
     for start in range(0, len(logits_NV), size):
         log_p = logits_NV[start : start + size].to(dtype).log_softmax(-1)
-        log_q = ref_NV[start : start + size].to(dtype).log_softmax(-1)
+        log_q = ref_logits_NV[start : start + size].to(dtype).log_softmax(-1)
         p = log_p.exp()
         never = p == 0  # where log p may be -inf
         entropy.append(-(p * log_p).masked_fill(never, 0.0).sum(-1))
         kl.append((p * (log_p - log_q)).masked_fill(never, 0.0).sum(-1))
-    return (
-        torch.cat(kl).view_as(mask_BT).clamp(min=0.0).masked_fill(~mask_BT, 0.0),
-        torch.cat(entropy).view_as(mask_BT).clamp(min=0.0).masked_fill(~mask_BT, 0.0),
-    )
+    return torch.cat(kl).clamp(min=0.0), torch.cat(entropy).clamp(min=0.0)

@@ -23,7 +23,8 @@ from shiftrm.models.finite import require_finite_gradient
 from shiftrm.models.rendering import encode_prompt, pin_template
 from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import Sample, remember_stop_tokens
-from shiftrm.policies.ppo_math import LOGITS_AT_ONCE, Rows, kl_and_entropy, vocabulary_of
+from shiftrm.policies.ppo_math import LOGITS_AT_ONCE, Rows, kl_and_entropy
+from shiftrm.policies.ppo_passes import vocabulary_of
 from shiftrm.policies.text_rewards import GOLD_WORLD, TextReward
 from shiftrm.policies.tokens import drop, encode_demonstration, encode_preference
 from shiftrm.trainers.first_batch import switch_off_dropout
@@ -279,7 +280,7 @@ class _Rewarded(_Guarded):
                     logits = chunk.logits(model)
                     with self._reference() as reference:
                         theirs = chunk.logits(reference)
-                kl.append(kl_and_entropy(logits, theirs, chunk.response_mask)[0].sum(dim=1))
+                kl.append(chunk.spread(kl_and_entropy(logits, theirs)[0]).sum(dim=1))
         finally:
             model.train(training)
         weight = torch.tensor(counted, device=accelerator.device, dtype=torch.float32)
