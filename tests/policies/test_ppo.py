@@ -20,7 +20,7 @@ from shiftrm.errors import UserError
 from shiftrm.models.rewards import token_values
 from shiftrm.models.sampling import PAPER_SAMPLING, Sample, SamplingConfig, generate
 from shiftrm.models.scoring import Scorer
-from shiftrm.policies import ppo, ppo_math
+from shiftrm.policies import ppo, ppo_math, ppo_rows
 from shiftrm.policies.ppo import (
     KLController,
     PPOConfig,
@@ -35,7 +35,8 @@ from shiftrm.policies.ppo import (
     token_rewards,
     whiten,
 )
-from shiftrm.policies.ppo_math import Rows, kl_and_entropy
+from shiftrm.policies.ppo_math import kl_and_entropy
+from shiftrm.policies.ppo_rows import Rows
 
 WORDS = ("go", "on", "a", "b", "c", "d", "e", "f", "g")
 V = len(WORDS) + 2
@@ -402,12 +403,12 @@ def test_kl_estimates_against_the_exact_sequence_kl():
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(8), SamplingConfig(8, 0.8, 0.9, 1.1)])
-@pytest.mark.parametrize("at_once", [ppo_math.LOGITS_AT_ONCE, 3 * V, 1])
+@pytest.mark.parametrize("at_once", [ppo_rows.LOGITS_AT_ONCE, 3 * V, 1])
 def test_logged_kl_and_controller_do_not_depend_on_how_responses_are_drawn(
     monkeypatch, sampling, at_once
 ):
     """Sharper samples than the policy's own make log pi/pi_ref fall where the KL grows."""
-    monkeypatch.setattr(ppo_math, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(ppo_rows, "LOGITS_AT_ONCE", at_once)
     reference = make_llama(scale=30.0)
     policy = make_llama(scale=15.0)
     settings = {"steps": 1, "prompts_per_step": 16, "rollouts_per_prompt": 8}

@@ -298,7 +298,7 @@ def test_out_of_memory_is_one_line_that_says_which_setting(monkeypatch, tmp_path
     for target, words in (
         ("ppo_update.clipped_policy_loss", "in an update; lower micro_batch_size (now all 7)"),
         ("rollouts.generate", "sampling; lower forward_batch_size (now 256)"),
-        ("ppo_math.Rows.logits", "in a pass without gradient; lower forward_batch_size"),
+        ("ppo_rows.Rows.logits", "in a pass without gradient; lower forward_batch_size"),
     ):
         for checkpoints, ending in ((None, ""), (tmp_path, again)):
             with monkeypatch.context() as patch:

@@ -8,10 +8,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shiftrm.models.sampling import Sample
-from shiftrm.policies import ppo_math, ppo_passes
+from shiftrm.policies import ppo_passes, ppo_rows
 from shiftrm.policies.outcome import AdapterOff
-from shiftrm.policies.ppo_math import Rows, exact_token_kl, kl_and_entropy, policy_logprobs
+from shiftrm.policies.ppo_math import exact_token_kl, kl_and_entropy, policy_logprobs
 from shiftrm.policies.ppo_passes import known_head
+from shiftrm.policies.ppo_rows import Rows
 
 V = 23
 SIZES = {
@@ -69,7 +70,7 @@ def with_lora(model, **options):
 def in_chunks(monkeypatch):
     """Seven states in a chunk, and no batch so small that all of its columns are computed."""
     monkeypatch.setattr(ppo_passes, "LOGITS_IN_CHUNK", 7 * V)
-    monkeypatch.setattr(ppo_math, "FEW_LOGITS", 0)
+    monkeypatch.setattr(ppo_rows, "FEW_LOGITS", 0)
 
 
 def plain(model, sample):
@@ -126,7 +127,7 @@ def test_chunks_equal_one_pass_over_the_same_rows(monkeypatch, name):
         rows, found = Rows.pack(SAMPLES), []
         weights = torch.randn(rows.response_mask.shape, generator=torch.manual_seed(0)).to(dtype)
         for few, chunk in ((2**20, 2**24), (0, 2**24), (0, 7 * V), (0, 1)):
-            monkeypatch.setattr(ppo_math, "FEW_LOGITS", few)
+            monkeypatch.setattr(ppo_rows, "FEW_LOGITS", few)
             monkeypatch.setattr(ppo_passes, "LOGITS_IN_CHUNK", chunk)
             model.zero_grad()
             logprobs = rows.logprobs(model)
@@ -200,7 +201,7 @@ def test_the_kl_along_samples(in_chunks):
 def test_bf16_passes_have_logprobs_in_fp32_and_the_same_gradient_in_chunks(monkeypatch):
     model, rows, found = make("llama", dtype=torch.float32), Rows.pack(SAMPLES), []
     for chunk in (2**24, 7 * V):
-        monkeypatch.setattr(ppo_math, "FEW_LOGITS", 0)
+        monkeypatch.setattr(ppo_rows, "FEW_LOGITS", 0)
         monkeypatch.setattr(ppo_passes, "LOGITS_IN_CHUNK", chunk)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
@@ -247,7 +248,7 @@ def update(model, samples):
 def test_memory_of_an_update_follows_the_response_tokens_and_not_the_prompts(monkeypatch):
     vocabulary, chunk = 20_000, 16 * 20_000
     monkeypatch.setattr(ppo_passes, "LOGITS_IN_CHUNK", chunk)
-    monkeypatch.setattr(ppo_math, "FEW_LOGITS", 0)
+    monkeypatch.setattr(ppo_rows, "FEW_LOGITS", 0)
     model = wide_llama(vocabulary)
     logits = 4 * chunk  # bytes of one chunk in fp32
     peaks = {}
@@ -270,6 +271,6 @@ def test_a_pass_without_gradient_is_cut_by_its_response_tokens(monkeypatch):
     rows = Rows.pack(samples)
     assert rows.response_mask.shape[1] == 63
     assert rows.within(100 * V, V) == 25  # of 4 tokens each, though the columns are 63
-    monkeypatch.setattr(ppo_math, "LOGITS_AT_ONCE", 8 * V)
+    monkeypatch.setattr(ppo_rows, "LOGITS_AT_ONCE", 8 * V)
     assert [len(part) for part in rows.portions(100, V)] == [2] * 4
     assert copy.deepcopy(rows).tokens.tolist() == [5] * 32

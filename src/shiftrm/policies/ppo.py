@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,34 +22,30 @@ from shiftrm.models.rope import require_fixed_frequencies
 from shiftrm.models.sampling import encode_prompts
 from shiftrm.policies import ppo_runtime
 from shiftrm.policies.advantages import estimate, gae
+from shiftrm.policies.ppo_before import Before, measure_before
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.ppo_math import (
     KLController,
-    Rows,
     clipped_policy_loss,
     clipped_value_loss,
     exact_token_kl,
-    kl_and_entropy,
     masked_mean,
     masked_variance,
     policy_logprobs,
     token_rewards,
     whiten,
 )
-from shiftrm.policies.ppo_passes import Predictions, vocabulary_of
+from shiftrm.policies.ppo_rows import Rows
 from shiftrm.policies.ppo_runtime import Processes
 from shiftrm.policies.ppo_update import (
     Batch,
     Updater,
-    activity,
     adamw,
-    autocast,
     check_models,
     frozen_parameters,
     is_peft,
     make_critic,
     out_of_memory,
-    reference_of,
     trained_parameters,
 )
 from shiftrm.policies.rollouts import (
@@ -80,16 +76,6 @@ __all__ = [
     "token_rewards",
     "whiten",
 ]
-
-
-class _Old(NamedTuple):
-    """Quantities before the update, [B, A] each: log-probs of the sampled tokens, values, ..."""
-
-    logprobs: Tensor
-    reference: Tensor
-    values: Tensor
-    kl: Tensor
-    entropy: Tensor
 
 
 class PPOTrainer:
@@ -275,7 +261,7 @@ class PPOTrainer:
             shaped = shape(config.reward_shaping, raw, references)
             require_finite(shaped, "the shaped reward", step, rollouts.prompts)
 
-        old, reference, values, kl_BA, entropy = self._old_quantities(step, rows)
+        old, reference, values, kl_BA, entropy = self._before(step, rows)
         mask = rows.response_mask
         sampled_B, kl_B = (old - reference).sum(dim=1), kl_BA.sum(dim=1)
         for numbers in (sampled_B, kl_B):
@@ -358,41 +344,24 @@ class PPOTrainer:
         # After the clip, which would remove the penalty from low rewards.
         return scores - config.truncation_penalty * (~torch.tensor(finished)).to(scores.dtype)
 
-    @torch.no_grad()
-    def _old_quantities(self, step: int, rows: Rows) -> _Old:
-        ix = self.processes.mine(range(len(rows)))
-        size, vocabulary = self.config.forward_batch_size, vocabulary_of(self.policy)
-        found: list[tuple[Tensor, ...]] = []
+    def _before(self, step: int, rows: Rows) -> Before:
+        """Return the quantities of all rows, of which each process computes a share."""
+        models = (self.policy, self.problem.reference, self.critic)
         with self.processes.together(), self._out_of_memory(step, "in a pass without gradient"):
-            own = rows.select(ix)
-            for part in own.portions(size, vocabulary):
-                logits = self._pass(part.logits, self.policy)
-                with reference_of(self.policy, self.problem.reference) as reference:
-                    theirs = self._pass(part.logits, reference)
-                both = (Predictions(given, vocabulary) for given in (logits, theirs))
-                numbers = [predictions.logprobs(part.tokens) for predictions in both]
-                numbers += kl_and_entropy(logits, theirs)
-                found.append(tuple(map(part.spread, numbers)))
-            with activity(self.critic):
-                values = [self._pass(part.values, self.critic) for part in own.portions(size)]
-        by_name = [[f[k] for f in found] for k in range(4)]
-        by_name.insert(2, values)
-        return _Old(*(self._whole(parts, ix, rows) for parts in by_name))
-
-    def _whole(self, parts: list[Tensor], ix: list[int], rows: Rows) -> Tensor:
-        """Collect all rows on every process, from the rows `ix` of this one."""
-        if self.processes.count == 1:
-            return torch.cat(parts)
+            own = measure_before(*models, rows.select(self._mine(rows)), self.config)
         dtype = torch.promote_types(next(self.policy.parameters()).dtype, torch.float32)
-        shape = rows.response_mask.shape
-        whole = torch.zeros(shape, dtype=dtype, device=self.processes.device)
-        if parts:  # not where there are more processes than rows
-            whole[ix] = torch.cat(parts).to(dtype)
-        return self.processes.sum_(whole)
+        return Before(*(self._whole(part, rows, dtype) for part in own))
 
-    def _pass(self, quantity: Callable[[Any], Tensor], model: Any) -> Tensor:
-        with autocast(self.config, self.processes.device):
-            return quantity(model)
+    def _mine(self, rows: Rows) -> list[int]:
+        return self.processes.mine(range(len(rows)))
+
+    def _whole(self, own: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Collect all rows on every process, from those of this one."""
+        if self.processes.count == 1:
+            return own
+        whole = torch.zeros(rows.response_mask.shape, dtype=dtype, device=self.processes.device)
+        whole[self._mine(rows)] = own.to(dtype)
+        return self.processes.sum_(whole)
 
     def _out_of_memory(self, step: int, what: str) -> AbstractContextManager[None]:
         advice = f"lower forward_batch_size (now {self.config.forward_batch_size})"

@@ -16,7 +16,8 @@ from shiftrm.errors import UserError
 from shiftrm.models.rendering import Text
 from shiftrm.models.rewards import score_head
 from shiftrm.policies.ppo_config import PPOConfig
-from shiftrm.policies.ppo_math import Rows, clipped_policy_loss, clipped_value_loss
+from shiftrm.policies.ppo_math import clipped_policy_loss, clipped_value_loss
+from shiftrm.policies.ppo_rows import Rows
 from shiftrm.policies.ppo_runtime import Processes
 from shiftrm.trainers.machine import is_out_of_memory
 

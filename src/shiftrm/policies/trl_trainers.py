@@ -23,8 +23,9 @@ from shiftrm.models.finite import require_finite_gradient
 from shiftrm.models.rendering import encode_prompt, pin_template
 from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import Sample, remember_stop_tokens
-from shiftrm.policies.ppo_math import LOGITS_AT_ONCE, Rows, kl_and_entropy
+from shiftrm.policies.ppo_math import kl_and_entropy
 from shiftrm.policies.ppo_passes import vocabulary_of
+from shiftrm.policies.ppo_rows import LOGITS_AT_ONCE, Rows
 from shiftrm.policies.text_rewards import GOLD_WORLD, TextReward
 from shiftrm.policies.tokens import drop, encode_demonstration, encode_preference
 from shiftrm.trainers.first_batch import switch_off_dropout
