@@ -46,6 +46,9 @@ LOG_SIGMOID: dict[str, Any] = {"reward_shaping": "log_sigmoid"}
 CONTRAST_STEPS = 250
 """Steps that keep two epochs of the original pairs beside a contrast share of 25 %."""
 
+PAIR_STEPS = 187.5
+"""Steps of two epochs of the pairs alone."""
+
 RESET_KL = 3.0
 """KL target of a round to the policy that it starts from, where the reference is reset."""
 
@@ -84,6 +87,7 @@ ARMS: dict[str, StudyArm] = {
     "contrast_all": StudyArm(
         _contrast("contrast_all"), "contrast, four kinds of negatives", Kind.LABEL_FREE
     ),
+    "contrast_mean": StudyArm(_contrast("contrast_mean"), "contrast, mean of 4", Kind.LABEL_FREE),
     "contrast_rounds": StudyArm(
         _contrast("contrast_rounds"), "contrast over all rounds' samples", Kind.LABEL_FREE
     ),
@@ -131,6 +135,11 @@ ARMS: dict[str, StudyArm] = {
 }
 
 
+def _share(share: float) -> dict[str, Any]:
+    """Return a share of contrast and the steps that keep two epochs of the original pairs."""
+    return {"contrast_share": share, "max_steps": round(PAIR_STEPS / (1 - share))}
+
+
 def _tried(name: str, settings: dict[str, Any], **policy: Any) -> StudyArm:
     """Return an arm with other settings of its reward model, and of PPO."""
     base = ARMS[name]
@@ -167,6 +176,37 @@ CANDIDATES: dict[str, StudyArm] = {
         },
         **LOG_SIGMOID,
     ),
+    "contrast.40ls": _tried("contrast_log_sigmoid", {"contrast_share": 0.4, "max_steps": 312}),
+    "contrast.60ls": _tried("contrast_log_sigmoid", {"contrast_share": 0.6, "max_steps": 468}),
+    "contrast_hard.40ls": _tried(
+        "contrast_hard", {"contrast_share": 0.4, "max_steps": 312}, **LOG_SIGMOID
+    ),
+    "contrast_all.60ls": _tried("contrast_all", _share(0.6), **LOG_SIGMOID),
+    "contrast_all.75ls": _tried("contrast_all", _share(0.75), **LOG_SIGMOID),
+    "contrast_all.40par": _tried("contrast_all", _share(0.4), reward_shaping="par"),
+    "contrast_all.60par": _tried("contrast_all", _share(0.6), reward_shaping="par"),
+    "contrast_repeated60.ls": _tried(
+        "contrast",
+        {"contrast_negatives": ["other_prompt", "repeated"], **_share(0.6)},
+        **LOG_SIGMOID,
+    ),
+    "contrast_three.60ls": _tried(
+        "contrast",
+        {"contrast_negatives": ["other_prompt", "repeated", "shuffled"], **_share(0.6)},
+        **LOG_SIGMOID,
+    ),
+    "contrast_all_hard.60ls": _tried(
+        "contrast_hard",
+        {"contrast_negatives": ["other_prompt", "repeated", "cut", "shuffled"], **_share(0.6)},
+        **LOG_SIGMOID,
+    ),
+    "contrast_all_mean.40ls": _tried(
+        "contrast_mean",
+        {"contrast_negatives": ["other_prompt", "repeated", "cut", "shuffled"], **_share(0.4)},
+        **LOG_SIGMOID,
+    ),
+    "contrast_both.ls": _tried("contrast_both", {}, **LOG_SIGMOID),
+    "contrast_mean.ls": _tried("contrast_mean", {}, **LOG_SIGMOID),
     "contrast.par": _tried("contrast", {}, reward_shaping="par"),
 }
 """Settings tried beside those of `ARMS`, on the choosing seeds alone."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError
-from shiftrm.methods.method import METHODS
+from shiftrm.methods.method import METHODS, Method
 from shiftrm.models.generation import SamplingConfig
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.jobs import (
@@ -41,6 +41,32 @@ from shiftrm.pipeline.launch import Execution
 RUN_JOB = "shiftrm.pipeline.launch:run_job"
 STAGES = f"{__package__}.stages"
 FIXED = "fixed"
+
+LONGER = 600
+"""Steps that keep two epochs of the pairs beside a contrast share of 75 %."""
+
+
+@dataclass(frozen=True)
+class StudyArm:
+    """A method with settings of its own, for which it has another name."""
+
+    method: str
+    label: str
+    settings: dict[str, Any]
+
+
+OTHER_ARMS: dict[str, StudyArm] = {
+    "contrast_all_75": StudyArm(
+        "contrast_all",
+        "Contrast, all, share 75 %, four times the steps",
+        {"contrast_share": 0.75, "max_steps": LONGER},
+    ),
+    "retrained_longer": StudyArm(
+        "retrained", "Retrained, four times the steps", {"max_steps": LONGER}
+    ),
+}
+"""Arms beside the methods themselves, by name. `contrast_all_75` has the share that was chosen in
+the gold world."""
 
 PPO_UPDATES = 4
 """Optimizer steps on the responses of one PPO step."""
@@ -228,7 +254,7 @@ class Plan:
         """
         found: list[Stage] = []
         reward = Made("proxy")
-        method = METHODS.get(name)
+        method = method_of(name)
         if method.training is not None:
             found.append(self._reward_model(name))
             reward = Made(found[-1].name)
@@ -255,7 +281,7 @@ class Plan:
         return reward, [*found, scores, sight]
 
     def _reward_model(self, name: str) -> Stage:
-        method = METHODS.get(name)
+        method = method_of(name)
         pairs = Made("fresh" if "labels" in method.needs else "pairs", "pairs.jsonl")
         given: dict[str, Any] = {}
         if "groups" in method.needs:
@@ -270,7 +296,16 @@ class Plan:
             "reward": Made("proxy"),
         }
         settings = {**self._reward(2), **method.settings}
-        job = TrainReward(starts[method.start], pairs, adaptation=name, settings=settings, **given)
+        other = OTHER_ARMS.get(name)
+        if other is not None:
+            settings |= other.settings
+        job = TrainReward(
+            starts[method.start],
+            pairs,
+            adaptation=name if other is None else other.method,
+            settings=settings,
+            **given,
+        )
         return self._training(f"arms/{name}/reward_model", job, _record("reward_model", name, 1))
 
     def _ppo(self, name: str, reward: Input) -> list[Stage]:
@@ -287,7 +322,7 @@ class Plan:
             "kl_coefficient": config.ppo_kl_coefficient,
             **asdict(config.sampling),
             "seed": random_seed(self.seed, "ppo"),
-            **METHODS.get(name).policy_settings,
+            **method_of(name).policy_settings,
         }
         job = Optimise(
             "ppo",
@@ -377,6 +412,11 @@ class Plan:
             in_process=True,
         )
         return {**asdict(execution), "way": way}
+
+
+def method_of(name: str) -> Method:
+    """Return the method of an arm."""
+    return METHODS.get(OTHER_ARMS[name].method if name in OTHER_ARMS else name)
 
 
 def needed_for(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:

@@ -9,6 +9,7 @@ from shiftrm.files import Row
 from shiftrm.methods.method import METHODS
 from shiftrm.trainers.model_card import markdown_table
 
+from .plan import OTHER_ARMS
 from .results import CEILING, SHORTEST
 
 LABELS = {CEILING: "Lexical gold (ceiling)", SHORTEST: "Shortest response"}
@@ -92,6 +93,8 @@ def _label(arm: str, labels: Row | None) -> str:
     """Return the arm's name; `labels` is the row that says how many new labels it has."""
     if arm in LABELS:
         return LABELS[arm]
+    if arm in OTHER_ARMS:
+        return OTHER_ARMS[arm].label
     count = "" if labels is None else f"{labels['value']:.0f}"
     return METHODS.get(arm).label.replace("{labels}", count).replace(" a round", "")
 

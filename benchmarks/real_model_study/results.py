@@ -13,12 +13,12 @@ import numpy as np
 
 from shiftrm.core.intervals import Measured
 from shiftrm.files import Row, read_jsonl, write_jsonl
-from shiftrm.methods.method import METHODS
 from shiftrm.models.scoring import score_rows
 from shiftrm.trainers.training_log import TRAINING_LOG
 
 from . import measures
 from .gold import LexicalGold
+from .plan import method_of
 from .stages import GOLD, MOVING, SCORES, SIGHT
 
 BEST_OF = 16
@@ -66,7 +66,7 @@ def seed_rows(root: Path, seed: int, arms: Sequence[str]) -> list[Row]:
     for name, given in rewards.items():
         found += _arm_rows(name, given, golds, best, seed)
         found += _sight_rows(root, name, seed)
-        if name not in (CEILING, SHORTEST) and "labels" in METHODS.get(name).needs:
+        if name not in (CEILING, SHORTEST) and "labels" in method_of(name).needs:
             labels = len(_labelled(root, "fresh")) - len(_labelled(root, "pairs"))
             found.append(_row(seed, name, "labels", Measured(float(labels)), labels))
     return found + _ppo_rows(root, [*rewards], seed, gold)

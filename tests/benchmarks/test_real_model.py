@@ -292,6 +292,19 @@ def test_arms_differ_only_in_what_they_are_trained_on(tmp_path):
     assert "arms/fixed/reward_model" not in stages
 
 
+def test_an_arm_of_the_study_is_a_method_with_settings_of_its_own(tmp_path):
+    names = ["contrast_all", "contrast_all_75"]
+    jobs = [
+        stage.settings["job"]
+        for stage in plan(tmp_path, ppo=True).stages(names)
+        if stage.name.startswith("arms/") and stage.name.endswith("reward_model")
+    ]
+    assert [job["adaptation"] for job in jobs] == ["contrast_all", "contrast_all"]
+    own, changed = (job["settings"] for job in jobs)
+    differing = {key: changed[key] for key in changed if own.get(key) != changed[key]}
+    assert differing == {"contrast_share": 0.75, "max_steps": 600}
+
+
 def test_the_settings_of_every_training_are_known(tmp_path):
     check_settings(plan(tmp_path, ppo=True).stages(ARMS))
     wrong = replace(plan(tmp_path), config=StudyConfig(learning_rate=-1.0))
@@ -422,7 +435,7 @@ def test_a_small_study_for_real(small_world, in_process, monkeypatch, capsys):
     here = small_world
     words = ["real_model.py", "run", "--model", str(here / "policy"), "--seeds", "3"]
     words += ["--pairs", str(here / "hh.jsonl"), "--output", str(here / "out")]
-    arms = [*ARMS, "policy_init", "ensemble_mean"]
+    arms = [*ARMS, "policy_init", "ensemble_mean", "contrast_all_75"]
     words += ["--results", str(here / "results.jsonl"), "--arms", *arms]
     monkeypatch.setattr("sys.argv", [*words, "--until", "proxy", "--set", *SMALL])
     assert real_model.main() == 0

@@ -130,3 +130,16 @@ METHODS.register("contrast_log_sigmoid")(
         policy_settings={"reward_shaping": "log_sigmoid"},
     )
 )
+
+METHODS.register("contrast_mean")(
+    Method(
+        "Prompt contrast, mean of 4 reward models (trains 4 times)",
+        "Contrast, mean of 4",
+        "#EE8866",
+        "*",
+        needs=NEEDS[on_groups],
+        training=on_groups,
+        members=4,
+        combine="mean",
+    )
+)
