@@ -306,6 +306,14 @@ def shared_states(model: nn.Module, rows: SharedRows) -> Tensor:
     return _shared_values(model, rows, states_only=True)[rows.exists]
 
 
+def shared_token_values(model: nn.Module, rows: SharedRows) -> Tensor:
+    """Return the head's value at every token of packed rows, shape [B, L], for a critic."""
+    inputs = model_inputs(rows, model_config(model), dtype=_dtype(model))
+    with _head_outputs(model, None) as collected:
+        model(**inputs, use_cache=False)
+    return collected[0]
+
+
 def plain_states(model: nn.Module, rows: SharedRows) -> Tensor:
     """Return `shared_states` computed with every sequence as its own row."""
     return hidden_states(model, *separate(rows, pad_token_id=0))

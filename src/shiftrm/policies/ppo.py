@@ -22,7 +22,7 @@ from shiftrm.models.rope import require_fixed_frequencies
 from shiftrm.models.sampling import encode_prompts
 from shiftrm.policies import ppo_runtime
 from shiftrm.policies.advantages import estimate, gae
-from shiftrm.policies.ppo_before import Before, measure_before
+from shiftrm.policies.ppo_before import Before, can_share, measure_before
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.ppo_math import (
     KLController,
@@ -136,6 +136,7 @@ class PPOTrainer:
         )
         self._random = random.Random(config.seed)
         self._order: list[int] = []
+        self._shares: bool | None = None  # unknown until a step has long prompts
         trained = {"policy": trained_parameters(policy), "critic": trained_parameters(critic)}
         check_models({"policy": policy, "critic": critic}, trained, config)
         self.processes = Processes(next(policy.parameters()).device)
@@ -252,7 +253,8 @@ class PPOTrainer:
         """Sample one batch and update on it; `step` only labels the log."""
         config = self.config
         rollouts = self._sample(step)
-        rows = Rows.pack(rollouts.samples, device=next(self.policy.parameters()).device)
+        device = next(self.policy.parameters()).device
+        rows = self._sharing(step, Rows.pack(rollouts.samples, device=device))
         raw = torch.tensor(rollouts.rewards, dtype=torch.float64)
         standardised = (raw - (config.reward_mean or 0.0)) / (config.reward_std or 1.0)
         shaped = None
@@ -351,6 +353,15 @@ class PPOTrainer:
             own = measure_before(*models, rows.select(self._mine(rows)), self.config)
         dtype = torch.promote_types(next(self.policy.parameters()).dtype, torch.float32)
         return Before(*(self._whole(part, rows, dtype) for part in own))
+
+    def _sharing(self, step: int, rows: Rows) -> Rows:
+        """Let the roll-outs of long prompts share them, if all models can."""
+        shared = rows.sharing()
+        if shared.packed is not None and self._shares is None:
+            models = (self.policy, self.problem.reference, self.critic)
+            with self.processes.together(), self._out_of_memory(step, "in a pass without gradient"):
+                self._shares = can_share(*models, rows, self.config)
+        return shared if shared.packed is not None and self._shares else rows
 
     def _mine(self, rows: Rows) -> list[int]:
         return self.processes.mine(range(len(rows)))

@@ -1,15 +1,20 @@
 """What a PPO step measures on its samples before the update, without gradient."""
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from shiftrm.core.likelihood import unwrapped
+from shiftrm.models.probes import sharing_obstacle
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.ppo_math import kl_and_entropy
 from shiftrm.policies.ppo_passes import Predictions, vocabulary_of
 from shiftrm.policies.ppo_rows import Rows
 from shiftrm.policies.ppo_update import activity, autocast, reference_of
+
+logger = logging.getLogger(__name__)
 
 
 class Before(NamedTuple):
@@ -57,3 +62,29 @@ def measure_before(
         return Before(*[rows.response_mask.float()] * 5)
     logprobs, theirs, kl, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Before(logprobs, theirs, torch.cat(values), kl, entropy)
+
+
+def can_share(policy: Any, reference: Any, critic: Any, rows: Rows, config: PPOConfig) -> bool:
+    """Whether the models compute the roll-outs of a prompt behind it as they compute them alone.
+
+    The critic is compared on a few rows; the others must be of its architecture.
+
+    Args:
+        reference: None for the policy without its adapter.
+    """
+    inner: list[Any] = [unwrapped(model) for model in (policy, reference) if model is not None]
+    kinds = {(type(m.config), m.config._attn_implementation) for m in (*inner, critic)}
+    with autocast(config, rows.input_ids.device), activity(critic):
+        reason = (
+            sharing_obstacle(critic, rows.example(prompts=2, rows=2))
+            if len(kinds) == 1
+            else "policy, reference and critic are of different architectures"
+        )
+    if reason is not None:
+        logger.warning(
+            "%s: the roll-outs of a prompt cannot share it: %s. Each is computed alone, which is "
+            "slower.",
+            type(inner[0]).__name__,
+            reason,
+        )
+    return reason is None

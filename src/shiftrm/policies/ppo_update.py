@@ -304,8 +304,7 @@ class Updater:
         tokens = batch.rows.response_mask[ix].sum()
         own = self.processes.mine(ix)
         size = config.micro_batch_size or len(ix)
-        for start in range(0, len(own), size):
-            some = own[start : start + size]
+        for some in batch.rows.micro_batches(own, size, self.policy):
             part = batch.rows.select(some)
             with autocast(config, batch.old.device):
                 logprobs = part.logprobs(self.policy)
