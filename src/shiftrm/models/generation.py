@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,21 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _generated(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: Any) -> torch.Tensor:
-    """Call `model.generate`; raise UserError if weights or probabilities are not finite."""
+def _generated(
+    model: Any, prompts: Sequence[list[int]], settings: Any, *, share: bool
+) -> torch.Tensor:
+    """Return what `model.generate` appends to prompts, as rows of tokens.
+
+    Raises:
+        UserError: weights or probabilities are not finite.
+    """
+    ids, mask = _pad_left(prompts, settings.pad_token_id)
+    device = next(model.parameters()).device
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     try:
         # Without sampling, generate takes some token of NaN logits without an error.
         if settings.do_sample or broken_weight(model) is None:
-            return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            return _continued(model, prompts, inputs, settings, share)[:, ids.shape[1] :]
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
@@ -110,6 +120,25 @@ def _generated(model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: Any)
         f"{name}: the policy's probabilities are not finite, so nothing can be sampled; its "
         "weights are broken, or temperature is too low"
     )
+
+
+def _continued(
+    model: Any,
+    prompts: Sequence[list[int]],
+    inputs: dict[str, torch.Tensor],
+    settings: Any,
+    share: bool,
+) -> torch.Tensor:
+    """Call `model.generate`: with our loop if it may share and can, else with its own."""
+    from shiftrm.models.decoding import NotShared, decode
+
+    if share:
+        number = {tuple(prompt): index for index, prompt in enumerate(prompts)}
+        rows = [number[tuple(p)] for p in prompts for _ in range(settings.num_return_sequences)]
+        loop = partial(decode, prompt_of_row=rows)
+        with suppress(NotShared):
+            return model.generate(**inputs, generation_config=settings, custom_generate=loop)
+    return model.generate(**inputs, generation_config=settings)
 
 
 @torch.no_grad()
@@ -121,6 +150,7 @@ def generate(
     config: SamplingConfig,
     num_responses: int = 1,
     seed: int,
+    share_prompts: bool = True,
 ) -> list[Sample]:
     """Sample responses to a batch of tokenised prompts with `model.generate`.
 
@@ -128,12 +158,20 @@ def generate(
     `no_repeat_ngram_size`, ...) is ignored, except for the tokens that end a response
     (`rendering.stop_token_ids`).
 
+    The responses to a prompt share its prefill: its keys and values are computed once. Equal
+    prompts of a batch count as one, and finished responses leave the batch. Models whose state is
+    more than keys and values (recurrent or hybrid layers, encoder-decoders), that prepare their
+    inputs themselves, or that are sharded over processes read the prompt for every response
+    (`decoding.require_shareable`). The same seed gives the same tokens on both paths, but for
+    draws so close that the rounding of the logits decides them.
+
     Args:
         model: a causal language model of transformers.
         tokenizer: its tokenizer, with an EOS token; without a pad token, EOS pads.
         prompts: token ids, one list per prompt, of any length.
         num_responses: responses per prompt.
         seed: determines the draws; the global random state is restored.
+        share_prompts: False reads every prompt once a response, with transformers' own loop.
 
     Returns:
         `len(prompts) * num_responses` samples; those of one prompt are adjacent.
@@ -147,8 +185,6 @@ def generate(
     check_prompt_lengths(prompts, model.config, config.max_new_tokens)
     stop, pad = stop_token_ids(tokenizer, generation_config(model)), padding_token(tokenizer)
     device = next(model.parameters()).device
-    ids, mask = _pad_left(prompts, pad)
-    T = ids.shape[1]
     greedy = config.temperature == 0
     same = num_responses if greedy else 1  # the likeliest response is drawn once
     drawing = {"do_sample": False, "repetition_penalty": config.repetition_penalty}
@@ -165,9 +201,9 @@ def generate(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _without_generation_defaults(model):
         torch.manual_seed(seed)
-        output = _generated(model, ids.to(device), mask.to(device), settings)
+        output = _generated(model, prompts, settings, share=share_prompts)
     model.train(was_training)
-    rows = [row for row in output[:, T:].tolist() for _ in range(same)]
+    rows = [row for row in output.tolist() for _ in range(same)]
     return [
         Sample(list(prompts[i // num_responses]), *cut_at_stop(row, stop))
         for i, row in enumerate(rows)
