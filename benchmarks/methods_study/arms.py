@@ -183,6 +183,15 @@ CANDIDATES: dict[str, StudyArm] = {
     ),
     "contrast_all.60ls": _tried("contrast_all", _share(0.6), **LOG_SIGMOID),
     "contrast_all.75ls": _tried("contrast_all", _share(0.75), **LOG_SIGMOID),
+    "contrast_all.75ls187": _tried(
+        "contrast_all", {"contrast_share": 0.75, "max_steps": 187}, **LOG_SIGMOID
+    ),
+    "contrast_all.75ls375": _tried(
+        "contrast_all", {"contrast_share": 0.75, "max_steps": 375}, **LOG_SIGMOID
+    ),
+    "contrast_all.90ls375": _tried(
+        "contrast_all", {"contrast_share": 0.9, "max_steps": 375}, **LOG_SIGMOID
+    ),
     "contrast_all.40par": _tried("contrast_all", _share(0.4), reward_shaping="par"),
     "contrast_all.60par": _tried("contrast_all", _share(0.6), reward_shaping="par"),
     "contrast_repeated60.ls": _tried(
