@@ -1,6 +1,7 @@
 """One prefill a prompt, finished rows leave: the tokens are those of transformers' own loop."""
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -130,6 +131,47 @@ def test_tokens_are_those_of_a_loop_without_cache_or_padding(tokenizer):
     samples, _ = draw(model, tokenizer)
     assert [s.prompt_ids + s.response_ids for s in samples] == texts
     assert [s.finished for s in samples] == ended
+
+
+@pytest.mark.parametrize("config", SETTINGS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "opt", "bloom"])
+def test_short_prompts_are_read_apart_from_long_ones(tokenizer, monkeypatch, name, config):
+    """The order of the responses and their tokens stay."""
+    monkeypatch.setattr(decoding, "PASS_TOKENS", 5)
+    model = build(SHARING[name])
+    shared, shapes = draw(model, tokenizer, config=config)
+    assert shapes[:3] == [(1, 14), (1, 7), (3, 4)], "lengths 14; 7; 1, 3 and 4"
+    assert shared == draw(model, tokenizer, config=config, share_prompts=False)[0]
+
+
+def test_sliding_windows_are_read_in_one_pass(tokenizer, monkeypatch):
+    """Their layers do not keep all tokens."""
+    monkeypatch.setattr(decoding, "PASS_TOKENS", 5)
+    assert draw(build(SHARING["gemma2"]), tokenizer)[1][0] == (5, 14)
+
+
+def test_passes_are_the_cheapest_of_all_divisions(monkeypatch):
+    """Against every way to cut the sorted lengths."""
+    monkeypatch.setattr(decoding, "PASS_TOKENS", 6)
+
+    def cost(parts):
+        return sum(6 + len(part) * max(part) for part in parts)
+
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = [rng.choice([1, 2, 3, 5, 8, 13]) for _ in range(rng.randint(1, 9))]
+        parts = decoding.passes(lengths)
+        assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+        ordered, ways = sorted(lengths), []
+        for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+            way = [[ordered[0]]]
+            for cut, length in zip(cuts, ordered[1:], strict=True):
+                if cut:
+                    way.append([])
+                way[-1].append(length)
+            ways.append(way)
+        assert cost([[lengths[i] for i in part] for part in parts]) == min(map(cost, ways))
+    assert decoding.passes([4] * 50) == [list(range(50))]
 
 
 @pytest.mark.parametrize("staying", [0.0, 0.5, 1.0])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, GenerationMixin, RepetitionPenaltyLogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -19,6 +20,9 @@ STAYING_SHARE = 0.75
 
 FEWEST_ROWS = 16
 """Below this the batch is not made smaller: nothing is gained, and few rows round otherwise."""
+
+PASS_TOKENS = 256
+"""Prompts of different lengths are read in passes of their own where this saves more padding."""
 
 INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
@@ -175,9 +179,7 @@ class _Batch:
         device = self.ids.device
         distinct_P = torch.tensor(list(row_of_prompt.values()), device=device)
         place_N = torch.tensor([place[prompt] for prompt in prompt_of_row], device=device)
-        mask = None if self.mask is None else self.mask[distinct_P]
-        positions = None if self.positions is None else self.positions[distinct_P]
-        logits_PV = self._forward(self.ids[distinct_P], mask, positions)
+        logits_PV = self._read(distinct_P)
         for i, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer and layer.is_initialized:
                 self.cache.layers[i] = RoomyLayer(layer)
@@ -186,19 +188,47 @@ class _Batch:
             self.positions = self.positions[:, -1:]
         return logits_PV[place_N]
 
+    def _read(self, rows_P: torch.Tensor) -> torch.Tensor:
+        """Fill the cache with these rows, in passes of similar lengths; return their logits."""
+        lengths_P = self.ids.new_full((len(rows_P),), self.ids.shape[1])
+        if self.mask is not None:
+            lengths_P = self.mask[rows_P].sum(1)
+        parts = [list(range(len(rows_P)))]
+        if all(type(layer) is DynamicLayer for layer in self.cache.layers):
+            parts = passes(lengths_P.tolist())
+        if len(parts) == 1:
+            return self._forward(*self._inputs(rows_P, 0), self.cache)
+        caches, found = [copy.deepcopy(self.cache) for _ in parts], []
+        for part, cache in zip(parts, caches, strict=True):
+            start = self.ids.shape[1] - int(lengths_P[part].max())
+            found.append(self._forward(*self._inputs(rows_P[part], start), cache))
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        self.cache.layers = [_joined(same) for same in layers]
+        order_P = torch.tensor([i for part in parts for i in part], device=rows_P.device).argsort()
+        self.cache.batch_select_indices(order_P)
+        return torch.cat(found)[order_P]
+
+    def _inputs(self, rows: torch.Tensor, start: int) -> tuple[torch.Tensor, Any, Any]:
+        """Return ids, mask and positions of these rows' prompts from a column on."""
+        mask = None if self.mask is None else self.mask[rows, start:]
+        if mask is not None and start and bool(mask.all()):
+            mask = None  # as transformers does without padding
+        positions = None if self.positions is None else self.positions[rows, start:]
+        return self.ids[rows, start:], mask, positions
+
     def step(self, tokens_N: torch.Tensor) -> torch.Tensor:
         """Read the last tokens; return the logits of the rows in the pass, [L, V]."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         if self.positions is not None:
             self.positions = self.positions + 1
-        return self._forward(tokens_N[self.live, None], self.mask, self.positions)
+        return self._forward(tokens_N[self.live, None], self.mask, self.positions, self.cache)
 
-    def _forward(self, ids: torch.Tensor, mask: Any, positions: Any) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, mask: Any, positions: Any, cache: Any) -> torch.Tensor:
         inputs = {"attention_mask": mask, "position_ids": positions}
         inputs = {key: value for key, value in inputs.items() if value is not None}
         output = self.model(
-            input_ids=ids, past_key_values=self.cache, return_dict=True, **inputs, **self.extra
+            input_ids=ids, past_key_values=cache, return_dict=True, **inputs, **self.extra
         )
         return output.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
 
@@ -212,6 +242,42 @@ class _Batch:
         self.mask = None if self.mask is None else self.mask[kept_L]
         self.positions = None if self.positions is None else self.positions[kept_L]
         return kept_L
+
+
+def passes(lengths: Sequence[int]) -> list[list[int]]:
+    """Divide prompts into passes, each padded to its longest, with the fewest tokens in all.
+
+    A pass costs as much as `PASS_TOKENS` more tokens.
+
+    Returns:
+        places in `lengths`, a list for each pass.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    if len(lengths) * max(lengths) - sum(lengths) <= PASS_TOKENS:
+        return [list(range(len(lengths)))]
+    # best[j]: tokens of the j shortest prompts, and where the last of their passes begins.
+    best = [(0, 0)]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        best.append(min((best[i][0] + PASS_TOKENS + (end - i) * longest, i) for i in range(end)))
+    parts, end = [], len(order)
+    while end:
+        parts.append(order[best[end][1] : end])
+        end = best[end][1]
+    return parts
+
+
+def _joined(layers: Sequence[Any]) -> DynamicLayer:
+    """Return one layer with the rows of all, padded on the left to the longest."""
+    joined = DynamicLayer()
+    if layers[0].is_initialized:
+        joined.update(*(_stacked([getattr(x, n) for x in layers]) for n in ("keys", "values")))
+    return joined
+
+
+def _stacked(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    longest = max(part.shape[-2] for part in states)
+    return torch.cat([F.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in states])
 
 
 def _of_rows(processors: Any, kept_L: torch.Tensor) -> Any:
