@@ -156,6 +156,32 @@ def test_parts_hold_every_row_once_and_keep_to_their_limits(monkeypatch):
                 assert torch.equal(whole, getattr(rows, tensor))
 
 
+def test_rows_of_unequal_length_are_split_and_cut_to_the_longest(monkeypatch):
+    monkeypatch.setattr(ppo_rows, "FEW_LOGITS", 0)
+    seen = []
+
+    def split(lengths, *, parameters, device):
+        seen.append(lengths)
+        return [[2, 0], [1]] if len(lengths) == 3 else [list(range(len(lengths)))]
+
+    monkeypatch.setattr(ppo_rows, "cheap_split", split)
+    policy, critic, _ = make_pair("gpt2")
+    prompts = [[2] * n for n in (3, 20, 4, 30, 9)]
+    rows = Rows.pack([Sample(p, [5, 6, 7][: len(p) % 3 + 1], False) for p in prompts])
+    parts = rows.micro_batches([4, 3, 2, 1, 0], 3, policy)
+    assert seen == [[10, 31, 6], [23, 4]]
+    assert parts == [[4, 2], [3], [1, 0]]
+    widths, whole = [], [rows.logprobs(policy), rows.values(critic)]
+    for model in (policy.transformer, critic.transformer):
+        model.wte.register_forward_hook(lambda module, args, output: widths.append(args[0].shape))
+    for part in parts:
+        some = rows.select(part)
+        for ours, theirs in zip((some.logprobs(policy), some.values(critic)), whole, strict=True):
+            mask = some.response_mask
+            torch.testing.assert_close(ours[mask], theirs[part][mask], rtol=0, atol=1e-12)
+    assert widths == [(2, 10), (2, 10), (1, 31), (1, 31), (2, 23), (2, 23)]
+
+
 # Whole runs
 
 

@@ -26,12 +26,10 @@ def pad_right(
         `input_ids` and `attention_mask`, both int64 of shape [B, T].
     """
     T = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), T), pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, : len(sequence)] = 1
-    return ids.to(device), mask.to(device)
+    ids = torch.tensor([[*s, *[pad_token_id] * (T - len(s))] for s in sequences])
+    lengths = torch.tensor([len(s) for s in sequences])
+    mask = (torch.arange(T) < lengths[:, None]).long()
+    return ids.long().to(device), mask.to(device)
 
 
 def score_head(model: nn.Module) -> nn.Linear:

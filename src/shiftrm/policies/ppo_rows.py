@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftrm.core.likelihood import unwrapped
@@ -32,7 +33,10 @@ TOKENS_ON_CPU = 1536
 """Most tokens in one pass without gradient on a CPU, whose caches do not hold more activations."""
 
 FEW_LOGITS = 2**20
-"""Rows with fewer logits in all of their last A columns compute them all (4 MiB in fp32)."""
+"""Rows with fewer logits in all of their last A columns compute them all (4 MiB in fp32).
+
+As the gold worlds do: with other shapes their sums round differently, and their runs would change.
+"""
 
 LEAST_SHARED, LEAST_SHARE = 32, 0.3
 """Rows share their prompts where that saves this many tokens a row, and this share of all."""
@@ -132,13 +136,21 @@ class Rows:
     def _inputs(self, model: Any) -> tuple[dict[str, Any], Tensor]:
         """Return the inputs of a pass and the places of its N states."""
         if self.packed is None:
-            ids, mask = self.input_ids, self.attention_mask
-            return {"input_ids": ids, "attention_mask": mask}, self.places
+            ids, mask = self._without_padding()
+            T, longest = self.input_ids.shape[1], ids.shape[1]
+            places = self.places // T * longest + self.places % T
+            return {"input_ids": ids, "attention_mask": mask}, places
         inner: Any = unwrapped(model)
         dtype = next(model.parameters()).dtype
         return model_inputs(self.packed.rows, inner.config, dtype=dtype), self.packed.places
 
+    def _without_padding(self) -> tuple[Tensor, Tensor]:
+        """Return ids and mask without the columns that are padding in all rows."""
+        longest = int(self.attention_mask.sum(dim=1).max())
+        return self.input_ids[:, :longest], self.attention_mask[:, :longest]
+
     def _are_few(self, model: Any) -> bool:
+        """Whether a pass is so small that its order of sums is kept instead of saving work."""
         few = self.response_mask.numel() * vocabulary_of(model) <= FEW_LOGITS
         return few and self.packed is None
 
@@ -179,19 +191,22 @@ class Rows:
     def micro_batches(self, ix: Sequence[int], size: int, model: nn.Module) -> list[list[int]]:
         """Split rows of a backward pass into parts of at most `size`; all rows, in some order.
 
-        Where rows share prompts, those of one prompt come together, and parts are split further so
-        that their rows have similar lengths.
+        Parts are split further so that their rows have similar lengths, where that costs less than
+        the padding. Rows that share prompts are in the order of their prompts before.
 
         Args:
-            model: decides with its size what a further pass costs.
+            model: the policy, whose size decides what a further pass costs.
         """
-        if self.select(ix).packed is None:
-            return [list(ix[start : start + size]) for start in range(0, len(ix), size)]
-        ordered = sorted(ix, key=lambda i: self._prompt_numbers[i])
+        shares = self.select(ix).packed is not None
+        ordered = sorted(ix, key=lambda i: self._prompt_numbers[i]) if shares else list(ix)
+        slices = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         parameters = sum(p.numel() for p in model.parameters())
         device, found = self.input_ids.device.type, []
-        for start in range(0, len(ordered), size):
-            groups = self._groups(ordered[start : start + size])
+        for some in slices:
+            if self.select(some)._are_few(model):
+                found.append(some)
+                continue
+            groups = self._groups(some) if shares else [[i] for i in some]
             lengths = [self._packed_length(group) for group in groups]
             for part in cheap_split(lengths, parameters=parameters, device=device):
                 found.append([i for g in sorted(part) for i in groups[g]])
@@ -202,8 +217,14 @@ class Rows:
         if self.packed is not None:
             values = shared_token_values(critic, self.packed.rows)
             return self.spread(values.flatten()[self.packed.places])
+        if self._are_few(critic):
+            values = token_values(critic, self.input_ids, self.attention_mask)
+        else:
+            ids, mask = self._without_padding()
+            padding = self.input_ids.shape[1] - ids.shape[1]
+            values = F.pad(token_values(critic, ids, mask), (0, padding))
         A = self.response_mask.shape[1]
-        return token_values(critic, self.input_ids, self.attention_mask)[:, -(A + 1) : -1]
+        return values[:, -(A + 1) : -1]
 
     # Shared prompts
 
