@@ -45,3 +45,10 @@ def test_imports_run_down(path):
 def test_every_folder_is_a_room():
     folders = {p.name for p in SOURCE.iterdir() if p.is_dir() and p.name != "__pycache__"}
     assert folders == set(ROOMS) - {"base"}
+
+
+def test_an_accelerator_that_is_not_there_is_not_used():
+    """A CUDA build of torch names its accelerator even on a machine without a GPU."""
+    texts = {path: (SOURCE / path).read_text(encoding="utf-8") for path in PATHS}
+    unchecked = [path for path, text in texts.items() if "current_accelerator()" in text]
+    assert not unchecked

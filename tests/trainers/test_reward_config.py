@@ -9,13 +9,30 @@ from peft import LoraConfig
 
 from shiftrm.errors import UserError
 from shiftrm.files import write_jsonl
+from shiftrm.models.loading import to_accelerator
 from shiftrm.trainers import machine
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
+from shiftrm.trainers.settings import command_defaults
 
 
-def test_defaults_on_a_machine_without_accelerator(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: None)
+def cuda(*, there):
+    """Return what stands for `torch.accelerator.current_accelerator` in a build for CUDA."""
+
+    def current_accelerator(check_available=False):
+        return torch.device("cuda") if there or not check_available else None
+
+    return current_accelerator
+
+
+@pytest.mark.parametrize(
+    "accelerator", [lambda check_available=False: None, cuda(there=False)], ids=["cpu", "cuda"]
+)
+def test_defaults_on_a_machine_without_accelerator(tmp_path, monkeypatch, accelerator):
+    """Also with a CUDA build of torch, which pip installs whether or not there is a GPU."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    assert command_defaults(tmp_path)["use_cpu"]
+    assert to_accelerator(torch.nn.Linear(1, 1)).weight.device.type == "cpu"
     for config in (RewardConfig, MetaRMConfig):
         args = config(str(tmp_path))
         assert (args.use_cpu, args.bf16, args.device.type) == (True, False, "cpu")
@@ -24,7 +41,7 @@ def test_defaults_on_a_machine_without_accelerator(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_defaults_with_an_accelerator(tmp_path, monkeypatch, has_bf16):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", cuda(there=True))
     monkeypatch.setattr(machine, "is_torch_bf16_gpu_available", lambda: has_bf16)
 
     class Args:

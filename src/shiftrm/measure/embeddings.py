@@ -96,7 +96,7 @@ def _mean_pooling(path: str, batch_size: int) -> Embedder:
             model = AutoModel.from_pretrained(path).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _cannot_load(path, error) from None
-    device = torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         model = model.to(device)
     check_vocabulary(model, tokenizer, path)

@@ -294,5 +294,5 @@ def new_head_(head: nn.Linear, *, seed: int) -> None:
 
 def to_accelerator(model: Any) -> Any:
     """Move the model to this machine's accelerator, if there is one."""
-    device = torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True)
     return model if device is None else model.to(device)

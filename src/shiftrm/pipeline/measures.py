@@ -68,7 +68,7 @@ def policy_kl(
     With a temperature or top-p other than 1 the responses are of the modified distribution, and
     the number is the KL along those.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     ours, tokenizer = load_policy(policy)
     theirs, _ = load_policy(reference)
     ours.to(device)

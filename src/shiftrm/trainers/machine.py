@@ -32,7 +32,7 @@ def fit_machine(args: Any) -> None:
     Args:
         args: TRL's training arguments before their `__post_init__`; set values are kept.
     """
-    if torch.accelerator.current_accelerator() is None:
+    if torch.accelerator.current_accelerator(check_available=True) is None:
         args.use_cpu = True
     if args.bf16 is None and not args.fp16:
         args.bf16 = not args.use_cpu and is_torch_bf16_gpu_available()

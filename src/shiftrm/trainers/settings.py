@@ -237,7 +237,7 @@ def command_defaults(work: Path) -> dict[str, Any]:
         "disable_tqdm": not sys.stderr.isatty(),
         "save_total_limit": 2,  # a checkpoint of an 8B model with Adam's moments is 100 GB
     }
-    if torch.accelerator.current_accelerator() is None:
+    if torch.accelerator.current_accelerator(check_available=True) is None:
         ours["use_cpu"] = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             ours["ddp_backend"] = "gloo"
