@@ -265,12 +265,12 @@ def test_the_roomy_layer_holds_what_the_dynamic_layer_does():
     theirs.update(*torch.randn(2, 4, 3, 5, 8))
     ours = RoomyLayer(theirs)
     theirs.batch_select_indices(torch.tensor([0, 0, 3, 3, 3, 2]))
-    ours.batch_select_indices(torch.tensor([0, 0, 3, 3, 3, 2]))
+    ours.reorder_cache(torch.tensor([0, 0, 3, 3, 3, 2]))
     for step in range(120):
         if step % 50 == 49:
             kept = torch.arange(theirs.keys.shape[0] - 1)
             theirs.batch_select_indices(kept)
-            ours.batch_select_indices(kept)
+            ours.reorder_cache(kept)
         new = torch.randn(2, theirs.keys.shape[0], 3, rng.choice([1, 1, 1, 40]), 8)
         expected, found = theirs.update(*new), ours.update(*new)
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

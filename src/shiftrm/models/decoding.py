@@ -58,9 +58,9 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows."""
-        super().batch_select_indices(indices)
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Keep these rows, in this order; a row may come several times."""
+        super().reorder_cache(beam_idx)
         self._buffers = []
 
 
@@ -183,7 +183,7 @@ class _Batch:
         for i, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer and layer.is_initialized:
                 self.cache.layers[i] = RoomyLayer(layer)
-        self.cache.batch_select_indices(place_N)
+        self.cache.reorder_cache(place_N)
         if self.positions is not None:
             self.positions = self.positions[:, -1:]
         return logits_PV[place_N]
@@ -205,7 +205,7 @@ class _Batch:
         layers = zip(*(cache.layers for cache in caches), strict=True)
         self.cache.layers = [_joined(same) for same in layers]
         order_P = torch.tensor([i for part in parts for i in part], device=rows_P.device).argsort()
-        self.cache.batch_select_indices(order_P)
+        self.cache.reorder_cache(order_P)
         return torch.cat(found)[order_P]
 
     def _inputs(self, rows: torch.Tensor, start: int) -> tuple[torch.Tensor, Any, Any]:
@@ -237,7 +237,7 @@ class _Batch:
         done_L = finished_N[self.live]
         first_L = done_L.sort(stable=True).indices  # those that are not finished
         kept_L = first_L[: max(FEWEST_ROWS, int((~done_L).sum()))].sort().values
-        self.cache.batch_select_indices(kept_L)
+        self.cache.reorder_cache(kept_L)
         self.live = self.live[kept_L]
         self.mask = None if self.mask is None else self.mask[kept_L]
         self.positions = None if self.positions is None else self.positions[kept_L]
