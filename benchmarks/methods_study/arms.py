@@ -46,11 +46,16 @@ LOG_SIGMOID: dict[str, Any] = {"reward_shaping": "log_sigmoid"}
 CONTRAST_STEPS = 250
 """Steps that keep two epochs of the original pairs beside a contrast share of 25 %."""
 
-PAIR_STEPS = 187.5
-"""Steps of two epochs of the pairs alone."""
+PAIR_STEPS, SAME_STEPS = 187.5, 187
+"""Steps of two epochs of the pairs alone, and those of `retrained`."""
 
 RESET_KL = 3.0
 """KL target of a round to the policy that it starts from, where the reference is reset."""
+
+
+def _share(share: float) -> dict[str, Any]:
+    """Return a share of contrast and the steps that keep two epochs of the original pairs."""
+    return {"contrast_share": share, "max_steps": round(PAIR_STEPS / (1 - share))}
 
 
 def _contrast(
@@ -70,6 +75,16 @@ ARMS: dict[str, StudyArm] = {
     "contrast_all_log_sigmoid": StudyArm(
         _contrast("contrast_all", policy=LOG_SIGMOID),
         "contrast, four kinds + log-sigmoid",
+        Kind.COMBINATION,
+    ),
+    "contrast_75_log_sigmoid": StudyArm(
+        _contrast("contrast_all", LOG_SIGMOID, **_share(0.75)),
+        "contrast, four kinds, 75 % + log-sigmoid",
+        Kind.COMBINATION,
+    ),
+    "contrast_75_same_steps": StudyArm(
+        _contrast("contrast_all", LOG_SIGMOID, SAME_STEPS, contrast_share=0.75),
+        "the same in retraining's steps",
         Kind.COMBINATION,
     ),
     "log_sigmoid": StudyArm(Arm("log_sigmoid"), "log-sigmoid shaping", Kind.LABEL_FREE),
@@ -95,6 +110,11 @@ ARMS: dict[str, StudyArm] = {
     "retrained_longer": StudyArm(
         Arm("retrained", settings={"max_steps": CONTRAST_STEPS}),
         "retrained, contrast's steps",
+        Kind.CONTROL,
+    ),
+    "retrained_750_log_sigmoid": StudyArm(
+        Arm("retrained", settings={"max_steps": 750}, policy_settings=LOG_SIGMOID),
+        "retrained, 750 steps + log-sigmoid",
         Kind.CONTROL,
     ),
     "metarm_scale_free": StudyArm(
@@ -133,11 +153,6 @@ ARMS: dict[str, StudyArm] = {
         Arm("ensemble_variance"), "ensemble of 4, mean - variance", Kind.LABEL_FREE
     ),
 }
-
-
-def _share(share: float) -> dict[str, Any]:
-    """Return a share of contrast and the steps that keep two epochs of the original pairs."""
-    return {"contrast_share": share, "max_steps": round(PAIR_STEPS / (1 - share))}
 
 
 def _tried(name: str, settings: dict[str, Any], **policy: Any) -> StudyArm:
