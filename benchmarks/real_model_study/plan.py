@@ -101,7 +101,7 @@ class StudyConfig:
     max_prompt_tokens: int = 100
     max_new_tokens: int = 48
     temperature: float = 0.7
-    label_prompts: int = 300
+    label_prompts: int = 330
     label_responses: int = 4
     pairs: int = 600
     label_temperature: float = 0.0
@@ -109,7 +109,7 @@ class StudyConfig:
     move_responses: int = 16
     group_prompts: int = 256
     group_responses: int = 4
-    fresh_prompts: int = 150
+    fresh_prompts: int = 170
     fresh_pairs: int = 300
     eval_prompts: int = 128
     eval_responses: int = 16

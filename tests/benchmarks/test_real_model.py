@@ -254,7 +254,7 @@ def test_rows_of_a_seed_replace_older_ones(tmp_path):
 
 
 def test_settings_that_give_too_few_pairs_are_refused():
-    with pytest.raises(UserError, match="pairs is 900; 300 label_prompts of 4 label_responses"):
+    with pytest.raises(UserError, match="pairs is 900; 330 label_prompts of 4 label_responses"):
         StudyConfig(pairs=900)
     with pytest.raises(UserError, match="eval_responses is 1"):
         StudyConfig(eval_responses=1)
