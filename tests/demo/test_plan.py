@@ -8,7 +8,8 @@ from shiftrm.pipeline.job_checks import job_of
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import read_recipe
 
-TRAINED = ("retrained", "metarm_paper", "contrast_log_sigmoid", "fresh_labels")
+CONTRAST = "contrast_all_log_sigmoid"
+TRAINED = ("retrained", "metarm_paper", CONTRAST, "fresh_labels")
 
 
 def stages(*overrides):
@@ -35,7 +36,7 @@ def test_what_each_arm_reads_for_its_reward_model():
     assert reward == {
         "retrained": ("sft", "pairs"),
         "metarm_paper": ("sft", "pairs", "methods/metarm_paper/round-2/groups"),
-        "contrast_log_sigmoid": ("sft", "pairs", "methods/contrast_log_sigmoid/round-2/groups"),
+        CONTRAST: ("sft", "pairs", f"methods/{CONTRAST}/round-2/groups"),
         "fresh_labels": ("sft", "methods/fresh_labels/round-2/labels", "pairs"),
     }
     labels = [found[f"methods/fresh_labels/round-{k}/labels"].needs for k in (1, 2)]
@@ -69,7 +70,7 @@ def test_arms_get_the_same_policy_training_and_the_same_reward_training():
         assert len({str(one) for one in settings}) == 1
         assert len({(str(job.prompts), str(job.scale), job.watch) for job in jobs}) == 1
     settings = [dict(job_of(found[f"methods/{a}/round-1/reward_model"]).settings) for a in TRAINED]
-    own = ("preset", "meta_batch_size")
+    own = ("preset", "meta_batch_size", "contrast_negatives", "contrast_share")
     assert len({str({k: v for k, v in s.items() if k not in own}) for s in settings}) == 1
     assert settings[0]["seed"] == random_seed(0, "reward/1")
 
