@@ -281,7 +281,9 @@ def pages(results: Sequence[Result]) -> dict[str, str]:
     found = {
         "answer": "\n".join(filter(None, (answer(first), answer(second)))),
         "comparison": _by_cell(first, comparison_table),
-        "second": _by_cell(second, comparison_table),
+        "second": _by_cell(second, comparison_table)
+        + "\n\n"
+        + _by_cell(second, lambda cell: means_table(cell, "overpays_"), "what is paid for, "),
         "seeds": _by_cell(first, seeds_table) + "\n\n" + _by_cell(second, seeds_table),
         "tried": tried_table(Study(results, "", chosen_on=True)),
         "sight": sight_table(first)
@@ -298,9 +300,10 @@ def studies(results: Sequence[Result]) -> tuple[Study, Study]:
     return Study(results, ""), Study(results, "adverts")
 
 
-def _by_cell(study: Study, table: Callable[[Cell], str]) -> str:
+def _by_cell(study: Study, table: Callable[[Cell], str], what: str = "") -> str:
     return "\n\n".join(
-        f"**{study.title(kl, number)}**\n\n{table(cell)}" for kl, number, cell in study
+        f"**{_capital(what + study.title(kl, number))}**\n\n{table(cell)}"
+        for kl, number, cell in study
     )
 
 
