@@ -87,6 +87,11 @@ ARMS: dict[str, StudyArm] = {
         "the same in retraining's steps",
         Kind.COMBINATION,
     ),
+    "contrast_both_75_log_sigmoid": StudyArm(
+        _contrast("contrast_all", LOG_SIGMOID, contrast_source="both", **_share(0.75)),
+        "the same from policy and pairs",
+        Kind.COMBINATION,
+    ),
     "log_sigmoid": StudyArm(Arm("log_sigmoid"), "log-sigmoid shaping", Kind.LABEL_FREE),
     "fresh_labels": StudyArm(Arm("fresh_labels"), "300 random labels", Kind.LABELS, 300),
     "active_labels": StudyArm(Arm("active_labels"), "300 active labels", Kind.LABELS, 300),
