@@ -79,17 +79,17 @@ ARMS: dict[str, StudyArm] = {
     ),
     "contrast_75_log_sigmoid": StudyArm(
         _contrast("contrast_all", LOG_SIGMOID, **_share(0.75)),
-        "contrast, four kinds, 75 % + log-sigmoid",
+        "contrast 75 %, four kinds + log-sigmoid",
         Kind.COMBINATION,
     ),
     "contrast_75_same_steps": StudyArm(
         _contrast("contrast_all", LOG_SIGMOID, SAME_STEPS, contrast_share=0.75),
-        "the same in retraining's steps",
+        "contrast 75 % in retraining's steps + log-sigmoid",
         Kind.COMBINATION,
     ),
     "contrast_both_75_log_sigmoid": StudyArm(
         _contrast("contrast_all", LOG_SIGMOID, contrast_source="both", **_share(0.75)),
-        "the same from policy and pairs",
+        "contrast 75 %, policy and pairs + log-sigmoid",
         Kind.COMBINATION,
     ),
     "log_sigmoid": StudyArm(Arm("log_sigmoid"), "log-sigmoid shaping", Kind.LABEL_FREE),
