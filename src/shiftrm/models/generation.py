@@ -159,9 +159,10 @@ def generate(
     (`rendering.stop_token_ids`).
 
     The responses to a prompt share its prefill: its keys and values are computed once. Equal
-    prompts of a batch count as one, and finished responses leave the batch. Models whose state is
-    more than keys and values (recurrent or hybrid layers, encoder-decoders), that prepare their
-    inputs themselves, or that are sharded over processes read the prompt for every response
+    prompts of a batch count as one, short and long prompts are read in passes of their own where
+    that saves padding, and finished responses leave the batch. Models whose state is more than
+    keys and values (recurrent or hybrid layers, encoder-decoders), that prepare their inputs
+    themselves, or that are sharded over processes read the prompt for every response
     (`decoding.require_shareable`). The same seed gives the same tokens on both paths, but for
     draws so close that the rounding of the logits decides them.
 

@@ -190,7 +190,11 @@ class Sampler:
 
 
 class PolicySampler(Sampler):
-    """Draws with `generate`."""
+    """Draws with `generate`, which reads a prompt once for its K responses.
+
+    The order of the prompts decides their draws, so batches are not ordered by length; `generate`
+    reads short and long prompts of a batch apart where that saves padding.
+    """
 
     def batches(
         self, prompts: Sequence[Text], encoded: Sequence[list[int]], draws: Draws, first: int
@@ -214,6 +218,8 @@ class PolicySampler(Sampler):
 
 def sample_rows(model: Any, tokenizer: Any, prompts: Sequence[Text], draws: Draws) -> list[Row]:
     """Sample responses and return one `group_row` per prompt.
+
+    The responses to a prompt share its prefill, as `generate` says.
 
     Args:
         prompts: strings or chat messages.
