@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shiftrm.models.sampling import Sample
@@ -148,6 +148,38 @@ def test_adapters_also_on_the_head(in_chunks, targets):
     base = policy_logprobs(make("llama"), SAMPLES)[0]
     torch.testing.assert_close(policy_logprobs(AdapterOff(model), SAMPLES)[0], base)
     assert not torch.allclose(policy_logprobs(model, SAMPLES)[0], base, atol=1e-3)
+
+
+def test_an_adapter_of_virtual_tokens(monkeypatch):
+    options = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, rows, found = get_peft_model(make("llama"), options).eval(), Rows.pack(SAMPLES), []
+    for few, chunk in ((2**20, 2**24), (0, 2**24), (0, 7 * V)):
+        monkeypatch.setattr(ppo_rows, "FEW_LOGITS", few)
+        monkeypatch.setattr(ppo_passes, "LOGITS_IN_CHUNK", chunk)
+        found.append(policy_logprobs(model, SAMPLES)[0])
+    assert not torch.allclose(found[0], policy_logprobs(make("llama"), SAMPLES)[0], atol=1e-3)
+    for ours in found[1:]:
+        torch.testing.assert_close(ours, found[0])
+    monkeypatch.setattr(type(model.base_model), "get_output_embeddings", lambda self: None)
+    torch.testing.assert_close(rows.logits(model), rows._of_few(model))
+
+
+def test_wrapped_models_project_inside_their_forward_pass(in_chunks, tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    rows, expected = Rows.pack(SAMPLES), torch.cat([plain(make("gemma2"), s) for s in SAMPLES])
+    try:
+        together = torch.nn.parallel.DistributedDataParallel(make("gemma2"))
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = make("gemma2")
+        for layer in (*sharded.model.layers, sharded):
+            torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+        for model in (together, sharded):
+            with torch.no_grad():
+                found = rows.logits(model).log_softmax(-1)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Unusual(torch.nn.Module):

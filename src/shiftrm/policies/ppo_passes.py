@@ -81,7 +81,8 @@ def logits_at(model: Any, inputs: Mapping[str, Tensor], places_N: Tensor) -> Ten
     """
     with _before_head(model, inputs, places_N, lambda states_NH: states_NH) as found:
         logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits[0] if found else logits.flatten(0, 1)[places_N]
+    L = inputs["input_ids"].shape[1]
+    return logits[0] if found else logits[:, -L:].flatten(0, 1)[places_N]
 
 
 def predictions_at(model: nn.Module, inputs: Mapping[str, Tensor], places_N: Tensor) -> Predictions:
@@ -110,15 +111,17 @@ def _before_head(
 ) -> Iterator[list[Tensor]]:
     """Select the head's inputs, [N, H], collect them, and give the head `passed` of them.
 
-    Nothing is collected where the model has no head, or one that does not read [B, L, H].
+    Nothing is collected where the model has no head, or one that does not read [B, L, H]. An
+    adapter may put tokens of its own in front of the L.
     """
+    B, L = inputs["input_ids"].shape
     inner: Any = unwrapped(model)
     head, found = inner.get_output_embeddings(), []
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args or args[0].shape[:-1] != inputs["input_ids"].shape:
+        if not args or args[0].dim() != 3 or args[0].shape[0] != B or args[0].shape[1] < L:
             return None
-        found.append(args[0].flatten(0, 1)[places_N])
+        found.append(args[0][:, -L:].flatten(0, 1)[places_N])
         return (passed(found[-1])[None], *args[1:])
 
     handle = None if head is None else head.register_forward_pre_hook(select)
