@@ -24,7 +24,7 @@ COLOURS = {
     Kind.CONTROL: "#999999",
 }
 
-COLUMNS = 3
+COLUMNS = 2
 """Panels beside each other in the picture."""
 
 WORLD_NAMES = {"": "", "adverts": "second world, "}
@@ -142,10 +142,13 @@ def picture(studies: Sequence[Study]) -> Figure:
     cells = [(study.title(kl, number), cell) for study in studies for kl, number, cell in study]
     columns = min(COLUMNS, max(1, len(cells)))
     rows = -(-max(1, len(cells)) // columns)
-    most = max((len(cell.arms) for _, cell in cells), default=1)
-    size = (4.4 * columns, (0.24 * most + 1.1) * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    arms_of_row = [
+        max((len(cell.arms) for _, cell in cells[start : start + columns]), default=1)
+        for start in range(0, rows * columns, columns)
+    ]
+    heights = [0.24 * most + 1.1 for most in arms_of_row]
+    figure = Figure(figsize=(5.2 * columns, sum(heights)), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
     for axes in panels[len(cells) :]:
         axes.set_visible(False)
     for axes, (title, cell) in zip(panels, cells, strict=False):
@@ -256,7 +259,10 @@ def sight_table(study: Study) -> str:
 
 
 def means_table(cell: Cell, beginning: str, ending: str = "", form: str = ".2f") -> str:
-    """Return the means over seeds of all numbers with this beginning and ending, by arm."""
+    """Return the means over seeds of all numbers with this beginning and ending, by arm.
+
+    Empty where there is no such number.
+    """
     names = sorted(
         {
             name
@@ -266,6 +272,8 @@ def means_table(cell: Cell, beginning: str, ending: str = "", form: str = ".2f")
         }
     )
     short = [name.removeprefix(beginning).removesuffix(ending).replace("_", " ") for name in names]
+    if not names:
+        return ""
     lines = ["| arm | " + " | ".join(short) + " |", "|---" * (len(names) + 1) + "|"]
     for arm in cell.arms:
         values = [_number(cell.number(arm, name), form) for name in names]
@@ -301,10 +309,8 @@ def studies(results: Sequence[Result]) -> tuple[Study, Study]:
 
 
 def _by_cell(study: Study, table: Callable[[Cell], str], what: str = "") -> str:
-    return "\n\n".join(
-        f"**{_capital(what + study.title(kl, number))}**\n\n{table(cell)}"
-        for kl, number, cell in study
-    )
+    found = [(what + study.title(kl, number), table(cell)) for kl, number, cell in study]
+    return "\n\n".join(f"**{_capital(title)}**\n\n{text}" for title, text in found if text)
 
 
 def _capital(text: str) -> str:
