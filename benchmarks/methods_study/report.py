@@ -216,10 +216,18 @@ def answer(study: Study) -> str:
         sentences.append(
             f"- **{study.title(kl, number)}, {most} seeds**: of the methods without labels, "
             f"*{ARMS[best].label}* ends highest, {_interval(against[best])} gold above retraining "
-            f"and {_interval(fixed)} above the fixed reward model. "
+            f"and {_interval(fixed)} above the fixed reward model{_shaping_alone(cell, best)}. "
             f"{_others(against)}{_way_to_gold(against, best)}"
         )
     return "\n".join(sentences)
+
+
+def _shaping_alone(cell: Cell, arm: str) -> str:
+    """Compare an arm that shapes its reward, too, with the shaping alone."""
+    if ARMS[arm].kind is not Kind.COMBINATION or "log_sigmoid" not in cell.arms:
+        return ""
+    found = paired(cell.gold(arm), cell.gold("log_sigmoid"))
+    return f", and {_interval(found)} above log-sigmoid shaping alone"
 
 
 def _way_to_gold(against: Mapping[str, Paired], arm: str) -> str:

@@ -186,6 +186,12 @@ def test_the_page_compares_arms_by_seed_and_keeps_choosing_seeds_apart():
     assert "| contrast | 3.50 | 4.60 | 5.70 |" in made["seeds"]
 
 
+def test_a_combination_is_compared_with_its_shaping_alone():
+    golds = {"retrained": 3.0, "log_sigmoid": 3.5, "contrast_log_sigmoid": 4.25}
+    results = [_result(arm, s, gold + s) for arm, gold in golds.items() for s in range(2)]
+    assert "+0.75 above log-sigmoid shaping alone" in pages(results)["answer"]
+
+
 def test_sight_tests_are_ranked_against_accuracy():
     results = [
         _result(
