@@ -11,7 +11,7 @@ import numpy as np
 from shiftrm.core.discrimination import Floats
 from shiftrm.errors import UserError
 from shiftrm.files import encodable
-from shiftrm.models.loading import check_vocabulary
+from shiftrm.models.loading import check_vocabulary, to_accelerator
 from shiftrm.models.rope import context_limit
 
 Embedder = Callable[[Sequence[str]], Floats]
@@ -96,9 +96,7 @@ def _mean_pooling(path: str, batch_size: int) -> Embedder:
             model = AutoModel.from_pretrained(path).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _cannot_load(path, error) from None
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is not None:
-        model = model.to(device)
+    model = to_accelerator(model)
     check_vocabulary(model, tokenizer, path)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:

@@ -292,7 +292,12 @@ def new_head_(head: nn.Linear, *, seed: int) -> None:
         head.bias.zero_()
 
 
+def accelerator() -> torch.device | None:
+    """Return this machine's accelerator; None without one, also with a CUDA build of torch."""
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
 def to_accelerator(model: Any) -> Any:
     """Move the model to this machine's accelerator, if there is one."""
-    device = torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator()
     return model if device is None else model.to(device)

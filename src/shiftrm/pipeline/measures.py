@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from shiftrm.files import Row
+from shiftrm.models.loading import to_accelerator
 from shiftrm.models.sampling import as_samples, load_policy
 from shiftrm.models.scoring import mean_and_spread
 from shiftrm.policies.ppo_math import exact_token_kl
@@ -68,11 +69,9 @@ def policy_kl(
     With a temperature or top-p other than 1 the responses are of the modified distribution, and
     the number is the KL along those.
     """
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     ours, tokenizer = load_policy(policy)
     theirs, _ = load_policy(reference)
-    ours.to(device)
-    theirs.to(device)
+    ours, theirs = to_accelerator(ours), to_accelerator(theirs)
     samples = as_samples(tokenizer, rows)
     total = 0.0
     for start in range(0, len(samples), batch_size):

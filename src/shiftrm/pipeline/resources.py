@@ -204,7 +204,9 @@ def speed() -> float:
     """Operations a second of one matrix product in fp32 on this machine, now."""
     import torch
 
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    from shiftrm.models.loading import accelerator
+
+    device = accelerator() or torch.device("cpu")
     n = 1024 if device.type == "cpu" else 8192
     a = torch.ones(n, n, device=device)
     best = math.inf

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import is_torch_bf16_gpu_available
 
 from shiftrm.errors import UserError
+from shiftrm.models.loading import accelerator
 from shiftrm.models.rewards import sequence_rewards
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def fit_machine(args: Any) -> None:
     Args:
         args: TRL's training arguments before their `__post_init__`; set values are kept.
     """
-    if torch.accelerator.current_accelerator(check_available=True) is None:
+    if accelerator() is None:
         args.use_cpu = True
     if args.bf16 is None and not args.fp16:
         args.bf16 = not args.use_cpu and is_torch_bf16_gpu_available()

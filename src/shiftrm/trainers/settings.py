@@ -22,6 +22,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from shiftrm.config import check_seed, parse_yaml
 from shiftrm.errors import UserError, shortened, suggest
+from shiftrm.models.loading import accelerator
 from shiftrm.trainers.work_folder import is_disk_full
 
 REFUSED = {
@@ -237,7 +238,7 @@ def command_defaults(work: Path) -> dict[str, Any]:
         "disable_tqdm": not sys.stderr.isatty(),
         "save_total_limit": 2,  # a checkpoint of an 8B model with Adam's moments is 100 GB
     }
-    if torch.accelerator.current_accelerator(check_available=True) is None:
+    if accelerator() is None:
         ours["use_cpu"] = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             ours["ddp_backend"] = "gloo"
