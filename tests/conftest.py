@@ -42,16 +42,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+LLAMA_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
 def llama_config(vocabulary: int = 32, **options) -> LlamaConfig:
     return LlamaConfig(
         **{
             "vocab_size": vocabulary,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
+            **LLAMA_SIZES,
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": 2,

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from shiftrm.models import decoding
 from shiftrm.models.decoding import FEWEST_ROWS, NotShared, RoomyLayer, require_shareable
 from shiftrm.models.generation import SamplingConfig, generate
+from tests.conftest import LLAMA_SIZES
 
 V, STOP = 40, (2, 5, 7)
 RNG = random.Random(0)
@@ -27,15 +28,7 @@ SETTINGS = (
     SamplingConfig(20, temperature=0.0),
 )
 TOKENS = {"vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA = {
-    **TOKENS,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+LLAMA = {**TOKENS, **LLAMA_SIZES}
 GPT2 = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 OPT = {
     **TOKENS,
