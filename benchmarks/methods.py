@@ -10,7 +10,6 @@ arm and round). `report` writes docs/methods.md and docs/methods.png from that f
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from shiftrm.errors import UserError
@@ -50,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from methods_study.results import add_results, read_results, results_of
     from shiftrm.pipeline.engine import RECORDS_FILE, run_stages
     from shiftrm.records import read_records
+    from stage_clock import StageClock
 
     arms = arms_of(args.arms)
     for kl in args.kl:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             root = args.output / (args.world or "world") / f"kl-{kl:g}" / f"seed-{seed}"
             config = StudyConfig(seed, kl, missing, rounds=args.rounds, world=args.world)
 
-            clock = Clock(root)
+            clock = StageClock(str(root))
             stages = plan_study(config)
             run_stages(stages, root, seed=seed, workers=args.workers, on_progress=clock)
             found = results_of(
@@ -75,24 +75,8 @@ def run(args: argparse.Namespace) -> int:
                 resets=[name for name, about in missing.items() if about.arm.resets_reference],
                 seconds=clock.seconds,
             )
-            add_results(args.results, found)
+            add_results(args.results, [r for r in found if r.key not in done])
     return 0
-
-
-class Clock:
-    """Prints the stages that end, and keeps the seconds that each took."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.began: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, event: str, name: str) -> None:
-        if event == "start":
-            self.began[name] = time.monotonic()
-        elif event == "done":
-            self.seconds[name] = time.monotonic() - self.began[name]
-            print(f"{self.root}: {name}", file=sys.stderr, flush=True)
 
 
 def report(args: argparse.Namespace) -> int:

@@ -21,11 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from reward_step import MODELS
+
 SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
+    **MODELS["smollm2-135m"],
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
     "bos_token_id": 0,
@@ -124,7 +123,8 @@ def make_trainer(args: argparse.Namespace) -> Any:
     from shiftrm.policies.ppo import PPOConfig, PPOTrainer, Problem, make_critic
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=args.vocabulary, num_hidden_layers=args.layers, **SMOLLM2)
+    sizes = {**SMOLLM2, "vocab_size": args.vocabulary, "num_hidden_layers": args.layers}
+    config = LlamaConfig(**sizes)
     policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False)
     critic = make_critic(policy)
     torch.nn.init.normal_(critic.score.weight, std=0.02)

@@ -12,7 +12,6 @@ setting of real_model_study/plan.py. See docs/real-model.md.
 import argparse
 import hashlib
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from shiftrm.models.loading import checkpoint_fingerprint
     from shiftrm.pipeline.engine import run_stages
     from shiftrm.pipeline.run import check_settings
+    from stage_clock import StageClock
 
     config = from_mapping(StudyConfig, apply_overrides({}, args.set))
     model = checkpoint(args.model, args.output)
@@ -81,28 +81,13 @@ def run(args: argparse.Namespace) -> int:
             seed=seed,
             workers=args.workers,
             threads=args.threads,
-            on_progress=Clock(seed),
+            on_progress=StageClock(f"seed {seed}"),
         )
         rows = seed_rows(root, seed, args.arms)
         if rows:
             add_rows(args.results, rows)
             print(f"seed {seed}: {len(rows)} rows in {args.results}")
     return 0
-
-
-class Clock:
-    """Prints how long each stage took, in seconds on the clock."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.began: dict[str, float] = {}
-
-    def __call__(self, event: str, name: str) -> None:
-        if event == "start":
-            self.began[name] = time.monotonic()
-        elif event == "done":
-            wall = time.monotonic() - self.began[name]
-            print(f"seed {self.seed}: {name} done in {wall:.0f} s", file=sys.stderr, flush=True)
 
 
 def report(args: argparse.Namespace) -> int:

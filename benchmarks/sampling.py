@@ -23,15 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from reward_step import MODELS
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SMOLLM2_135M = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
+    **MODELS["smollm2-135m"],
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
     "pad_token_id": 0,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shiftrm.errors import UserError, suggest
+from shiftrm.methods.registered.contrast import FOUR
 from shiftrm.pipeline.experiment import Arm
 
 
@@ -43,9 +44,6 @@ class StudyArm:
 
 
 LOG_SIGMOID: dict[str, Any] = {"reward_shaping": "log_sigmoid"}
-CONTRAST_STEPS = 250
-"""Steps that keep two epochs of the original pairs beside a contrast share of 25 %."""
-
 PAIR_STEPS, SAME_STEPS = 187.5, 187
 """Steps of two epochs of the pairs alone, and those of `retrained`."""
 
@@ -56,6 +54,9 @@ RESET_KL = 3.0
 def _share(share: float) -> dict[str, Any]:
     """Return a share of contrast and the steps that keep two epochs of the original pairs."""
     return {"contrast_share": share, "max_steps": round(PAIR_STEPS / (1 - share))}
+
+
+CONTRAST_STEPS: int = _share(0.25)["max_steps"]
 
 
 def _contrast(
@@ -118,7 +119,11 @@ ARMS: dict[str, StudyArm] = {
         Kind.CONTROL,
     ),
     "retrained_750_log_sigmoid": StudyArm(
-        Arm("retrained", settings={"max_steps": 750}, policy_settings=LOG_SIGMOID),
+        Arm(
+            "retrained",
+            settings={"max_steps": _share(0.75)["max_steps"]},
+            policy_settings=LOG_SIGMOID,
+        ),
         "retrained, 750 steps + log-sigmoid",
         Kind.CONTROL,
     ),
@@ -173,17 +178,15 @@ def _tried(name: str, settings: dict[str, Any], **policy: Any) -> StudyArm:
 
 
 CANDIDATES: dict[str, StudyArm] = {
-    "contrast.share10": _tried("contrast", {"contrast_share": 0.1, "max_steps": 208}),
-    "contrast.share40": _tried("contrast", {"contrast_share": 0.4, "max_steps": 312}),
+    "contrast.share10": _tried("contrast", _share(0.1)),
+    "contrast.share40": _tried("contrast", _share(0.4)),
     "contrast.share60": _tried("contrast", {"contrast_share": 0.6, "max_steps": 468}),
     "contrast.187": _tried("contrast", {"max_steps": 187}),
     "contrast.187ls": _tried("contrast_log_sigmoid", {"max_steps": 187}),
     "contrast.length187": _tried("contrast", {"contrast_matching": "length", "max_steps": 187}),
     "contrast.length": _tried("contrast", {"contrast_matching": "length"}),
     "contrast_hard.ls": _tried("contrast_hard", {}, **LOG_SIGMOID),
-    "contrast_all.40ls": _tried(
-        "contrast_all", {"contrast_share": 0.4, "max_steps": 312}, **LOG_SIGMOID
-    ),
+    "contrast_all.40ls": _tried("contrast_all", _share(0.4), **LOG_SIGMOID),
     "contrast_repeated.ls": _tried(
         "contrast", {"contrast_negatives": ["other_prompt", "repeated"]}, **LOG_SIGMOID
     ),
@@ -196,16 +199,10 @@ CANDIDATES: dict[str, StudyArm] = {
         },
         **LOG_SIGMOID,
     ),
-    "contrast.40ls": _tried("contrast_log_sigmoid", {"contrast_share": 0.4, "max_steps": 312}),
+    "contrast.40ls": _tried("contrast_log_sigmoid", _share(0.4)),
     "contrast.60ls": _tried("contrast_log_sigmoid", {"contrast_share": 0.6, "max_steps": 468}),
-    "contrast_hard.40ls": _tried(
-        "contrast_hard", {"contrast_share": 0.4, "max_steps": 312}, **LOG_SIGMOID
-    ),
+    "contrast_hard.40ls": _tried("contrast_hard", _share(0.4), **LOG_SIGMOID),
     "contrast_all.60ls": _tried("contrast_all", _share(0.6), **LOG_SIGMOID),
-    "contrast_all.75ls": _tried("contrast_all", _share(0.75), **LOG_SIGMOID),
-    "contrast_all.75ls187": _tried(
-        "contrast_all", {"contrast_share": 0.75, "max_steps": 187}, **LOG_SIGMOID
-    ),
     "contrast_all.75ls375": _tried(
         "contrast_all", {"contrast_share": 0.75, "max_steps": 375}, **LOG_SIGMOID
     ),
@@ -226,12 +223,12 @@ CANDIDATES: dict[str, StudyArm] = {
     ),
     "contrast_all_hard.60ls": _tried(
         "contrast_hard",
-        {"contrast_negatives": ["other_prompt", "repeated", "cut", "shuffled"], **_share(0.6)},
+        {"contrast_negatives": FOUR, **_share(0.6)},
         **LOG_SIGMOID,
     ),
     "contrast_all_mean.40ls": _tried(
         "contrast_mean",
-        {"contrast_negatives": ["other_prompt", "repeated", "cut", "shuffled"], **_share(0.4)},
+        {"contrast_negatives": FOUR, **_share(0.4)},
         **LOG_SIGMOID,
     ),
     "contrast_both.ls": _tried("contrast_both", {}, **LOG_SIGMOID),

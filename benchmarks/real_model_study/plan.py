@@ -295,16 +295,10 @@ class Plan:
             "policy": Made("moved"),
             "reward": Made("proxy"),
         }
-        settings = {**self._reward(2), **method.settings}
-        other = OTHER_ARMS.get(name)
-        if other is not None:
-            settings |= other.settings
+        arm = arm_of(name)
+        settings = {**self._reward(2), **method.settings, **arm.settings}
         job = TrainReward(
-            starts[method.start],
-            pairs,
-            adaptation=name if other is None else other.method,
-            settings=settings,
-            **given,
+            starts[method.start], pairs, adaptation=arm.method, settings=settings, **given
         )
         return self._training(f"arms/{name}/reward_model", job, _record("reward_model", name, 1))
 
@@ -414,9 +408,14 @@ class Plan:
         return {**asdict(execution), "way": way}
 
 
+def arm_of(name: str) -> StudyArm:
+    """Return an arm by its name, which is that of a method or one of `OTHER_ARMS`."""
+    return OTHER_ARMS.get(name) or StudyArm(name, METHODS.get(name).label, {})
+
+
 def method_of(name: str) -> Method:
     """Return the method of an arm."""
-    return METHODS.get(OTHER_ARMS[name].method if name in OTHER_ARMS else name)
+    return METHODS.get(arm_of(name).method)
 
 
 def needed_for(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:

@@ -6,10 +6,9 @@ from pathlib import Path
 from gold_world.report import replace_block
 from shiftrm.core.intervals import Measured
 from shiftrm.files import Row
-from shiftrm.methods.method import METHODS
 from shiftrm.trainers.model_card import markdown_table
 
-from .plan import OTHER_ARMS
+from .plan import arm_of
 from .results import CEILING, SHORTEST
 
 LABELS = {CEILING: "Lexical gold (ceiling)", SHORTEST: "Shortest response"}
@@ -93,10 +92,8 @@ def _label(arm: str, labels: Row | None) -> str:
     """Return the arm's name; `labels` is the row that says how many new labels it has."""
     if arm in LABELS:
         return LABELS[arm]
-    if arm in OTHER_ARMS:
-        return OTHER_ARMS[arm].label
     count = "" if labels is None else f"{labels['value']:.0f}"
-    return METHODS.get(arm).label.replace("{labels}", count).replace(" a round", "")
+    return arm_of(arm).label.replace("{labels}", count).replace(" a round", "")
 
 
 def _cell(row: Row | None) -> str:
