@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) pip setuptools wheel
 	$(PIP) $$(grep '^torch==' constraints.txt)
-	$(PIP) --no-build-isolation --editable '.[dev,docs,judge,peft]'
+	$(PIP) --no-build-isolation --editable '.[dev,docs,gguf,judge,peft,serve]'
 	@touch $@
 
 demo: $(VENV)/.installed
