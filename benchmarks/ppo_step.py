@@ -1,13 +1,19 @@
-"""CPU time and memory of one PPO step without its sampling, at the shape of SmolLM2-135M.
+"""Time and memory of one PPO step without its sampling, at the shape of SmolLM2-135M.
 
     python benchmarks/ppo_step.py --against PATH-OF-ANOTHER-CHECKOUT
     python benchmarks/ppo_step.py --prompt 35-257 --response 48 --prompts 4 --rollouts 4
+    python benchmarks/ppo_step.py --grpo                         # beside TRL's GRPO, without critic
+    python benchmarks/ppo_step.py --device cuda --prompt 512 --response 512 --prompts 2 --bf16
 
 Random weights and random roll-outs; log-probabilities, values, KL and entropy before the update,
 then one epoch of updates of policy and critic. The optimizers' own steps are left out. Every
-repetition is a process of its own, in turn from this checkout and from the other one; the table
-has medians. Memory is the largest resident set during the step, less what was resident before it
-(the models, without gradients).
+repetition is a process of its own, and the arms take turns; the table has medians and, where there
+is a second arm, the median of the ratios within a turn. A second is a CPU second, or with `--device
+cuda` one between events. Memory is the largest resident set (on a GPU: allocated) during the step,
+less what was held before it (the models, without gradients).
+
+TRL's step is one of its `GRPOTrainer` on the same roll-outs, models and rewards: log-probabilities
+of the reference, then one optimizer step per minibatch, with the KL penalty and no critic.
 """
 
 import argparse
@@ -21,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from reward_step import MODELS
+from reward_step import MODELS, environment
 
 SMOLLM2 = {
     **MODELS["smollm2-135m"],
@@ -48,47 +54,94 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=49_152, metavar="N")
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
     parser.add_argument("--against", type=Path, metavar="PATH", help="another checkout")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--grpo", action="store_true", help="a second arm, TRL's GRPO")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--bf16", action="store_true", help="passes in bf16 on fp32 weights")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args)))
+        print(json.dumps(CHILDREN[args.child](args)))
         return 0
-    checkouts = {"this checkout": HERE.parents[1]}
+    here = HERE.parents[1]
+    arms = {"PPO": (here, "ppo")}
     if args.against is not None:
-        checkouts[f"against {args.against.name}"] = args.against.resolve()
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
+        arms[f"PPO of {args.against.name}"] = (args.against.resolve(), "ppo")
+    if args.grpo:
+        arms["TRL's GRPO"] = (here, "grpo")
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for _ in range(args.repeat):
-        for name, root in checkouts.items():
-            found[name].append(child(root))
+        for name, (root, which) in arms.items():
+            found[name].append(child(root, which))
             print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        about = {**environment(), "command": " ".join(sys.argv)}
+        args.output.write_text(json.dumps({**about, "arms": found}, indent=1))
     print("\n".join(table(found)))
     return 0
 
 
-def child(root: Path) -> dict[str, float]:
+def child(root: Path, which: str) -> dict[str, float]:
     """Measure once in a new process that imports the library of a checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE), *sys.argv[1:], "--child"]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    variables = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE), *sys.argv[1:], "--child", which]
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return numbers
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
+    shown = ("value_loss", "gradient_norm", "kl")
     lines = [
-        "| | CPU seconds | memory, MiB | value loss | gradient norm | KL |",
-        "|---|" + "-:|" * 5,
+        "| | seconds (min-max) | this / first | memory, MiB | value loss | gradient norm | KL |",
+        "|---|" + "-:|" * 6,
     ]
+    first = next(iter(found.values()))
     for name, runs in found.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        seconds = [run["seconds"] for run in runs]
+        pairs = zip(seconds, (run["seconds"] for run in first), strict=True)
+        numbers = [f"{runs[0][key]:.6f}" if key in runs[0] else "-" for key in shown]
         lines.append(
-            f"| {name} | {middle['seconds']:.1f} | {middle['mebibytes']:.0f} | "
-            f"{middle['value_loss']:.6f} | {middle['gradient_norm']:.6f} | {middle['kl']:.6f} |"
+            f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
+            f" | {statistics.median(a / b for a, b in pairs):.2f}"
+            f" | {statistics.median(run['mebibytes'] for run in runs):.0f}"
+            f" | {' | '.join(numbers)} |"
         )
     return lines
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
+class Meter:
+    """Seconds and memory from its start on, of this process or of its GPU."""
+
+    def __init__(self, device: str):
+        import torch
+
+        self.cuda = torch.cuda if device == "cuda" else None
+        if self.cuda is None:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            self.held, self.start = resident("VmRSS"), time.process_time()
+        else:
+            self.cuda.synchronize()
+            self.cuda.reset_peak_memory_stats()
+            self.held = self.cuda.memory_allocated()
+            self.begin, self.end = (self.cuda.Event(enable_timing=True) for _ in range(2))
+            self.begin.record()
+
+    def read(self) -> dict[str, float]:
+        if self.cuda is None:
+            seconds = time.process_time() - self.start
+            return {"seconds": seconds, "mebibytes": (resident("VmHWM") - self.held) / 1024}
+        self.end.record()
+        self.cuda.synchronize()
+        peak = self.cuda.max_memory_allocated() - self.held
+        return {
+            "seconds": self.begin.elapsed_time(self.end) / 1000,
+            "mebibytes": peak / 2**20,
+        }
+
+
+def measure_ppo(args: argparse.Namespace) -> dict[str, float]:
     """Return seconds, memory and the statistics of one step in this process."""
     import torch
 
@@ -97,15 +150,87 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     trainer._sample = lambda step: rollouts(args)
     for optimizer in trainer._updater.optimizers.values():
         optimizer.step = lambda *given: None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, start = resident("VmRSS"), time.process_time()
+    if args.device == "cuda":
+        trainer.step(1)  # kernels are chosen and loaded
+    meter = Meter(args.device)
     log, _ = trainer.step(1)
     return {
-        "seconds": time.process_time() - start,
-        "mebibytes": (resident("VmHWM") - before) / 1024,
+        **meter.read(),
         **{name: getattr(log, name) for name in ("policy_loss", "value_loss")},
         **{name: getattr(log, name) for name in ("gradient_norm", "kl", "entropy")},
     }
+
+
+def measure_grpo(args: argparse.Namespace) -> dict[str, float]:
+    """Return seconds and memory of one step of TRL's `GRPOTrainer` on the same roll-outs."""
+    import tempfile
+
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(1)
+    given = rollouts(args)
+    meters: list[Meter] = []
+    found: list[dict[str, float]] = []
+    generations = 2 if args.device == "cuda" else 1  # as above, the last one counts
+
+    def answer(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        meters.append(Meter(args.device))
+        return {
+            "prompt_ids": [sample.prompt_ids for sample in given.samples],
+            "completion_ids": [sample.response_ids for sample in given.samples],
+            "logprobs": None,
+        }
+
+    updates = -(-len(given.samples) // args.minibatch)
+
+    class Read(TrainerCallback):
+        def on_step_end(self, args_: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == generations * updates:
+                found.append(meters[-1].read())
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, config = toy_tokenizer(), model_config(args)
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)  # TRL loads the reference from there
+        tokenizer.save_pretrained(folder)
+        micro = args.micro or args.minibatch
+        settings = GRPOConfig(
+            output_dir=f"{folder}/out",
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=args.minibatch // micro,
+            generation_batch_size=len(given.samples),
+            num_generations=args.rollouts,
+            max_steps=generations * updates,
+            beta=0.05,
+            learning_rate=5e-7,
+            gradient_checkpointing=False,
+            bf16=args.bf16,
+            use_cpu=args.device == "cpu",
+            model_init_kwargs={"dtype": "float32"},
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            folder,
+            reward_funcs=lambda completions, **kwargs: given.rewards,
+            args=settings,
+            train_dataset=Dataset.from_list([{"prompt": "a"}] * args.prompts),
+            processing_class=tokenizer,
+            rollout_func=answer,
+            callbacks=[Read()],
+        )
+        trainer.create_optimizer()
+        trainer.optimizer.step = lambda *given, **named: None
+        trainer.train()
+    return found[0]
+
+
+CHILDREN = {"ppo": measure_ppo, "grpo": measure_grpo}
 
 
 def resident(name: str) -> int:
@@ -114,34 +239,47 @@ def resident(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
+def model_config(args: argparse.Namespace) -> Any:
+    from transformers import LlamaConfig
+
+    sizes = {**SMOLLM2, "vocab_size": args.vocabulary, "num_hidden_layers": args.layers}
+    return LlamaConfig(**sizes)
+
+
+def toy_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")),
+        eos_token="a",
+        pad_token="a",
+    )
+
+
 def make_trainer(args: argparse.Namespace) -> Any:
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
     from shiftrm.models.sampling import SamplingConfig
     from shiftrm.policies.ppo import PPOConfig, PPOTrainer, Problem, make_critic
 
     torch.manual_seed(0)
-    sizes = {**SMOLLM2, "vocab_size": args.vocabulary, "num_hidden_layers": args.layers}
-    config = LlamaConfig(**sizes)
-    policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False)
-    critic = make_critic(policy)
+    config = model_config(args)
+    with torch.device(args.device):
+        policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False)
+        critic = make_critic(policy)
     torch.nn.init.normal_(critic.score.weight, std=0.02)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")),
-        eos_token="a",
-        pad_token="a",
-    )
     settings = PPOConfig(
         steps=1,
+        bf16=args.bf16,
         prompts_per_step=args.prompts,
         rollouts_per_prompt=args.rollouts,
         minibatch_size=args.minibatch,
         micro_batch_size=args.micro,
         sampling=SamplingConfig(max_new_tokens=64),
     )
-    problem = Problem(policy, reference, tokenizer, ["a"], lambda *texts, finished: [])
+    problem = Problem(policy, reference, toy_tokenizer(), ["a"], lambda *texts, finished: [])
     return PPOTrainer(problem, critic, settings)
 
 

@@ -1,9 +1,11 @@
 """Models of real shapes with random weights, on a CUDA device; everything here is skipped without.
 
-`python -m pytest tests/gpu -s` also prints what was measured.
+`python -m pytest tests/gpu -s` also prints what was measured. `SHIFTRM_GPU_TESTS=cpu` runs them on
+a CPU, to try them (the real shapes take long there).
 """
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 
-DEVICE = "cuda"
+DEVICE = os.environ.get("SHIFTRM_GPU_TESTS", "cuda")
 
 SHAPES = {
     # SmolLM2-135M's.

@@ -1,7 +1,7 @@
 """The trainings of test_distributed.py: in one process, or in each of several.
 
-`python distributed_run.py FOLDER RESULT` is what the launchers start. Every case has the same
-global batches whatever the number of processes.
+`python distributed_run.py FOLDER RESULT` is what the launchers start; with `cuda` behind it, on one
+process with a GPU. Every case has the same global batches whatever the number of processes.
 """
 
 import os
@@ -91,6 +91,13 @@ CASES = {
 }
 
 
+def write_inputs(folder, reward_model, tokenizer, pairs, groups):
+    """Write what every case reads: a model with its tokenizer, and rows."""
+    reward_model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    torch.save({"pairs": [*pairs, *pairs[:4]], "groups": groups}, folder / "data.pt")
+
+
 class Watch(TrainerCallback):
     """Notes how the parameters lie on this process after each step."""
 
@@ -133,10 +140,13 @@ def train(folder, output, case, *, processes, dtype=torch.float64, **options):
         args = MetaRMConfig(str(output / case), **config)
         trainer = MetaRMTrainer(model, args, **arguments, meta_dataset=data["groups"])
     trainer.train(resume_from_checkpoint=resume)
+    weights = {n: whole(p).detach().cpu() for n, p in trainer.model.named_parameters()}
     left = {
         "sharing": trainer._sharing,
         "in_shards": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
-        "weights": {n: whole(p).detach().clone() for n, p in trainer.model.named_parameters()},
+        "weights": {
+            n: whole(p).detach().cpu().clone() for n, p in trainer.model.named_parameters()
+        },
         "wrapped": type(trainer.model_wrapped).__name__,
         "sharded": watch.sharded,
         "processes": trainer.accelerator.num_processes,
@@ -188,6 +198,15 @@ def run(folder, output, *, processes):
     return results
 
 
+def on_one_gpu(folder: Path, output: Path) -> None:
+    results = {
+        case: train(folder, output, case, processes=1, use_cpu=False)[1]
+        for case in ("reward", "scale_free")
+    }
+    torch.save(results, output / "results.pt")
+    torch.distributed.destroy_process_group()
+
+
 def main(folder: Path, output: Path) -> None:
     torch.set_num_threads(1)
     results = run(folder, output, processes=2)
@@ -207,4 +226,5 @@ def main(folder: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    start = on_one_gpu if sys.argv[3:] == ["cuda"] else main
+    start(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
 from shiftrm.models.scoring import Scorer
-from tests.trainers.distributed_run import CASES, LOGGED, run
+from tests.trainers.distributed_run import CASES, LOGGED, run, write_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -53,22 +53,20 @@ def inputs(folder, reward_model, tokenizer, pairs, groups):
         sizes["initializer_range"] = 0.3
         config = BertConfig(num_attention_heads=2, vocab_size=32, num_labels=1, **sizes)
         BertForSequenceClassification(config).save_pretrained(folder / "encoder")
-        reward_model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        torch.save({"pairs": [*pairs, *pairs[:4]], "groups": groups}, folder / "data.pt")
+        write_inputs(folder, reward_model, tokenizer, pairs, groups)
     return folder
 
 
-def launch(folder, mode, configuration):
-    """Every case on two processes; what `distributed_run.run` returns on the first of them."""
+def launch(folder, mode, configuration, *arguments, start=LAUNCH):
+    """Every case on the processes of `start`; what the first of them found."""
     output = folder / mode
     output.mkdir()
     file = folder / f"{mode}.yaml"
-    file.write_text(LAUNCH + configuration)
+    file.write_text(start + configuration)
     launcher = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
     script = str(Path(__file__).with_name("distributed_run.py"))
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, script, str(folder), str(output)],
+        [sys.executable, "-m", *launcher, script, str(folder), str(output), *arguments],
         capture_output=True,
         text=True,
         timeout=150,
