@@ -144,9 +144,7 @@ def train(folder, output, case, *, processes, dtype=torch.float64, **options):
     left = {
         "sharing": trainer._sharing,
         "in_shards": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
-        "weights": {
-            n: whole(p).detach().cpu().clone() for n, p in trainer.model.named_parameters()
-        },
+        "weights": {name: weight.clone() for name, weight in weights.items()},
         "wrapped": type(trainer.model_wrapped).__name__,
         "sharded": watch.sharded,
         "processes": trainer.accelerator.num_processes,
