@@ -177,11 +177,18 @@ def _parse(raw: bytes, where: str) -> Row:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder beside `target` that gets its name when the block ends without an error."""
+    """Yield a folder beside `target` that gets its name when the block ends without an error.
+
+    After an error nothing of it is left.
+    """
     work = target.with_name(f".{target.name}.work")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    yield work
+    try:
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     replace_directory(work, target)
 
 

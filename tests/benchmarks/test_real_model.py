@@ -18,7 +18,7 @@ from real_model_study.choices import (
     split_prompts,
 )
 from real_model_study.gold import LexicalGold, cross_validated, fit, fit_and_report, ngrams
-from real_model_study.model import checkpoint, split_digits
+from real_model_study.model import checkpoint
 from real_model_study.plan import Plan, StudyConfig, needed_for
 from real_model_study.report import write_page
 from real_model_study.results import add_rows
@@ -27,7 +27,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl
 from shiftrm.pipeline.engine import stage_keys
 from shiftrm.pipeline.run import check_settings
-from tests.byte_level import byte_level
+from tests.gguf_files import model_and_tokenizer, write_gguf
 
 # -- the lexical gold ------------------------------------------------------------------------------
 
@@ -374,15 +374,13 @@ def test_a_folder_with_a_checkpoint_is_taken_as_it_is(tmp_path):
         checkpoint(tmp_path / "missing", tmp_path / "out")
 
 
-def test_digits_are_split_once():
-    tokenizer = byte_level(merges=[("1", "2")])
-    assert len(tokenizer("12")["input_ids"]) == 1
-    split_digits(tokenizer)
-    assert len(tokenizer("12")["input_ids"]) == 2
-    before = tokenizer.backend_tokenizer.to_str()
-    split_digits(tokenizer)
-    assert tokenizer.backend_tokenizer.to_str() == before
-    assert tokenizer.decode(tokenizer("a 12 b")["input_ids"]) == "a 12 b"
+def test_a_gguf_file_becomes_a_checkpoint_once(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", *model_and_tokenizer())
+    made = checkpoint(path, tmp_path / "out")
+    assert made == tmp_path / "out/model"
+    stamp = (made / "config.json").stat().st_mtime_ns
+    assert checkpoint(path, tmp_path / "out") == made
+    assert (made / "config.json").stat().st_mtime_ns == stamp
 
 
 # -- one small run ---------------------------------------------------------------------------------

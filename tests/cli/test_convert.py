@@ -17,6 +17,7 @@ from tests.data.public_schemas import (
     write_oasst1,
     write_rows,
 )
+from tests.gguf_files import model_and_tokenizer, write_gguf
 
 
 @pytest.fixture
@@ -175,6 +176,36 @@ def test_a_format_defined_outside_the_package(shiftrm, tmp_path):
     assert (status, output.err) == (0, "")
     assert "1 dropped (50.0%): close vote 1" in output.out
     assert read_jsonl("out.jsonl") == [{"prompt": "a?", "chosen": "yes", "rejected": "no"}]
+
+
+def test_a_policy_from_a_gguf_file(shiftrm, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = model_and_tokenizer()
+    write_gguf(tmp_path / "tiny.gguf", model, tokenizer, kind="Q8_0")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    here = ("convert", "gguf", "tiny.gguf", "--output")
+    refused(shiftrm, (*here, "full"), "full: already there and not empty")
+    refused(shiftrm, (*here, "tiny.gguf"), "tiny.gguf: is not a folder")
+    refused(shiftrm, (*here, "policy", "--kind", "pairs"), "--kind has no effect on a GGUF file")
+    refused(shiftrm, (*here, "policy", "--eval-share", "0.1"), "--eval-share has no effect on a GG")
+    refused(shiftrm, (*here, "policy", "limit=3"), "limit=3 has no effect on a GGUF file")
+    refused(shiftrm, ("convert", "gguf", "gone.gguf", *here[3:], "p"), "gone.gguf: no such file")
+    status, output = shiftrm(*here, "models/policy")
+    assert (status, output.err) == (0, "")
+    assert output.out.splitlines() == [
+        f"LlamaForCausalLM with {model.num_parameters():,} parameters: models/policy",
+        "Its weights were read back from Q8_0, so they are not exactly the published ones.",
+        "The file fills rows with its end token; here '<pad>' fills them.",
+    ]
+    assert os.listdir("models") == ["policy"]
+    AutoModelForCausalLM.from_pretrained("models/policy")
+
+
+def test_data_needs_a_kind(shiftrm, tmp_path):
+    write_hh(tmp_path / "hh.jsonl", 6)
+    refused(shiftrm, ("convert", "hh_rlhf", "hh.jsonl", "--output", "p"), "--kind is missing; see")
 
 
 def test_everything_evaluated_is_refused(shiftrm, tmp_path):

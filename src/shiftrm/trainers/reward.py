@@ -18,6 +18,7 @@ from shiftrm.data.pairs import COLUMNS, WEIGHT, read_pairs
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_gradient
 from shiftrm.models.loading import (
+    keep_pad_apart,
     known_tokens,
     load_reward_model,
     require_known_ids,
@@ -145,19 +146,16 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     def _keep_pad_apart_from_eos(self) -> None:
         """Choose a pad token other than EOS, for users of the saved model.
 
-        Our positions are explicit, but transformers' pooling (and so TRL's reward functions and
-        vLLM) takes the last token that is not pad. With pad == EOS, TRL's choice for a tokenizer
-        without pad, that is the token before the one that was trained.
+        Our positions are explicit, but transformers' pooling would read the token before the one
+        that was trained (`keep_pad_apart`). pad == EOS is TRL's choice for a tokenizer without pad.
         """
         tokenizer = self.processing_class
         if tokenizer.pad_token_id != tokenizer.eos_token_id:
             return
-        for token in (tokenizer.unk_token, tokenizer.bos_token):
-            if token is not None and token != tokenizer.eos_token and not self.args.pad_token:
-                tokenizer.pad_token = token
-                config = self.accelerator.unwrap_model(self.model).config
-                config.get_text_config().pad_token_id = tokenizer.pad_token_id
-                return
+        if not self.args.pad_token and keep_pad_apart(tokenizer):
+            config = self.accelerator.unwrap_model(self.model).config
+            config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            return
         logger.warning(
             "pad and EOS are the same token (%s): libraries that pool by themselves will read the "
             "reward before it, where nothing was trained; give pad_token=... another token",
