@@ -40,11 +40,12 @@ def test_it_answers_and_stops(folder):
     model, tokenizer = load_policy(folder)
     assert stop_token_ids(tokenizer, model.generation_config) == (2,)
     assert model.config.pad_token_id == model.generation_config.pad_token_id == 0
-    questions = ["What is the capital of France?", "Name three colours."]
+    questions = ["What is the capital of France?", "Name three colors.", "Name three colours."]
     prompts = [[{"role": "user", "content": question}] for question in questions]
-    greedy = SamplingConfig(temperature=0.0, max_new_tokens=48)
-    rows = sample_rows(model, tokenizer, prompts, Draws(greedy, 1, batch_size=2))
-    first, second = (row["responses"][0] for row in rows)
+    greedy = SamplingConfig(temperature=0.0, max_new_tokens=24)
+    rows = sample_rows(model, tokenizer, prompts, Draws(greedy, 1, batch_size=3))  # rows are filled
+    first, second, third = (row["responses"][0] for row in rows)
     assert first == "The capital of France is Paris."
-    assert rows[0]["finished"] == [True]
-    assert {"red", "blue"} <= {*second.lower().replace(".", " ").replace(",", " ").split()}
+    assert second == "1. Red\n2. Blue\n3. Green"
+    assert third.startswith("1. Red: This is ")
+    assert [row["finished"][0] for row in rows] == [True, True, False]
