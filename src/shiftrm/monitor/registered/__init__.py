@@ -1,0 +1,1 @@
+"""The free signals, one file for each kind."""

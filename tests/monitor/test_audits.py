@@ -1,0 +1,177 @@
+"""Audits: unbiased draws, the queue, and answers in the formats of `shiftrm evaluate`."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from shiftrm.core.betting import e_values
+from shiftrm.errors import UserError
+from shiftrm.files import read_jsonl, write_jsonl
+from shiftrm.monitor.audits import Audit, answer, doubt, draw_audit, read_audit, write_audit
+from shiftrm.monitor.evidence import evidence_of
+from shiftrm.monitor.settings import MonitorConfig
+
+GROUPS = [
+    {
+        "prompt": f"p{i}",
+        "responses": ["a", "b b", "c c c", "a"],
+        "finished": [True, True, False, True],
+        "rewards": [0.0, 0.1 * i, 3.0, 0.0],
+    }
+    for i in range(3)
+]
+
+
+def drawn(count=20, targeted=0.5, seed=0, groups=GROUPS):
+    return draw_audit(groups, count, targeted=targeted, rng=random.Random(seed))
+
+
+def longer_is_right(pairs):
+    return ["win" if len(pair.ours) > len(pair.theirs) else "lose" for pair in pairs]
+
+
+def test_ours_is_what_the_model_prefers():
+    for one in drawn(50):
+        rewards = {"a": 0.0, "b b": 0.1 * int(one.pair.prompt[1]), "c c c": 3.0}
+        assert rewards[one.pair.ours] >= rewards[one.pair.theirs]
+        assert one.pair.ours != one.pair.theirs  # equal texts are no pair
+        assert one.pair.ours_finished == (one.pair.ours != "c c c")
+
+
+def test_weights_are_unbiased():
+    """The weighted mean of any property of the pairs is that of an even draw."""
+    many = drawn(40_000)
+    wide = [one.weight * (one.pair.ours == "c c c") for one in many]
+    # Of the 5 pairs of each prompt (ab, ac, bc, ba, ca), three have c.
+    assert np.mean(wide) == pytest.approx(3 / 5, abs=0.01)
+    assert np.mean([one.weight for one in many]) == pytest.approx(1.0, abs=0.01)
+    assert max(one.weight for one in many) <= many[0].largest <= 2.0
+
+
+def test_even_draws_have_weight_one():
+    assert {one.weight for one in drawn(targeted=0.0)} == {1.0}
+
+
+def test_doubt_goes_where_differences_are_small():
+    assert doubt(np.array([0.0, 1.0, 1.0])) == pytest.approx([0.5, 0.25, 0.25])
+    assert doubt(np.zeros(4)) == pytest.approx([0.25] * 4)
+
+
+def test_equal_rewards_need_no_label(tmp_path):
+    tied = [one for one in drawn(60) if one.tied]
+    assert tied
+    assert all(one.correct == 0.5 and one.pair.prompt == "p0" for one in tied)
+    audit = Audit(1, 5, tuple(tied))
+    assert audit.labels == 0
+    write_audit(tmp_path / "a", audit)
+    answer(tmp_path / "a", audit, longer_is_right)  # nothing to ask
+    assert read_audit(tmp_path / "a", 1).accuracy == 0.5
+
+
+def test_no_pairs():
+    same = [{"prompt": "p", "responses": ["a", "a"], "finished": [True] * 2, "rewards": [1, 2]}]
+    assert drawn(groups=same) == []
+
+
+def test_queue_and_answers(tmp_path):
+    audit = Audit(2, 7, tuple(drawn()), episode=3)
+    write_audit(tmp_path / "a", audit)
+    assert read_audit(tmp_path / "a", 2) == audit  # nothing is answered but ties
+    ours, theirs = (read_jsonl(tmp_path / "a" / f"{side}.jsonl") for side in ("ours", "theirs"))
+    assert len(ours) == len(theirs) == audit.labels
+    assert [row["prompt"] for row in ours] == [row["prompt"] for row in theirs]
+    answer(tmp_path / "a", audit, longer_is_right)
+    found = read_audit(tmp_path / "a", 2)
+    for one in found.answered:
+        right = len(one.pair.ours) > len(one.pair.theirs)
+        assert one.correct == (0.5 if one.tied else float(right))
+    assert len(found.answered) == 20
+    weights = np.array([one.weight for one in found.drawn])
+    correct = np.array([one.correct for one in found.drawn])
+    assert found.accuracy == pytest.approx((weights * correct).sum() / weights.sum())
+
+
+def test_answers_of_the_commands(tmp_path, capsys):
+    """The sheet of `evaluate sheet`, filled in, and the verdicts of `evaluate win-rate`."""
+    from shiftrm.cli import main
+
+    folder = tmp_path / "a"
+    groups = [
+        {
+            **group,
+            "prompt": f"prompt {i}",
+            "responses": ["u", "v v", "w w w"],
+            "finished": [True] * 3,
+        }
+        | {"rewards": [0.0, 1.0, 2.0]}
+        for i, group in enumerate(GROUPS)
+    ]
+    audit = Audit(1, 4, tuple(drawn(8, groups=groups)))
+    write_audit(folder, audit)
+    sides = ["--ours", str(folder / "ours.jsonl"), "--theirs", str(folder / "theirs.jsonl")]
+    sheet = tmp_path / "sheet"
+    assert main(["evaluate", "sheet", *sides, "--output", str(sheet)]) == 0
+    key = json.loads((sheet / "key.json").read_text())
+    (one,) = key["sheets"]
+    rows = [
+        {"sheet": one["id"], "item": n, "answer": item["ours"], "rater": "ann"}
+        for n, item in enumerate(one["items"], start=1)
+    ]
+    write_jsonl(tmp_path / "ann.jsonl", rows)
+    words = ["--key", str(sheet / "key.json"), "--answers", str(tmp_path / "ann.jsonl")]
+    people = folder / "people" / "human.jsonl"
+    assert main(["evaluate", "answers", *words, "--output", str(people)]) == 0
+    assert read_audit(folder, 1).accuracy == 1.0
+    assert len(read_audit(folder, 1).answered) == 8
+    capsys.readouterr()
+
+
+def test_several_answers_are_averaged_and_strangers_ignored(tmp_path):
+    audit = Audit(1, 1, tuple(drawn(1, groups=GROUPS[1:])))
+    write_audit(tmp_path / "a", audit)
+    pair = audit.drawn[0].pair
+    row = {"prompt": pair.prompt, "ours": pair.ours, "theirs": pair.theirs}
+    rows = [{**row, "outcome": outcome} for outcome in ("win", "tie", None)]
+    write_jsonl(tmp_path / "a" / "answers.jsonl", [*rows, {**rows[0], "ours": "else"}])
+    assert read_audit(tmp_path / "a", 1).drawn[0].correct == 0.75
+    write_jsonl(tmp_path / "a" / "answers.jsonl", [{**row, "outcome": "better"}])
+    with pytest.raises(UserError, match="answer 1 is 'better'; write win"):
+        read_audit(tmp_path / "a", 1)
+
+
+def test_a_function_must_answer_all(tmp_path):
+    audit = Audit(1, 1, tuple(drawn(groups=GROUPS[1:])))
+    with pytest.raises(UserError, match="1 answers for"):
+        answer(tmp_path, audit, lambda pairs: ["win"])
+
+
+# -- evidence ------------------------------------------------------------------------------------
+
+
+def answered(number, right, episode=1, count=10):
+    pairs = drawn(count, targeted=0.0, groups=GROUPS[1:])
+    filled = [
+        type(one)(one.pair, one.weight, one.largest, one.tied, float(k < right))
+        for k, one in enumerate(pairs)
+    ]
+    return Audit(number, number, tuple(filled), episode)
+
+
+def test_evidence_is_the_test_of_the_present_model():
+    config = MonitorConfig(threshold=0.7, budget=40, audit_pairs=10)
+    audits = [answered(1, 1), answered(2, 3, episode=2), answered(3, 9, episode=2)]
+    found = evidence_of(audits, config, 2)
+    wanted = e_values(
+        [1.0] * 3 + [0.0] * 7 + [1.0] * 9 + [0.0],
+        [1.0] * 20,
+        [1] * 10 + [2] * 10,
+        threshold=0.7,
+        largest_N=[1.0] * 20,
+        planned=4,
+    )
+    assert found.value == pytest.approx(wanted[-1])
+    assert (found.accuracy, found.answers, found.needed) == (pytest.approx(0.9), 20, 20)
+    assert evidence_of(audits, config, 3).value == 1.0
+    assert evidence_of([answered(1, 0, count=40)], config, 1).alarm
