@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "shiftrm"
 ROOMS = (
     "base", "core", "models", "data", "world", "measure", "trainers", "policies", "methods",
-    "oodpl", "monitor", "pipeline", "report", "cli",
+    "oodpl", "serve", "monitor", "pipeline", "report", "cli",
 )  # fmt: skip
 """From the bottom to the top; "base" is the modules beside the rooms."""
 

@@ -134,6 +134,11 @@ class Progress:
         with self._lock:
             self._log = None if folder is None else folder / LOG_FILE
 
+    def set_every(self, seconds: float) -> None:
+        """Set the seconds without output after which a line is due."""
+        with self._lock:
+            self._every = seconds
+
     def note(self, line: str) -> None:
         """Log a line that was printed elsewhere; it counts as output."""
         with self._lock:

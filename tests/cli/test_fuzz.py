@@ -125,7 +125,7 @@ QUICK = {
 STARTS = {"optimise": [["dpo"], ["ppo"], ["rloo"], ["grpo"], [], ["sac"]]}
 """Words that the parser does not name."""
 
-SLOW = ("yes", "timeout", "retries", "server", "base_url", "vllm")
+SLOW = ("yes", "timeout", "retries", "server", "base_url", "vllm", "host")
 """Options that wait for other machines."""
 
 
@@ -306,6 +306,7 @@ def fuzz_world(tmp_path_factory, tokenizer):
 
     for module in ("pipeline.run", "pipeline.meta_test_run"):
         patch.setattr(f"shiftrm.{module}.run_stages", no_stages)
+    patch.setattr("shiftrm.serve.server.listen", lambda *_: None)  # it would not end
     patch.setattr("builtins.input", lambda _: "n")
     patch.setattr(sys, "stdin", io.StringIO())
     yield folder

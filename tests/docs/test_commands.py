@@ -39,6 +39,8 @@ NOT_RUN = {
     "pip install": "needs a network",
     "vllm serve": "vLLM is not installed here",
     "export ": "of a shell",
+    "shiftrm serve": "runs until it is stopped; tests/serve do",
+    "curl ": "asks a server; tests/serve do",
     "accelerate launch": SEVERAL,
     "python benchmarks/": BENCHMARK,
     "python -c from shiftrm.world.build_domains": "commands/meta.md runs the same",

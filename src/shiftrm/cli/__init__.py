@@ -25,6 +25,7 @@ from shiftrm.cli import (
     run,
     sample,
     score,
+    serve,
     sft,
     train,
 )
@@ -45,6 +46,7 @@ COMMANDS: dict[str, ModuleType] = {
     "adapt": adapt,
     "optimise": optimise,
     "score": score,
+    "serve": serve,
     "diagnose": diagnose,
     "evaluate": evaluate,
     "meta-train": meta_train,

@@ -1,0 +1,332 @@
+"""The HTTP interface: routes, access, limits, and errors as one line of JSON."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from shiftrm.errors import UserError, printable, suggest
+from shiftrm.files import BEYOND_JSON
+from shiftrm.serve.batching import Batcher, BrokenModelError, Job
+from shiftrm.serve.formats import FORMATS, Format, Question
+from shiftrm.serve.metrics import Metrics
+from shiftrm.serve.model import ServedModel
+from shiftrm.serve.models import Models
+from shiftrm.serve.settings import TOKEN, Settings, token_matches
+
+__all__ = ["VERSION_HEADER", "Service", "make_app"]
+
+VERSION_HEADER = "X-Model-Version"
+
+GONE = 499
+"""Status of a request whose client left, for the counters; nothing is sent."""
+
+PLACES = (
+    "/health",
+    "/metrics",
+    "/reload",
+    "/v1/models",
+    *(p for f in FORMATS.values() for p in f.paths),
+)
+
+
+class Refused(Exception):
+    """Raised for a request that gets an error as its answer."""
+
+    def __init__(self, status: int, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Service:
+    """What the routes share.
+
+    Args:
+        record: called with each request and its rewards, if requests are to be logged.
+        say: called with a line for each new model and each unexpected error.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        settings: Settings,
+        *,
+        record: Callable[[dict[str, Any]], None] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.models, self.settings, self.metrics = models, settings, Metrics()
+        self.record, self.say = record, say
+        metrics = self.metrics
+        models.changed = self._changed
+        self._now(models.current)
+        self.batcher = Batcher(budget=settings.batch_tokens, observe=metrics.observe_pass)
+        # One thread reads, as tokenizers and templates are cached for one.
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="reading")
+        self.running = self.answered = 0
+        metrics.running.set_function(lambda: self.running)
+        metrics.waiting.set_function(lambda: self.batcher.waiting)
+
+    def close(self) -> None:
+        """End the threads; jobs that wait are scored first."""
+        self.reader.shutdown(wait=True, cancel_futures=True)
+        self.batcher.close()
+
+    def _now(self, served: ServedModel) -> None:
+        self.metrics.model.info({"name": served.name, "version": served.version})
+        shared = "prefixes are shared"
+        if served.obstacle is not None:
+            shared = f"prefixes are not shared: {served.obstacle}"
+        self.say(f"model {served.version} from {served.folder} ({shared})")
+
+    def _changed(self, found: ServedModel | str) -> None:
+        self.metrics.reloads.labels("failed" if isinstance(found, str) else "done").inc()
+        if isinstance(found, str):
+            self.say(f"the model stays as it is: {found}")
+        else:
+            self._now(found)
+
+    # -- one request -------------------------------------------------------------------------
+
+    async def answer(
+        self, request: Request, act: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        """Run `act` within all limits; every error becomes an answer."""
+        path, start = request.url.path, time.perf_counter()
+        self.running += 1
+        try:
+            self._admit(request)
+            response = await act(request)
+        except Refused as error:
+            response = error_response(error.status, error.message, error.headers)
+        except UserError as error:
+            response = error_response(400, str(error))
+        except BrokenModelError as error:
+            response = error_response(500, str(error))
+        except ClientDisconnect:
+            response = Response(status_code=GONE)
+        except TimeoutError:
+            response = error_response(504, f"not done within {self.settings.timeout:g} s")
+        except Exception as error:  # a bug: say where, but nothing of the request
+            frame = error.__traceback__
+            while frame is not None and frame.tb_next is not None:
+                frame = frame.tb_next
+            where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else "?"
+            self.say(f"{path}: {type(error).__name__} at {where}")
+            response = error_response(500, f"the server failed ({type(error).__name__})")
+        finally:
+            self.running -= 1
+        self.answered += 1
+        self.metrics.requests.labels(path, response.status_code).inc()
+        self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+        return response
+
+    def _admit(self, request: Request) -> None:
+        token = self.settings.token
+        if token and not token_matches(request.headers.get("authorization"), token):
+            raise Refused(
+                401,
+                "the token is missing or wrong; send 'Authorization: Bearer ...' with the value "
+                f"of {TOKEN}",
+                WWW_Authenticate="Bearer",
+            )
+        if self.running > self.settings.max_requests:
+            raise Refused(
+                503,
+                f"{self.settings.max_requests} requests are running; send this one again later",
+                Retry_After="1",
+            )
+
+    async def body(self, request: Request) -> bytes:
+        """Return the request's body.
+
+        Raises:
+            Refused: it is larger than allowed.
+        """
+        most = self.settings.max_bytes
+        large = Refused(413, f"the request has more than {most} bytes; send fewer texts in each")
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > most:
+            raise large
+        found = bytearray()
+        async with asyncio.timeout(self.settings.timeout):
+            async for chunk in request.stream():
+                found += chunk
+                if len(found) > most:
+                    raise large
+        return bytes(found)
+
+    async def score(self, form: Format, request: Request) -> Response:
+        """Read a request, wait for its rewards, and write them."""
+        start = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self.settings.timeout):
+            raw = await self.body(request)
+            job, question = await loop.run_in_executor(self.reader, self._read, raw, form)
+            self.metrics.given.inc(job.tokens)
+            self.batcher.submit(job)
+            rewards = await _unless_gone(asyncio.wrap_future(job.done), request)
+        answer = form.write(rewards, question, job.served)
+        if self.record is not None:
+            self.record(
+                {
+                    "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                    "path": request.url.path,
+                    "seconds": round(time.perf_counter() - start, 4),
+                    "version": job.served.version,
+                    "request": question.body,
+                    "rewards": list(rewards),
+                }
+            )
+        return json_response(200, answer, {VERSION_HEADER: job.served.version})
+
+    def _read(self, raw: bytes, form: Format) -> tuple[Job, Question]:
+        served = self.models.current  # once: read and scored by one model
+        question = form.read(parsed(raw), served)
+        return Job(served, question.sequences), question
+
+    # -- the other routes --------------------------------------------------------------------
+
+    async def reload(self, request: Request) -> Response:
+        """Change the model; answers when the new one is in place."""
+        if not self.settings.token:
+            raise Refused(403, f"/reload needs a token; start the server with {TOKEN} set")
+        path = parsed(await self.body(request)).get("model")
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise UserError("'model' must name the folder of a reward model")
+        served = await asyncio.to_thread(self.models.swap, path)
+        return json_response(
+            200,
+            {"model": served.name, "version": served.version},
+            {VERSION_HEADER: served.version},
+        )
+
+    def health(self) -> Response:
+        """Return 200 if the server scores; 503 with the reason if its last pass failed."""
+        served = self.models.current
+        trouble = self.batcher.trouble if self.batcher.is_alive else "the scoring thread has ended"
+        said = {"model": served.name, "version": served.version}
+        if trouble:
+            return json_response(503, {"status": "failing", "error": printable(trouble), **said})
+        return json_response(200, {"status": "ok", **said})
+
+
+def make_app(service: Service) -> FastAPI:
+    """Return the application of a service."""
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(_watch(service))
+        yield
+        watching.cancel()
+        await asyncio.to_thread(service.close)
+
+    # Its own pages would load scripts from elsewhere; docs/serve.md describes the interface.
+    app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+
+    def route(path: str, method: str, act: Callable[[Request], Awaitable[Response]]) -> None:
+        async def respond(request: Request) -> Response:
+            return await service.answer(request, act)
+
+        app.add_api_route(path, respond, methods=[method])
+
+    for form in FORMATS.values():
+        for path in form.paths:
+            route(path, "POST", partial(service.score, form))
+    route("/reload", "POST", service.reload)
+
+    async def metrics(request: Request) -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(request: Request) -> Response:
+        return json_response(200, _model_list(service.models.current))
+
+    route("/metrics", "GET", metrics)
+    route("/v1/models", "GET", models)
+
+    @app.get("/health")  # without a token, and never refused: for what restarts servers
+    async def health() -> Response:
+        return service.health()
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            message = f"no such path{suggest(request.url.path, list(PLACES))}"
+        else:
+            message = f"{request.method} is not answered here ({error.detail})"
+        return error_response(error.status_code, message, dict(error.headers or {}))
+
+    return app
+
+
+def _model_list(served: ServedModel) -> dict[str, Any]:
+    card = {"id": served.name, "object": "model", "owned_by": "shiftrm", "version": served.version}
+    return {"object": "list", "data": [{**card, "max_model_len": served.limit}]}
+
+
+async def _watch(service: Service) -> None:
+    """Follow a link to the model's folder."""
+    while True:
+        await asyncio.sleep(service.settings.poll)
+        await asyncio.to_thread(service.models.follow_link)
+
+
+async def _unless_gone(done: "asyncio.Future[list[float]]", request: Request) -> list[float]:
+    """Return the rewards; drop the job if the client leaves or its time is over.
+
+    Raises:
+        ClientDisconnect: the client has closed the connection.
+    """
+    leaving: asyncio.Future[Any] = asyncio.ensure_future(
+        request.receive()
+    )  # the body was read: only this can come
+    try:
+        await asyncio.wait([done, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise ClientDisconnect
+        return done.result()
+    finally:
+        leaving.cancel()
+        done.cancel()
+
+
+def parsed(raw: bytes) -> dict[str, Any]:
+    """Return a request's JSON object.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        body = json.loads(raw)
+    except UnicodeDecodeError:
+        raise UserError("the request is not UTF-8; send JSON in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"the request is not JSON ({error.msg} at character {error.pos}); send one JSON object"
+        ) from None
+    except (ValueError, RecursionError):
+        raise UserError(f"the request is {BEYOND_JSON}") from None
+    if not isinstance(body, dict):
+        raise UserError(f"the request is {type(body).__name__}; send one JSON object")
+    return body
+
+
+def json_response(
+    status: int, content: dict[str, Any], headers: dict[str, str] | None = None
+) -> Response:
+    """Return an answer in ASCII, as lone surrogates have no UTF-8."""
+    text = json.dumps(content, allow_nan=False)
+    return Response(text, status, headers, media_type="application/json")
+
+
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    """Return an error: `{"error": "one line"}`."""
+    return json_response(status, {"error": printable(message)}, headers)

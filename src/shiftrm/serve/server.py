@@ -1,0 +1,152 @@
+"""Run the server: bind, load, answer until a signal, finish what runs, end."""
+
+import asyncio
+import importlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from shiftrm.errors import UserError
+from shiftrm.files import json_line
+from shiftrm.progress import current
+from shiftrm.serve.settings import Settings, bound_socket
+
+__all__ = ["require_packages", "run"]
+
+LINES = 600.0
+"""Seconds between lines of progress; a server runs for days."""
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def require_packages() -> None:
+    """Check that the packages of the extra are there.
+
+    Raises:
+        UserError: one is missing.
+    """
+    try:
+        for name in PACKAGES:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"serving needs the package {error.name}: pip install 'shiftrm[serve]'"
+        ) from None
+
+
+def run(
+    model: str,
+    settings: Settings,
+    *,
+    say: Callable[[str], None] = print,
+    requests_log: Path | None = None,
+) -> None:
+    """Serve a reward model until SIGTERM or Ctrl-C; running requests are answered first.
+
+    Args:
+        say: called with a line for each event: start, change of the model, trouble, end.
+        requests_log: a file for every request and its rewards, as JSON lines.
+
+    Raises:
+        UserError: a package is missing, the port is in use, or the model cannot be served.
+    """
+    require_packages()
+    with closing(bound_socket(settings)) as bound:
+        _serve(model, settings, bound, say, requests_log)
+    say("stopped")
+
+
+def _serve(
+    model: str,
+    settings: Settings,
+    bound: socket.socket,
+    say: Callable[[str], None],
+    requests_log: Path | None,
+) -> None:
+    from shiftrm.serve.app import Service, make_app
+    from shiftrm.serve.models import Models
+
+    models = Models(model, max_length=settings.max_length)
+    with ExitStack() as stack:
+        record = None
+        if requests_log is not None:
+            log = stack.enter_context(open(requests_log, "a", encoding="utf-8"))
+            record = partial(_write, log)
+        service = Service(models, settings, record=record, say=say)
+        stack.callback(service.close)
+        host, port = bound.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        stack.enter_context(_progress(lambda: service.answered))
+        listen(make_app(service), settings, bound, lambda: say(f"serving at {address}"))
+
+
+def _write(log: IO[str], row: dict[str, Any]) -> None:
+    log.write(json_line(row))
+    log.flush()
+
+
+def listen(app: Any, settings: Settings, bound: socket.socket, ready: Callable[[], None]) -> None:
+    import uvicorn
+
+    # Its messages could hold parts of requests, and errors are answered by the application.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready()
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """End with status 0 on a signal; uvicorn would raise it again at the end."""
+            if threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            kinds = (signal.SIGINT, signal.SIGTERM)
+            before = {kind: signal.signal(kind, self.handle_exit) for kind in kinds}
+            try:
+                yield
+            finally:
+                for kind, handler in before.items():
+                    signal.signal(kind, handler)
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.timeout) + 5,
+    )
+    asyncio.run(Server(config).serve(sockets=[bound]))
+
+
+@contextmanager
+def _progress(answered: Callable[[], int]) -> Iterator[None]:
+    """Report the number of answers, much less often than other commands do."""
+    progress = current()
+    if progress is None:
+        yield
+        return
+    task = progress.begin("requests answered", None)
+    progress.set_every(LINES)
+    over = threading.Event()
+
+    def count() -> None:
+        while not over.wait(1.0):
+            task.advance(answered())
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        progress.end(task)

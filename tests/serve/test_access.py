@@ -1,0 +1,242 @@
+"""Who is served, and how much: tokens, limits, time-outs, clients that leave."""
+
+import itertools
+import socket
+import threading
+import time
+from base64 import b64encode
+
+import httpx2
+import pytest
+
+from shiftrm.errors import UserError
+from shiftrm.serve.settings import Settings, bound_socket, token_matches
+from tests.serve.conftest import KEY
+
+ROW = {"prompt": "the", "responses": [" cat"]}
+
+
+@pytest.mark.parametrize(
+    ("header", "right"),
+    [
+        (f"Bearer {KEY}", True),
+        (f"bearer {KEY}", True),
+        (f"Basic {b64encode(f'any:{KEY}'.encode()).decode()}", True),
+        (f"Basic {b64encode(KEY.encode()).decode()}", False),
+        ("Basic %%%", False),
+        (f"Bearer {KEY}x", False),
+        ("Bearer ", False),
+        (KEY, False),
+        ("", False),
+        (None, False),
+        ("Bearer t\xf6ken", False),
+    ],
+)
+def test_tokens(header, right):
+    assert token_matches(header, KEY) is right
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/score"), ("POST", "/classify"), ("POST", "/reload"), ("GET", "/metrics")],
+)
+def test_nothing_without_the_token(server, method, path):
+    for headers in ({}, {"Authorization": "Bearer wrong-token"}):
+        answer = httpx2.request(method, server.url + path, headers=headers)
+        assert answer.status_code == 401
+        assert "SHIFTRM_TOKEN" in answer.json()["error"]
+        assert KEY not in answer.text
+    assert httpx2.get(f"{server.url}/health").json()["status"] == "ok"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_other_machines_only_with_a_token(host):
+    with pytest.raises(UserError, match="can be reached from other machines"):
+        Settings(host=host)
+    Settings(host=host, token=KEY)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.9"])
+def test_this_machine_without_one(host):
+    Settings(host=host)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"token": "short"}, "at least 8"),
+        ({"token": "with a space"}, "no spaces"),
+        ({"token": "t\xf6ken-t\xf6ken"}, "ASCII"),
+        ({"port": 70000}, "65535"),
+        ({"timeout": float("nan")}, "between 0 and"),
+        ({"timeout": float("inf")}, "between 0 and"),
+        ({"host": "no such host"}, "no such host"),
+        ({"host": ""}, "give an address"),
+    ],
+)
+def test_bad_settings(options, says):
+    with pytest.raises(UserError, match=says):
+        Settings(**options)
+
+
+def test_a_port_in_use():
+    with bound_socket(Settings(port=0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"{port}: cannot listen there"):
+            bound_socket(Settings(port=port))
+
+
+def test_reload_is_off_without_a_token(serving, model):
+    error = serving(model).post("/reload", {"model": str(model)}, status=403)
+    assert "SHIFTRM_TOKEN" in error["error"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_requests(server, chunked):
+    raw = b'{"input": "' + b"a " * 60_000 + b'"}'
+    content = (raw[i : i + 1000] for i in range(0, len(raw), 1000)) if chunked else raw
+    try:
+        answer = server.http.post("/classify", content=content)
+    except httpx2.TransportError:  # the server closed while we were still sending
+        return
+    assert answer.status_code == 413
+    assert "100000 bytes" in answer.json()["error"]
+
+
+def test_unknown_paths(server):
+    answer = server.http.post("/scores", json=ROW)
+    assert answer.status_code == 404
+    assert answer.json()["error"] == "no such path; did you mean '/score'?"
+    assert server.http.get("/score").status_code == 405
+    assert "GET" in server.http.get("/score").json()["error"]
+    assert server.http.get("/docs").status_code == 404
+
+
+def slow(server, monkeypatch, seconds):
+    """Make every pass take so long."""
+    from shiftrm.serve import batching
+
+    plain = batching.compute
+
+    def compute(*args):
+        time.sleep(seconds)
+        return plain(*args)
+
+    monkeypatch.setattr(batching, "compute", compute)
+
+
+def test_time_out(serving, model, monkeypatch):
+    server = serving(model, timeout=0.3)
+    slow(server, monkeypatch, 1.0)
+    assert server.post("/score", ROW, status=504)["error"] == "not done within 0.3 s"
+    monkeypatch.undo()
+    time.sleep(1)
+    server.post("/score", ROW)
+
+
+def test_a_body_that_does_not_come(serving, model):
+    server = serving(model, timeout=0.3)
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as line:
+        line.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        line.settimeout(5)
+        assert line.recv(100).startswith(b"HTTP/1.1 504")
+
+
+def test_too_many_requests(serving, model, monkeypatch):
+    server = serving(model, max_requests=2)
+    slow(server, monkeypatch, 0.5)
+    statuses = []
+
+    def ask():
+        statuses.append(httpx2.post(f"{server.url}/score", json=ROW, timeout=30).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    while server.service.running < 2:
+        time.sleep(0.01)
+    busy = server.http.post("/score", json=ROW)
+    assert busy.status_code == 503
+    assert busy.headers["Retry-After"] == "1"
+    assert server.http.get("/health").status_code == 200
+    for thread in threads:
+        thread.join()
+    assert sorted(set(statuses)) == [200, 503]
+    assert statuses.count(200) == 2
+
+
+def test_a_client_that_leaves_is_dropped(serving, model, monkeypatch):
+    server = serving(model, batch_tokens=8)
+    scored = []
+    from shiftrm.serve import batching
+
+    plain = batching.compute
+
+    def compute(scorer, sequences, rows):
+        time.sleep(0.05)
+        scored.append(len(rows))
+        return plain(scorer, sequences, rows)
+
+    monkeypatch.setattr(batching, "compute", compute)
+    words = ["red", "blue", "green", "small", "large", "cat", "dog", "bird"]
+    texts = [" ".join(three) for three in itertools.product(words, repeat=3)]
+    row = {"prompt": None, "responses": texts}
+    with pytest.raises(httpx2.TimeoutException):
+        httpx2.post(f"{server.url}/score", json=row, timeout=0.3)
+    time.sleep(0.3)
+    count = len(scored)
+    server.post("/score", ROW)
+    assert len(scored) <= count + 3
+    assert sum(scored) < 256
+    metrics = server.http.get("/metrics").text
+    assert 'shiftrm_requests_total{path="/score",status="499"} 1.0' in metrics
+
+
+def test_one_bad_sequence_fails_alone(serving, model, monkeypatch):
+    """A pass that fails is tried in halves, as running out of memory is."""
+    from shiftrm.serve import batching
+
+    server = serving(model)
+    plain, bad = batching.compute, server.models.current.whole_ids("the red dog")
+
+    def compute(scorer, sequences, rows):
+        if any(sequences[i] == tuple(bad) for row in rows for i in row.members):
+            raise RuntimeError("no more\nmemory")
+        return plain(scorer, sequences, rows)
+
+    expected = server.post("/classify", {"input": ["the red cat", "a dog"]})["data"]
+    monkeypatch.setattr(batching, "compute", compute)
+    assert server.post("/classify", {"input": ["the red cat", "a dog"]})["data"] == expected
+    error = server.post("/classify", {"input": ["the red cat", "the red dog"]}, status=500)
+    assert error["error"] == "the model failed (RuntimeError: no more)"
+    health = server.http.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "failing")
+    server.post("/classify", {"input": "the red cat"})
+    assert server.http.get("/health").status_code == 200
+
+
+def test_nothing_of_a_request_is_kept(serving, model, monkeypatch, capfd):
+    from shiftrm.serve import formats
+
+    server = serving(model)
+    server.post("/score", ROW | {"prompt": "the secret"})
+    server.post("/score", {"prompt": "the secret", "responses": [3]}, status=400)
+
+    def broken(*_):
+        raise KeyError("the secret")
+
+    monkeypatch.setattr(formats.Question, "__init__", broken)
+    error = server.post("/score", ROW | {"prompt": "the secret"}, status=500)
+    assert error == {"error": "the server failed (KeyError)"}
+    assert "KeyError at " in server.said[1]
+    assert "secret" not in str(server.said) + "".join(capfd.readouterr())
+    assert server.recorded == []
+
+
+def test_requests_are_recorded_if_asked(serving, model):
+    server = serving(model, record=True)
+    answer = server.post("/score", ROW)
+    (row,) = server.recorded
+    assert row["request"] == ROW
+    assert row["rewards"] == answer["rewards"]
+    assert row["version"] == answer["version"]
