@@ -78,6 +78,102 @@ def test_shared_equals_plain_in_fp32(shape, attention):
         assert float((ours[name] - value).norm()) <= 1e-2 * scale, name
 
 
+SETS = [
+    [(200, 30, 70, 50), (90, 120, 10), (300, 1, 40, 128)],
+    [(500, 300), (20, 5, 9)],
+    [(350, 35, 30), (120, 200, 180), (40, 40, 40), (700, 3, 90, 14, 60)],
+]
+"""Passes of several lengths: only the first two may compile anything."""
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_packed_equals_plain_in_fp32(attention):
+    """One flat row and FlexAttention's block mask, for sequences alone without any."""
+    model = reward_model("small", attention=attention)
+    for shapes in SETS:
+        rows = packed(shapes)
+        flat = group_rewards(model, rows, shared=True, split=False, packed=True)
+        ours = gradients(model, flat[rows.exists])
+        model.config._attn_implementation = "sdpa"
+        plain = group_rewards(model, rows, shared=False, split=False)
+        theirs = gradients(model, plain[rows.exists])
+        model.config._attn_implementation = attention
+        spread = float(plain[rows.exists].detach().std())
+        assert spread > 1e-4, "rewards that are all alike would show nothing"
+        torch.testing.assert_close(flat, plain, rtol=0, atol=5e-3 * spread)
+        for name, value in theirs.items():
+            scale = float(value.norm()) + 1e-12
+            assert float((ours[name] - value).norm()) <= 1e-2 * scale, name
+
+
+@pytest.mark.parametrize("precision", ["autocast", "pure"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_equals_plain_in_bf16(precision, checkpointing):
+    """As near to fp32 as the plain path, within a factor, rewards and gradients."""
+    model = reward_model("small").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    rows = packed(SETS[0])
+    truth = group_rewards(model, rows, shared=False, split=False)
+    exact = gradients(model, truth[rows.exists])
+    if precision == "pure":
+        model.bfloat16()
+    found = {}
+    for name, options in {
+        "plain": {"shared": False},
+        "packed": {"shared": True, "packed": True},
+    }.items():
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "autocast"):
+            rewards = group_rewards(model, rows, split=False, **options)
+        off = float((rewards - truth).detach().norm())
+        got = gradients(model, rewards[rows.exists])
+        apart = sum(float((got[k].float() - v).norm()) ** 2 for k, v in exact.items()) ** 0.5
+        found[name] = off, apart
+    print(f"bf16 {precision}: off fp32 by (rewards, gradients) {found}")
+    size = float(truth.detach().norm()), sum(float(v.norm()) ** 2 for v in exact.values()) ** 0.5
+    for ours, theirs, scale in zip(found["packed"], found["plain"], size, strict=True):
+        assert ours <= 3 * theirs + 1e-3 * scale
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "autocast"):
+        assert sharing_obstacle(model, rows, packed=True) is None
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="reads a GPU's memory")
+def test_a_packed_pass_makes_no_mask_of_all_tokens():
+    """16,384 tokens: a T x T tensor of one byte an element would be 256 MiB."""
+    model = reward_model("small", dtype=torch.bfloat16)
+    rows = packed([(900, 70, 54)] * 16)
+    from shiftrm.models.packed import flat_inputs, flatten
+
+    flat = flatten(rows, multiple=128)
+    flat_inputs(flat, model.config)  # compiles
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mask = flat_inputs(flat, model.config)["attention_mask"]
+    assert mask.shape[-2:] == (16384, 16384)
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
+
+
+@pytest.mark.parametrize("precision", ["autocast", "pure"])
+def test_a_packed_metarm_step(make_trainer, precision, monkeypatch):
+    monkeypatch.setattr("shiftrm.models.packed.PACKED_FROM", {DEVICE: 0})
+    dtype = torch.bfloat16 if precision == "pure" else torch.float32
+    trainer = make_trainer(
+        reward_model("small", dtype=dtype),
+        MetaRMTrainer,
+        train=word_rows(60, 30, rows=16),
+        bf16=precision == "autocast",
+        per_device_train_batch_size=4,
+        max_steps=4,
+    )
+    trainer.train()
+    assert trainer._sharing is True
+    assert trainer._packed is True
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
+
+
 @pytest.mark.parametrize("precision", ["autocast", "pure"])
 def test_shared_equals_plain_in_bf16(precision):
     """As near as the plain path is to itself in fp32, within a factor."""

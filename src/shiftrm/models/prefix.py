@@ -193,25 +193,32 @@ def model_inputs(rows: SharedRows, config: Any, *, dtype: torch.dtype) -> dict[s
         config: the model's configuration, with its sliding windows and attention implementation.
         dtype: the model's type, for additive masks.
     """
-    text = config.get_text_config()
-    implementation = text._attn_implementation
-    window = getattr(text, "sliding_window", None)
-    layers = getattr(text, "layer_types", None)
+    implementation = config.get_text_config()._attn_implementation
 
     def mask(window: int | None) -> Any:
         return _one_mask(rows, window, implementation, dtype)
 
-    if layers is None:  # one kind of layer: a window applies to every layer
-        attention_mask = mask(window)
-    elif "sliding_attention" in layers:
-        attention_mask = {"full_attention": mask(None), "sliding_attention": mask(window)}
-    else:
-        attention_mask = mask(None)
     return {
         "input_ids": rows.input_ids,
         "position_ids": rows.position_ids,
-        "attention_mask": attention_mask,
+        "attention_mask": masks_of_layers(config, mask),
     }
+
+
+def masks_of_layers(config: Any, make: Callable[[int | None], Any]) -> Any:
+    """Return the attention mask of a model: one, or one for each kind of layer.
+
+    Args:
+        make: makes the mask of a window; None is full attention.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    layers = getattr(text, "layer_types", None)
+    if layers is None:  # one kind of layer: a window applies to every layer
+        return make(window)
+    if "sliding_attention" in layers:
+        return {"full_attention": make(None), "sliding_attention": make(window)}
+    return make(None)
 
 
 def obstacle(config: Any) -> str | None:

@@ -1,6 +1,6 @@
 """Short forward passes that check a model's own rewards and its support of shared prefixes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from shiftrm.models.rewards import (
     find_head,
     hidden_states,
     model_config,
+    packed_states,
     plain_states,
     rotated_alike,
     sequence_rewards,
@@ -35,15 +36,22 @@ ROWS, TOKENS = 4, 8
 """Size of the batch of `require_own_reward`."""
 
 
+States = Callable[[nn.Module, SharedRows], Tensor]
+
+
 @torch.no_grad()
-def sharing_obstacle(model: nn.Module, rows: SharedRows) -> str | None:
+def sharing_obstacle(model: nn.Module, rows: SharedRows, *, packed: bool = False) -> str | None:
     """Return why this model must not share prefixes; None if both paths agree on these rows.
 
     Compares the hidden states under the head for each sequence: rewards of a new head are too small
     and too similar to show an error. The allowed distance is the plain path's distance from itself
     when rows are reordered and padded differently, so it fits the run's precision and autocast.
     Costs a few forward passes of `FEW` rows, in evaluation mode.
+
+    Args:
+        packed: compute the rows as one flat row (`models.packed`) and not padded.
     """
+    states = packed_states if packed else shared_states
     known = obstacle(model_config(model))
     if known is not None:
         return known
@@ -58,8 +66,8 @@ def sharing_obstacle(model: nn.Module, rows: SharedRows) -> str | None:
         with precision_of(model) as precision:
             theirs = plain_states(model, rows)
         try:
-            ours = shared_states(model, rows)
-            ignored = _positions_are_ignored(model, rows)
+            ours = states(model, rows)
+            ignored = _positions_are_ignored(model, rows, states)
         except (
             UserError,
             TypeError,
@@ -112,7 +120,7 @@ def _context(model: nn.Module) -> int | None:
     return min((n for n in limits if n is not None), default=None)
 
 
-def _positions_are_ignored(model: nn.Module, rows: SharedRows) -> bool:
+def _positions_are_ignored(model: nn.Module, rows: SharedRows, states: States) -> bool:
     """Whether the states stay the same when the sequences' positions are spread out.
 
     If the model uses positions, its states change more than between two equal passes (which agree
@@ -120,7 +128,7 @@ def _positions_are_ignored(model: nn.Module, rows: SharedRows) -> bool:
     """
     row = rows.take([0])
     stretched = row._replace(position_ids=_stretched(model, row.position_ids))
-    first, again, other = (shared_states(model, r) for r in (row, row, stretched))
+    first, again, other = (states(model, r) for r in (row, row, stretched))
     return apart(other, first) <= 2 * apart(again, first)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftrm.errors import UserError
+from shiftrm.models.packed import BLOCK, flat_inputs, flatten
 from shiftrm.models.prefix import SharedRows, cheap_split, model_inputs, separate
 from shiftrm.models.rope import forget_longest, frequency_class, frequency_limit
 
@@ -256,7 +257,9 @@ def _require_equal_passes(model: nn.Module, passes: int, limit: int) -> None:
 # -- groups: several sequences per row -------------------------------------------------------------
 
 
-def group_rewards(model: nn.Module, rows: SharedRows, *, shared: bool, split: bool) -> Tensor:
+def group_rewards(
+    model: nn.Module, rows: SharedRows, *, shared: bool, split: bool, packed: bool = False
+) -> Tensor:
     """Return rewards of every sequence of every row.
 
     Args:
@@ -266,10 +269,15 @@ def group_rewards(model: nn.Module, rows: SharedRows, *, shared: bool, split: bo
             False, every sequence is its own row.
         split: compute rows of similar length together, in several passes if that saves padding. Not
             for several processes, which must make the same number of passes.
+        packed: with `shared`, compute all rows as one flat row without padding, in one pass; the
+            model must support it (`sharing_obstacle`).
 
     Returns:
         Rewards, fp32 (fp64 for an fp64 model), [B, K]; 0 where there is no sequence.
     """
+    if shared and packed and _can_be_flat(model, rows):
+        values = _flat_values(model, rows)
+        return values.new_zeros(rows.ends.shape).masked_scatter(rows.exists, values)
     parts = [list(range(len(rows.ends)))]
     if split and len(rows.ends) > 1:
         parameters = sum(p.numel() for p in model.parameters())
@@ -297,6 +305,33 @@ def rotated_alike(model: nn.Module, rows: SharedRows) -> bool:
         return True
     lengths = rows.sequence_lengths[rows.exists].tolist()
     return len({frequency_class(config, length) for length in lengths}) == 1
+
+
+def _can_be_flat(model: nn.Module, rows: SharedRows) -> bool:
+    """Whether one flat row gives these rows' rewards and, where they are needed, their gradients.
+
+    FlexAttention cannot be differentiated twice (`core.curvature.twice_differentiable`).
+    """
+    if rows.input_ids.device.type != "cpu" and not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    return rotated_alike(model, rows)
+
+
+def packed_states(model: nn.Module, rows: SharedRows) -> Tensor:
+    """Return `shared_states` computed as one flat row."""
+    return _flat_values(model, rows, states_only=True)
+
+
+def _flat_values(model: nn.Module, rows: SharedRows, *, states_only: bool = False) -> Tensor:
+    """Return the head's value at the N sequences' ends, [N]."""
+    on_cpu = rows.input_ids.device.type == "cpu"
+    flat = flatten(rows, multiple=1 if on_cpu else BLOCK)
+    inputs = flat_inputs(flat, model_config(model))
+    if frequency_limit(model_config(model)) is not None:
+        forget_longest(model)
+    with _head_outputs(model, flat.ends, states_only=states_only) as collected:
+        model(**inputs, use_cache=False)
+    return collected[0][0]
 
 
 def shared_states(model: nn.Module, rows: SharedRows) -> Tensor:

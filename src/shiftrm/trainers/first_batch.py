@@ -45,11 +45,17 @@ def inspect_model(model: nn.Module, inputs: Mapping[str, Tensor], *, quiet: bool
         require_no_noise(model, ids, mask)
 
 
-def first_obstacle(model: nn.Module, rows: SharedRows, *, max_length: int | None) -> str | None:
-    """Return why the model cannot share prefixes, from this batch and a pair of maximal length."""
+def first_obstacle(
+    model: nn.Module, rows: SharedRows, *, max_length: int | None, packed: bool = False
+) -> str | None:
+    """Return why the model cannot share prefixes, from this batch and a pair of maximal length.
+
+    Args:
+        packed: as in `sharing_obstacle`.
+    """
     longest = longest_rows(model_config(model), rows, max_length)
     # Always run both: every process must make the same number of passes.
-    short, long = sharing_obstacle(model, rows), sharing_obstacle(model, longest)
+    short, long = (sharing_obstacle(model, some, packed=packed) for some in (rows, longest))
     return short or long
 
 

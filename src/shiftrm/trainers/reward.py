@@ -24,10 +24,9 @@ from shiftrm.models.loading import (
     require_known_ids,
     require_words,
 )
-from shiftrm.models.prefix import SharedRows
 from shiftrm.models.rendering import end_at_closing, pin_template
-from shiftrm.models.rewards import group_rewards, model_config, sequence_rewards
-from shiftrm.trainers.first_batch import first_obstacle, inspect_model, switch_off_dropout
+from shiftrm.models.rewards import model_config, sequence_rewards
+from shiftrm.trainers.first_batch import inspect_model, switch_off_dropout
 from shiftrm.trainers.machine import FitsMemory
 from shiftrm.trainers.pair_batches import (
     COUNTED,
@@ -42,14 +41,15 @@ from shiftrm.trainers.pair_batches import (
 )
 from shiftrm.trainers.pair_metrics import PairStatistics, like_trl
 from shiftrm.trainers.reward_configs import RewardConfig
-from shiftrm.trainers.sharding import refuse_deepspeed, reset_after_failure, set_up_fsdp
+from shiftrm.trainers.row_passes import RowPasses
+from shiftrm.trainers.sharding import refuse_deepspeed, set_up_fsdp
 
 __all__ = ["RewardConfig", "RewardTrainer", "read_dataset"]
 
 logger = logging.getLogger(__name__)
 
 
-class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
+class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
     """`trl.RewardTrainer` with these differences; every argument keeps its meaning.
 
     - The common prefix of a pair's two sides is computed once (`shared_prefixes`). The first batch
@@ -87,8 +87,7 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
     ) -> None:
         self.dropped_pairs: dict[str, dict[str, int]] = {}
         self._statistics = PairStatistics()
-        self._sharing: bool | None = None  # decided on the first batch
-        self._inspected = False  # likewise, once training
+        self._inspected = False  # the model, on the first batch that is trained on
         self._suspects: list[Tensor] = []
         if args is None:
             name = model if isinstance(model, str) else model_config(model)._name_or_path
@@ -229,32 +228,6 @@ class RewardTrainer(CountsPairs, FitsMemory, TRLRewardTrainer):
         mask = inputs["attention_mask"]
         rewards = sequence_rewards(model, inputs["input_ids"], mask).view(2, -1).T
         return rewards, mask.sum(1).view(2, -1).T
-
-    def _group_rewards(self, model: nn.Module, rows: SharedRows) -> Tensor:
-        """Return rewards [B, K], with shared prefixes if the model supports them."""
-        if self._sharing is None:
-            self._sharing = self._decide_sharing(model, rows)
-        alone = self.accelerator.num_processes == 1
-        return group_rewards(model, rows, shared=self._sharing, split=alone)
-
-    def _decide_sharing(self, model: nn.Module, rows: SharedRows) -> bool:
-        """Compare sharing with the plain path on the first batch; all processes decide alike."""
-        if not getattr(self.args, "shared_prefixes", True):
-            return False
-        reason = first_obstacle(model, rows, max_length=self.args.max_length)
-        failed = torch.tensor(float(reason is not None), device=rows.input_ids.device)
-        if self.accelerator.num_processes > 1:
-            failed = self.accelerator.reduce(failed, reduction="sum")
-        if not float(failed):
-            logger.info("prefixes are shared")
-            return True
-        reset_after_failure(model)
-        logger.warning(
-            "%s cannot share prefixes: %s. Every sequence is computed alone, which is slower.",
-            type(self.accelerator.unwrap_model(model)).__name__,
-            reason or "another process found a difference",
-        )
-        return False
 
     # -- stopping before the weights are spoiled -----------------------------------------------
 
