@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from shiftrm.data.negatives import negative_pairs
+from shiftrm.data.pairs import COLUMNS, FINISHED
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.methods.method import METHODS
@@ -16,6 +17,7 @@ from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.prepare import join_groups
 from shiftrm.pipeline.run import read_recipe
 from shiftrm.trainers.contrast import as_groups, contrast_rows
+from shiftrm.trainers.pair_batches import encode_pair, table
 from shiftrm.trainers.settings import resolve
 from shiftrm.world.build import WorldConfig, label_pairs, write_base_model
 from shiftrm.world.language import demonstration
@@ -113,6 +115,33 @@ def test_pairs_are_contrasted_in_place_of_the_policys_responses(tmp_path):
     assert [row["prompt"].startswith("q") for row in both] == [False] * 51 + [True] * 50
     assert both[:51] == negative_pairs(GROUPS, "other_prompt", 51, seed=3)
     assert len(contrast_rows(args, pairs, GROUPS, None, count=None)) == 6 + 12  # none for blanks
+
+
+def test_pairs_and_contrast_of_chats_fit_one_table(tokenizer):
+    """Pairs hold messages, sampled answers text: the tokens are those of each way alone."""
+
+    def chat(content):
+        return [{"role": "user", "content": content}]
+
+    def said(content):
+        return [{"role": "assistant", "content": content}]
+
+    pairs = [{"prompt": chat("the cat"), "chosen": said("runs"), "rejected": said("sits")}]
+    groups = [
+        {"prompt": chat(who), "responses": ["a fish", "flies"], "finished": [True, False]}
+        for who in ("a dog", "the bird")
+    ]
+    made = negative_pairs(groups, "other_prompt", 8)
+    found = table("pairs", [{**pairs[0], **dict.fromkeys(FINISHED, True)}, *made], COLUMNS)
+    for number, row in enumerate([*pairs, *made]):
+        in_table = encode_pair(found[number], number, tokenizer, "train")
+        alone = encode_pair(row, number, tokenizer, "train")
+        assert in_table["chosen_ids"] == alone["chosen_ids"]
+        assert in_table["rejected_ids"] == alone["rejected_ids"]
+    text = [{"prompt": "the cat", "chosen": "runs", "rejected": "sits"}]
+    assert table("pairs", text, COLUMNS)[0]["chosen"] == "runs"
+    with pytest.raises(UserError, match="pairs: the rows do not fit one table"):
+        table("pairs", [*text, *pairs], COLUMNS)
 
 
 def test_each_way_makes_as_many(tmp_path):

@@ -15,12 +15,14 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row, encodable
 from shiftrm.measure.diagnosis.findings import prompt_key
 from shiftrm.models.prefix import SharedRows, pack
-from shiftrm.models.rendering import encode, template_options
+from shiftrm.models.rendering import encode, is_conversational, template_options
 
 if TYPE_CHECKING:
     from trl import RewardTrainer as _Base
 else:
     _Base = object
+
+SIDES = ("chosen", "rejected")
 
 ROW = "row_index"
 """The column with the index of the pair's row in the data set, for messages."""
@@ -35,6 +37,9 @@ COUNTED = "counted"
 def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
     """Return a table of the columns that training reads.
 
+    Where some answers to chats are messages and others text, as in pairs beside answers that a
+    policy sampled, all become messages: a column of a table holds one of them.
+
     Args:
         source: for errors.
 
@@ -42,11 +47,20 @@ def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
         UserError: rows whose columns have several types.
     """
     kept = [{c: encodable(row[c]) for c in columns if c in row} for row in rows]
+    if len({type(row.get(side)) for row in kept for side in SIDES}) > 1:
+        kept = [_answers_as_messages(row) for row in kept]
     try:
         return Dataset.from_list(kept)
     except (TypeError, ValueError, NotImplementedError) as error:  # from Arrow
         words = str(error).partition("\n")[0]
         raise UserError(f"{source}: the rows do not fit one table ({words})") from None
+
+
+def _answers_as_messages(row: Row) -> Row:
+    if not is_conversational(row.get("prompt")):
+        return row
+    texts = {side: row[side] for side in SIDES if isinstance(row.get(side), str)}
+    return row | {side: [{"role": "assistant", "content": text}] for side, text in texts.items()}
 
 
 def encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> dict[str, Any]:
@@ -60,7 +74,7 @@ def encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> d
                 finished=row.get(f"{side}_finished", True),
                 template_options=template_options(row),
             )
-            for side in ("chosen", "rejected")
+            for side in SIDES
         }
     except UserError as error:
         raise UserError(f"{name} data, row {index}: {error}") from None
