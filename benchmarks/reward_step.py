@@ -1,11 +1,14 @@
-"""How long an optimizer step of reward-model training takes: TRL's trainer, ours, and MetaRM.
+"""How long an optimizer step of reward-model training takes: TRL, a packed peer, ours, and MetaRM.
 
-Each arm is a process of its own with the same model, the same data and the real trainer; the arms
-take turns, one step each, so that a noisy machine is noisy to all of them. Medians, ratios to TRL's
-step of the same round (their median), and each process's peak memory.
+Each arm is a process of its own with the same model, the same data and the real trainer (the packed
+peer is a bare loop, `packed_peer.py`); the arms take turns, one step each, so that a noisy machine
+is noisy to all of them. Medians, ratios to the steps of TRL and of the packed peer in the same
+round (their median), tokens of the pairs per second, and each process's peak memory. The ceiling is
+what sharing prefixes can gain over packing by the number of tokens.
 
     python benchmarks/reward_step.py                       # `make bench`: three shapes, 2 CPU cores
     python benchmarks/reward_step.py --shapes 350/35 --steps 5
+    python benchmarks/reward_step.py --arms packed shiftrm padded unshared   # what packing adds
     python benchmarks/reward_step.py --model llama-3-8b --dtype bfloat16 --shapes 350/35   # a GPU
     python benchmarks/reward_step.py --warm-up 0            # the first steps count, too
     python benchmarks/reward_step.py --threads 2 --busy 4   # on a machine that others use as well
@@ -65,13 +68,16 @@ MODELS = {
     },
 }
 SHAPES = {"350/35": "summaries", "150/70": "dialogue", "50/250": "long answers: the worst case"}
-ARMS = ("trl", "shiftrm", "metarm", "metarm_plain")
 WORDS = {
     "trl": "TRL, pairs",
+    "packed": "packed peer, pairs",
     "shiftrm": "shiftrm, pairs",
     "metarm": "MetaRM, pairs and groups",
+    "padded": "shiftrm, rows padded",
+    "unshared": "shiftrm, prefixes not shared",
     "metarm_plain": "MetaRM, prefixes not shared",
 }
+PLAIN = ("trl", "unshared", "metarm_plain")
 K = 5
 
 
@@ -127,26 +133,26 @@ def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None
         **sizes, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1,
         num_labels=1,
     )  # fmt: skip
-    attention = options.trl_attention if arm in ("trl", "metarm_plain") else options.attention
-    model = LlamaForSequenceClassification._from_config(config, attn_implementation=attention)
-    model = model.to(getattr(torch, options.dtype))
+    attention = options.trl_attention if arm in PLAIN else options.attention
     on_gpu = torch.cuda.is_available() and not options.cpu
+    dtype = getattr(torch, options.dtype)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = LlamaForSequenceClassification._from_config(
+            config, attn_implementation=attention, dtype=dtype
+        )
+    model = model.to(dtype)
     steps = options.warm_up + options.steps
     vocabulary = min(sizes["vocab_size"], 30_000)
     pairs, groups = make_data(shape, options.batch, steps, vocabulary - 3)
 
+    take_turns = turns(link, on_gpu)
+
     class TakeTurns(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if on_gpu:
-                torch.cuda.synchronize()
-            now = time.perf_counter(), time.process_time()
-            link.send([now[0] - self.started[0], now[1] - self.started[1]])
-            link.recv()
-            self.started = time.perf_counter(), time.process_time()
+            take_turns()
 
         def on_train_begin(self, args, state, control, **kwargs):
-            link.recv()
-            self.started = time.perf_counter(), time.process_time()
+            take_turns()
 
     settings = {
         "output_dir": str(Path(options.output).parent / "unused"),
@@ -163,9 +169,11 @@ def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None
         "save_strategy": "no",
         "disable_tqdm": True,
         "preset": "paper",
-        "shared_prefixes": arm != "metarm_plain",
+        "shared_prefixes": arm not in PLAIN,
     }
-    cls = {"trl": TRLRewardTrainer, "shiftrm": RewardTrainer}.get(arm, MetaRMTrainer)
+    set_packing(arm, options)
+    cls = TRLRewardTrainer if arm == "trl" else RewardTrainer
+    cls = MetaRMTrainer if arm.startswith("metarm") else cls
     trainer = cls(
         model,
         MetaRMConfig(**settings),
@@ -174,14 +182,80 @@ def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None
         callbacks=[TakeTurns()],
         **({"meta_dataset": groups} if cls is MetaRMTrainer else {}),
     )
+    from torch.utils.data import SequentialSampler
     from transformers import PrinterCallback
 
+    trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     trainer.remove_callback(PrinterCallback)
     link.send("ready")
-    trainer.train()
+    if arm == "packed":
+        model.to(trainer.args.device)
+        loss = [train_packed(trainer, model, options.batch, steps, take_turns)]
+    else:
+        trainer.train()
+        loss = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
-    loss = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    link.send({"peak": peak, "parameters": model.num_parameters(), "loss": loss[-1:]})
+    tokens = [count_tokens(trainer.train_dataset, options.batch, step) for step in range(steps)]
+    assert len(trainer.train_dataset) == options.batch * steps
+    link.send(
+        {
+            "peak": peak,
+            "parameters": model.num_parameters(),
+            "loss": loss[-1:],
+            "tokens": [mine[0] for mine in tokens][options.warm_up :],
+            "tokens_shared": [mine[1] for mine in tokens][options.warm_up :],
+        }
+    )
+
+
+def turns(link, on_gpu: bool):
+    """A function to call before the first step and after every one: reports its times and waits."""
+    import torch
+
+    started: list[tuple[float, float]] = []
+
+    def take_turns() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+        now = time.perf_counter(), time.process_time()
+        if started:
+            link.send([now[0] - started[0][0], now[1] - started[0][1]])
+        link.recv()
+        started[:] = [(time.perf_counter(), time.process_time())]
+
+    return take_turns
+
+
+def set_packing(arm: str, options: argparse.Namespace) -> None:
+    """Pack the rows of ours whatever the model's size, or none of the arm "padded"."""
+    from shiftrm.models import packed
+
+    for device in packed.PACKED_FROM:
+        if arm == "padded":
+            packed.PACKED_FROM[device] = 10**15
+        elif options.pack_all:
+            packed.PACKED_FROM[device] = 0
+
+
+def train_packed(trainer, model, batch: int, steps: int, take_turns) -> float:
+    """The packed peer's steps, on the same batches in order of the data."""
+    import packed_peer
+
+    rows = trainer.train_dataset.with_format(None)[:]
+    pairs = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
+    batches = (pairs[step * batch : (step + 1) * batch] for step in range(steps))
+    take_turns()
+    return packed_peer.steps(model, batches, trainer, end_of_step=take_turns)
+
+
+def count_tokens(dataset, batch: int, step: int) -> tuple[int, int]:
+    """Tokens of a step's pairs without padding: one by one, and with shared prefixes."""
+    from shiftrm.models.prefix import common_prefix_length
+
+    rows = dataset.with_format(None)[step * batch : (step + 1) * batch]
+    pairs = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
+    alone = sum(len(a) + len(b) for a, b in pairs)
+    return alone, alone - sum(common_prefix_length(pair) for pair in pairs)
 
 
 def peak_memory() -> int:
@@ -192,15 +266,23 @@ def peak_memory() -> int:
 def measure(shape: str, options: argparse.Namespace) -> dict:
     """Times and peak memory of every arm at one shape."""
     context = multiprocessing.get_context("spawn")
+    result = {}
+    for arms in [[arm] for arm in options.arms] if options.one_by_one else [options.arms]:
+        result |= measure_together(arms, shape, options, context)
+    return result
+
+
+def measure_together(arms: list[str], shape: str, options: argparse.Namespace, context) -> dict:
+    """Times and peak memory of arms that take turns."""
     links, processes = {}, {}
-    for arm in options.arms:
+    for arm in arms:
         links[arm], other = context.Pipe()
         processes[arm] = context.Process(target=arm_process, args=(arm, options, shape, other))
         processes[arm].start()
         assert links[arm].recv() == "ready"
-    times: dict[str, list[list[float]]] = {arm: [] for arm in options.arms}
+    times: dict[str, list[list[float]]] = {arm: [] for arm in arms}
     for step in range(options.warm_up + options.steps):
-        for arm in options.arms:
+        for arm in arms:
             links[arm].send("go")
             seconds = links[arm].recv()
             if step >= options.warm_up:
@@ -211,7 +293,7 @@ def measure(shape: str, options: argparse.Namespace) -> dict:
             flush=True,
         )
     result = {}
-    for arm in options.arms:
+    for arm in arms:
         links[arm].send("go")
         wall, cpu = zip(*times[arm], strict=True)
         result[arm] = {**links[arm].recv(), "seconds": wall, "cpu_seconds": cpu}
@@ -236,23 +318,38 @@ def table(shape: str, result: dict, batch: int) -> str:
 
     The last ratio is of all timed steps together, so that a slow first one counts in full.
     """
+    base = "trl" if "trl" in result else next(iter(result))
+    some = result[base]
+    ceiling = sum(some["tokens"]) / sum(some["tokens_shared"])
     lines = [
         f"**{shape}** ({SHAPES.get(shape, 'prompt/response tokens')}), {batch} pairs a step"
-        f" and, for MetaRM, {batch} groups of {K}:",
+        f" and, for MetaRM, {batch} groups of {K}; sharing can gain {ceiling:.2f} over packing:",
         "",
-        "| | seconds a step, median (min-max) | TRL's / this | by CPU time | all steps, CPU time |"
-        " peak memory, MB |",
-        "|---|---|---|---|---|---|",
+        f"| | CPU seconds a step, median (min-max) | {WORDS[base]} / this: CPU time | wall time |"
+        " packed peer / this: CPU time | wall time | pairs' tokens a CPU second | a second |"
+        " all steps, CPU time | peak memory, MB |",
+        "|" + "---|" * 10,
     ]
     for arm, found in result.items():
-        seconds = found["seconds"]
+        seconds, wall = found["cpu_seconds"], found["seconds"]
+        peer = ["-", "-"]
+        if "packed" in result:
+            peer = [f"{ratio(result, 'packed', arm, c):.2f}" for c in ("cpu_seconds", "seconds")]
+        rates = (
+            statistics.median(n / t for n, t in zip(found["tokens"], times, strict=True))
+            for times in (seconds, wall)
+        )
         lines.append(
             f"| {WORDS[arm]} | {statistics.median(seconds):.2f}"
-            f" ({min(seconds):.2f}-{max(seconds):.2f}) | {ratio(result, 'trl', arm):.2f} |"
-            f" {ratio(result, 'trl', arm, 'cpu_seconds'):.2f} |"
-            f" {sum(result['trl']['cpu_seconds']) / sum(found['cpu_seconds']):.2f} |"
+            f" ({min(seconds):.2f}-{max(seconds):.2f}) |"
+            f" {ratio(result, base, arm, 'cpu_seconds'):.2f} | {ratio(result, base, arm):.2f} |"
+            f" {peer[0]} | {peer[1]} | {' | '.join(f'{rate:.0f}' for rate in rates)} |"
+            f" {sum(some['cpu_seconds']) / sum(found['cpu_seconds']):.2f} |"
             f" {found['peak'] / 1e6:.0f} |"
         )
+    if {"packed", "shiftrm"} <= result.keys():
+        share = ratio(result, "packed", "shiftrm", "cpu_seconds") / ceiling
+        lines += ["", f"Share of the ceiling reached (CPU time): {share:.2f}."]
     if {"metarm", "metarm_plain"} <= result.keys():
         wall = ratio(result, "metarm_plain", "metarm")
         cpu = ratio(result, "metarm_plain", "metarm", "cpu_seconds")
@@ -283,7 +380,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="PROMPT/RESPONSE")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(WORDS), choices=WORDS)
     parser.add_argument("--model", default="small", choices=MODELS)
     parser.add_argument("--batch", type=int, default=8, help="pairs a step (default: 8)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
@@ -295,6 +392,10 @@ def main() -> None:
     parser.add_argument("--trl-attention", default="sdpa", help="of TRL and the plain path")
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument(
+        "--one-by-one", action="store_true", help="arms one after another: they do not fit together"
+    )
+    parser.add_argument("--pack-all", action="store_true", help="pack models of any size")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     parser.add_argument("--output", default="runs/bench/reward_step.json", metavar="FILE")
     options = parser.parse_args()

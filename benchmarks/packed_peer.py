@@ -1,0 +1,104 @@
+"""A reward-model step on packed pairs, as OpenRLHF documents `--ds.packing_samples`.
+
+Written from its documentation, not copied: the chosen sequences of all pairs and then the rejected
+ones make one row of T tokens without padding; position ids restart, attention stays within a
+sequence, and a reward is read at each sequence's end. No prompt is shared.
+
+To be as fast as it can be, this is a bare loop: the data is tokenised before, the head sees the
+ends only, and attention is the fastest that torch has for sequences of several lengths: causal
+`scaled_dot_product_attention` for each on a CPU, `varlen_attn` (FlashAttention) on a GPU.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, Trainer
+
+NAME = "packed_peer"
+
+_lengths: list[int] = []
+"""Tokens of each sequence of the pass; the layers read it."""
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence: [1, T, heads, D] from [1, heads, T, D]."""
+    gqa = query.shape[1] != key.shape[1]
+    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, scaling), None
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+        for q, k, v in zip(*(t.split(_lengths, dim=2) for t in (query, key, value)), strict=True)
+    ]
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor([0, *_lengths], device=query.device).cumsum(0).to(torch.int32)
+    takes = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    if "enable_gqa" in takes:
+        options["enable_gqa"] = True
+    if "scale" in takes:
+        options["scale"] = scaling
+    states = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    return varlen_attn(*states, ends, ends, max(_lengths), max(_lengths), **options)[None]
+
+
+def use(model: nn.Module) -> None:
+    """Let the model's layers use this attention; it then gets no mask."""
+    AttentionInterface.register(NAME, attend)
+    model.config._attn_implementation = NAME
+
+
+def packed_rewards(model: nn.Module, sequences: list[list[int]]) -> Tensor:
+    """Rewards of the sequences in one pass, [N]."""
+    _lengths[:] = map(len, sequences)
+    device = model.device
+    ids = torch.tensor([[token for s in sequences for token in s]], device=device)
+    places = torch.cat([torch.arange(n) for n in _lengths])[None].to(device)
+    ends = torch.tensor(_lengths, device=device).cumsum(0) - 1
+    states = model.model(
+        input_ids=ids, position_ids=places, attention_mask=None, use_cache=False
+    ).last_hidden_state
+    return F.linear(states[0, ends], model.score.weight).float()[:, 0]
+
+
+def steps(
+    model: nn.Module,
+    batches: Iterator[list[tuple[list[int], list[int]]]],
+    trainer: Trainer,
+    *,
+    end_of_step: Callable[[], None],
+) -> float:
+    """Train on batches of (chosen, rejected) token ids; returns the last loss.
+
+    Args:
+        trainer: one of the other arms, not run; its settings give the optimizer and the precision.
+        end_of_step: called after every optimizer step.
+    """
+    args = trainer.args
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer = cls(model.parameters(), **options)
+    model.train()
+    use(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = torch.zeros(())
+    for pairs in batches:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+            rewards = packed_rewards(model, [s for side in zip(*pairs, strict=True) for s in side])
+        chosen, rejected = rewards.chunk(2)
+        loss = -F.logsigmoid(chosen - rejected).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        end_of_step()
+    return float(loss.detach())
