@@ -1,11 +1,11 @@
 """The reward server against calling the model directly, and a soak with bad clients.
 
-Speed: responses and tokens per CPU second of the server process and of `Scorer` in this process, for
-the same responses, and latency at 1, 8 and 64 clients. Wall-clock times count only on an idle
+Speed: responses and tokens per CPU second of the server process and of `Scorer` in this process,
+for the same responses, and latency at 1, 8 and 64 clients. Wall-clock times count only on an idle
 machine. Every reward is compared with the direct one.
 
-Soak: good clients, clients that leave, huge and broken requests, and a change of the model every few
-seconds, for `--soak` seconds. Fails if an answer is wrong or if memory keeps growing.
+Soak: good clients, clients that leave, huge and broken requests, and a change of the model every
+few seconds, for `--soak` seconds. Fails if an answer is wrong or if memory keeps growing.
 
     python benchmarks/serve.py                       # both; the soak takes ten minutes
     python benchmarks/serve.py --soak 0              # speed only
@@ -76,7 +76,7 @@ def make_model(folder: Path, *, hidden: int, layers: int, seed: int) -> Path:
 
 
 def rows(count: int, prompt: int, response: int, responses: int) -> list[dict[str, Any]]:
-    """Return requests with random words: responses of unequal lengths to prompts of unequal ones."""
+    """Return requests of random words; prompts and responses have unequal lengths."""
     rng = random.Random(0)
 
     def text(mean: int) -> str:

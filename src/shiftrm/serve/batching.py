@@ -137,8 +137,13 @@ class Batcher:
                 if not self._waiting:
                     return
                 taken = self._take()
-            if taken:
-                self._score(taken)
+            try:
+                if taken:
+                    self._score(taken)
+            except Exception as error:  # a bug; the thread goes on for the next requests
+                self.trouble = _words(error)
+                for job, _ in taken:
+                    job.fail(BrokenModelError(self.trouble))
             taken = []  # no reference to a model while waiting
 
     def _take(self) -> list[tuple[Job, int]]:
