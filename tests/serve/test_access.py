@@ -215,6 +215,20 @@ def test_one_bad_sequence_fails_alone(serving, model, monkeypatch):
     assert server.http.get("/health").status_code == 200
 
 
+def test_an_error_outside_a_pass_does_not_end_the_server(serving, model, monkeypatch):
+    from shiftrm.serve import batching
+
+    server = serving(model)
+
+    def broken(*_, **__):
+        raise KeyError("x")
+
+    monkeypatch.setattr(batching, "passes_of", broken)
+    assert "the model failed (KeyError" in server.post("/score", ROW, status=500)["error"]
+    monkeypatch.undo()
+    server.post("/score", ROW)
+
+
 def test_nothing_of_a_request_is_kept(serving, model, monkeypatch, capfd):
     from shiftrm.serve import formats
 
