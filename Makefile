@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test unit lint docs bench controls clean
+.PHONY: help demo test unit lint docs bench gpu controls clean
 
 help:
 	@echo "make demo      run the gold-world demo and say where its page is (OUTPUT=$(OUTPUT))"
@@ -13,6 +13,7 @@ help:
 	@echo "make unit      the fast tests only"
 	@echo "make docs      build the manual into build/docs; warnings are errors"
 	@echo "make bench     reward-model steps against TRL's, a quarter of an hour on two idle cores"
+	@echo "make gpu       tests, speed and a real model on one H100 or H200 (see benchmarks/gpu_suite.py)"
 	@echo "make controls  the gold world's controls, about half an hour"
 
 # torch first and by its exact version: an unpinned torch would pull gigabytes of CUDA.
@@ -43,6 +44,10 @@ docs: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/reward_step.py
+
+# With the machine's own Python, whose torch has CUDA.
+gpu:
+	$(PYTHON) benchmarks/gpu_suite.py run $(if $(MODEL),--model $(MODEL)) $(if $(PAIRS),--pairs $(PAIRS))
 
 controls: $(VENV)/.installed
 	$(BIN)/python benchmarks/gold_world_controls.py --seeds 0 1 2 --output runs/controls

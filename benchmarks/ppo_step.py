@@ -84,7 +84,8 @@ def main() -> int:
 
 def child(root: Path, which: str) -> dict[str, float]:
     """Measure once in a new process that imports the library of a checkout."""
-    variables = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    places = [str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE), *sys.argv[1:], "--child", which]
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -105,8 +105,8 @@ def test_fsdp2_on_one_process(tmp_path, reward_model, tokenizer, pairs, groups):
         assert found[case]["wrapped"].startswith("FSDP")
         assert found[case]["sharing"]
         for key, weight in expected["weights"].items():
-            torch.testing.assert_close(
-                found[case]["weights"][key], weight, rtol=0, atol=1e-9, msg=key
-            )
+            # Rewards are fp32, whose sums another device rounds differently.
+            difference = (found[case]["weights"][key] - weight).abs().max()
+            assert difference <= (1e-9 if DEVICE == "cpu" else 1e-5), (case, key, difference)
         for what in LOGGED:
-            assert found[case][what] == pytest.approx(expected[what], abs=1e-6), what
+            assert found[case][what] == pytest.approx(expected[what], abs=1e-5), what
