@@ -129,6 +129,8 @@ def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     sizes = MODELS[options.model]
+    if options.layers:
+        sizes = {**sizes, "num_hidden_layers": options.layers}
     config = LlamaConfig(
         **sizes, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1,
         num_labels=1,
@@ -279,7 +281,8 @@ def measure_together(arms: list[str], shape: str, options: argparse.Namespace, c
         links[arm], other = context.Pipe()
         processes[arm] = context.Process(target=arm_process, args=(arm, options, shape, other))
         processes[arm].start()
-        assert links[arm].recv() == "ready"
+    for link in links.values():
+        assert link.recv() == "ready"
     times: dict[str, list[list[float]]] = {arm: [] for arm in arms}
     for step in range(options.warm_up + options.steps):
         for arm in arms:
@@ -382,6 +385,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="PROMPT/RESPONSE")
     parser.add_argument("--arms", nargs="+", default=list(WORDS), choices=WORDS)
     parser.add_argument("--model", default="small", choices=MODELS)
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step (default: 8)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
     parser.add_argument("--warm-up", type=int, default=2, help="steps not timed (default: 2)")
