@@ -89,12 +89,12 @@ def _tests(tiny: bool) -> Command:
 
 
 def _speed(tiny: bool) -> list[Command]:
-    # Half of the layers, and SGD, which keeps nothing per parameter: so four arms fit on a card.
+    # Half of the layers, and SGD, which keeps nothing per parameter: so three arms fit on a card.
     large = ("--model", "llama-3-8b", "--layers", "16", "--dtype", "bfloat16", "--optim", "sgd")
     large = (*large, "--batch", "16", "--checkpointing")
     small = ("--model", "tiny", "--cpu", "--batch", "2", "--threads", "1")
     step = ("--steps", "1" if tiny else "5", "--warm-up", "1" if tiny else "3")
-    arms = ("--arms", "trl", "packed", "shiftrm", "metarm")
+    arms = ("--arms", "trl", "packed", "shiftrm")
     shapes = ("60/10", "30/20") if tiny else ("350/35", "150/70")
     device = ("--layers", "2", "--vocabulary", "500") if tiny else ("--device", "cuda", "--bf16")
     length = "32" if tiny else "512"
