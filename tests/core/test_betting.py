@@ -153,6 +153,12 @@ def test_start_weights():
         start_weights(5, 4)
 
 
+def test_e_values_are_finite():
+    values = of([0.0] * 2000, threshold=1 - 1e-6)
+    assert np.isfinite(values).all()
+    assert values[-1] > 1e200
+
+
 def test_no_labels_yet():
     assert len(of([])) == 0
 

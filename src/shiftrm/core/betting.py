@@ -15,8 +15,11 @@ from shiftrm.errors import UserError
 
 __all__ = ["FRACTIONS", "accuracy_bound", "e_values", "start_weights"]
 
-FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.55)
+FRACTIONS = (0.1, 0.2, 0.35)
 """Stakes that the capital is divided over, as shares of the largest that cannot go bankrupt."""
+
+LARGEST = 600.0
+"""Logarithm at which a stake's capital is cut, so that every e-value is a finite number."""
 
 
 def start_weights(rounds: int, planned: int | None = None) -> Floats:
@@ -107,7 +110,8 @@ def e_values(
         first = int(np.searchsorted(rounds, j))  # the first draw of round j or later
         before_F1 = total_FN[:, first - 1 : first] if first else np.zeros((len(stakes_F), 1))
         capital_N = np.ones(len(correct))
-        capital_N[first:] = np.exp(total_FN[:, first:] - before_F1).mean(axis=0)
+        logs = np.minimum(total_FN[:, first:] - before_F1, LARGEST)
+        capital_N[first:] = np.exp(logs).mean(axis=0)
         values_N += share * capital_N
     return values_N + (1 - shares.sum())  # the capital of rounds to come waits
 

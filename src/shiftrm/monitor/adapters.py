@@ -1,6 +1,6 @@
 """A monitor in trainers that call their reward function for one response at a time.
 
-OpenRLHF (read at 3c3be62, August 2026): `remote_rm_url` names a Python file whose
+OpenRLHF (read at 3c3be62, August 2026): `--reward.remote_url` names a Python file whose
 `reward_func(queries, prompts, labels)` is called in threads with lists of one text each; a query is
 the prompt and the response, decoded with its special tokens. It returns `rewards`, `scores` and
 `extra_logs`, whose names must be the same for all samples.
@@ -9,7 +9,8 @@ verl (read at b178a3c, January 2026): `custom_reward_function.path` names a Pyth
 `compute_score(data_source=, solution_str=, ground_truth=, extra_info=)` is awaited if it is a
 coroutine function, else called in a thread. It returns a number, or a mapping with `score`.
 
-A step of such a trainer has no sign in these calls, so the number of responses in a step is given.
+These calls do not say where a step ends, so the number of responses in a step is given. Where
+several workers load the file, one of them watches its share.
 """
 
 import asyncio

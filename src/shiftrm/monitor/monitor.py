@@ -102,6 +102,7 @@ class DriftMonitor:
         self.folder.check(self.config)
         self._state = self.folder.state()
         self.evidence = Evidence(needed=1 / self.config.alpha)
+        self._stale = True
 
     # -- as a reward function of TRL -------------------------------------------------------------
 
@@ -298,8 +299,10 @@ class DriftMonitor:
     def _look(self) -> None:
         """Read the answers that are there, and act if the test is decided."""
         state = self._state
-        state.audits = [self._read(audit) for audit in state.audits]
-        self.evidence = evidence_of(state.audits, self.config, state.episode)
+        before, state.audits = state.audits, [self._read(audit) for audit in state.audits]
+        if state.audits != before or self._stale:
+            self.evidence = evidence_of(state.audits, self.config, state.episode)
+            self._stale = False
         if not self.evidence.alarm or state.alarmed:
             return
         groups = self.folder.write_groups([row for step in self._recent for row in step])
@@ -343,7 +346,7 @@ class DriftMonitor:
             state = self._state
             state.episode += 1
             state.alarmed, state.series = False, {}
-            self.evidence = Evidence(needed=1 / self.config.alpha)
+            self.evidence, self._stale = Evidence(needed=1 / self.config.alpha), True
             self.folder.event("model_changed", state.step, episode=state.episode)
             probe, state.probe = state.probe, []
             with self.safely():

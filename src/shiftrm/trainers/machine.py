@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate depends on it
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import is_torch_bf16_gpu_available
@@ -138,11 +136,16 @@ class FitsMemory(_Base):
 
     def _largest_pass(self) -> tuple[int, int, int]:
         """Return the sequences of a pass, the longest one's tokens and the copies of weights."""
+        from datasets import Dataset  # here, so that PPO needs neither
+        from pyarrow import compute
+
         longest = self.args.max_length or 1024
         if isinstance(self.train_dataset, Dataset):
             table = self.train_dataset.with_format("arrow")[:]
             sides = ("chosen_ids", "rejected_ids")
-            longest = max(pc.max(pc.list_value_length(table[side])).as_py() for side in sides)
+            longest = max(
+                compute.max(compute.list_value_length(table[side])).as_py() for side in sides
+            )
         return 2 * self.args.per_device_train_batch_size, longest, 3  # gradient, AdamW's moments
 
 
