@@ -1,13 +1,18 @@
-"""Packed passes train the same model as padded and plain ones."""
+"""Packed passes train the same model as padded and plain ones, and so do passes of few tokens."""
 
 import copy
 import logging
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from shiftrm.trainers.metarm import MetaRMTrainer
+from shiftrm.errors import UserError
+from shiftrm.trainers.bsr import BSRConfig, BSRTrainer
+from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
+from shiftrm.trainers.row_passes import cut_to_budget
 from tests.trainers.conftest import same_weights
 
 
@@ -59,3 +64,96 @@ def test_a_model_that_fails_packed_is_padded(
     assert not trainer._packed
     assert caplog.text.count("no such kernel") == 1
     assert all(torch.isfinite(p).all() for p in reward_model.parameters())
+
+
+# -- max_tokens_per_pass ---------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(40, 200), st.booleans())
+def test_a_cut_holds_every_row_once_and_no_pass_holds_too_much(lengths, most, padded):
+    passes = cut_to_budget(lengths, most, padded=padded)
+    assert sorted(i for part in passes for i in part) == list(range(len(lengths)))
+    for part in passes:
+        held = [lengths[i] for i in part]
+        assert (len(held) * max(held) if padded else sum(held)) <= most
+    if not padded:  # neighbours would not fit together, so at most twice the fewest
+        assert len(passes) <= max(1, 2 * sum(lengths) / most)
+
+
+def test_a_cut_by_hand():
+    assert cut_to_budget([3, 9, 4, 8], 12, padded=False) == [[1], [2, 3], [0]]
+    assert cut_to_budget([3, 9, 4, 8], 16, padded=True) == [[1], [2, 3], [0]]
+    assert cut_to_budget([3, 9, 4, 8], 100, padded=True) == [[0, 1, 2, 3]]
+
+
+@pytest.fixture
+def tokens_of_passes():
+    """A function that lists the tokens of a model's passes with gradients, padding included."""
+
+    def watch(model):
+        seen = []
+
+        def note(module, args, kwargs):
+            ids = args[0] if args else kwargs["input_ids"]
+            if torch.is_grad_enabled():
+                seen.append(ids.numel())
+
+        model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+        return seen
+
+    return watch
+
+
+KINDS = {
+    "reward": (RewardTrainer, MetaRMConfig, {}),
+    "padded": (RewardTrainer, MetaRMConfig, {"disable_dropout": False}),
+    "plain": (RewardTrainer, MetaRMConfig, {"shared_prefixes": False}),
+    "metarm": (MetaRMTrainer, MetaRMConfig, {}),
+    "by effect": (MetaRMTrainer, MetaRMConfig, {"preset": "by_effect"}),
+    # Steps so small that no part of a batch leaves the midpoint rule (`core.meta_shift`).
+    "midpoint": (
+        MetaRMTrainer,
+        MetaRMConfig,
+        {"meta_shift": "midpoint", "meta_learning_rate": 0.01},
+    ),
+    "exact order": (MetaRMTrainer, MetaRMConfig, {"meta_order": "exact"}),
+    "bsr": (BSRTrainer, BSRConfig, {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_equal_whatever_the_budget(
+    kind, make_trainer, reward_model, pack_all, tokens_of_passes
+):
+    cls, config_class, more = KINDS[kind]
+    models, counts = [], []
+    for most in (None, 60, 26):
+        model = copy.deepcopy(reward_model)
+        seen = tokens_of_passes(model)
+        trainer = make_trainer(
+            model, cls, config_class=config_class, max_steps=2, max_tokens_per_pass=most, **more
+        )
+        trainer.train()
+        assert most is None or max(seen) <= most
+        models.append(model)
+        counts.append(len(seen))
+    assert counts[2] > counts[0], "the smaller budget must take more passes"
+    for model in models[1:]:
+        same_weights(models[0], model, rtol=1e-4, atol=1e-5)
+
+
+def test_budgets_are_refused(make_trainer, reward_model):
+    with pytest.raises(UserError, match="max_tokens_per_pass is 0; it must be at least 1"):
+        make_trainer(reward_model, RewardTrainer, max_tokens_per_pass=0)
+    trainer = make_trainer(reward_model, RewardTrainer, max_tokens_per_pass=5)
+    with pytest.raises(UserError, match=r"has \d+ tokens; raise it, or lower max_length"):
+        trainer.train()
+
+
+def test_several_processes_have_no_budget(make_trainer, reward_model, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(UserError, match="the same number of passes"):
+        make_trainer(reward_model, RewardTrainer, max_tokens_per_pass=100)

@@ -44,6 +44,7 @@ class BSRTrainer(RewardTrainer):
     ) -> tuple[list[Any], Tensor]:
         samples, pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
         in_parts = num_batches > 1 or self.accelerator.num_processes > 1
+        in_parts = in_parts or self._most_tokens() is not None
         self._step_mean = self._mean_reward(samples) if in_parts else None
         return samples, pairs
 

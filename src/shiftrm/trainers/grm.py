@@ -124,6 +124,8 @@ class GRMTrainer(RewardTrainer):
     libraries load the result. Prefixes are not shared in training, and FSDP is not supported.
     """
 
+    _never_shares = True
+
     def __init__(self, model: Any, args: Any, **keywords: Any) -> None:
         if not isinstance(model, str):
             raise UserError(

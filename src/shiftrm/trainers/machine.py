@@ -124,6 +124,9 @@ class FitsMemory(_Base):
             return
         args.checkpointing_given = True
         sequences, longest, copies = self._largest_pass()
+        most = getattr(args, "max_tokens_per_pass", None)
+        if most is not None:
+            sequences = min(sequences, max(1, most // longest))
         needed = self.is_fsdp_enabled or not activations_fit(
             self.model, sequences=sequences, longest=longest, copies=copies, device=args.device
         )

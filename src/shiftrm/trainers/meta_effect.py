@@ -122,9 +122,9 @@ class MetaEffect(MetaPasses):
     @torch.no_grad()
     def _loss_only(self, model: nn.Module, inputs: dict[str, Tensor]) -> float:
         """Return the loss on a micro-batch of pairs, over all processes."""
-        loss = self._micro_batch_loss(model, inputs)
+        losses = [self._micro_batch_loss(model, part) for part in self._passes(model, inputs)]
         reshard(model)
-        return float(self._reduce(loss, "mean"))
+        return float(self._reduce(sum(losses[1:], start=losses[0]), "mean"))
 
     def _first_pairs(self) -> dict[str, Tensor]:
         """Return a micro-batch of the first pairs, for a step outside of training."""

@@ -85,10 +85,13 @@ class MetaPasses(_Base):
         self, model: nn.Module, groups: Sequence[TokenGroup]
     ) -> tuple[Tensor, Tensor]:
         """Return rewards of these groups and which exist, [B, K] each."""
-        rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
-        rows = SharedRows(*(tensor.to(self.args.device) for tensor in rows))
+        rows = self._packed_groups(groups)
         with self._draws_given_back():
             return self._group_rewards(model, rows), rows.exists
+
+    def _packed_groups(self, groups: Sequence[TokenGroup]) -> SharedRows:
+        rows = pack(groups, pad_token_id=self.processing_class.pad_token_id)
+        return SharedRows(*(tensor.to(self.args.device) for tensor in rows))
 
     def _micro_batches(self) -> list[tuple[float, list[TokenGroup]]]:
         """Return this process's share of the step's groups as weighted micro-batches.
@@ -99,9 +102,20 @@ class MetaPasses(_Base):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         groups = self._groups.batch(self._step(), self.meta_batch_size)[rank::world]
         size = self.args.per_device_train_batch_size
-        own = [(1.0, groups[i : i + size]) for i in range(0, len(groups), size)]
+        own = [
+            (1.0, part)
+            for i in range(0, len(groups), size)
+            for part in self._groups_of_passes(groups[i : i + size])
+        ]
         most = math.ceil(math.ceil(self.meta_batch_size / world) / size)
         return own + [(0.0, groups[:1])] * (most - len(own))
+
+    def _groups_of_passes(self, groups: list[TokenGroup]) -> list[list[TokenGroup]]:
+        """Return these groups in parts within `max_tokens_per_pass`."""
+        if self._most_tokens() is None:
+            return [groups]
+        parts = self._cut(self.model_wrapped, self._packed_groups(groups))
+        return [[groups[i] for i in part] for part in parts]
 
     def _micro_batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Return a micro-batch's share of L of the optimizer step, as in training."""
@@ -119,7 +133,8 @@ class MetaPasses(_Base):
         """
         with self._gradients_set_aside(), _unsynchronised(model):
             gradients_in_shards(model)
-            self._micro_batch_loss(model, inputs).backward()
+            for part in self._passes(model, inputs):
+                self._micro_batch_loss(model, part).backward()
             gradients = self._gradients()
         if averaged and not is_sharded(model):
             gradients = [self._reduce(g, "mean") for g in gradients]
@@ -147,14 +162,17 @@ class MetaPasses(_Base):
         """Return grad L(theta') - grad L(theta) of one micro-batch, averaged over processes."""
         if self.meta_curvature != "exact":
             return self._change_by_differences(model, inputs, directions, eta)
+        total: list[Tensor] = []
         with _unsynchronised(model):
-            change = midpoint_change(
-                lambda: self._micro_batch_loss(model, inputs),
-                self._trainable(),
-                directions,
-                meta_learning_rate=eta,
-            )
-        return [self._reduce(c, "mean") for c in change]
+            for part in self._passes(model, inputs):
+                change = midpoint_change(
+                    partial(self._micro_batch_loss, model, part),
+                    self._trainable(),
+                    directions,
+                    meta_learning_rate=eta,
+                )
+                total = [t + c for t, c in zip(total, change, strict=True)] if total else change
+        return [self._reduce(c, "mean") for c in total]
 
     def _change_by_differences(
         self,

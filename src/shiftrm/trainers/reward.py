@@ -110,6 +110,7 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
             keywords |= {name: read_dataset(keywords[name])} if name in keywords else {}
         self._embeddings = known_tokens(model)
         super().__init__(model, args, data_collator, *rest, **keywords)
+        self._require_one_process()
         self.args.model_init_kwargs = model_init_kwargs
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             raise UserError(

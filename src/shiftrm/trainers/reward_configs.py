@@ -57,7 +57,19 @@ class RewardConfig(trl.RewardConfig):
         },
     )
 
+    max_tokens_per_pass: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bound on the tokens of one forward and backward pass, to bound its memory: a "
+            "batch is cut into passes, with equal results. Default: a batch is one pass."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.max_tokens_per_pass is not None and self.max_tokens_per_pass < 1:
+            raise UserError(
+                f"max_tokens_per_pass is {self.max_tokens_per_pass}; it must be at least 1"
+            )
         if self.max_steps == 0:
             raise UserError(
                 "max_steps is 0; give at least 1, or leave it out to train num_train_epochs"
