@@ -259,7 +259,7 @@ class Soak:
             self.counts[what] += 1
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
 
     def good(self, seed: int) -> None:
         """Ask, and compare with the rewards of the model that the answer names."""
@@ -326,7 +326,7 @@ def soak(seconds: float, folder: Path) -> dict[str, Any]:
     expected = {f.name: score_rows(Scorer.from_pretrained(f), data) for f in folders}
     (folder / "empty").mkdir()
     memory: list[float] = []
-    with server(folders[0], "--max-megabytes", "1") as (port, process):
+    with server(folders[0], "--max-megabytes", "1", "--timeout", "600") as (port, process):
         run = Soak(port, expected, data)
         threads = [threading.Thread(target=run.good, args=(i,)) for i in range(8)]
         threads += [threading.Thread(target=run.leaving, args=(i,)) for i in range(2)]

@@ -192,6 +192,33 @@ def test_a_client_that_leaves_is_dropped(serving, model, monkeypatch):
     assert 'shiftrm_requests_total{path="/score",status="499"} 1.0' in metrics
 
 
+def test_a_client_that_leaves_is_not_read(serving, model, monkeypatch):
+    """While one request is being read, others wait; those whose clients leave are dropped."""
+    server = serving(model)
+    plain, read, go_on = server.service._read, [], threading.Event()
+
+    def slowly(raw, form):
+        read.append(raw)
+        assert go_on.wait(30)
+        return plain(raw, form)
+
+    monkeypatch.setattr(server.service, "_read", slowly)
+    first = threading.Thread(target=lambda: server.post("/score", ROW))
+    first.start()
+    while not read:
+        time.sleep(0.01)
+    for _ in range(5):
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(f"{server.url}/score", json=ROW, timeout=0.1)
+    while server.service.running > 1:
+        time.sleep(0.01)
+    go_on.set()
+    first.join()
+    assert len(read) == 1
+    server.post("/score", ROW)
+    assert len(read) == 2
+
+
 def test_one_bad_sequence_fails_alone(serving, model, monkeypatch):
     """A pass that fails is tried in halves, as running out of memory is."""
     from shiftrm.serve import batching

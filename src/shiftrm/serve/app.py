@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -23,6 +23,8 @@ from shiftrm.serve.models import Models
 from shiftrm.serve.settings import TOKEN, Settings, token_matches
 
 __all__ = ["VERSION_HEADER", "Service", "make_app"]
+
+T = TypeVar("T")
 
 VERSION_HEADER = "X-Model-Version"
 
@@ -167,13 +169,10 @@ class Service:
     async def score(self, form: Format, request: Request) -> Response:
         """Read a request, wait for its rewards, and write them."""
         start = time.perf_counter()
-        loop = asyncio.get_running_loop()
         async with asyncio.timeout(self.settings.timeout):
             raw = await self.body(request)
-            job, question = await loop.run_in_executor(self.reader, self._read, raw, form)
-            self.metrics.given.inc(job.tokens)
-            self.batcher.submit(job)
-            rewards = await _unless_gone(asyncio.wrap_future(job.done), request)
+            scored = asyncio.create_task(self._scored(raw, form))
+            job, question, rewards = await _unless_gone(scored, request)
         answer = form.write(rewards, question, job.served)
         if self.record is not None:
             self.record(
@@ -187,6 +186,14 @@ class Service:
                 }
             )
         return json_response(200, answer, {VERSION_HEADER: job.served.version})
+
+    async def _scored(self, raw: bytes, form: Format) -> tuple[Job, Question, list[float]]:
+        """Read a request and wait for its rewards; cancelling drops it from where it waits."""
+        loop = asyncio.get_running_loop()
+        job, question = await loop.run_in_executor(self.reader, self._read, raw, form)
+        self.metrics.given.inc(job.tokens)
+        self.batcher.submit(job)
+        return job, question, await asyncio.wrap_future(job.done)
 
     def _read(self, raw: bytes, form: Format) -> tuple[Job, Question]:
         served = self.models.current  # once: read and scored by one model
@@ -279,23 +286,24 @@ async def _watch(service: Service) -> None:
         await asyncio.to_thread(service.models.follow_link)
 
 
-async def _unless_gone(done: "asyncio.Future[list[float]]", request: Request) -> list[float]:
-    """Return the rewards; drop the job if the client leaves or its time is over.
+async def _unless_gone(work: asyncio.Task[T], request: Request) -> T:
+    """Return the result of some work; cancel it if the client leaves or its time is over.
+
+    Clients that give up would otherwise keep the server busy with answers that nobody reads.
 
     Raises:
         ClientDisconnect: the client has closed the connection.
     """
-    leaving: asyncio.Future[Any] = asyncio.ensure_future(
-        request.receive()
-    )  # the body was read: only this can come
+    # The body was read, so the end of the connection is all that can come.
+    leaving: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait([done, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
+        await asyncio.wait([work, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
             raise ClientDisconnect
-        return done.result()
+        return work.result()
     finally:
         leaving.cancel()
-        done.cancel()
+        work.cancel()
 
 
 def parsed(raw: bytes) -> dict[str, Any]:
