@@ -34,10 +34,12 @@ def test_scores_are_the_scorers(server, model):
     given = [Response(p, t, f) for p, t, f in zip(PROMPTS, TEXTS, finished, strict=True)]
     assert rewards_of(reward, given) == pytest.approx(scorer.score(given), abs=1e-6)
     assert reward.version == server.models.current.version
+    as_scorer = reward(PROMPTS, TEXTS, finished=finished)
+    assert as_scorer == pytest.approx(scorer.score(given), abs=1e-6)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 256])
-def test_sampled_tokens_and_template_options(server, model, tokenizer, batch):
+@pytest.mark.parametrize("size", [1, 3, 256])
+def test_sampled_tokens_and_template_options(server, model, tokenizer, size):
     scorer = Scorer.from_pretrained(model)
     name = tokenizer_name(scorer.tokenizer)
     options = {"tools": None, "enable_thinking": False}
@@ -47,7 +49,7 @@ def test_sampled_tokens_and_template_options(server, model, tokenizer, batch):
         Response("a", " cat dog", True),
         Response("the red", " dog", True),
     ]
-    reward = RewardClient(server.url, token=KEY, batch=batch)
+    reward = RewardClient(server.url, token=KEY, batch_size=size)
     assert reward.score(given) == pytest.approx(scorer.score(given), abs=1e-6)
 
 
@@ -198,21 +200,21 @@ def test_one_call_has_one_models_rewards():
     """The model changes between two requests of one call: everything is scored anew."""
     other = ("v2", "version", {})
     with Fake(GOOD, other, other, other, GOOD, GOOD) as fake:
-        reward = RewardClient(fake.url, token="", batch=2)
+        reward = RewardClient(fake.url, token="", batch_size=2)
         assert reward(["a", "a", "b"], [" 1", " 2", " 3"]) == [1.0] * 3
         assert (reward.version, reward.swaps, len(fake.bodies)) == ("v2", 0, 4)
         reward(["a", "a", "b"], [" 1", " 2", " 3"])
         assert (reward.version, reward.swaps) == ("v1", 1)
     with Fake(*[GOOD, other] * 4) as fake, pytest.raises(UserError, match="changed its model"):
-        RewardClient(fake.url, token="", batch=2)(["a", "a", "b"], [" 1", " 2", " 3"])
+        RewardClient(fake.url, token="", batch_size=2)(["a", "a", "b"], [" 1", " 2", " 3"])
 
 
 def test_responses_to_one_prompt_are_one_row():
     with Fake(GOOD) as fake:
         RewardClient(fake.url, token="")(["a", "b", "a"], [" 1", " 2", " 3"])
     assert fake.bodies[0]["rows"] == [
-        {"prompt": "a", "responses": [" 1", " 3"]},
-        {"prompt": "b", "responses": [" 2"]},
+        {"prompt": "a", "responses": [" 1", " 3"], "finished": [True, True]},
+        {"prompt": "b", "responses": [" 2"], "finished": [True]},
     ]
 
 

@@ -49,7 +49,7 @@ class RewardClient:
         template_options: further options of the policy's chat template.
         timeout: seconds for each attempt.
         retries: attempts after the first on lost connections, time-outs and a busy server.
-        batch: responses in one request.
+        batch_size: responses in one request.
         name: name of the rewards in TRL's logs.
 
     Attributes:
@@ -66,7 +66,7 @@ class RewardClient:
         template_options: Mapping[str, Any] | None = None,
         timeout: float = 120.0,
         retries: int = 6,
-        batch: int = 256,
+        batch_size: int = 256,
         name: str = "reward_server",
     ) -> None:
         self.url = _checked(url)
@@ -74,7 +74,7 @@ class RewardClient:
         if not self._token.isascii() or not all(c.isprintable() for c in self._token):
             raise UserError(f"{TOKEN} holds characters that a token cannot have; set it again")
         self.tokenizer, self.template_options = tokenizer, dict(template_options or {})
-        self.timeout, self.retries, self.batch = timeout, retries, batch
+        self.timeout, self.retries, self.batch_size = timeout, retries, batch_size
         self.__name__ = name
         self.version, self.swaps = "", 0
         local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
@@ -90,13 +90,16 @@ class RewardClient:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        finished: Sequence[bool] | None = None,
         **others: Any,
     ) -> list[float]:
-        """Return rewards as a reward function of TRL's GRPO and RLOO trainers.
+        """Return rewards as a reward function of TRL's GRPO and RLOO trainers, or as a `Scorer`.
 
         Args:
             prompts, completions: texts, or lists of chat messages.
-            completion_ids: the sampled tokens.
+            completion_ids: the sampled tokens; read with the tokenizer only.
+            finished: False where a text was cut off. Default: all finished.
             others: what else the trainer passes; `log_metric` gets the number of model changes.
 
         Raises:
@@ -107,9 +110,10 @@ class RewardClient:
                 prompts=list(prompts), completion_ids=[list(ids) for ids in completion_ids]
             )
         else:
+            ended = [True] * len(completions) if finished is None else finished
             rows = [
-                {"prompt": prompt, "responses": [completion]}
-                for prompt, completion in zip(prompts, completions, strict=True)
+                {"prompt": prompt, "responses": [completion], "finished": [bool(end)]}
+                for prompt, completion, end in zip(prompts, completions, ended, strict=True)
             ]
             rewards = self.score_rows(rows)
         log_metric = others.get("log_metric")
@@ -141,7 +145,7 @@ class RewardClient:
         for _ in range(1 + RESCORINGS):
             found: dict[int, float] = {}
             versions = set()
-            for numbers, grouped in _requests(rows, self.batch):
+            for numbers, grouped in _requests(rows, self.batch_size):
                 answer = self.post("/score", {"rows": grouped})
                 versions.add(str(answer.get("version")))
                 rewards = _flat(answer, len(numbers), self.url)
