@@ -212,8 +212,11 @@ def verdict(change: Any, value: Any, also: float) -> str:
         also: share of the benign runs in which the signal is flagged.
     """
     words = []
+    known = [found for found in (change, value) if found is not None and found.low is not None]
+    if not known:
+        return "too few runs"
     for found, what in ((change, "its change"), (value, "its value")):
-        if found is None or found.low is None:
+        if found not in known:
             continue
         if found.low > 0.5:
             words.append(f"{what} tells")

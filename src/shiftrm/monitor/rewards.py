@@ -54,7 +54,8 @@ class TrlReward:
     """A reward function of TRL: `(prompts, completions, completion_ids, **columns)`.
 
     One that is a coroutine function is run to its end. Texts that the policy did not write are
-    scored with the columns of their prompt and None for `completion_ids`.
+    scored by its method `score`, if it is a `TokenReward`; else with the columns of their prompt
+    and None for `completion_ids`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -71,6 +72,9 @@ class TrlReward:
         )
 
     def score(self, contexts: Contexts) -> Score:
+        if isinstance(self.function, TokenReward):  # such as a client of `shiftrm serve`
+            return self.function
+
         def of(prompts: Sequence[Any], responses: Sequence[Any], *, finished: Any) -> list[float]:
             given = [contexts.get(prompt_name(prompt), {}) for prompt in prompts]
             if not given:
@@ -114,13 +118,11 @@ def open_reward(reward: Any) -> Reward:
     """
     if isinstance(reward, str | Path):
         return TextReward(Scorer.from_pretrained(reward).to_accelerator())
-    if isinstance(reward, TextReward | TrlReward) or (
-        hasattr(reward, "batch") and hasattr(reward, "score")
-    ):
+    if callable(getattr(reward, "batch", None)) and callable(getattr(reward, "score", None)):
         found: Reward = reward
         return found
-    if isinstance(reward, TokenReward):
-        return TextReward(reward)  # type: ignore[arg-type]
+    if isinstance(reward, Scorer):
+        return TextReward(reward)
     if not callable(reward):
         raise UserError(
             f"the monitor cannot wrap a {type(reward).__name__}; give a reward model's folder, a "
