@@ -217,6 +217,21 @@ def test_errors_do_not_reach_the_run(tmp_path):
         run(DriftMonitor(by_length, tmp_path / "c", SMALL, answers=fails), 4)
 
 
+def test_an_audit_is_asked_again_after_an_error(tmp_path):
+    down = iter([True, True])
+
+    def answers(pairs):
+        if next(down, False):
+            raise OSError("the judge is away")
+        return right(pairs)
+
+    monitor = DriftMonitor(by_length, tmp_path, SMALL, answers=answers)
+    with pytest.warns(UserWarning, match="could not be answered: the judge is away"):
+        run(monitor, 6)
+    assert monitor.evidence.answers == 60  # of all three audits
+    assert len(read_jsonl(tmp_path / "steps.jsonl")) == 6
+
+
 def test_an_error_of_the_reward_is_raised(tmp_path):
     def broken(prompts, responses, *, finished):
         raise ZeroDivisionError

@@ -91,7 +91,7 @@ class MonitorFolder:
                 for name, value in row["signals"].items():
                     state.series.setdefault(name, []).append(value)
         number = 1
-        while (folder := self._audit(number)).is_dir():
+        while (folder := self.audit(number)).is_dir():
             state.audits.append(read_audit(folder, number))
             number += 1
         return state
@@ -123,18 +123,17 @@ class MonitorFolder:
         atomic_write_text(self.path / ALARM, text)
         self.event("alarm", alarm.step, episode=episode, sentence=alarm.sentence)
 
-    def write_audit(self, audit: Audit) -> Path:
-        folder = self._audit(audit.number)
-        write_audit(folder, audit)
-        return folder
+    def write_audit(self, audit: Audit) -> None:
+        write_audit(self.audit(audit.number), audit)
 
     def read_audit(self, audit: Audit) -> Audit:
         """Return the audit with the answers that are there now."""
         if len(audit.answered) == len(audit.drawn):
             return audit
-        return read_audit(self._audit(audit.number), audit.number)
+        return read_audit(self.audit(audit.number), audit.number)
 
-    def _audit(self, number: int) -> Path:
+    def audit(self, number: int) -> Path:
+        """Return the folder of an audit."""
         return self.path / AUDITS / f"{number:04d}"
 
 

@@ -290,11 +290,18 @@ class DriftMonitor:
         if not drawn:
             return
         audit = Audit(number, state.step, tuple(drawn), state.episode)
-        folder = self.folder.write_audit(audit)
+        self.folder.write_audit(audit)
         state.audits.append(audit)
         self.folder.event("audit", state.step, number=number, labels=audit.labels, flags=[*flags])
-        if self.answers is not None:
-            answer(folder, audit, self.answers)
+        if self.answers is None:
+            return
+        for waiting in state.audits:  # also those that could not be answered before
+            if len(waiting.answered) < len(waiting.drawn):
+                try:
+                    answer(self.folder.audit(waiting.number), waiting, self.answers)
+                except Exception as error:
+                    self._failed(f"an audit could not be answered: {error}")
+                    return
 
     def _look(self) -> None:
         """Read the answers that are there, and act if the test is decided."""
