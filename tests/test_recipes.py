@@ -30,11 +30,12 @@ def snippet(name):
 
 
 def test_all_recipes_are_tested():
-    """Those of `shiftrm run` in tests/pipeline/test_recipes.py."""
+    """Those of `shiftrm run` in tests/pipeline/test_recipes.py and test_smollm2.py."""
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {
         *REAL,
         "gold_domains",
         "gold_demo",
+        "smollm2_harmless",
         *LOOP,
     }
 
