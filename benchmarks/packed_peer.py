@@ -11,6 +11,7 @@ ends only, and attention is the fastest that torch has for sequences of several 
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ NAME = "packed_peer"
 _lengths: list[int] = []
 """Tokens of each sequence of the pass; the layers read it."""
 
+_ends = torch.zeros(0, dtype=torch.int32)
+"""On a GPU: where the sequences begin and the last one ends, made once a pass."""
+
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_
@@ -29,7 +33,10 @@ def attend(
     """Causal attention within each sequence: [1, T, heads, D] from [1, heads, T, D]."""
     gqa = query.shape[1] != key.shape[1]
     if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, scaling), None
+        states = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+        longest = max(_lengths)
+        run, options = _varlen()
+        return run(*states, _ends, _ends, longest, longest, **options(scaling))[None], None
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
         for q, k, v in zip(*(t.split(_lengths, dim=2) for t in (query, key, value)), strict=True)
@@ -37,18 +44,19 @@ def attend(
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+@cache
+def _varlen() -> tuple[Callable[..., Tensor], Callable[[float], dict]]:
+    """FlashAttention for sequences of several lengths, and its options in this torch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = torch.tensor([0, *_lengths], device=query.device).cumsum(0).to(torch.int32)
     takes = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
-    if "enable_gqa" in takes:
-        options["enable_gqa"] = True
-    if "scale" in takes:
-        options["scale"] = scaling
-    states = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    return varlen_attn(*states, ends, ends, max(_lengths), max(_lengths), **options)[None]
+    causal = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    gqa = {"enable_gqa": True} if "enable_gqa" in takes else {}
+
+    def options(scaling: float) -> dict:
+        return causal | gqa | ({"scale": scaling} if "scale" in takes else {})
+
+    return varlen_attn, options
 
 
 def use(model: nn.Module) -> None:
@@ -58,12 +66,20 @@ def use(model: nn.Module) -> None:
 
 
 def packed_rewards(model: nn.Module, sequences: list[list[int]]) -> Tensor:
-    """Rewards of the sequences in one pass, [N]."""
-    _lengths[:] = map(len, sequences)
+    """Rewards of the sequences in one pass, [N].
+
+    On a GPU the row is filled up to a multiple of 128 tokens, which matrix products like.
+    """
+    global _ends
     device = model.device
-    ids = torch.tensor([[token for s in sequences for token in s]], device=device)
+    filled = sequences
+    if device.type == "cuda" and (missing := -sum(map(len, sequences)) % 128):
+        filled = [*sequences, [0] * missing]
+    _lengths[:] = map(len, filled)
+    ids = torch.tensor([[token for s in filled for token in s]], device=device)
     places = torch.cat([torch.arange(n) for n in _lengths])[None].to(device)
-    ends = torch.tensor(_lengths, device=device).cumsum(0) - 1
+    _ends = torch.tensor([0, *_lengths], device=device).cumsum(0).to(torch.int32)
+    ends = _ends[1 : len(sequences) + 1].long() - 1
     states = model.model(
         input_ids=ids, position_ids=places, attention_mask=None, use_cache=False
     ).last_hidden_state
