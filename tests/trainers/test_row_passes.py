@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shiftrm.errors import UserError
 from shiftrm.trainers.bsr import BSRConfig, BSRTrainer
@@ -141,6 +142,58 @@ def test_results_are_equal_whatever_the_budget(
     assert counts[2] > counts[0], "the smaller budget must take more passes"
     for model in models[1:]:
         same_weights(models[0], model, rtol=1e-4, atol=1e-5)
+
+
+class CastsCounted(TorchDispatchMode):
+    """Counts how often a weight of the given shapes is cast to bf16."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.casts = shapes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (
+            func is torch.ops.aten._to_copy.default
+            and (kwargs or {}).get("dtype") is torch.bfloat16
+        ):
+            self.casts += args[0].dtype is torch.float32 and args[0].shape in self.shapes
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("most", [None, 26])
+def test_weights_are_cast_once_a_step(most, make_trainer, reward_model, pack_all):
+    """Autocast's copies serve all passes of a step, and its gradients are still right."""
+    weights = [p for name, p in reward_model.named_parameters() if "_proj" in name]
+    trainer = make_trainer(
+        reward_model, RewardTrainer, max_steps=3, bf16=True, max_tokens_per_pass=most
+    )
+    counts, step = [], trainer.training_step
+
+    def counted(*args, **kwargs):
+        with CastsCounted({p.shape for p in weights}) as counter:
+            loss = step(*args, **kwargs)
+        counts.append(counter.casts)
+        return loss
+
+    trainer.training_step = counted
+    trainer.train()
+    assert counts[1:] == [len(weights)] * 2  # the first step also compares paths
+
+
+def test_bf16_gradients_are_equal_whatever_the_budget(make_trainer, reward_model, pack_all):
+    models = []
+    for most in (None, 26):
+        model = copy.deepcopy(reward_model)
+        trainer = make_trainer(
+            model, RewardTrainer, max_steps=2, bf16=True, max_tokens_per_pass=most
+        )
+        trainer.train()
+        models.append(model)
+    moved = max(
+        float((a - b).detach().abs().max())
+        for a, b in zip(reward_model.parameters(), models[0].parameters(), strict=True)
+    )
+    same_weights(*models, rtol=0.02, atol=0.02 * moved)
 
 
 def test_budgets_are_refused(make_trainer, reward_model):

@@ -217,10 +217,15 @@ def precision_of(model: nn.Module) -> Iterator[list[torch.dtype]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, and restore its mode afterwards."""
+    """Put the model in evaluation mode, and restore its mode afterwards.
+
+    Autocast's copies of weights are forgotten: a version of torch that keeps those made without
+    gradients would train with them.
+    """
     was_training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
+        torch.clear_autocast_cache()

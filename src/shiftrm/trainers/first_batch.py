@@ -155,6 +155,7 @@ def require_no_noise(model: nn.Module, input_ids: Tensor, attention_mask: Tensor
                 states.append(hidden_states(model, input_ids, attention_mask))
     finally:
         model.train(was_training)
+        torch.clear_autocast_cache()  # as `probes.evaluating` does
     first, again, *others = states
     if not bool(first.isfinite().all()):
         raise UserError(

@@ -73,8 +73,15 @@ class RowPasses(_Base):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], *rest: Any, **keywords: Any
     ) -> Tensor:
-        parts = self._passes(model, inputs)
-        losses = [super(RowPasses, self).training_step(model, p, *rest, **keywords) for p in parts]
+        if self._most_tokens() is None:
+            return super().training_step(model, inputs, *rest, **keywords)
+        # Autocast forgets the weights it has cast at the end of the outermost context, which would
+        # be each pass's own; it stays off between passes.
+        with torch.autocast(self.args.device.type, enabled=False):
+            losses = [
+                super(RowPasses, self).training_step(model, part, *rest, **keywords)
+                for part in self._passes(model, inputs)
+            ]
         total: Tensor = sum(losses[1:], start=losses[0])
         return total
 
