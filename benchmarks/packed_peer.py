@@ -60,9 +60,14 @@ def _varlen() -> tuple[Callable[..., Tensor], Callable[[float], dict]]:
 
 
 def use(model: nn.Module) -> None:
-    """Let the model's layers use this attention; it then gets no mask."""
+    """Let the model's layers use this attention; it then gets no mask.
+
+    A layer may have a configuration of its own, as in a model whose dropout was switched off.
+    """
     AttentionInterface.register(NAME, attend)
-    model.config._attn_implementation = NAME
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = NAME
 
 
 def packed_rewards(model: nn.Module, sequences: list[list[int]]) -> Tensor:
@@ -84,6 +89,18 @@ def packed_rewards(model: nn.Module, sequences: list[list[int]]) -> Tensor:
         input_ids=ids, position_ids=places, attention_mask=None, use_cache=False
     ).last_hidden_state
     return F.linear(states[0, ends], model.score.weight).float()[:, 0]
+
+
+@torch.no_grad()
+def require_rewards(model: nn.Module, sequences: list[list[int]]) -> None:
+    """Check the packed rewards against each sequence alone."""
+    together = packed_rewards(model, sequences)
+    alone = torch.cat([packed_rewards(model, [s]) for s in sequences])
+    spread = float(alone.std())
+    allowed = 0.3 if next(model.parameters()).dtype == torch.bfloat16 else 1e-3
+    off = float((together - alone).abs().max())
+    assert spread > 0, "rewards that are all alike would show nothing"
+    assert off <= allowed * spread, f"the packed peer is off by {off}, its rewards vary by {spread}"
 
 
 def steps(

@@ -246,6 +246,8 @@ def train_packed(trainer, model, batch: int, steps: int, take_turns) -> float:
     rows = trainer.train_dataset.with_format(None)[:]
     pairs = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
     batches = (pairs[step * batch : (step + 1) * batch] for step in range(steps))
+    packed_peer.use(model)
+    packed_peer.require_rewards(model, [s for pair in pairs[:3] for s in pair])
     take_turns()
     return packed_peer.steps(model, batches, trainer, end_of_step=take_turns)
 
