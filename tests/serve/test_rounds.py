@@ -20,7 +20,6 @@ def test_the_alarm_adapts_and_the_server_changes(
     from trl import RLOOConfig, RLOOTrainer
 
     from shiftrm.monitor.monitor import DriftMonitor
-    from shiftrm.monitor.rewards import TrlReward
     from shiftrm.monitor.settings import MonitorConfig
 
     write_jsonl(tmp_path / "pairs.jsonl", pairs * 4)
@@ -43,7 +42,7 @@ def test_the_alarm_adapts_and_the_server_changes(
         monitor.model_changed()
 
     monitor = DriftMonitor(
-        TrlReward(client),
+        client,
         tmp_path / "monitor",
         MonitorConfig(
             threshold=0.7, budget=80, audit_pairs=20, audit_every=2, baseline=2, window=2,

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from shiftrm.errors import UserError, printable, suggest
 from shiftrm.files import BEYOND_JSON
+from shiftrm.models.loading import accelerator
 from shiftrm.serve.batching import Batcher, BrokenModelError, Job
 from shiftrm.serve.formats import FORMATS, Format, Question
 from shiftrm.serve.metrics import Metrics
@@ -27,6 +28,9 @@ __all__ = ["VERSION_HEADER", "Service", "make_app"]
 T = TypeVar("T")
 
 VERSION_HEADER = "X-Model-Version"
+
+ON_CPU, ON_ACCELERATOR = 2048, 8192
+"""Tokens of a pass. On a CPU, larger ones leave its caches; an accelerator must be filled."""
 
 GONE = 499
 """Status of a request whose client left, for the counters; nothing is sent."""
@@ -70,7 +74,8 @@ class Service:
         metrics = self.metrics
         models.changed = self._changed
         self._now(models.current)
-        self.batcher = Batcher(budget=settings.batch_tokens, observe=metrics.observe_pass)
+        budget = settings.batch_tokens or (ON_CPU if accelerator() is None else ON_ACCELERATOR)
+        self.batcher = Batcher(budget=budget, observe=metrics.observe_pass)
         # One thread reads, as tokenizers and templates are cached for one.
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self.running = self.answered = 0

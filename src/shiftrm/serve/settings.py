@@ -30,7 +30,7 @@ class Settings:
     Attributes:
         host, port: the address to listen at; port 0 takes a free one.
         token: what clients must send; "" for none, which allows only this machine and no `/reload`.
-        batch_tokens: maximum tokens of a forward pass, padding included.
+        batch_tokens: maximum tokens of a forward pass, padding included; None: as suits the device.
         max_length: maximum tokens of a sequence, if below the model's context.
         max_bytes: maximum size of a request.
         max_requests: maximum number of requests at one time.
@@ -41,7 +41,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     token: str = ""
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     max_length: int | None = None
     max_bytes: int = 16 * 2**20
     max_requests: int = 1024
