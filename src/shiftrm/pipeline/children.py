@@ -10,9 +10,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
 
-__all__ = ["end_children", "end_with_signal", "run_child"]
+__all__ = ["end_children", "end_with_signal", "run_child", "running_child"]
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
@@ -27,18 +28,34 @@ def run_child(command: Sequence[str], *, env: Mapping[str, str]) -> int:
     Args:
         command: its output goes where this process's output goes; its input is empty.
     """
+    with running_child(command, env=env) as process:
+        return process.wait()
+
+
+@contextlib.contextmanager
+def running_child(
+    command: Sequence[str], *, env: Mapping[str, str], output: IO[bytes] | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a command in a process group of its own, which ends with the block.
+
+    Args:
+        output: a file for what it says; by default that goes where this process's output goes.
+    """
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
         env=dict(env),
         start_new_session=True,  # a group of its own, to be ended with all it started
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
     _CHILDREN.add(process.pid)
     try:
-        return process.wait()
+        yield process
     finally:
         _end(process.pid)  # what a launcher started and left behind, too
+        process.wait()
         _CHILDREN.discard(process.pid)
 
 

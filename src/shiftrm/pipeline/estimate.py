@@ -17,7 +17,7 @@ from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.inputs import KINDS
 from shiftrm.pipeline.job_checks import job_of, settings_of
-from shiftrm.pipeline.jobs import MetaTest, MetaTrain, Optimise, Sample, Sft, TrainReward
+from shiftrm.pipeline.jobs import External, MetaTest, MetaTrain, Optimise, Sample, Sft, TrainReward
 from shiftrm.pipeline.resources import Disk, Sizes, disk_of, mean_tokens, members_of, operations
 from shiftrm.world.build import WorldConfig, base_model_config
 from shiftrm.world.language import MAX_RESPONSE_TOKENS
@@ -318,6 +318,8 @@ def stage_memory(stage: Stage, sizes: Sizes) -> int:
 
 
 def _memory(stage: Stage, sizes: Sizes | None) -> int | None:
+    if isinstance(job_of(stage), External):  # the other program's
+        return None
     if sizes is None:  # none at all can be told even so
         return None if stage_memory(stage, Sizes(1, 1, 1, 1)) else 0
     return stage_memory(stage, sizes)

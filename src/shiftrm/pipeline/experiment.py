@@ -8,6 +8,7 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.methods.method import METHODS, Method
 from shiftrm.models.sampling import SamplingConfig
 from shiftrm.pipeline.domain_section import DomainSection
+from shiftrm.pipeline.external import COMMAND, check_commands
 from shiftrm.pipeline.launch import Execution
 from shiftrm.pipeline.sections import (
     DataSettings,
@@ -25,8 +26,9 @@ from shiftrm.world.world import GOLD
 
 __all__ = ["Arm", "Experiment", "arms_by_name"]
 
-OPTIMISERS = ("ppo", "rloo", "grpo", "dpo")
 DPO = "dpo"
+REWARDED = ("ppo", "rloo", "grpo", COMMAND)
+OPTIMISERS = (*REWARDED, DPO)
 OWNED = {
     "seed": "the run sets it from its own `seed`",
     "output_dir": "the run sets it",
@@ -58,7 +60,8 @@ class Arm:
             round, "metarm" also uses groups of the round's policy. All arms of a round start from
             the same head and see the pairs in the same order; in round 1 so does the first reward
             model.
-        policy: optimiser of this arm; by default the recipe's. "dpo" needs no reward model.
+        policy: optimiser of this arm; by default the recipe's. "dpo" needs no reward model,
+            "command" is the program of `policy.command`.
         rounds: number of rounds; by default the recipe's, and 1 for DPO.
         settings: override those of the section `reward`.
         policy_settings: settings of the optimiser; override those of the method, and those of the
@@ -164,13 +167,14 @@ class Experiment:
             )
         if not self.methods:
             raise UserError("methods is empty; name at least one arm")
-        if self.policy.method not in OPTIMISERS[:3]:
+        if self.policy.method not in REWARDED:
             raise UserError(
                 f"policy.method is {self.policy.method!r}"
-                f"{suggest(self.policy.method, list(OPTIMISERS[:3]))}"
+                f"{suggest(self.policy.method, list(REWARDED))}"
             )
         for name, arm in self.methods.items():
             self._check_arm(name, arm)
+        check_commands(self)
         self._check_sections()
 
     def _check_source(self) -> None:

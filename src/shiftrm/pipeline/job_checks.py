@@ -8,6 +8,7 @@ from shiftrm.config import from_mapping
 from shiftrm.errors import UserError
 from shiftrm.pipeline.engine import Stage
 from shiftrm.pipeline.jobs import (
+    External,
     MetaTest,
     MetaTrain,
     Optimise,
@@ -45,6 +46,11 @@ def check_job(job: Any, way: Mapping[str, Any], *, processes: int = 1) -> None:
         from shiftrm.pipeline.meta_test_run import MetaTestConfig
 
         from_mapping(MetaTestConfig, dict(job.settings))
+    if isinstance(job, External):
+        try:
+            job.on_machine(way).check()
+        except UserError as error:
+            raise UserError(f"policy.command: {error}") from None
     if not is_training(job):
         return
     from shiftrm.policies.commands import METHODS, elsewhere

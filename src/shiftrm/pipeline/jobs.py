@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from shiftrm.errors import UserError
 from shiftrm.methods.method import METHODS
 from shiftrm.models.generation import SamplingConfig
+from shiftrm.pipeline.external import External
 from shiftrm.pipeline.job import Input, Job, Made, Training, as_word, options, text
 from shiftrm.pipeline.meta_jobs import MetaTest, MetaTrain
 from shiftrm.progress import task
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from shiftrm.trainers.kinds import Training as Kind
 
 __all__ = [
-    "JOBS", "Input", "Job", "Made", "MetaTest", "MetaTrain", "Optimise", "Sample", "Sft",
-    "TrainReward",
+    "JOBS", "External", "Input", "Job", "Made", "MetaTest", "MetaTrain", "Optimise", "Sample",
+    "Sft", "TrainReward",
     "as_word", "from_plain", "inputs_of", "is_training", "located", "place", "plain", "plain_input",
 ]  # fmt: skip
 
@@ -289,6 +290,7 @@ JOBS: dict[str, type] = {
     "sft": Sft,
     "train_reward": TrainReward,
     "optimise": Optimise,
+    "external": External,
     "sample": Sample,
     "meta_train": MetaTrain,
     "meta_test": MetaTest,
@@ -311,8 +313,9 @@ def from_plain(data: Mapping[str, Any]) -> Any:
     values = {name: _typed(value) for name, value in data.items() if name != "kind"}
     if "sampling" in values:
         values["sampling"] = SamplingConfig(**values["sampling"])
-    if "vllm_arguments" in values:
-        values["vllm_arguments"] = tuple(values["vllm_arguments"])
+    for name in ("vllm_arguments", "words"):
+        if name in values:
+            values[name] = tuple(values[name])
     return JOBS[data["kind"]](**values)
 
 

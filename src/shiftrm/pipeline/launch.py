@@ -6,8 +6,8 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from shiftrm.files import atomic_write_text, iterate_jsonl, remove_temporary_fil
 from shiftrm.metrics import is_declared
 from shiftrm.pipeline.children import run_child
 from shiftrm.pipeline.engine import RECORDS_FILE, StageContext
-from shiftrm.pipeline.jobs import MetaTest, Optimise, Sample, from_plain, located, plain
+from shiftrm.pipeline.jobs import External, MetaTest, Optimise, Sample, from_plain, located, plain
 from shiftrm.progress import only_on_terminals, quieten_libraries, reporting, speaks
 from shiftrm.records import read_records
 from shiftrm.trainers.training_log import TRAINING_LOG
@@ -52,6 +52,9 @@ class Execution:
         in_process: run jobs inside the workers, for tiny models that load quickly.
         workers: stages that run at the same time.
         report_to: "none", "tensorboard" or "wandb"; written beside each model.
+        reward_host: name or address at which the reward server of a `policy.command` listens, and
+            at which the command reaches it. One that other machines reach needs SHIFTRM_TOKEN.
+        reward_devices: CUDA_VISIBLE_DEVICES of that server; by default the run's.
     """
 
     processes: int = 1
@@ -63,6 +66,8 @@ class Execution:
     in_process: bool = False
     workers: int = 1
     report_to: str = "none"
+    reward_host: str = "127.0.0.1"
+    reward_devices: str = ""
 
     def __post_init__(self) -> None:
         for name in ("processes", "micro_batch_size", "sampling_batch_size", "workers"):
@@ -162,6 +167,10 @@ def _begin_or_continue(keep: Path, execution: Mapping[str, Any]) -> None:
 def _run(job: Any, target: Path, context: StageContext) -> None:
     """Run one job; an error in a child process is raised here."""
     execution = context.stage.execution
+    if isinstance(job, External):
+        with _printing_to_log():
+            print(job.run(target))
+        return
     command = job.command(str(target))
     print(f"$ {shlex.join(['shiftrm', *command])}", flush=True)
     try:
@@ -176,13 +185,20 @@ def _run(job: Any, target: Path, context: StageContext) -> None:
 
 
 def _run_here(job: Any, target: Path) -> None:
-    """Run a job in this process; its output goes to file descriptor 1, the log."""
+    """Run a job in this process."""
+    with _printing_to_log():
+        perform(job, target)
+
+
+@contextmanager
+def _printing_to_log() -> Iterator[None]:
+    """Print to file descriptor 1, which is the log."""
     with (
         os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace") as log,
         redirect_stdout(log),
         redirect_stderr(log),
     ):
-        perform(job, target)
+        yield
 
 
 def _run_in_child(job: Any, target: Path, context: StageContext) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from shiftrm.pipeline.domain_plan import domain_stages
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import DPO, Arm, Experiment
+from shiftrm.pipeline.external import COMMAND, External
 from shiftrm.pipeline.jobs import (
     Input,
     Job,
@@ -181,6 +182,8 @@ class Planner:
             settings = self.settings({**recipe.dpo.settings, **arm.policy_settings}, DPO)
             job = Optimise(method, start, reference, pairs=self.inputs.pairs, settings=settings)
             return self.training(here, job, record, "dpo")
+        if method == COMMAND:
+            return self._external(here, number, record, (start, reference, reward))
         settings = dict(recipe.policy.settings) if method == recipe.policy.method else {}
         settings |= {
             **(arm.method.policy_settings if method == "ppo" else {}),
@@ -207,6 +210,19 @@ class Planner:
         )
         section = None if method == "ppo" else "policy"
         return self.training(here, job, record, section)
+
+    def _external(
+        self, here: str, number: int, record: dict[str, Any], models: tuple[Input, Input, Input]
+    ) -> Stage:
+        """Return the stage of `policy.command`, from the policy, the reference and the reward."""
+        recipe, execution = self.recipe, self.recipe.execution
+        inputs = dict(zip(("policy", "reference", "reward"), models, strict=True))
+        inputs |= {"prompts": self.inputs.policy_prompts(number), "pairs": self.inputs.pairs}
+        seed = random_seed(recipe.seed, f"ppo/{number}")
+        more = {"round": number, "seed": seed, "sampling": recipe.sampling}
+        job = External.of(recipe.policy.command, inputs, **more)
+        names = ("processes", "reward_host", "reward_devices")
+        return self.stage(here, job, record, {name: getattr(execution, name) for name in names})
 
     def evaluation(
         self, here: str, name: str, number: int, policy: str | None, reward: Input, before: str

@@ -12,7 +12,16 @@ from shiftrm.methods.method import METHODS
 from shiftrm.pipeline.engine import Stage
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.job_checks import job_of, settings_of
-from shiftrm.pipeline.jobs import Made, MetaTest, MetaTrain, Sample, Sft, TrainReward, is_training
+from shiftrm.pipeline.jobs import (
+    External,
+    Made,
+    MetaTest,
+    MetaTrain,
+    Sample,
+    Sft,
+    TrainReward,
+    is_training,
+)
 
 __all__ = [
     "Disk",
@@ -55,7 +64,7 @@ def disk_of(stage: Stage, sizes: Sizes, steps: int | None) -> Disk:
     A checkpoint holds what is trained. Texts, records and logs are not counted.
     """
     job = job_of(stage)
-    if isinstance(job, MetaTest) and job.way != "none":
+    if isinstance(job, External) or (isinstance(job, MetaTest) and job.way != "none"):
         return Disk(4 * sizes.policy, 0)
     if not is_training(job):
         return Disk(0, 0)
@@ -139,7 +148,7 @@ def operations(
     train = 6 if sizes.policy_adapters is None else 4
     policy, reward = sizes.policy, sizes.reward
     answer = tokens.get("prompts", math.nan) + recipe.sampling.max_new_tokens
-    if isinstance(job, MetaTrain | MetaTest):
+    if isinstance(job, MetaTrain | MetaTest | External):
         return None
     if isinstance(job, Sample):
         made = _sampled(recipe, job, rows)

@@ -18,9 +18,11 @@ from shiftrm.pipeline.domain_section import domain_arms
 from shiftrm.pipeline.engine import Stage, run_stages
 from shiftrm.pipeline.estimate import MEMORY_NOTE, Estimate, estimate, judging_cost
 from shiftrm.pipeline.experiment import Experiment, arms_by_name
+from shiftrm.pipeline.external import command_notes
 from shiftrm.pipeline.folder import claim, progress
 from shiftrm.pipeline.inputs import KINDS, check_data, check_judge, check_models
 from shiftrm.pipeline.job_checks import check_job, job_of, settings_of
+from shiftrm.pipeline.jobs import External
 from shiftrm.pipeline.plan import JUDGING, plan
 from shiftrm.pipeline.resources import speed, time_note
 
@@ -203,6 +205,7 @@ def notes(recipe: Experiment) -> list[str]:
         )
     if recipe.domains is not None:
         found += unequal_budgets(recipe)
+    found += command_notes(recipe)
     for name, arm in recipe.methods.items():
         again = arm.reward == "retrained" and recipe.rounds_of(name) == 1
         if again and not arm.is_dpo and not arm.settings:
@@ -243,7 +246,8 @@ def dry_run(recipe: Experiment) -> None:
         if (job := job_of(stage_)) is not None:
             made = job.on_machine(stage_.execution["way"])
             words = shlex.join(made.command(f"{stage_.name}/{job.makes}"))
-            console.print(f"{stage_.name}:\n  shiftrm {words}", **say)  # type: ignore[arg-type]
+            program = "" if isinstance(job, External) else "shiftrm "
+            console.print(f"{stage_.name}:\n  {program}{words}", **say)  # type: ignore[arg-type]
     console.print(
         f"\n{MEMORY_NOTE}\n{time_note(rate, processes)}\nNothing was run or written.",
         **say,  # type: ignore[arg-type]

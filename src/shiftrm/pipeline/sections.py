@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from shiftrm.errors import UserError, suggest
+from shiftrm.policies.external import parse_command
 from shiftrm.world.build import WorldConfig
 from shiftrm.world.world import gold_world
 
@@ -156,18 +157,28 @@ class GroupSection:
 
 @dataclass(frozen=True)
 class PolicySection:
-    """Policy optimisation (`shiftrm optimise`).
+    """Policy optimisation (`shiftrm optimise`, or another program).
 
     Attributes:
-        method: ppo (ours), rloo or grpo (TRL's).
+        method: ppo (ours), rloo or grpo (TRL's), or command: the program of `command`.
         batch_size: responses per optimizer step of rloo and grpo, over all processes; ppo has its
             own setting `minibatch_size`.
         settings: settings of that method.
+        command: the command line of another trainer: a text, or a list of words, with places for
+            its inputs (`policies.external.PLACES`).
     """
 
     method: str = "ppo"
     batch_size: int = 64
     settings: dict[str, Any] = field(default_factory=dict)
+    command: Any = None
+
+    def __post_init__(self) -> None:
+        if self.command is not None:
+            try:
+                parse_command(self.command)
+            except UserError as error:
+                raise UserError(f"policy.command {error}") from None
 
 
 @dataclass(frozen=True)
