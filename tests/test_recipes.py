@@ -16,6 +16,7 @@ from shiftrm.oodpl.training_command import settings_of
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.run import read_recipe
 from tests.pipeline.conftest import LOOP
+from tests.pipeline.test_external_recipes import EXTERNAL
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 REAL = ("shp", "amazon")
@@ -30,13 +31,14 @@ def snippet(name):
 
 
 def test_all_recipes_are_tested():
-    """Those of `shiftrm run` in tests/pipeline/test_recipes.py and test_smollm2.py."""
+    """Those of `shiftrm run` in tests/pipeline: test_recipes, _smollm2, _external_recipes."""
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {
         *REAL,
         "gold_domains",
         "gold_demo",
         "smollm2_harmless",
         *LOOP,
+        *EXTERNAL,
     }
 
 

@@ -185,6 +185,7 @@ def test_a_failed_command_is_one_line_and_the_same_call_continues(world, tmp_pat
     assert (output / HERE / "stage.json").stat().st_mtime_ns == began
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("do", "said"), [("nothing", "nothing was trained"), ("no-tokenizer", "has no tokenizer")]
 )

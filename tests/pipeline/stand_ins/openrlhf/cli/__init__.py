@@ -1,0 +1,1 @@
+"""Stands in for OpenRLHF, which needs GPUs."""
