@@ -77,6 +77,7 @@ WORDS = {
     "unshared": "shiftrm, prefixes not shared",
     "metarm_plain": "MetaRM, prefixes not shared",
 }
+USUAL = ("trl", "packed", "shiftrm", "metarm")
 PLAIN = ("trl", "unshared", "metarm_plain")
 K = 5
 
@@ -385,7 +386,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="PROMPT/RESPONSE")
-    parser.add_argument("--arms", nargs="+", default=list(WORDS), choices=WORDS)
+    parser.add_argument("--arms", nargs="+", default=list(USUAL), choices=WORDS)
     parser.add_argument("--model", default="small", choices=MODELS)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step (default: 8)")
