@@ -144,7 +144,10 @@ class Progress:
         with self._lock:
             self._spoke = self._clock()
             if self._log is not None:
-                with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as file:
+                with (
+                    contextlib.suppress(OSError),
+                    open(self._log, "a", encoding="utf-8", errors="backslashreplace") as file,
+                ):
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def speak_if_due(self) -> float:

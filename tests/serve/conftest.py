@@ -45,18 +45,18 @@ class Running:
     """A server in a thread.
 
     Attributes:
-        said, recorded: what it said and recorded.
+        said: the lines it said.
     """
 
-    def __init__(self, path, record=False, **options):
+    def __init__(self, path, log=None, say=None, **options):
         import uvicorn
 
         settings = Settings(port=0, **{"poll": 0.05, **options})
-        self.said, self.recorded = [], []
+        self.said = []
         self.models = Models(str(path), max_length=settings.max_length)
         self.service = Service(
             self.models, settings,
-            record=self.recorded.append if record else None, say=self.said.append,
+            log=log, say=say or self.said.append,
         )  # fmt: skip
         self._socket = bound_socket(settings)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -76,6 +76,7 @@ class Running:
         return answer.json()
 
     def close(self):
+        """End it; once more does nothing."""
         self.http.close()
         self._server.should_exit = True
         self._thread.join(30)

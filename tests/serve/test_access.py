@@ -271,13 +271,3 @@ def test_nothing_of_a_request_is_kept(serving, model, monkeypatch, capfd):
     assert error == {"error": "the server failed (KeyError)"}
     assert "KeyError at " in server.said[1]
     assert "secret" not in str(server.said) + "".join(capfd.readouterr())
-    assert server.recorded == []
-
-
-def test_requests_are_recorded_if_asked(serving, model):
-    server = serving(model, record=True)
-    answer = server.post("/score", ROW)
-    (row,) = server.recorded
-    assert row["request"] == ROW
-    assert row["rewards"] == answer["rewards"]
-    assert row["version"] == answer["version"]

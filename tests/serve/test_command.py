@@ -120,6 +120,23 @@ def test_what_it_says_and_writes(start, model, other, tmp_path):
     assert row["rewards"] == answer["rewards"]
 
 
+def test_nobody_reads_its_output(start, model, other, tmp_path):
+    """As with `| head -2`: the pipe is closed after the first lines."""
+    server = start("--model", model, "--port", 0, "--log", tmp_path, SHIFTRM_TOKEN=KEY)
+    server.process.stdout.close()
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for folder in (other, model):
+        url = f"{server.url}/reload"
+        found = httpx2.post(url, json={"model": str(folder)}, headers=headers, timeout=60)
+        assert found.status_code == 200
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+    assert "Error" not in server.process.stderr.read()
+    logged = (tmp_path / "progress.log").read_text()
+    assert logged.endswith("stopped\n")
+    assert "model other@" in logged
+
+
 def run(capsys, *words):
     capsys.readouterr()
     status = main(["serve", *map(str, words)])

@@ -63,6 +63,7 @@ class Options:
 
 def run(options: Options) -> None:
     from shiftrm.progress import current
+    from shiftrm.serve.output import print_line
     from shiftrm.serve.server import require_packages, run
     from shiftrm.serve.settings import TOKEN, Settings
 
@@ -91,7 +92,7 @@ def run(options: Options) -> None:
         folder = output_folder(options.log, apart_from=[*inputs(options), requests_log])
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        print_line(line)
         if progress is None:
             return
         if folder is not None:  # made when there is something to say: a mistake leaves nothing

@@ -21,6 +21,7 @@ from shiftrm.serve.formats import FORMATS, Format, Question
 from shiftrm.serve.metrics import Metrics
 from shiftrm.serve.model import ServedModel
 from shiftrm.serve.models import Models
+from shiftrm.serve.output import RequestLog, steady
 from shiftrm.serve.settings import TOKEN, Settings, token_matches
 
 __all__ = ["VERSION_HEADER", "Service", "make_app"]
@@ -57,8 +58,8 @@ class Service:
     """What the routes share.
 
     Args:
-        record: called with each request and its rewards, if requests are to be logged.
-        say: called with a line for each new model and each unexpected error.
+        log: gets each request and its rewards, if requests are to be logged.
+        say: called with a line for each new model and each unexpected error; may raise anything.
     """
 
     def __init__(
@@ -66,11 +67,14 @@ class Service:
         models: Models,
         settings: Settings,
         *,
-        record: Callable[[dict[str, Any]], None] | None = None,
+        log: RequestLog | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.models, self.settings, self.metrics = models, settings, Metrics()
-        self.record, self.say = record, say
+        self.log, self.say = log, steady(say)
+        self._unlogged: set[str] = set()
+        if log is not None:
+            log.failed = self._not_logged
         metrics = self.metrics
         models.changed = self._changed
         self._now(models.current)
@@ -86,6 +90,12 @@ class Service:
         """End the threads; jobs that wait are scored first."""
         self.reader.shutdown(wait=True, cancel_futures=True)
         self.batcher.close()
+
+    def _not_logged(self, reason: str) -> None:
+        self.metrics.unlogged.inc()
+        if reason not in self._unlogged:
+            self._unlogged.add(reason)
+            self.say(f"requests are answered but not logged: {reason}")
 
     def _now(self, served: ServedModel) -> None:
         self.metrics.model.info({"name": served.name, "version": served.version})
@@ -179,10 +189,9 @@ class Service:
             scored = asyncio.create_task(self._scored(raw, form))
             job, question, rewards = await _unless_gone(scored, request)
         answer = form.write(rewards, question, job.served)
-        if self.record is not None:
-            self.record(
+        if self.log is not None:
+            await self.log.record(
                 {
-                    "time": time.strftime("%Y-%m-%d %H:%M:%S"),
                     "path": request.url.path,
                     "seconds": round(time.perf_counter() - start, 4),
                     "version": job.served.version,
@@ -286,9 +295,17 @@ def _model_list(served: ServedModel) -> dict[str, Any]:
 
 async def _watch(service: Service) -> None:
     """Follow a link to the model's folder."""
+    trouble = ""
     while True:
         await asyncio.sleep(service.settings.poll)
-        await asyncio.to_thread(service.models.follow_link)
+        try:
+            await asyncio.to_thread(service.models.follow_link)
+            trouble = ""
+        except Exception as error:  # the next look may succeed
+            found = type(error).__name__
+            if found != trouble:
+                service.say(f"the link to the model cannot be followed ({found})")
+            trouble = found
 
 
 async def _unless_gone(work: asyncio.Task[T], request: Request) -> T:

@@ -37,6 +37,9 @@ class Metrics:
             Histogram, "pass_sequences", "Sequences in one forward pass", buckets=SEQUENCES
         )
         self.reloads = self._make(Counter, "reloads", "Attempts to change the model", ["result"])
+        self.unlogged = self._make(
+            Counter, "requests_unlogged", "Answers that --log-requests could not write"
+        )
         self.model = self._make(Info, "model", "The model that new requests are scored by")
 
     def _make(self, kind: Any, name: str, text: str, labels: Any = (), **more: Any) -> Any:

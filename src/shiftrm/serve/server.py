@@ -8,13 +8,12 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from shiftrm.errors import UserError
-from shiftrm.files import json_line
 from shiftrm.progress import current
+from shiftrm.serve.output import RequestLog, print_line, steady
 from shiftrm.serve.settings import Settings, bound_socket
 
 __all__ = ["require_packages", "run"]
@@ -44,7 +43,7 @@ def run(
     model: str,
     settings: Settings,
     *,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_line,
     requests_log: Path | None = None,
 ) -> None:
     """Serve a reward model until SIGTERM or Ctrl-C; running requests are answered first.
@@ -57,6 +56,7 @@ def run(
         UserError: a package is missing, the port is in use, or the model cannot be served.
     """
     require_packages()
+    say = steady(say)
     with closing(bound_socket(settings)) as bound:
         _serve(model, settings, bound, say, requests_log)
     say("stopped")
@@ -74,21 +74,15 @@ def _serve(
 
     models = Models(model, max_length=settings.max_length)
     with ExitStack() as stack:
-        record = None
+        log = None
         if requests_log is not None:
-            log = stack.enter_context(open(requests_log, "a", encoding="utf-8"))
-            record = partial(_write, log)
-        service = Service(models, settings, record=record, say=say)
+            log = stack.enter_context(closing(RequestLog(requests_log)))
+        service = Service(models, settings, log=log, say=say)
         stack.callback(service.close)
         host, port = bound.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         stack.enter_context(_progress(lambda: service.answered))
         listen(make_app(service), settings, bound, lambda: say(f"serving at {address}"))
-
-
-def _write(log: IO[str], row: dict[str, Any]) -> None:
-    log.write(json_line(row))
-    log.flush()
 
 
 def listen(app: Any, settings: Settings, bound: socket.socket, ready: Callable[[], None]) -> None:
