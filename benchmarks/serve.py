@@ -99,17 +99,22 @@ def server(model: Path | str, *words: str) -> Iterator[tuple[int, psutil.Process
         env={**os.environ, "SHIFTRM_TOKEN": TOKEN},
     )
     assert process.stdout is not None
+    reading = None
     try:
         for line in process.stdout:
             if line.startswith("serving at "):
                 break
         else:
             raise SystemExit("the server did not start")
-        threading.Thread(target=process.stdout.read, daemon=True).start()
+        reading = threading.Thread(target=process.stdout.read)
+        reading.start()
         yield int(line.strip().rpartition(":")[2]), psutil.Process(process.pid)
     finally:
         process.terminate()
         status = process.wait(60)
+        if reading is not None:
+            reading.join()
+        process.stdout.close()
     if status:
         raise SystemExit(f"the server ended with status {status}")
 
@@ -150,6 +155,7 @@ def ask_all(port: int, requests: list[Any], clients: int) -> tuple[list[Any], li
             with lock:
                 number = next(waiting, None)
             if number is None:
+                line.close()
                 return
             start = time.perf_counter()
             status, answer = post(line, *requests[number])
@@ -275,6 +281,7 @@ class Soak:
             apart = max(abs(a - b) for a, b in zip(answer["rewards"], known, strict=True))
             if apart > NEAR:
                 self.wrong.append(f"{answer['version']}: request {number} differs by {apart}")
+        line.close()
 
     def leaving(self, seed: int) -> None:
         """Close the connection in the middle of a request, or before its answer."""
@@ -298,7 +305,8 @@ class Soak:
         ]  # fmt: skip
         while not self.over.wait(0.05):
             try:
-                status, answer = post(self.connect(), "/score", rng.choice(bodies))
+                with contextlib.closing(self.connect()) as line:
+                    status, answer = post(line, "/score", rng.choice(bodies))
             except (OSError, http.client.HTTPException):  # closed while a huge one was being sent
                 self.count("odd: closed")
                 continue
@@ -311,7 +319,8 @@ class Soak:
         while not self.over.wait(3):
             turn += 1
             folder = folders[turn % len(folders)]
-            status, answer = post(self.connect(), "/reload", {"model": str(folder)})
+            with contextlib.closing(self.connect()) as line:
+                status, answer = post(line, "/reload", {"model": str(folder)})
             self.count(f"reload: {status}")
             if (status == 200) != (folder.name in self.expected):
                 self.wrong.append(f"reload of {folder}: {status} {answer}")
