@@ -1,6 +1,7 @@
 """The recipes for other trainers, run to the last line with programs that stand in for these."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,29 @@ def test_the_stand_ins_refuse_what_the_programs_do_not_know(public, tmp_path, ca
     status = main(["run", str(RECIPES / "openrlhf.yaml"), *words, "--output", str(output)])
     assert status == 2
     assert "unrecognized arguments: --actor_learning_rate" in capsys.readouterr().err
+
+
+ON_A_CPU = {
+    "trl grpo": f"{Path(sys.executable).with_name('trl')} grpo",
+    "--accelerate_config multi_gpu": "--cpu",
+    "--use_vllm true": "--use_vllm false --use_cpu true",
+    "--bf16 true": "--bf16 false",
+    "--max_steps 100": "--max_steps 2",
+    "--gradient_accumulation_steps 16": "--gradient_accumulation_steps 1",
+    "--learning_rate 1e-6": "--learning_rate 1e-3",
+}
+
+
+@pytest.mark.slow
+def test_trl_itself_runs_the_recipes_command_without_vllm(public, tmp_path, capsys, here):
+    """TRL's own GRPO under accelerate, with the rewards of our server."""
+    command = read_recipe(RECIPES / "trl_grpo.yaml", ["model=x/y"]).policy.command
+    for before, now in ON_A_CPU.items():
+        assert before in command
+        command = command.replace(before, now)
+    words = [*small("trl_grpo", public), "methods=[fixed]", f"policy.command={command!r}"]
+    output = tmp_path / "run"
+    assert main(["run", str(RECIPES / "trl_grpo.yaml"), *words, "--output", str(output)]) == 0
+    log = (output / "methods/fixed/round-1/policy/command.log").read_text()
+    assert "rewards/reward_server/mean" in log
+    assert "Training completed" in log
