@@ -1,8 +1,4 @@
-"""Estimates before a run starts: rows, optimizer steps, memory, and requests to a judge.
-
-Memory is counted from the number of parameters: weights, gradients and the two moments of AdamW in
-fp32, 4 bytes each (autocast keeps the weights in fp32).
-"""
+"""Estimates before a run starts: rows, optimizer steps, memory, and requests to a judge."""
 
 import math
 from collections.abc import Mapping
@@ -11,40 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError
+from shiftrm.files import Row
 from shiftrm.pipeline.data_sets import assembled, place_of, read_source
 from shiftrm.pipeline.domain_section import DomainSection
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.inputs import KINDS
 from shiftrm.pipeline.job_checks import job_of, settings_of
-from shiftrm.pipeline.jobs import External, MetaTest, MetaTrain, Optimise, Sample, Sft, TrainReward
-from shiftrm.pipeline.resources import Disk, Sizes, disk_of, mean_tokens, members_of, operations
+from shiftrm.pipeline.jobs import External, MetaTrain, Optimise, Sft, TrainReward
+from shiftrm.pipeline.memory import LIBRARIES, stage_memory, working_memory
+from shiftrm.pipeline.passes import count_passes
+from shiftrm.pipeline.resources import Disk, Sizes, disk_of, members_of, operations
+from shiftrm.pipeline.row_lengths import Lengths, lengths_of, spelling_of
 from shiftrm.world.build import WorldConfig, base_model_config
 from shiftrm.world.language import MAX_RESPONSE_TOKENS
-from shiftrm.world.world import gold_world
 
 __all__ = [
-    "MEMORY_NOTE",
     "Estimate",
     "Sizes",
     "StageEstimate",
     "estimate",
     "judging_cost",
     "sizes_of",
-    "stage_memory",
 ]
-
-FP32 = 4  # bytes
-TRAINED = 4 * FP32  # weight, gradient, AdamW's two moments
 
 DOMAIN_PROMPT_TOKENS = 8
 """Such as "describe the garden with roses and soil :"."""
-
-MEMORY_NOTE = (
-    "Memory is of weights, gradients and optimizer states in fp32, for one process that is not "
-    "sharded. Activations, caches of sampling and (with bf16) autocast's copies of weights come on "
-    "top; models of judges and embedders, and a server's, are not counted."
-)
 
 _ANSWER_TOKENS = 200  # of a judge that compares before it decides; a guess until it has answered
 
@@ -55,7 +43,7 @@ class StageEstimate:
 
     Attributes:
         steps: optimizer steps (PPO: batches of roll-outs).
-        memory: bytes per process, see `MEMORY_NOTE`.
+        memory: bytes per process, see `memory.MEMORY_NOTE`.
         disk: what the stage stores.
         operations: see `resources.operations`.
     """
@@ -90,30 +78,31 @@ class Estimate:
 def estimate(recipe: Experiment, stages: list[Stage]) -> Estimate:
     """Read local data and the model's configuration; what only the hub has stays unknown."""
     if recipe.domains is not None:
-        rows, tokens, exact = _domain_rows(recipe.domains)
+        rows, lengths, exact = _domain_rows(recipe.domains)
         sizes = sizes_of(_world_model(recipe.domains.world.model()), recipe.lora)
     elif recipe.world is None:
-        rows, tokens, exact = _rows(recipe, stages[0])
+        rows, lengths, exact = _rows(recipe, stages[0])
         sizes = sizes_of(str(recipe.model), recipe.lora)
     else:
-        rows, tokens, exact = _world_rows(recipe, stages[0])
+        rows, lengths, exact = _world_rows(recipe, stages[0])
         sizes = sizes_of(_world_model(recipe.world), recipe.lora)
     found = []
     for stage in stages:
         steps = _steps(recipe, stage, rows)
         disk: Disk | None = disk_of(stage, sizes or Sizes(1, 1), steps)
-        work = operations(recipe, stage, sizes or Sizes(1, 1), steps, rows, tokens)
+        work = operations(recipe, stage, sizes or Sizes(1, 1), steps, rows, lengths.mean)
         if sizes is None:  # none at all can be told even so
             disk, work = (None if disk and disk.kept else disk), None if work else work
-        found.append(StageEstimate(stage.name, steps, _memory(stage, sizes), disk, work))
+        memory = _memory(recipe, stage, lengths, sizes)
+        found.append(StageEstimate(stage.name, steps, memory, disk, work))
     return Estimate(rows, exact, sizes, tuple(found))
 
 
 # -- rows ----------------------------------------------------------------------------------------
 
 
-def _rows(recipe: Experiment, data: Stage) -> tuple[dict[str, int | None], dict[str, float], bool]:
-    """How many rows each data set has, how many tokens a row, and whether the count is exact."""
+def _rows(recipe: Experiment, data: Stage) -> tuple[dict[str, int | None], Lengths, bool]:
+    """How many rows each data set has, how long they are, and whether the count is exact."""
     settings = data.settings
     used = [name for name in KINDS if name != "demonstrations" or recipe.sft is not None]
     local = {
@@ -123,34 +112,42 @@ def _rows(recipe: Experiment, data: Stage) -> tuple[dict[str, int | None], dict[
     if all(local[name] for name in used if settings[name] is not None):
         # As `StageContext.random_seed` of the stage "data" draws.
         found = assembled(settings, seed=random_seed(recipe.seed, "splits"))
-        lengths = {name: mean_tokens(found[name].rows) for name in used}
-        return {name: len(found[name].rows) for name in used}, lengths, True
+        there = {name: found[name].rows for name in used}
+        return {name: len(there[name]) for name in used}, _lengths(recipe, there), True
     rows: dict[str, int | None] = {}
-    tokens: dict[str, float] = {}
+    there = {}
     for name in used:
         rows[name] = None
         if local[name]:
-            read = read_source(settings[name], KINDS[name]).rows
-            count, tokens[name] = len(read), mean_tokens(read)
+            there[name] = read_source(settings[name], KINDS[name]).rows
             limit = settings.get(f"max_{name}")
-            rows[name] = count if limit is None else min(limit, count)
-    return rows, tokens, False
+            rows[name] = len(there[name]) if limit is None else min(limit, len(there[name]))
+    return rows, _lengths(recipe, there), False
+
+
+def _lengths(recipe: Experiment, rows: dict[str, list[Row]]) -> Lengths:
+    """How long the rows are that reach a model: longer pairs and prompts are dropped."""
+    longest = {
+        "pairs": recipe.reward.settings.get("max_length", 1024),
+        "heldout": recipe.reward.settings.get("max_length", 1024),
+        "demonstrations": (recipe.sft.settings if recipe.sft else {}).get("max_length", 1024),
+        "prompts": recipe.policy.settings.get("max_prompt_length"),
+    }
+    return lengths_of(rows, longest, spelling_of(str(recipe.model), rows.get("prompts", [])))
 
 
 def _domain_rows(
     section: DomainSection,
-) -> tuple[dict[str, int | None], dict[str, float], bool]:
+) -> tuple[dict[str, int | None], Lengths, bool]:
     """Rows and tokens of the gold world's domains."""
     world = section.world
     rows: dict[str, int | None] = {"demonstrations": world.sft_examples}
     rows["pairs"] = world.pairs * len(section.sources)
     whole = float(DOMAIN_PROMPT_TOKENS + MAX_RESPONSE_TOKENS)
-    return rows, {"demonstrations": whole, "pairs": 2 * whole}, False
+    return rows, Lengths({"demonstrations": whole, "pairs": 2 * whole}, {}), False
 
 
-def _world_rows(
-    recipe: Experiment, data: Stage
-) -> tuple[dict[str, int | None], dict[str, float], bool]:
+def _world_rows(recipe: Experiment, data: Stage) -> tuple[dict[str, int | None], Lengths, bool]:
     """Rows and tokens of the gold world; pairs of equal responses will be dropped."""
     world, settings = recipe.world, data.settings
     assert world is not None
@@ -166,7 +163,7 @@ def _world_rows(
     whole = prompt + world.world.max_response_tokens
     tokens = dict.fromkeys(rows, prompt)
     tokens |= {"demonstrations": whole, "pairs": 2 * whole, "heldout": 2 * whole}
-    return rows, tokens, False
+    return rows, Lengths(tokens, tokens), False
 
 
 # -- steps ---------------------------------------------------------------------------------------
@@ -226,11 +223,12 @@ def _world_model(world: WorldConfig) -> Any:
     return base_model_config(world, world.world.tokenizer(model_max_length=world.max_positions))
 
 
-def sizes_of(model: Any, lora: Mapping[str, Any] | None) -> Sizes | None:
+def sizes_of(model: Any, lora: Mapping[str, Any] | None, *, tokens: int = 128) -> Sizes | None:
     """Count the parameters on the networks themselves, without making their weights.
 
     Args:
         model: folder, hub name, or configuration.
+        tokens: of the row on which passes are counted.
 
     Returns:
         None if the model's configuration is not on this machine.
@@ -253,12 +251,17 @@ def sizes_of(model: Any, lora: Mapping[str, Any] | None) -> Sizes | None:
         return None
     policy_size, reward_size = _count(policy), _count(reward)
     if lora is None:
-        return Sizes(policy_size, reward_size)
+        return Sizes(
+            policy_size, reward_size, passes=count_passes(policy, policy_size, None, tokens=tokens)
+        )
+    policy = _adapted(policy, lora, "CAUSAL_LM")
+    adapters = _trained_of(policy)
     return Sizes(
         policy_size,
         reward_size,
-        _adapters(policy, lora, "CAUSAL_LM"),
-        _adapters(reward, lora, "SEQ_CLS"),
+        adapters,
+        _trained_of(_adapted(reward, lora, "SEQ_CLS")),
+        count_passes(policy, policy_size, adapters, tokens=tokens),
     )
 
 
@@ -266,8 +269,12 @@ def _count(network: Any) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def _adapters(network: Any, lora: Mapping[str, Any], task: str) -> int:
+def _trained_of(network: Any) -> int:
     """What LoRA trains, a reward model's head included."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def _adapted(network: Any, lora: Mapping[str, Any], task: str) -> Any:
     import torch
     from peft import get_peft_model
     from trl import ModelConfig, get_peft_config
@@ -275,58 +282,23 @@ def _adapters(network: Any, lora: Mapping[str, Any], task: str) -> int:
     try:
         config = get_peft_config(ModelConfig(use_peft=True, lora_task_type=task, **lora))
         with torch.device("meta"):
-            adapted = get_peft_model(network, config)
+            return get_peft_model(network, config)
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {str(error).splitlines()[0]}") from None
-    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def stage_memory(stage: Stage, sizes: Sizes) -> int:
-    """Bytes of a stage's models; 0 where it holds none."""
-    job = job_of(stage)
-    policy, reward = FP32 * sizes.policy, FP32 * sizes.reward
-    if job is None:
-        if "choice" in stage.settings:  # of the pairs to label
-            return reward
-        if stage.name.endswith("evaluation"):  # the reward model goes before the policies come
-            return max(reward, 0 if stage.settings["policy_stage"] is None else 2 * policy)
-        return reward if stage.name.startswith("best_of_n") else 0
-    if isinstance(job, Sample):
-        return 0 if job.vllm or job.server else policy
-    trained = _trained(sizes.policy, sizes.policy_adapters)
-    if isinstance(job, MetaTest):  # policy, reference, reward model, and a critic
-        return trained + policy + reward + (_trained(sizes.reward, None) if job.way == "ppo" else 0)
-    if isinstance(job, MetaTrain):  # its hypergradient keeps a copy of the policy and its gradient
-        return _trained(sizes.reward, sizes.reward_adapters) + 3 * policy
-    if isinstance(job, Sft):
-        return trained
-    critic = _trained(sizes.reward, sizes.reward_adapters)
-    if isinstance(job, TrainReward):  # MetaRM holds grad J and a copy of what it shifts
-        shifted = sizes.reward_adapters or sizes.reward
-        return critic + (0 if job.groups is None else 2 * FP32 * shifted)
-    lora = sizes.policy_adapters is not None
-    reference = 0 if lora and job.policy == job.reference else policy  # its own, adapter off
-    if job.method == "dpo":
-        return trained + reference
-    watched = job.watch is not None and gold_world(str(job.watch)) is None
-    scoring = reward + (reward if watched else 0)  # a second one is taken to be as large
-    if job.method != "ppo":
-        return trained + reference + scoring
-    if lora:  # the critic is one more adapter in the policy
-        critic = TRAINED * (sizes.reward_adapters or 0)
-    return trained + reference + scoring + critic
-
-
-def _memory(stage: Stage, sizes: Sizes | None) -> int | None:
+def _memory(
+    recipe: Experiment, stage: Stage, lengths: "Lengths", sizes: Sizes | None
+) -> int | None:
     if isinstance(job_of(stage), External):  # the other program's
         return None
     if sizes is None:  # none at all can be told even so
         return None if stage_memory(stage, Sizes(1, 1, 1, 1)) else 0
-    return stage_memory(stage, sizes)
-
-
-def _trained(size: int, adapters: int | None) -> int:
-    return TRAINED * size if adapters is None else FP32 * size + TRAINED * adapters
+    models = stage_memory(stage, sizes)
+    if not models:
+        return 0
+    most = recipe.sampling.max_new_tokens
+    return LIBRARIES + models + working_memory(stage, sizes, lengths.longest, most)
 
 
 # -- the judge -----------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shiftrm.files import Row
+from shiftrm.data.negatives import NEGATIVES
 from shiftrm.methods.method import METHODS
 from shiftrm.pipeline.engine import Stage
 from shiftrm.pipeline.experiment import Experiment
@@ -22,33 +22,43 @@ from shiftrm.pipeline.jobs import (
     TrainReward,
     is_training,
 )
+from shiftrm.pipeline.passes import Passes, guess_passes
 
 __all__ = [
     "Disk",
     "Sizes",
     "disk_of",
-    "mean_tokens",
     "members_of",
     "operations",
+    "seconds",
     "speed",
     "time_note",
 ]
 
+OVERHEAD, OVERHEAD_PPO = 1.5, 2.5
+"""Time of a stage on a CPU over that of its matrix products; docs/smollm2.md has measurements."""
+
+TO_BEGIN = {True: 3.0, False: 10.0}
+"""Seconds of a stage before its first pass, in a worker or in a process of its own: imports and
+weights. PPO, with two models and its checks of them, takes twice as long."""
+
 _BYTES = {"bfloat16": 2, "float16": 2}
 """Bytes per number by dtype; others take 4."""
-
-_CHARACTERS = 4
-"""Characters per token, a guess: a dry run tokenises nothing."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the policy, of a reward model on it, and of the adapters of each (LoRA)."""
+    """Parameters of the policy, of a reward model on it, and of the adapters of each (LoRA).
+
+    Attributes:
+        passes: what a token costs; None if it was not counted.
+    """
 
     policy: int
     reward: int
     policy_adapters: int | None = None
     reward_adapters: int | None = None
+    passes: Passes | None = None
 
 
 class Disk(NamedTuple):
@@ -107,18 +117,6 @@ def _save_steps(given: Mapping[str, Any], steps: int) -> float:
     return every * steps if every < 1 else every  # below 1: a share of the steps
 
 
-def mean_tokens(rows: Sequence[Row]) -> float:
-    """Mean length of a row's texts, in guessed tokens."""
-    return sum(_characters(row) for row in rows) / _CHARACTERS / max(1, len(rows))
-
-
-def _characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_characters, parts))
-
-
 def operations(
     recipe: Experiment,
     stage: Stage,
@@ -129,8 +127,8 @@ def operations(
 ) -> float | None:
     """Return the floating-point operations of a stage's models.
 
-    2 a parameter and token of a pass without gradient, 6 of one in training (with LoRA 4: the
-    weights' own gradients are saved). Responses count at full length.
+    Responses count at full length. A prompt is computed once for all of its responses where the
+    stage does so: in sampling, in PPO and for the sides of a pair.
 
     Args:
         rows, tokens: of each data set, how many rows and how long they are.
@@ -139,62 +137,122 @@ def operations(
         0 for a stage without models; None where its data is not on this machine.
     """
     job = job_of(stage)
-    if job is None:
-        return (
-            0.0
-            if not stage.name.endswith("evaluation")
-            else _evaluation(recipe, sizes, rows, tokens)
-        )
-    train = 6 if sizes.policy_adapters is None else 4
-    policy, reward = sizes.policy, sizes.reward
-    answer = tokens.get("prompts", math.nan) + recipe.sampling.max_new_tokens
     if isinstance(job, MetaTrain | MetaTest | External):
         return None
+    passes = sizes.passes or guess_passes(sizes.policy, sizes.policy_adapters)
+    cost = _Costs(recipe, passes, rows, tokens)
+    if job is None:
+        return cost.evaluation(stage) if stage.name.endswith("evaluation") else 0.0
     if isinstance(job, Sample):
         made = _sampled(recipe, job, rows)
-        return None if made is None or math.isnan(answer) else 2.0 * policy * made * answer
-    if steps is None:
-        return None
-    given = settings_of(stage)
-    method = getattr(job, "method", None)
-    if method == "ppo":
-        from shiftrm.policies.ppo_config import PPOConfig
-
-        default = PPOConfig()
-        batch = int(given.get("prompts_per_step", default.prompts_per_step))
-        batch *= int(given.get("rollouts_per_prompt", default.rollouts_per_prompt))
-        updates = train * int(given.get("epochs", default.epochs)) * (policy + reward)
-        # Sampled, then passes of policy, reference, critic and reward model, then the updates.
-        each = 6 * policy + 4 * reward + updates
-        found = steps * batch * answer * each
-    elif method in ("rloo", "grpo"):
-        found = steps * recipe.policy.batch_size * answer * ((6 + train) * policy + 2 * reward)
-    elif method == "dpo":
-        found = steps * recipe.dpo.batch_size * tokens.get("pairs", math.nan) * (2 + train) * policy
+        found = None if made is None else cost.sampling(*made)
+    elif steps is None:
+        found = None
+    elif getattr(job, "method", None) == "ppo":
+        found = steps * cost.ppo_step(settings_of(stage)) + cost.reward_scale(job)
+    elif getattr(job, "method", None) in ("rloo", "grpo"):
+        batch = recipe.policy.batch_size
+        found = steps * batch * (cost.answer * (2 * passes.forward + passes.training))
+        found += steps * cost.sampling(batch, 1)
+    elif getattr(job, "method", None) == "dpo":
+        each = tokens.get("pairs", math.nan) * (passes.forward + passes.training + 4 * passes.head)
+        found = steps * recipe.dpo.batch_size * each
     elif isinstance(job, Sft):
         batch = recipe.sft.batch_size if recipe.sft is not None else 0
-        found = steps * batch * tokens.get("demonstrations", math.nan) * train * policy
-    else:  # MetaRM: groups about as large as the pairs, and the look ahead
-        passes = 1 if job.groups is None else 2
-        found = steps * recipe.reward.batch_size * tokens.get("pairs", math.nan) * train * reward
-        found *= passes
-    return None if math.isnan(found) else float(found)
+        each = tokens.get("demonstrations", math.nan) * (passes.training + 3 * passes.head)
+        found = steps * batch * each
+    else:
+        found = steps * cost.reward_step(job) + cost.held_out(stage, steps)
+    return None if found is None or math.isnan(found) else float(found)
 
 
-def _evaluation(
-    recipe: Experiment, sizes: Sizes, rows: Mapping[str, int | None], tokens: Mapping[str, float]
-) -> float | None:
-    """Three sets of responses scored, and the KL of one of them."""
-    prompts, length = rows["eval_prompts"], tokens.get("prompts", math.nan)
-    if prompts is None or math.isnan(length):
-        return None
-    made = min(recipe.evaluation.prompts, prompts) * recipe.evaluation.responses
-    length += recipe.sampling.max_new_tokens
-    return float(made * length * (6 * sizes.reward + 4 * sizes.policy))
+@dataclass(frozen=True)
+class _Costs:
+    """Operations of the parts of stages; NaN where rows or lengths are not known."""
+
+    recipe: Experiment
+    passes: Passes
+    rows: Mapping[str, int | None]
+    tokens: Mapping[str, float]
+
+    @property
+    def prompt(self) -> float:
+        return self.tokens.get("prompts", math.nan)
+
+    @property
+    def new(self) -> int:
+        return self.recipe.sampling.max_new_tokens
+
+    @property
+    def answer(self) -> float:
+        return self.prompt + self.new
+
+    def sampling(self, prompts: float, responses: int) -> float:
+        """Each prompt read once, then a token at a time."""
+        passes = self.passes
+        token = passes.forward + passes.head
+        return prompts * (self.prompt * passes.forward + responses * self.new * token)
+
+    def ppo_step(self, given: Mapping[str, Any]) -> float:
+        """Sampling, rewards, the passes before the update, and the updates."""
+        from shiftrm.policies.ppo_config import PPOConfig
+
+        default, passes = PPOConfig(), self.passes
+        prompts = int(given.get("prompts_per_step", default.prompts_per_step))
+        answers = int(given.get("rollouts_per_prompt", default.rollouts_per_prompt))
+        epochs = int(given.get("epochs", default.epochs))
+        shared = prompts * (self.prompt + answers * self.new)
+        logits = prompts * answers * self.new * passes.head
+        found = self.sampling(prompts, answers)
+        found += prompts * answers * self.answer * passes.forward  # the reward model's own rows
+        found += 3 * shared * passes.forward + 2 * logits  # policy, reference and critic
+        return found + epochs * (2 * shared * passes.training + 4 * logits)
+
+    def reward_scale(self, job: Any) -> float:
+        """Responses of the reference that are sampled and scored where no scale is given."""
+        from shiftrm.policies.text_rewards import SCALE_SAMPLES
+
+        if job.scale is not None or {"reward_mean", "reward_std"} <= job.settings.keys():
+            return 0.0
+        scored = SCALE_SAMPLES * self.answer * self.passes.forward
+        return self.sampling(SCALE_SAMPLES, 1) + scored
+
+    def reward_step(self, job: TrainReward) -> float:
+        """A batch of pairs; with groups about as many tokens again, and the look ahead."""
+        batch = self.recipe.reward.batch_size * self.tokens.get("pairs", math.nan)
+        return batch * self.passes.training * (1 if job.groups is None else 2)
+
+    def held_out(self, stage: Stage, steps: int) -> float:
+        """The held-out pairs before, after, and at every evaluation between."""
+        rows, each = self.rows.get("heldout"), self.tokens.get("heldout", math.nan)
+        if rows is None or math.isnan(each):
+            return 0.0
+        given = settings_of(stage)
+        every = float(given.get("eval_steps") or given.get("logging_steps", 500))
+        every = every * steps if every < 1 else every
+        between = math.floor(steps / every) if given.get("eval_strategy") == "steps" else 0
+        return rows * each * self.passes.forward * (2 + between)
+
+    def evaluation(self, stage: Stage) -> float | None:
+        """Three sets of responses and the held-out pairs scored, sight tests, and the KL."""
+        prompts, measured = self.rows["eval_prompts"], self.recipe.evaluation
+        if prompts is None or math.isnan(self.prompt):
+            return None
+        made = min(measured.prompts, prompts) * measured.responses
+        kinds = len(NEGATIVES.names())  # of sight tests; their originals are scored once
+        tests = 2 * (min(measured.sight_pairs, made) * kinds + made) if measured.sight_pairs else 0
+        scored = (3 * made + tests) * self.answer
+        scored += (self.rows.get("heldout") or 0) * self.tokens.get("heldout", 0.0)
+        found = scored * self.passes.forward
+        if stage.settings["policy_stage"] is not None:
+            found += 2 * made * (self.answer * self.passes.forward + self.new * self.passes.head)
+        return float(found)
 
 
-def _sampled(recipe: Experiment, job: Sample, rows: Mapping[str, int | None]) -> int | None:
-    """Return the number of responses that a `sample` stage draws."""
+def _sampled(
+    recipe: Experiment, job: Sample, rows: Mapping[str, int | None]
+) -> tuple[int, int] | None:
+    """Return the number of prompts that a `sample` stage answers, and of responses to each."""
     file = job.prompts.file if isinstance(job.prompts, Made) else str(job.prompts)
     name, limit = Path(file).stem, None
     if name not in rows:  # a share of a data set
@@ -205,34 +263,48 @@ def _sampled(recipe: Experiment, job: Sample, rows: Mapping[str, int | None]) ->
     there = rows[name]
     if there is None:
         return None
-    prompts = min(there, limit) if isinstance(limit, int) else there
-    return prompts * job.responses
+    return (min(there, limit) if isinstance(limit, int) else there), job.responses
 
 
 def speed() -> float:
-    """Operations a second of one matrix product in fp32 on this machine, now."""
+    """Operations a second of one matrix product in fp32 on this machine.
+
+    On a CPU by the time that the process itself computes: another one beside it does not count.
+    """
     import torch
 
     from shiftrm.models.loading import accelerator
 
     device = accelerator() or torch.device("cpu")
-    n = 1024 if device.type == "cpu" else 8192
+    on_cpu = device.type == "cpu"
+    n = 1024 if on_cpu else 8192
+    clock = time.process_time if on_cpu else time.perf_counter
     a = torch.ones(n, n, device=device)
     best = math.inf
     for _ in range(3):
-        began = time.perf_counter()
+        began = clock()
         float((a @ a)[0, 0])  # waits for the accelerator
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
+        best = min(best, clock() - began)
+    return 2 * n**3 / best * (torch.get_num_threads() if on_cpu else 1)
 
 
-def time_note(rate: float, processes: int) -> str:
+def seconds(stage: Stage, operations: float | None, rate: float) -> float | None:
+    """Return the time of a stage at this many operations a second; 0 if it has no models."""
+    if not operations:
+        return operations
+    begin = TO_BEGIN[bool(stage.execution["in_process"])]
+    if getattr(job_of(stage), "method", None) == "ppo":
+        return 2 * begin + OVERHEAD_PPO * operations / rate
+    return begin + OVERHEAD * operations / rate
+
+
+def time_note(rate: float, processes: int, *, in_process: bool) -> str:
     """How the times were guessed."""
     shared = f", shared by {processes} processes" if processes > 1 else ""
     return (
-        f"Time is a guess: parameters times tokens at the {rate / 1e9:,.0f} billion operations a "
-        f"second that a matrix product in fp32 reaches on this machine now{shared}; a token taken "
-        f"as {_CHARACTERS} characters, every response at full length. Small models, sampling, "
-        "loading and busy machines take several times as long, bf16 on a GPU less; judges and "
-        "embedders are not counted."
+        f"Time is a guess: the operations of all passes at the {rate / 1e9:,.0f} billion a second "
+        f"that a matrix product in fp32 reaches on this machine when nothing else runs{shared}, "
+        f"times {OVERHEAD:g} (PPO: {OVERHEAD_PPO:g}) for all that is none, and "
+        f"{TO_BEGIN[in_process]:g} s a stage to load models; every response at full length. bf16 "
+        "on a GPU takes less; judges and embedders are not counted."
     )

@@ -16,15 +16,16 @@ from shiftrm.pipeline.data_sets import place_of
 from shiftrm.pipeline.domain_plan import unequal_budgets
 from shiftrm.pipeline.domain_section import domain_arms
 from shiftrm.pipeline.engine import Stage, run_stages
-from shiftrm.pipeline.estimate import MEMORY_NOTE, Estimate, estimate, judging_cost
+from shiftrm.pipeline.estimate import Estimate, estimate, judging_cost
 from shiftrm.pipeline.experiment import Experiment, arms_by_name
 from shiftrm.pipeline.external import command_notes
 from shiftrm.pipeline.folder import claim, progress
 from shiftrm.pipeline.inputs import KINDS, check_data, check_judge, check_models
 from shiftrm.pipeline.job_checks import check_job, job_of, settings_of
 from shiftrm.pipeline.jobs import External
+from shiftrm.pipeline.memory import MEMORY_NOTE
 from shiftrm.pipeline.plan import JUDGING, plan
-from shiftrm.pipeline.resources import speed, time_note
+from shiftrm.pipeline.resources import seconds, speed, time_note
 
 __all__ = ["RECIPES", "dry_run", "find_recipe", "read_recipe", "run_recipe"]
 
@@ -229,17 +230,20 @@ def dry_run(recipe: Experiment) -> None:
     for line in [*_sizes(recipe, found), *notes(recipe)]:
         console.print(line, **say)  # type: ignore[arg-type]
     rate, processes = speed(), recipe.execution.processes
+    times = [
+        seconds(stage, of_stage.operations, rate * processes)
+        for stage, of_stage in zip(stages, found.stages, strict=True)
+    ]
     table = Table("", "stage", "steps", "memory", "disk", "time", box=None, pad_edge=False)
-    for number, stage in enumerate(found.stages, start=1):
-        kept = None if stage.disk is None else stage.disk.kept
-        seconds = None if stage.operations is None else stage.operations / rate / processes
-        numbers = (_count(stage.steps), _bytes(stage.memory), _bytes(kept), _duration(seconds))
-        table.add_row(str(number), stage.stage, *numbers)
+    for number, (of_stage, took) in enumerate(zip(found.stages, times, strict=True), start=1):
+        kept = None if of_stage.disk is None else of_stage.disk.kept
+        numbers = (_count(of_stage.steps), _bytes(of_stage.memory), _bytes(kept), _duration(took))
+        table.add_row(str(number), of_stage.stage, *numbers)
     console.print(table)
     console.print(_disk(recipe, found), **say)  # type: ignore[arg-type]
-    known = [stage.operations for stage in found.stages if stage.operations is not None]
-    rest = "" if len(known) == len(found.stages) else ", without the stages marked ?"
-    said = f"time, one stage after the other: {_duration(sum(known) / rate / processes)}{rest}"
+    known = [took for took in times if took is not None]
+    rest = "" if len(known) == len(times) else ", without the stages marked ?"
+    said = f"time, one stage after the other: {_duration(sum(known))}{rest}"
     console.print(said, **say)  # type: ignore[arg-type]
     console.print("\nCommands (paths of other stages are below the run's folder):", **say)  # type: ignore[arg-type]
     for stage_ in stages:
@@ -248,8 +252,9 @@ def dry_run(recipe: Experiment) -> None:
             words = shlex.join(made.command(f"{stage_.name}/{job.makes}"))
             program = "" if isinstance(job, External) else "shiftrm "
             console.print(f"{stage_.name}:\n  {program}{words}", **say)  # type: ignore[arg-type]
+    time_said = time_note(rate, processes, in_process=recipe.execution.in_process)
     console.print(
-        f"\n{MEMORY_NOTE}\n{time_note(rate, processes)}\nNothing was run or written.",
+        f"\n{MEMORY_NOTE}\n{time_said}\nNothing was run or written.",
         **say,  # type: ignore[arg-type]
     )
 
