@@ -101,6 +101,8 @@ class External:
         """
         work, log = output.parent / WORK, output.parent / LOG
         made, checkpoints = (work / name for name in ("output", "checkpoints"))
+        if made.is_symlink() or made.is_file():
+            made.unlink()
         shutil.rmtree(made, ignore_errors=True)  # of a call that failed or was interrupted
         checkpoints.mkdir(parents=True, exist_ok=True)
         values = self._values(str(made)) | {"checkpoints": os.path.abspath(checkpoints)}
@@ -109,8 +111,10 @@ class External:
         with self._address(output.parent / SERVER_LOG) as address:
             _run(self.line.filled(values | {"reward_url": address}), log)
         check_made(made, str(self.policy))
-        shutil.rmtree(checkpoints)
-        shutil.rmtree(work / "prompts", ignore_errors=True)
+        for path in work.iterdir():  # before the result is in place: then nothing is done again
+            if path != made:
+                linked = path.is_symlink() or not path.is_dir()
+                path.unlink() if linked else shutil.rmtree(path)
         made.rename(output)
         work.rmdir()
         return f"policy of the command: {output}"

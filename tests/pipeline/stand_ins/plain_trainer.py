@@ -65,6 +65,8 @@ def main():
     if given.do == "no-tokenizer":
         for path in Path(given.output).glob("tokenizer*"):
             path.unlink()
+    (Path(given.output).parent / "runs").mkdir()  # as a tracker does
+    (Path(given.output).parent / "runs" / "events").write_text("1")
     told = {**vars(given), "again": again, "rewards": rewards}
     (Path(given.output) / "seen.json").write_text(json.dumps(told))
 
