@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from shiftrm.serve.app import Service, make_app
+from shiftrm.serve.listening import server_of
 from shiftrm.serve.models import Models
 from shiftrm.serve.settings import Settings, bound_socket
 from tests.conftest import llama_config
@@ -49,8 +50,6 @@ class Running:
     """
 
     def __init__(self, path, log=None, say=None, **options):
-        import uvicorn
-
         settings = Settings(port=0, **{"poll": 0.05, **options})
         self.said = []
         self.models = Models(str(path), max_length=settings.max_length)
@@ -60,8 +59,7 @@ class Running:
         )  # fmt: skip
         self._socket = bound_socket(settings)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(make_app(self.service), log_config=None, lifespan="on")
-        self._server = uvicorn.Server(config)
+        self._server = server_of(make_app(self.service), settings, say=self.service.say)
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._server.serve(sockets=[self._socket]))
         )

@@ -1,6 +1,7 @@
 """Who is served, and how much: tokens, limits, time-outs, clients that leave."""
 
 import itertools
+import resource
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ import httpx2
 import pytest
 
 from shiftrm.errors import UserError
+from shiftrm.serve.listening import raise_open_files
 from shiftrm.serve.settings import Settings, bound_socket, token_matches
 from tests.serve.conftest import KEY
 
@@ -110,6 +112,14 @@ def test_unknown_paths(server):
     assert server.http.get("/score").status_code == 405
     assert "GET" in server.http.get("/score").json()["error"]
     assert server.http.get("/docs").status_code == 404
+    answer = server.http.post("/score/", json=ROW)
+    assert answer.status_code == 404
+    assert answer.json()["error"] == "no such path; did you mean '/score'?"
+
+
+def test_health_by_its_header_alone(server):
+    answer = httpx2.head(f"{server.url}/health")
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 def slow(server, monkeypatch, seconds):
@@ -140,6 +150,86 @@ def test_a_body_that_does_not_come(serving, model):
         line.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         line.settimeout(5)
         assert line.recv(100).startswith(b"HTTP/1.1 504")
+
+
+def connect(server):
+    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /score HTTP/1.1\r\nHost: x\r\n"])
+def test_a_header_that_does_not_come(serving, model, sent):
+    """Its connection is closed; also when it drips, and when a first request was answered."""
+    server = serving(model, timeout=0.5)
+    with connect(server) as first, connect(server) as later:
+        first.sendall(sent)
+        assert is_healthy(later)
+        assert closes(first, drip=b"X: y\r\n" if sent else b"")
+        assert closes(later, drip=b"GET" if sent else b"")
+
+
+def is_healthy(line):
+    line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    found = b""
+    while not found.endswith(b"}"):
+        found += line.recv(10_000)
+    return found.startswith(b"HTTP/1.1 200")
+
+
+def closes(line, drip):
+    """Whether the server closes a connection within 5 seconds, while something is sent."""
+    line.settimeout(0.1)
+    for _ in range(50):
+        try:
+            line.sendall(drip)
+            if not line.recv(10_000):
+                return True
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return True
+    return False
+
+
+def test_a_connection_in_use_is_kept(serving, model):
+    """The time for a header is no limit on keeping a connection for more requests."""
+    server = serving(model, timeout=2.0)
+    with connect(server) as line:
+        for _ in range(10):
+            assert is_healthy(line)
+            time.sleep(0.5)
+
+
+def test_no_file_descriptors_left(serving, model, capfd):
+    """One line; those who are connected are answered, and the others once some are free."""
+    server = serving(model)
+    capfd.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with connect(server) as line:
+        assert is_healthy(line)
+        waiting = [socket.socket() for _ in range(8)]
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            for one in waiting:
+                one.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            time.sleep(0.3)
+            assert is_healthy(line)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for one in waiting:
+                one.close()
+    server.post("/score", ROW)
+    assert server.said[1:] == ["connections wait: Too many open files"]
+    assert capfd.readouterr().err == ""
+
+
+def test_as_many_files_as_the_system_allows():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
+        raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_too_many_requests(serving, model, monkeypatch):

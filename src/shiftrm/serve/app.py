@@ -251,7 +251,9 @@ def make_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.close)
 
     # Its own pages would load scripts from elsewhere; docs/serve.md describes the interface.
-    app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=life, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
 
     def route(path: str, method: str, act: Callable[[Request], Awaitable[Response]]) -> None:
         async def respond(request: Request) -> Response:
@@ -273,7 +275,9 @@ def make_app(service: Service) -> FastAPI:
     route("/metrics", "GET", metrics)
     route("/v1/models", "GET", models)
 
-    @app.get("/health")  # without a token, and never refused: for what restarts servers
+    @app.api_route(
+        "/health", methods=["GET", "HEAD"]
+    )  # without a token, and never refused: for what restarts servers
     async def health() -> Response:
         return service.health()
 

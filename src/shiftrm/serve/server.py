@@ -1,15 +1,11 @@
 """Run the server: bind, load, answer until a signal, finish what runs, end."""
 
-import asyncio
 import importlib
-import logging
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.progress import current
@@ -70,6 +66,7 @@ def _serve(
     requests_log: Path | None,
 ) -> None:
     from shiftrm.serve.app import Service, make_app
+    from shiftrm.serve.listening import listen
     from shiftrm.serve.models import Models
 
     models = Models(model, max_length=settings.max_length)
@@ -82,43 +79,8 @@ def _serve(
         host, port = bound.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         stack.enter_context(_progress(lambda: service.answered))
-        listen(make_app(service), settings, bound, lambda: say(f"serving at {address}"))
-
-
-def listen(app: Any, settings: Settings, bound: socket.socket, ready: Callable[[], None]) -> None:
-    import uvicorn
-
-    # Its messages could hold parts of requests, and errors are answered by the application.
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            ready()
-
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            """End with status 0 on a signal; uvicorn would raise it again at the end."""
-            if threading.current_thread() is not threading.main_thread():
-                yield
-                return
-            kinds = (signal.SIGINT, signal.SIGTERM)
-            before = {kind: signal.signal(kind, self.handle_exit) for kind in kinds}
-            try:
-                yield
-            finally:
-                for kind, handler in before.items():
-                    signal.signal(kind, handler)
-
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.timeout) + 5,
-    )
-    asyncio.run(Server(config).serve(sockets=[bound]))
+        app = make_app(service)
+        listen(app, settings, bound, lambda: say(f"serving at {address}"), say)
 
 
 @contextmanager
