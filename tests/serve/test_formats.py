@@ -189,7 +189,21 @@ def test_embeddings_as_the_openai_client_reads_them(server):
     [
         ("/score", {}, "nothing to score: expected a column 'response'"),
         ("/score", {"prompt": 3, "responses": ["a"]}, "column 'prompt' holds int"),
-        ("/score", {"prompt": "the", "responses": [3]}, "response 1 holds int"),
+        ("/score", {"prompt": "the", "responses": [3]}, "response 0 holds int"),
+        ("/score", {"promt": "the", "responses": ["a"]}, "'promt' is not known; did you mean 'pr"),
+        ("/score", {"rows": [{"response": "a", "finnished": False}]}, "mean 'finished'?"),
+        ("/score", {"prompt": "describe", "response_ids": [[3]]}, "'prompt' would be lost"),
+        ("/score", {"prompt_id": [5], "response_ids": [[3]]}, "did you mean 'prompt_ids'?"),
+        ("/score", {"prompt_ids": 0, "response_ids": [[3]]}, "'prompt_ids' must be"),
+        ("/score", {"prompt": "the", "responses": ["a", "b " * 4000]}, "response 1: prompt and"),
+        ("/score", {"prompt": "the " * 2000, "response": "a"}, "more than 6400 characters"),
+        ("/classify", {"input": "a" * 6401}, "have 6401 characters, and at most 64 tokens"),
+        ("/classify", {"messages": [{"role": "user", "content": "a" * 6401}]}, "6405 characters"),
+        ("/classify", {"messages": "abc"}, "'messages' holds str; expected a list"),
+        ("/classify", {"input": "a", "use_activation": "true"}, "expected true or false"),
+        ("/classify", {"input": "a", "use_activatoin": True}, "mean 'use_activation'?"),
+        ("/classify", {"input": "a", "add_special_tokens": "false"}, "expected true or false"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "xx"}, "'encoding_format' is 'xx'"),
         ("/score", {"prompt": "the", "responses": []}, "empty list"),
         ("/score", {"prompt": "the", "responses": ["a"], "finished": [1]}, "'finished'"),
         ("/score", {"rows": []}, "'rows' must be a list"),
@@ -218,6 +232,15 @@ def test_bad_content(server, path, body, says):
     assert list(error) == ["error"]
     assert says in error["error"]
     assert error["error"].isprintable()
+
+
+def test_other_columns_are_ignored(server):
+    """As `shiftrm score` does: rows of data sets have many."""
+    row = {"prompt": "the", "response": " cat"}
+    more = {"prompt_id": "a1", "id": 3, "tool": "x", "source": "x", "score": 1, "chosen_model": "m"}
+    assert server.post("/score", row | more) == server.post("/score", row)
+    plain = server.post("/classify", {"input": "the cat"})["data"]
+    assert server.post("/classify", {"input": "the cat", "user": "u"})["data"] == plain
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """Another model takes over: no request is lost or mixed, and a bad folder changes nothing."""
 
+import json
 import os
 import shutil
 import threading
 import time
 import weakref
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx2
 import pytest
 import torch
 
+from shiftrm.errors import UserError
 from shiftrm.models.scoring import Scorer
+from shiftrm.serve.model import _is_path, load_served
 from tests.serve.conftest import KEY, save_model
 
 ROW = {"prompt": "the red", "responses": [" cat", " dog runs", "", " bird sits the"]}
@@ -160,6 +164,65 @@ def test_a_bad_folder_leaves_the_old_model(serving, model, policy, tokenizer, tm
     for body in ({}, {"model": 3}, {"model": ""}, {"model": "a\0b"}):
         error = server.post("/reload", body, status=400, headers=AUTH)
         assert error["error"] == "'model' must name the folder of a reward model"
+
+
+def adapter_of_a_hub_model(folder, tokenizer):
+    tokenizer.save_pretrained(folder)
+    config = {"peft_type": "LORA", "base_model_name_or_path": "nobody/no-such-model"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_nothing_is_fetched_for_another_model(serving, model, tokenizer, tmp_path, monkeypatch):
+    """A folder given to `/reload` may be an adapter whose base is a name on the hub."""
+    from huggingface_hub import constants
+
+    pytest.importorskip("peft")
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    server = serving(model, token=KEY)
+    with HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{hub.server_port}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        folder = adapter_of_a_hub_model(tmp_path, tokenizer)
+        error = server.post("/reload", {"model": str(folder)}, status=400, headers=AUTH)
+        assert not [path for path in asked if "no-such-model" in path]
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_served(folder)  # `--model` may
+        hub.shutdown()
+    assert any("no-such-model" in path for path in asked)
+    assert "cannot be loaded" in error["error"]
+
+
+@pytest.mark.parametrize("name", ["models/nope", "./nope", "/nope", "a/b/c", "../nope"])
+def test_a_missing_folder_is_no_hub_name(tmp_path, monkeypatch, name):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Scorer, "from_pretrained", lambda *_, **__: pytest.fail("asks the hub"))
+    with pytest.raises(UserError, match=f"^{name}: no such folder"):
+        load_served(name)
+
+
+def test_hub_names_are_no_paths():
+    for name in ("gpt2", "nobody/a-model"):
+        assert not _is_path(name)
 
 
 def point(link, folder):

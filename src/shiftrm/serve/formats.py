@@ -7,6 +7,7 @@
 """
 
 import base64
+import difflib
 import math
 import struct
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, shortened, suggest
 from shiftrm.files import Row
 from shiftrm.models.rendering import check_template_options, check_text, template_options
 from shiftrm.models.responses import Response
@@ -57,6 +58,26 @@ class Format:
     write: Callable[[Sequence[float], Question, ServedModel], dict[str, Any]]
 
 
+NEAR = 0.9
+"""Likeness of two names (difflib's ratio) from which one is a misspelling of the other."""
+
+
+def _check_names(body: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Refuse a misspelt name whose value would be lost without a word; others are ignored."""
+    absent = [name for name in known if name not in body]
+    for name in body:
+        if name not in known and difflib.get_close_matches(name, absent, n=1, cutoff=NEAR):
+            raise UserError(f"{where}: {name!r} is not known{suggest(name, absent)}")
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool | None:
+    """Return an option that is true, false or not given."""
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{name!r} is {shortened(repr(value), 40)}; expected true or false")
+    return value
+
+
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
@@ -64,6 +85,11 @@ def _is_ids(value: Any) -> bool:
 def _named(served: ServedModel) -> dict[str, Any]:
     return {"model": served.name, "version": served.version}
 
+
+TEXT_COLUMNS = (
+    "prompt", "finished", "chosen_finished", "rejected_finished", "tools", "chat_template_kwargs",
+)  # fmt: skip
+"""What changes the reward of a row where it is given."""
 
 # -- ours ------------------------------------------------------------------------------------------
 
@@ -84,9 +110,19 @@ def _row_sequences(row: Any, served: ServedModel, where: str) -> list[Ids]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: is {type(row).__name__}; expected an object")
     if "response_ids" in row and not {"responses", "response", "chosen"} & set(row):
+        _check_names(row, ("prompt_ids",), where)
+        if row.get("prompt"):
+            raise UserError(
+                f"{where}: 'response_ids' without 'responses' are read after 'prompt_ids', and "
+                "'prompt' would be lost; give the prompt as 'prompt_ids', or add 'responses'"
+            )
         return _row_of_ids(row, served, where)
+    _check_names(row, TEXT_COLUMNS, where)
     check_template_options(row, where)
     options = template_options(row)
+    given = row.get("responses")
+    for number, text in enumerate(given if isinstance(given, list) else ()):
+        check_text(text, f"{where}: response {number}")
     responses = [replace(r, template_options=options) for r in row_responses(row, where)]
     return [
         served.response_ids(response, name=f"{where}, response {number}")
@@ -96,15 +132,17 @@ def _row_sequences(row: Any, served: ServedModel, where: str) -> list[Ids]:
 
 def _row_of_ids(row: Row, served: ServedModel, where: str) -> list[Ids]:
     """Return `prompt_ids` with each of `response_ids`: token ids of the served model."""
-    prompt, responses = row.get("prompt_ids") or [], row["response_ids"]
+    prompt, responses = row.get("prompt_ids"), row["response_ids"]
+    if prompt is None:
+        prompt = []
+    if prompt != [] and not _is_ids(prompt):
+        raise UserError(f"{where}: 'prompt_ids' must be a list of token ids")
     if not isinstance(responses, list) or not responses:
         raise UserError(f"{where}: 'response_ids' must be a list of lists of token ids")
     found = []
     for number, ids in enumerate(responses):
         if not isinstance(ids, list) or (ids and not _is_ids(ids)):
             raise UserError(f"{where}: 'response_ids' must be a list of lists of token ids")
-        if prompt and not _is_ids(prompt):
-            raise UserError(f"{where}: 'prompt_ids' must be a list of token ids")
         found.append(served.checked([*prompt, *ids], f"{where}, response {number}"))
     return found
 
@@ -153,12 +191,29 @@ UNKNOWN = {
 """Options of other servers that would change the reward, and why they are refused."""
 
 
+SQUASH = ("use_activation", "activation", "softmax")
+"""Names of the option for a sigmoid, in vLLM's releases."""
+
+OPTIONS = (*SQUASH, "add_special_tokens", "encoding_format", "tools", "chat_template_kwargs")
+"""What changes the answer where it is given."""
+
+
 def _read_input(body: Mapping[str, Any], served: ServedModel) -> Question:
     """Read `input` (a text, token ids, or a list of either), or a chat as `messages`."""
     for name, why in UNKNOWN.items():
         if body.get(name) is not None:
             raise UserError(f"{name!r} is not supported ({why}); leave it out")
+    _check_names(body, OPTIONS, "request")
+    special = _flag(body, "add_special_tokens")
+    for name in SQUASH:
+        _flag(body, name)
+    if body.get("encoding_format") not in (None, "float", "base64"):
+        form = shortened(repr(body["encoding_format"]), 40)
+        raise UserError(f"'encoding_format' is {form}; expected 'float' or 'base64'")
     if body.get("messages") is not None:
+        if not isinstance(body["messages"], list):
+            kind = type(body["messages"]).__name__
+            raise UserError(f"'messages' holds {kind}; expected a list of messages")
         check_text(body["messages"], "messages")
         check_template_options(dict(body), "request")
         response = Response(None, body["messages"], template_options=template_options(dict(body)))
@@ -168,7 +223,6 @@ def _read_input(body: Mapping[str, Any], served: ServedModel) -> Question:
         given = [given]
     if not isinstance(given, list) or not given:
         raise UserError("'input' must be a text, a list of texts, token ids, or a list of them")
-    special = body.get("add_special_tokens", True)
     return Question(_whole(given, served, "input", special=special is not False), body)
 
 
@@ -198,7 +252,7 @@ def _write_classify(
     rewards: Sequence[float], question: Question, served: ServedModel
 ) -> dict[str, Any]:
     """Write the reward itself as the only "probability"; its sigmoid only where it is asked for."""
-    asked = (question.body.get(name) for name in ("use_activation", "activation", "softmax"))
+    asked = (question.body.get(name) for name in SQUASH)
     squash = any(value is True for value in asked)
     values = [_sigmoid(reward) if squash else reward for reward in rewards]
     return {

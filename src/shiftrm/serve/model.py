@@ -1,7 +1,7 @@
 """The model that is served: loaded, checked, named by its content, and able to read requests."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ __all__ = ["ServedModel", "load_served", "resolved"]
 HASH = 12
 """Characters of the checkpoint's hash in a version."""
 
+LONG_TOKEN = 100
+"""Characters that one token may stand for, at least: WordPiece's limit for an unknown word."""
+
 CLOSE = 1e-5
 """Allowed difference of rewards with and without shared prefixes, relative to the larger of 1 and
 the reward."""
@@ -42,6 +45,7 @@ class ServedModel:
         limit: maximum tokens of a sequence; None without one.
         obstacle: why responses to one prompt do not share it; None if they do.
         leads: how a chat begins in its template; see `_leads`.
+        most: maximum characters of a text with its prompt; None without a limit.
     """
 
     scorer: Scorer
@@ -51,6 +55,7 @@ class ServedModel:
     limit: int | None
     obstacle: str | None
     leads: tuple[tuple[str, str], ...] = field(default=())
+    most: int | None = None
 
     def whole_ids(self, text: str, *, special: bool = True, name: str = "text") -> list[int]:
         """Return the tokens of a text that holds a whole conversation, as a client has written it.
@@ -67,6 +72,7 @@ class ServedModel:
             UserError: no tokens, or too many.
         """
         tokenizer = self.scorer.tokenizer
+        self._require_readable(len(text), name)
         if special:
             ends = turn(tokenizer)
             if ends.tail.strip() and text.endswith(ends.tail):
@@ -87,6 +93,10 @@ class ServedModel:
         Raises:
             UserError: as `Scorer.encode_response`, or too many tokens.
         """
+        content = (response.prompt, response.text, response.template_options)
+        self._require_readable(_characters(content), name)
+        if self.limit is not None and len(response.ids or ()) > self.limit:
+            self._refuse_length(len(response.ids or ()), name)
         return self.checked(self.scorer.encode_response(response, name=name), name)
 
     def checked(self, ids: Sequence[int], name: str) -> list[int]:
@@ -98,27 +108,45 @@ class ServedModel:
         if not ids:
             raise UserError(f"{name}: has no tokens, so there is nothing to score")
         if self.limit is not None and len(ids) > self.limit:
-            raise UserError(
-                f"{name}: has {len(ids)} tokens, and at most {self.limit} are served; shorten it, "
-                "or leave it out"
-            )
+            self._refuse_length(len(ids), name)
         require_known_ids(ids, self.scorer.vocabulary, name=name)
         return list(ids)
 
+    def _refuse_length(self, tokens: int, name: str) -> None:
+        raise UserError(
+            f"{name}: has {tokens} tokens, and at most {self.limit} are served; shorten it, or "
+            "leave it out"
+        )
 
-def load_served(path: str | Path, *, max_length: int | None = None) -> ServedModel:
+    def _require_readable(self, characters: int, name: str) -> None:
+        """Refuse a text that cannot fit before it is made into tokens: others wait meanwhile."""
+        if self.most is not None and characters > self.most:
+            raise UserError(
+                f"{name}: prompt and response have {characters} characters, and at most "
+                f"{self.limit} tokens are served; texts of more than {self.most} characters are "
+                "not read"
+            )
+
+
+def load_served(
+    path: str | Path, *, max_length: int | None = None, hub: bool = True
+) -> ServedModel:
     """Load a reward model, check it, and measure whether it can share prefixes.
 
     Args:
         path: checkpoint folder (of an ensemble, too) or hub name. A link is followed once.
         max_length: maximum tokens of a sequence, if below the model's context.
+        hub: False to take the base of an adapter only from this machine.
 
     Raises:
-        UserError: as `Scorer.from_pretrained`; weights or rewards that are not finite.
+        UserError: no such folder; as `Scorer.from_pretrained`; weights or rewards that are not
+            finite.
     """
     given, folder = str(path), resolved(str(path))
+    if not os.path.exists(folder) and _is_path(given):
+        raise UserError(f"{given}: no such folder; give the folder of a reward model")
     fingerprint = checkpoint_fingerprint(folder)
-    scorer = Scorer.from_pretrained(folder)
+    scorer = Scorer.from_pretrained(folder, **({} if hub else {"local_files_only": True}))
     require_finite_weights(scorer.model, folder)
     scorer.to_accelerator()
     scorer.model.requires_grad_(False)
@@ -137,12 +165,35 @@ def load_served(path: str | Path, *, max_length: int | None = None) -> ServedMod
         limit=limit,
         obstacle=_obstacle(scorer, sequences, alone),
         leads=_leads(scorer.tokenizer),
+        most=None if limit is None else limit * _longest_token(scorer.tokenizer),
     )
+
+
+def _longest_token(tokenizer: Any) -> int:
+    """Return the characters that one token may stand for."""
+    return max(LONG_TOKEN, *map(len, tokenizer.get_vocab()))
+
+
+def _characters(content: Any) -> int:
+    """Return the number of characters in all texts of a prompt, messages or options."""
+    if isinstance(content, str):
+        return len(content)
+    if isinstance(content, Mapping):
+        return sum(map(_characters, content.values()))
+    return sum(map(_characters, content)) if isinstance(content, list | tuple) else 0
 
 
 def resolved(path: str) -> str:
     """Return a path with its links resolved; a hub name as it is."""
     return os.path.realpath(path) if os.path.exists(path) else path
+
+
+def _is_path(given: str) -> bool:
+    """Whether a name that does not exist is a path rather than `model` or `owner/model`."""
+    parts = Path(given).parts
+    if len(parts) != 2:
+        return len(parts) != 1 or given != parts[0]
+    return parts[0] in (os.sep, "..", "~") or given.startswith(".") or os.path.isdir(parts[0])
 
 
 def _ascii(name: str) -> str:

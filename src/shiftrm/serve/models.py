@@ -48,7 +48,7 @@ class Models:
                 self.changed(reason)
                 raise UserError(reason)
             try:
-                new = load_served(path, max_length=self._max_length)
+                new = load_served(path, max_length=self._max_length, hub=False)
             except Exception as error:  # running out of memory, too
                 free_memory()
                 reason = str(error) if isinstance(error, UserError) else _words(path, error)
