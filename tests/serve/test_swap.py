@@ -257,3 +257,21 @@ def test_a_changed_link(serving, model, other, tmp_path):
     link.unlink()
     time.sleep(0.3)
     assert server.post("/score", ROW) == second
+
+
+def test_the_link_is_watched_after_a_reload(serving, model, other, tmp_path):
+    link, later = tmp_path / "current", tmp_path / "later"
+    link.symlink_to(model)
+    later.symlink_to(model)
+    server = serving(link, token=KEY)
+    server.post("/reload", {"model": str(other)}, headers=AUTH)
+    time.sleep(0.3)
+    assert version_of(server).startswith("other@")  # the link has not changed
+    point(link, other)
+    wait_for(lambda: version_of(server).startswith("current@"))
+    server.post("/reload", {"model": str(later)}, headers=AUTH)  # this link is watched instead
+    point(later, other)
+    wait_for(lambda: len(server.said) == 5)
+    point(link, model)
+    time.sleep(0.3)
+    assert version_of(server).startswith("later@")

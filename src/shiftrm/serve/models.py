@@ -18,7 +18,8 @@ class Models:
     freed after the last of them.
 
     Args:
-        path: the first model's folder or hub name; a link is watched by `follow_link`.
+        path: the first model's folder or hub name; a link is watched by `follow_link`, until
+            another link is given to `swap`.
         max_length: as `load_served`.
 
     Attributes:
@@ -54,7 +55,8 @@ class Models:
                 reason = str(error) if isinstance(error, UserError) else _words(path, error)
                 self.changed(reason)
                 raise UserError(reason) from None
-            self._path, self._seen = path, new.folder
+            if os.path.abspath(path) != new.folder:  # a link: watched from now on
+                self._path, self._seen = path, new.folder
             self.current = new
             self.changed(new)
         free_memory()
