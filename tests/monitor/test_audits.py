@@ -1,6 +1,8 @@
 """Audits: unbiased draws, the queue, and answers in the formats of `shiftrm evaluate`."""
 
+import itertools
 import json
+import math
 import random
 
 import numpy as np
@@ -9,7 +11,16 @@ import pytest
 from shiftrm.core.betting import e_values
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
-from shiftrm.monitor.audits import Audit, answer, doubt, draw_audit, read_audit, write_audit
+from shiftrm.measure.people.blinding import pair_id
+from shiftrm.monitor.audits import (
+    Audit,
+    answer,
+    doubt,
+    draw_audit,
+    ordered_pairs,
+    read_audit,
+    write_audit,
+)
 from shiftrm.monitor.evidence import evidence_of
 from shiftrm.monitor.settings import MonitorConfig
 
@@ -18,14 +29,15 @@ GROUPS = [
         "prompt": f"p{i}",
         "responses": ["a", "b b", "c c c", "a"],
         "finished": [True, True, False, True],
-        "rewards": [0.0, 0.1 * i, 3.0, 0.0],
+        "rewards": [0.0, 0.1 * i, 30.0, 0.0],
     }
-    for i in range(3)
+    for i in range(40)
 ]
 
 
-def drawn(count=20, targeted=0.5, seed=0, groups=GROUPS):
-    return draw_audit(groups, count, targeted=targeted, rng=random.Random(seed))
+def drawn(count=20, targeted=0.5, seed=0, groups=GROUPS, asked=()):
+    pool = [ordered_pairs(groups)]
+    return draw_audit(pool, count, targeted=targeted, rng=random.Random(seed), asked=asked)
 
 
 def longer_is_right(pairs):
@@ -34,20 +46,68 @@ def longer_is_right(pairs):
 
 def test_ours_is_what_the_model_prefers():
     for one in drawn(50):
-        rewards = {"a": 0.0, "b b": 0.1 * int(one.pair.prompt[1]), "c c c": 3.0}
+        rewards = {"a": 0.0, "b b": 0.1 * int(one.pair.prompt[1:]), "c c c": 30.0}
         assert rewards[one.pair.ours] >= rewards[one.pair.theirs]
         assert one.pair.ours != one.pair.theirs  # equal texts are no pair
         assert one.pair.ours_finished == (one.pair.ours != "c c c")
 
 
 def test_weights_are_unbiased():
-    """The weighted mean of any property of the pairs is that of an even draw."""
-    many = drawn(40_000)
+    """Whatever is drawn more often, a prompt's weighted mean is that of an even draw."""
+    many = [drawn(1, seed=seed, groups=GROUPS[1:2])[0] for seed in range(5000)]
     wide = [one.weight * (one.pair.ours == "c c c") for one in many]
-    # Of the 5 pairs of each prompt (ab, ac, bc, ba, ca), three have c.
-    assert np.mean(wide) == pytest.approx(3 / 5, abs=0.01)
-    assert np.mean([one.weight for one in many]) == pytest.approx(1.0, abs=0.01)
+    # Of the 5 ordered pairs (ab, ac, bc, ba, ca), three have c.
+    assert np.mean([one.pair.ours == "c c c" for one in many]) < 0.56
+    assert np.mean(wide) == pytest.approx(3 / 5, abs=0.03)
+    assert np.mean([one.weight for one in many]) == pytest.approx(1.0, abs=0.02)
     assert max(one.weight for one in many) <= many[0].largest <= 2.0
+
+
+def test_an_audit_draws_different_prompts():
+    """At most half of them, each as often as any other, however many pairs it has."""
+    assert len({one.pair.prompt for one in drawn(count=100)}) == len(drawn(count=100)) == 20
+    assert len({one.pair.prompt for one in drawn(count=7)}) == len(drawn(count=7)) == 7
+    assert [len(drawn(groups=GROUPS[:n])) for n in (1, 2, 3, 10)] == [1, 1, 2, 5]
+    large = {"prompt": "large", "responses": [f"r{k}" for k in range(12)], "finished": [True] * 12}
+    groups = [*GROUPS[1:4], {**large, "rewards": list(range(12))}]
+    found = [one.pair.prompt for seed in range(1500) for one in drawn(1, seed=seed, groups=groups)]
+    assert found.count("large") / len(found) == pytest.approx(1 / 4, abs=0.04)
+
+
+def test_steps_share_their_prompts():
+    pools = [ordered_pairs(GROUPS[:4]), ordered_pairs(GROUPS[:2])]
+    found = draw_audit(pools, 100, targeted=0.5, rng=random.Random(0))
+    assert len(found) == len({one.pair.prompt for one in found}) == 2  # of 4 prompts
+
+
+def test_no_pair_is_asked_twice():
+    asked: set[str] = set()
+    total = []
+    while found := drawn(groups=GROUPS[1:3], asked=asked):
+        asked |= {pair_id(one.pair) for one in found}
+        total += found
+    assert len(total) == len(asked) == 6  # ba, ca, cb of each prompt; the two a are one text
+
+
+def test_the_expected_product_of_an_audit_is_at_most_one():
+    """All outcomes of an audit of a pool whose accuracy is the threshold, by enumeration."""
+    right = [[1, 1, 1], [1, 0], [0, 1, 0, 1, 1, 1], [0]]  # mean over prompts: (1 + 1/2 + 2/3) / 4
+    threshold = (1 + 1 / 2 + 2 / 3) / 4
+    q_PN = [0.5 / len(x) + 0.5 * doubt(np.arange(1.0, len(x) + 1)) for x in right]
+    w_PN = [1 / len(q) / q for q in q_PN]
+    largest = max(w.max() for w in w_PN)
+    for m in (1, 2, 3, 4):
+        orders = list(itertools.permutations(range(4), m))
+        total = 0.0
+        for order in orders:
+            for ks in itertools.product(*(range(len(right[p])) for p in order)):
+                chance = math.prod(q_PN[p][k] for p, k in zip(order, ks, strict=True))
+                x = [right[p][k] for p, k in zip(order, ks, strict=True)]
+                w = [w_PN[p][k] for p, k in zip(order, ks, strict=True)]
+                about = {"threshold": threshold, "largest_N": [largest] * m, "planned": 1}
+                total += chance / len(orders) * e_values(x, w, [1] * m, **about)[-1]
+        assert total <= 1 + 1e-12
+        assert total > 0.95
 
 
 def test_even_draws_have_weight_one():
@@ -59,15 +119,11 @@ def test_doubt_goes_where_differences_are_small():
     assert doubt(np.zeros(4)) == pytest.approx([0.25] * 4)
 
 
-def test_equal_rewards_need_no_label(tmp_path):
-    tied = [one for one in drawn(60) if one.tied]
-    assert tied
-    assert all(one.correct == 0.5 and one.pair.prompt == "p0" for one in tied)
-    audit = Audit(1, 5, tuple(tied))
-    assert audit.labels == 0
-    write_audit(tmp_path / "a", audit)
-    answer(tmp_path / "a", audit, longer_is_right)  # nothing to ask
-    assert read_audit(tmp_path / "a", 1).accuracy == 0.5
+def test_equal_rewards_are_not_drawn():
+    """A tie cannot be right or wrong; `p0` has b b at the reward of a."""
+    assert all(one.pair.ours == "c c c" for seed in range(50) for one in drawn(groups=GROUPS[:1]))
+    same = [{**group, "rewards": [1.0] * 4} for group in GROUPS]
+    assert drawn(groups=same) == []
 
 
 def test_no_pairs():
@@ -78,7 +134,7 @@ def test_no_pairs():
 def test_queue_and_answers(tmp_path):
     audit = Audit(2, 7, tuple(drawn()), episode=3)
     write_audit(tmp_path / "a", audit)
-    assert read_audit(tmp_path / "a", 2) == audit  # nothing is answered but ties
+    assert read_audit(tmp_path / "a", 2) == audit
     ours, theirs = (read_jsonl(tmp_path / "a" / f"{side}.jsonl") for side in ("ours", "theirs"))
     assert len(ours) == len(theirs) == audit.labels
     assert [row["prompt"] for row in ours] == [row["prompt"] for row in theirs]
@@ -86,7 +142,7 @@ def test_queue_and_answers(tmp_path):
     found = read_audit(tmp_path / "a", 2)
     for one in found.answered:
         right = len(one.pair.ours) > len(one.pair.theirs)
-        assert one.correct == (0.5 if one.tied else float(right))
+        assert one.correct == float(right)
     assert len(found.answered) == 20
     weights = np.array([one.weight for one in found.drawn])
     correct = np.array([one.correct for one in found.drawn])
@@ -106,7 +162,7 @@ def test_answers_of_the_commands(tmp_path, capsys):
             "finished": [True] * 3,
         }
         | {"rewards": [0.0, 1.0, 2.0]}
-        for i, group in enumerate(GROUPS)
+        for i, group in enumerate(GROUPS[:16])
     ]
     audit = Audit(1, 4, tuple(drawn(8, groups=groups)))
     write_audit(folder, audit)
@@ -153,7 +209,7 @@ def test_a_function_must_answer_all(tmp_path):
 def answered(number, right, episode=1, count=10):
     pairs = drawn(count, targeted=0.0, groups=GROUPS[1:])
     filled = [
-        type(one)(one.pair, one.weight, one.largest, one.tied, float(k < right))
+        type(one)(one.pair, one.weight, one.largest, float(k < right))
         for k, one in enumerate(pairs)
     ]
     return Audit(number, number, tuple(filled), episode)
@@ -174,4 +230,4 @@ def test_evidence_is_the_test_of_the_present_model():
     assert found.value == pytest.approx(wanted[-1])
     assert (found.accuracy, found.answers, found.needed) == (pytest.approx(0.9), 20, 20)
     assert evidence_of(audits, config, 3).value == 1.0
-    assert evidence_of([answered(1, 0, count=40)], config, 1).alarm
+    assert evidence_of([answered(1, 0, count=20)], config, 1).alarm

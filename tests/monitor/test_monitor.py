@@ -18,16 +18,19 @@ SMALL = MonitorConfig(
 )
 
 
+PROMPTS = 40  # an audit draws half of them
+
+
 def by_length(prompts, responses, *, finished):
     return [float(len(r)) for r in responses]
 
 
 def batch(step, size=4):
-    """TRL's arguments of one step: three prompts, `size` responses to each."""
-    prompts = [f"prompt {p}" for p in range(3) for _ in range(size)]
+    """TRL's arguments of one step: 40 prompts, `size` responses to each."""
+    prompts = [f"prompt {p}" for p in range(PROMPTS) for _ in range(size)]
     texts = [
         f"answer {p} of some words " + "more " * ((k * 7 + step) % 5)
-        for p in range(3)
+        for p in range(PROMPTS)
         for k in range(size)
     ]
     return prompts, texts

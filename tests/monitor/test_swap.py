@@ -17,7 +17,7 @@ from tests.serve.conftest import KEY, model, serving
 __all__ = ["model", "serving"]
 
 SMALL = MonitorConfig(
-    threshold=0.7, budget=100, audit_pairs=20, audit_every=1, baseline=2, window=2, sight_pairs=8
+    threshold=0.7, budget=48, audit_pairs=8, audit_every=1, baseline=2, window=2, sight_pairs=8
 )
 
 

@@ -21,13 +21,16 @@ KINDS = {
 SETTINGS = {
     "num_generations": 4,
     "max_completion_length": 6,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 64,
     "learning_rate": 0.01,
     "max_steps": 5,
     "logging_steps": 1,
 }
+WORDS = [
+    f"{a} {b}" for a in ("red", "blue", "green", "small") for b in ("one", "house", "and", "is")
+]
 SMALL = MonitorConfig(
-    threshold=0.7, budget=60, audit_pairs=20, audit_every=1, baseline=2, window=2, sight_pairs=8
+    threshold=0.7, budget=48, audit_pairs=8, audit_every=1, baseline=2, window=2, sight_pairs=8
 )
 
 
@@ -46,7 +49,7 @@ def model(folder):
 
 def trained(kind, arguments, tokenizer, reward, callbacks=(), **settings):
     trainer_class, config = KINDS[kind]
-    rows = [{"prompt": f"the {w}", "weight": 1.0} for w in ("red", "blue", "green", "small")]
+    rows = [{"prompt": f"the {w}", "weight": 1.0} for w in WORDS]
     args = arguments(config, **{**SETTINGS, **settings})
     trainer = trainer_class(
         model(f"{args.output_dir}-policy"),
@@ -96,7 +99,7 @@ def test_a_resumed_run_goes_on(tokenizer, arguments, tmp_path):
     again = DriftMonitor(lengths, tmp_path / "m", SMALL, **answers)
     trained("grpo", arguments, tokenizer, again, max_steps=2)
     assert [row["step"] for row in read_jsonl(tmp_path / "m" / "steps.jsonl")] == [1, 2, 3, 4]
-    assert len(list((tmp_path / "m" / "audits").iterdir())) == 3
+    assert len(list((tmp_path / "m" / "audits").iterdir())) == 4
 
 
 def test_a_reward_model(tokenizer, arguments, tmp_path, reward_folder):

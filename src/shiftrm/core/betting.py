@@ -1,9 +1,8 @@
 """Anytime-valid test that a reward model's accuracy has fallen, by betting against it.
 
 A run is audited in rounds. In each round pairs are drawn from a pool of today's pairs and are
-labelled. After every label the evidence (an e-value) may be looked at, and the run stopped: the
-bound on false alarms holds at all times together, for any number of rounds and any rule for when to
-audit.
+labelled. The evidence (an e-value) may be looked at at any time, and the run stopped: the bound on
+false alarms holds at all times together, for any number of rounds and any rule for when to audit.
 """
 
 from collections.abc import Sequence
@@ -54,23 +53,27 @@ def e_values(
     """Return the evidence against "accuracy was at least `threshold` in every round so far", [N].
 
     A false alarm is an e-value of 1 / alpha or more while the hypothesis holds. Its probability
-    over the whole run, looked at after every label, is at most alpha (Ville's inequality).
+    over the whole run, however often one looks, is at most alpha (Ville's inequality).
 
-    With `x` in [0, 1] (1 where the model orders a pair as its label does, 1/2 for a tie), `w = p/q`
-    the weight of a pair drawn with probability q from a pool whose pairs count p = 1/size each,
-    `eps = 1 - threshold` the share of errors allowed and `w <= w_max`, a bet with stake f has the
-    pay-off
+    With `x` in [0, 1] (1 where the model orders a pair as its label does, 1/2 for a label that is a
+    tie), `w` the weight of a pair (`p/q` for a pair that counts p in the accuracy and is drawn with
+    probability q), `eps = 1 - threshold` the share of errors allowed and `w <= w_max`, a bet with
+    stake f has the pay-off
 
         1 + f w ((1 - x) / eps - 1) / w_max    >= 1 - f >= 0.
 
-    Since `E[w] = 1` and `E[w (1 - x)]` is the pool's share of errors, its conditional mean given
-    everything before the draw is at most 1 whenever the pool's accuracy is at least the threshold.
-    So the product over draws is a non-negative supermartingale that begins with 1: a betting
-    e-process (Waudby-Smith and Ramdas, arXiv 2010.09686, Section 4), with the importance weights of
-    Waudby-Smith et al., arXiv 2210.10768, and, as there, `w` also on the threshold (their control
-    variate), so that an error never lowers the evidence. Nothing is assumed about the pairs, about
-    how accuracy moves or about how pools and probabilities q were chosen from the past. An average
-    of e-processes with fixed shares is one, too. There are two averages:
+    Draws must be such that `E[w] = 1` and `E[w (1 - x)]`, given everything before, is the share of
+    errors. Then the conditional mean of the pay-off is at most 1 whenever accuracy is at least the
+    threshold, and the product over draws is a non-negative supermartingale that begins with 1: a
+    betting e-process (Waudby-Smith and Ramdas, arXiv 2010.09686, Section 4), with the importance
+    weights of Waudby-Smith et al., arXiv 2210.10768, and, as there, `w` also on the threshold
+    (their control variate), so that an error never lowers the evidence. This holds after every
+    label if prompts are drawn independently and one pair of each, no pair twice. For prompts drawn
+    without replacement from a given pool it holds at the end of each round: the expected product of
+    m such pay-offs is at most the pool's mean pay-off to the power m (Maclaurin's inequality). See
+    `monitor.audits.draw_audit`. Nothing is assumed about the pairs of a prompt, about how accuracy
+    moves, or about how pools, probabilities q and the times of audits follow from the past. An
+    average of e-processes with fixed shares is one, too. There are two averages:
 
     - over the stakes `f`, in place of the paper's predictable plug-in: no tuning, and the order of
       labels within the run does not matter;

@@ -7,7 +7,7 @@ read them; `draws.jsonl` says how each pair was drawn. Answers are rows of `prom
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from shiftrm.files import Row, new_folder, read_jsonl, write_jsonl
 from shiftrm.measure.judges.comparing import Comparison, Judge, Outcome
 from shiftrm.measure.judges.win_rates import verdict_rows
 from shiftrm.measure.people.blinding import OUTCOMES, pair_id
+from shiftrm.monitor.rewards import prompt_name
 from shiftrm.monitor.signals import different
 
-__all__ = ["Answerer", "Audit", "Drawn", "draw_audit", "read_audit", "write_audit"]
+__all__ = ["Answerer", "Audit", "Drawn", "draw_audit", "ordered_pairs", "read_audit", "write_audit"]
 
 Answerer = Judge | Callable[[Sequence[Comparison]], Sequence[Outcome | None]]
 """Answers comparisons at once; `ours` is the response that the reward model prefers."""
@@ -33,21 +34,19 @@ RIGHT: dict[Outcome, float] = {"win": 1.0, "tie": 0.5, "lose": 0.0}
 
 @dataclass(frozen=True)
 class Drawn:
-    """One draw of an audit.
+    """One pair of an audit.
 
     Attributes:
         pair: ours is the response of higher reward.
-        weight: 1 / size of the pool, over the probability of the draw.
+        weight: 1 / number of pairs that the prompt has, over the probability of this one.
         largest: the largest weight in the pool.
-        tied: whether both rewards are equal: half right, whatever a label says.
-        correct: 1 where the label agrees with the reward model, 0 where not, between for ties and
-            several raters; None as long as there is no answer.
+        correct: 1 where the label agrees with the reward model, 0 where not, between for a label
+            that is a tie and for several raters; None as long as there is no answer.
     """
 
     pair: Comparison
     weight: float
     largest: float
-    tied: bool = False
     correct: float | None = None
 
 
@@ -66,8 +65,8 @@ class Audit:
 
     @property
     def labels(self) -> int:
-        """Pairs that a label was asked for."""
-        return len({pair_id(one.pair) for one in self.drawn if not one.tied})
+        """Pairs that a label was asked for; they are all different."""
+        return len(self.drawn)
 
     @property
     def accuracy(self) -> float | None:
@@ -78,49 +77,92 @@ class Audit:
         return sum(one.weight * float(one.correct or 0.0) for one in self.answered) / weights
 
 
-def draw_audit(
-    groups: Sequence[Row], count: int, *, targeted: float, rng: random.Random
-) -> list[Drawn]:
-    """Draw pairs of responses to one prompt, independently and with replacement.
+Pairs = dict[str, list[tuple[Comparison, float]]]
+"""The ordered pairs of every prompt, with their differences of reward."""
 
-    With probability `1 - targeted` a draw is even over all pairs of the pool, else proportional to
-    `doubt`. So a weight is at most `1 / (1 - targeted)`, and the weighted answers estimate the
-    pool's accuracy without bias whatever `doubt` says.
+
+def ordered_pairs(groups: Sequence[Row]) -> Pairs:
+    """Return the pairs of different responses that the reward model orders, by prompt.
+
+    Equal rewards say nothing that a label could agree with: their share is the free signal "ties".
 
     Args:
         groups: `{"prompt", "responses", "finished", "rewards"}`.
+    """
+    found: Pairs = {}
+    for row in groups:
+        texts, ended = row["responses"], row["finished"]
+        for i, j in zip(*different(texts, ended), strict=True):
+            gap = row["rewards"][i] - row["rewards"][j]
+            if gap:
+                first, second = (i, j) if gap > 0 else (j, i)
+                pair = Comparison(
+                    row["prompt"], texts[first], texts[second], ended[first], ended[second]
+                )
+                found.setdefault(prompt_name(row["prompt"]), []).append((pair, abs(gap)))
+    return found
+
+
+def draw_audit(
+    pools: Sequence[Pairs],
+    count: int,
+    *,
+    targeted: float,
+    rng: random.Random,
+    asked: Collection[str] = (),
+) -> list[Drawn]:
+    """Draw different prompts evenly, without replacement, and one pair of each.
+
+    At most `count` prompts, and at most half of the pool's, rounded up. Within a prompt of n pairs
+    a pair is drawn with probability `q = (1 - targeted) / n + targeted * doubt`; its weight is
+    `w = (1 / n) / q <= 1 / (1 - targeted)`. So whatever `doubt` says, `E[w x]` is the prompt's own
+    share of right pairs and `E[w] = 1`.
+
+    No label is used twice, and an audit of m prompts multiplies the evidence by at most 1 in
+    expectation, if the reward model orders, averaged over prompts, at least the threshold's share
+    of the pairs rightly. Let `g_p` be a prompt's expected pay-off (`core.betting.e_values`).
+
+    - Of the pool at hand: if its mean of `g_p` is at most 1, the expected product over m prompts
+      drawn without replacement is the elementary symmetric mean of the `g_p`, which is at most
+      their mean to the power m (Maclaurin), so at most 1. This holds at the end of every audit.
+    - Of the policy: if prompts are drawn independently, the pay-offs are independent, too, and it
+      holds after every label. (The pool's largest weight, by which stakes are divided, counts as
+      given: it must say nothing about how right the prompts are.)
+
+    Args:
+        pools: the ordered pairs of one step or several.
+        asked: `pair_id`s of earlier audits: these pairs are not drawn again; their prompt may be.
 
     Returns:
-        Draws without answers but for tied rewards; none if no prompt has two different responses.
+        Pairs without answers; none if the reward model orders no pair.
     """
-    pool: list[Comparison] = []
-    gaps: list[float] = []
-    for row in groups:
-        for i, j in zip(*different(row["responses"], row["finished"]), strict=True):
-            gap = row["rewards"][i] - row["rewards"][j]
-            first, second = (i, j) if gap >= 0 else (j, i)
-            texts, ended = row["responses"], row["finished"]
-            pool.append(
-                Comparison(row["prompt"], texts[first], texts[second], ended[first], ended[second])
-            )
-            gaps.append(abs(gap))
-    if not pool:
-        return []
-    q_N = (1 - targeted) / len(pool) + targeted * doubt(np.array(gaps))
-    weight_N = 1 / len(pool) / q_N
-    largest = float(weight_N.max())
-    return [
-        Drawn(pool[k], float(weight_N[k]), largest, gaps[k] == 0, 0.5 if gaps[k] == 0 else None)
-        for k in rng.choices(range(len(pool)), weights=q_N.tolist(), k=count)
+    pool: Pairs = {}
+    for step in pools:
+        for name, pairs in step.items():
+            fresh = [one for one in pairs if pair_id(one[0]) not in asked] if asked else pairs
+            if fresh:
+                pool.setdefault(name, []).extend(fresh)
+    prompts = list(pool.values())
+    q_PN = [
+        (1 - targeted) / len(pairs) + targeted * doubt(np.array([gap for _, gap in pairs]))
+        for pairs in prompts
     ]
+    weight_PN = [1 / len(q_N) / q_N for q_N in q_PN]
+    largest = max((float(weight_N.max()) for weight_N in weight_PN), default=1.0)
+    drawn = []
+    for p in rng.sample(range(len(prompts)), min(count, (len(prompts) + 1) // 2)):
+        (k,) = rng.choices(range(len(prompts[p])), weights=q_PN[p].tolist())
+        drawn.append(Drawn(prompts[p][k][0], float(weight_PN[p][k]), largest))
+    return drawn
 
 
 def doubt(gaps_N: Floats) -> Floats:
-    """Return shares of targeted draws, which sum to 1: more where reward differences are small.
+    """Return the shares of a prompt's targeted draws: more where reward differences are small.
 
     `s_i = 1 / (1 + gap_i / median gap)`: errors are likelier there as long as the model sees
     anything at all.
     """
+    gaps_N = np.minimum(gaps_N, 1e300)  # of rewards near the largest floats
     middle = float(np.median(gaps_N))
     s_N = 1 / (1 + gaps_N / middle) if middle > 0 else np.ones(len(gaps_N))
     return np.asarray(s_N / s_N.sum(), dtype=np.float64)
@@ -131,7 +173,6 @@ def doubt(gaps_N: Floats) -> Floats:
 
 def write_audit(folder: Path, audit: Audit) -> None:
     """Write an audit's queue: the folder appears whole or not at all."""
-    pairs = {pair_id(one.pair): one.pair for one in audit.drawn if not one.tied}
     rows = [
         {
             "step": audit.step,
@@ -143,14 +184,13 @@ def write_audit(folder: Path, audit: Audit) -> None:
             "theirs_finished": one.pair.theirs_finished,
             "weight": one.weight,
             "largest": one.largest,
-            "tied": one.tied,
         }
         for one in audit.drawn
     ]
     with new_folder(folder) as work:
         write_jsonl(work / DRAWS, rows)
         for name, side in ((OURS, 0), (THEIRS, 1)):
-            write_jsonl(work / name, [_row(pair, side) for pair in pairs.values()])
+            write_jsonl(work / name, [_row(one.pair, side) for one in audit.drawn])
 
 
 def _row(pair: Comparison, side: int) -> Row:
@@ -180,8 +220,8 @@ def read_audit(folder: Path, number: int) -> Audit:
             row["prompt"], row["ours"], row["theirs"], row["ours_finished"], row["theirs_finished"]
         )
         given = answers.get(pair_id(pair), [])
-        correct = 0.5 if row["tied"] else sum(given) / len(given) if given else None
-        drawn.append(Drawn(pair, row["weight"], row["largest"], row["tied"], correct))
+        correct = sum(given) / len(given) if given else None
+        drawn.append(Drawn(pair, row["weight"], row["largest"], correct))
     return Audit(number, rows[0]["step"], tuple(drawn), rows[0]["episode"])
 
 
@@ -209,9 +249,7 @@ def answer(folder: Path, audit: Audit, answerer: Answerer) -> None:
     Raises:
         UserError: the number of answers differs from the number of pairs; or as the judge raises.
     """
-    pairs = list({pair_id(one.pair): one.pair for one in audit.drawn if not one.tied}.values())
-    if not pairs:
-        return
+    pairs = [one.pair for one in audit.drawn]
     if hasattr(answerer, "judge"):
         rows = verdict_rows(answerer.judge(pairs))
     else:

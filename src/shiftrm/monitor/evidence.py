@@ -20,8 +20,9 @@ class Evidence:
         value: the e-value against "accuracy was at least the threshold in every audit".
         needed: the alarm's: 1 / alpha.
         bound: accuracy was below this in some audit, up to a probability of alpha; 1: unknown.
-        accuracy: share of right pairs in the last answered audit, weighted for how it was drawn.
-        answers: labels behind it.
+        accuracy: share of right pairs in the last answered audit, of those that the model orders,
+            averaged over prompts and weighted for how pairs were drawn.
+        answers: labels behind it, each of another pair.
     """
 
     value: float = 1.0
@@ -88,8 +89,9 @@ def sentence_of(evidence: Evidence, config: MonitorConfig, step: int, groups: Pa
     """Return what an alarm says and what to do."""
     shown = "" if evidence.accuracy is None else f" (last audit: {evidence.accuracy:.2f})"
     return (
-        f"step {step}: the reward model orders fewer than {config.threshold:.0%} of today's pairs "
-        f"as the labels do{shown}; {evidence.answers} labels, e-value {evidence.value:.3g}. A "
+        f"step {step}: averaged over prompts, the reward model orders fewer than "
+        f"{config.threshold:.0%} of today's pairs of different reward as the labels do{shown}; "
+        f"{evidence.answers} labels, e-value {evidence.value:.3g}. A "
         f"false alarm has a probability of at most {config.alpha:.0%} over the whole run. Stop, go "
         "back to a checkpoint from before, or adapt the reward model to the policy's responses: "
         f"shiftrm adapt --groups {groups}"

@@ -8,7 +8,6 @@ Everything it knows lies in its folder, so that a run that is continued goes on 
 """
 
 import contextlib
-import random
 import threading
 import traceback
 import warnings
@@ -20,10 +19,12 @@ from typing import Any
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.locks import exclusive
+from shiftrm.measure.people.blinding import pair_id
 from shiftrm.models.scoring import score_rows
-from shiftrm.monitor.audits import Answerer, Audit, answer, draw_audit
+from shiftrm.monitor.audits import Answerer, Audit, answer
 from shiftrm.monitor.evidence import Alarm, Evidence, evidence_of, sentence_of
 from shiftrm.monitor.folder import MonitorFolder
+from shiftrm.monitor.pool import Pool
 from shiftrm.monitor.rewards import Reward, group_rows, open_reward, prompt_name
 from shiftrm.monitor.settings import MonitorConfig
 from shiftrm.monitor.signals import Score, Step, measure_step
@@ -94,6 +95,7 @@ class DriftMonitor:
         self._contexts: dict[str, Mapping[str, Any]] = {}
         self._probe_contexts: dict[str, Mapping[str, Any]] = {}
         self._recent: list[list[Row]] = []
+        self._pool, self._waited = Pool(self.config), False
         self._watches: bool | None = None
         self._stack = contextlib.ExitStack()
         weakref.finalize(self, self._stack.close)
@@ -186,6 +188,8 @@ class DriftMonitor:
         state, config = self._state, self.config
         state.step += 1
         self._recent = [*self._recent, list(groups)][-max(config.pool_steps, config.window) :]
+        if len(state.audits) < config.audits:
+            self._pool.add(groups)
         self._keep_probe(groups)
         metrics: dict[str, float] = {}
         flags: list[str] = []
@@ -282,16 +286,18 @@ class DriftMonitor:
         return since >= (sooner if flags else config.audit_every)
 
     def _audit(self, flags: Sequence[str]) -> None:
-        state, config = self._state, self.config
+        state = self._state
         number = len(state.audits) + 1
-        pool = [row for step in self._recent[-config.pool_steps :] for row in step]
-        rng = random.Random(f"audit/{config.seed}/{number}")
-        drawn = draw_audit(pool, config.audit_pairs, targeted=config.targeted, rng=rng)
+        drawn = self._pool.draw(
+            number, {pair_id(one.pair) for audit in state.audits for one in audit.drawn}
+        )
         if not drawn:
+            self._say_waiting()
             return
         audit = Audit(number, state.step, tuple(drawn), state.episode)
         self.folder.write_audit(audit)
         state.audits.append(audit)
+        self._pool.clear()
         self.folder.event("audit", state.step, number=number, labels=audit.labels, flags=[*flags])
         if self.answers is None:
             return
@@ -302,6 +308,20 @@ class DriftMonitor:
                 except Exception as error:
                     self._failed(f"an audit could not be answered: {error}")
                     return
+
+    def _say_waiting(self) -> None:
+        """Warn once, if audits wait for pairs for as long again as they wait for their turn."""
+        state, config = self._state, self.config
+        since = state.step - (state.audits[-1].step if state.audits else 0)
+        if since >= 2 * config.audit_every + 10 and not self._waited:
+            self._waited = True
+            with contextlib.suppress(Warning):
+                warnings.warn(
+                    f"{self.folder.path}: no audit for {since} steps. One needs "
+                    f"{self._pool.needed} prompts with responses of different text and reward, and "
+                    f"there are {self._pool.prompts}; the signals 'ties' and 'same' tell more",
+                    stacklevel=4,
+                )
 
     def _look(self) -> None:
         """Read the answers that are there, and act if the test is decided."""
@@ -353,6 +373,7 @@ class DriftMonitor:
             state = self._state
             state.episode += 1
             state.alarmed, state.series = False, {}
+            self._pool.clear()  # rewards of the model before
             self.evidence, self._stale = Evidence(needed=1 / self.config.alpha), True
             self.folder.event("model_changed", state.step, episode=state.episode)
             probe, state.probe = state.probe, []
