@@ -221,18 +221,76 @@ def test_errors_do_not_reach_the_run(tmp_path):
 
 
 def test_an_audit_is_asked_again_after_an_error(tmp_path):
-    down = iter([True, True])
+    """Also with no audit after it; the pauses grow, so a judge that is away costs little."""
+    times = []
 
     def answers(pairs):
-        if next(down, False):
+        times.append(monitor._state.step)
+        if len(times) <= 3:
             raise OSError("the judge is away")
         return right(pairs)
 
-    monitor = DriftMonitor(by_length, tmp_path, SMALL, answers=answers)
+    config = MonitorConfig(budget=20, audit_every=2, signals=())
+    monitor = DriftMonitor(by_length, tmp_path, config, answers=answers)
     with pytest.warns(UserWarning, match="could not be answered: the judge is away"):
-        run(monitor, 6)
-    assert monitor.evidence.answers == 60  # of all three audits
-    assert len(read_jsonl(tmp_path / "steps.jsonl")) == 6
+        run(monitor, 12)
+    assert times == [2, 3, 5, 9]
+    assert monitor.evidence.answers == 20
+    assert len(read_jsonl(tmp_path / "steps.jsonl")) == 12
+
+
+def test_a_killed_run_asks_about_its_last_audit(tmp_path):
+    """Killed between the queue and the answers."""
+
+    def killed(pairs):
+        raise KeyboardInterrupt
+
+    config = MonitorConfig(budget=20, audit_every=2, signals=())
+    monitor = DriftMonitor(by_length, tmp_path, config, answers=killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(monitor, 2)
+    monitor.close()
+    again = DriftMonitor(by_length, tmp_path, config, answers=right)
+    run(again, 1, first=3)
+    assert again.evidence.answers == 20
+
+
+@pytest.mark.parametrize("bad", ["maybe", ["win"], float("nan")])
+def test_answers_of_a_function_are_checked(bad, tmp_path):
+    config = MonitorConfig(budget=20, audit_every=2, signals=())
+    monitor = DriftMonitor(by_length, tmp_path, config, answers=lambda pairs: [bad] * len(pairs))
+    with pytest.warns(UserWarning, match="an audit is .*; write win"):
+        run(monitor, 2)
+
+
+def test_a_full_disk_does_not_silence_the_alarm(tmp_path, monkeypatch):
+    alarms = []
+    monitor = DriftMonitor(by_length, tmp_path, SMALL, actions=[alarms.append])
+    run(monitor, 2)
+    (folder,) = (tmp_path / "audits").iterdir()
+    rows = [{**row, "outcome": "lose"} for row in read_jsonl(folder / "draws.jsonl")]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for name in ("_append", "write_jsonl", "atomic_write_text"):
+        monkeypatch.setattr(f"shiftrm.monitor.folder.{name}", full)
+    monkeypatch.setattr("shiftrm.monitor.audits.write_jsonl", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        run(monitor, 1, first=3)
+    assert len(alarms) == 1
+    assert monitor.alarmed
+
+
+def test_a_hook_that_exits_does_not_end_training(tmp_path):
+    def leaves(alarm):
+        raise SystemExit(3)
+
+    monitor = DriftMonitor(by_length, tmp_path, SMALL, answers=wrong, actions=[leaves])
+    with pytest.warns(UserWarning, match="failed: 3"):
+        run(monitor, 4)
+    assert monitor.alarmed
 
 
 def test_an_error_of_the_reward_is_raised(tmp_path):

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ Answerer = Judge | Callable[[Sequence[Comparison]], Sequence[Outcome | None]]
 
 DRAWS, OURS, THEIRS, ANSWERS = "draws.jsonl", "ours.jsonl", "theirs.jsonl", "answers.jsonl"
 
-RIGHT: dict[Outcome, float] = {"win": 1.0, "tie": 0.5, "lose": 0.0}
+RIGHT: dict[str, float] = {"win": 1.0, "tie": 0.5, "lose": 0.0}
 
 
 @dataclass(frozen=True)
@@ -234,13 +235,16 @@ def _answers(folder: Path) -> dict[str, list[float]]:
             outcome = row["outcome"]
             if outcome is None:
                 continue
-            if outcome not in RIGHT:
-                raise UserError(
-                    f"{path}: answer {number} is {outcome!r}; write {', '.join(OUTCOMES)} or null"
-                )
+            right = _right(outcome, f"{path}: answer {number}")
             name = pair_id(Comparison(row["prompt"], row["ours"], row["theirs"]))
-            found.setdefault(name, []).append(RIGHT[outcome])
+            found.setdefault(name, []).append(right)
     return found
+
+
+def _right(outcome: Any, where: str) -> float:
+    if not isinstance(outcome, str) or outcome not in RIGHT:
+        raise UserError(f"{where} is {outcome!r}; write {', '.join(OUTCOMES)} or null")
+    return RIGHT[outcome]
 
 
 def answer(folder: Path, audit: Audit, answerer: Answerer) -> None:
@@ -256,8 +260,13 @@ def answer(folder: Path, audit: Audit, answerer: Answerer) -> None:
         outcomes = list(answerer(pairs))
         if len(outcomes) != len(pairs):
             raise UserError(f"{len(outcomes)} answers for the {len(pairs)} pairs of an audit")
+        for outcome in outcomes:
+            if outcome is not None:
+                _right(outcome, "an audit")
         rows = [
             {"prompt": pair.prompt, "ours": pair.ours, "theirs": pair.theirs, "outcome": outcome}
             for pair, outcome in zip(pairs, outcomes, strict=True)
         ]
+    if all(row["outcome"] is None for row in rows):
+        raise UserError(f"none of the {len(rows)} pairs of an audit got an answer")
     write_jsonl(folder / ANSWERS, rows)

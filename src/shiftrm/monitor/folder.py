@@ -109,19 +109,20 @@ class MonitorFolder:
     def write_probe(self, rows: Sequence[Row]) -> None:
         write_jsonl(self.path / PROBE, rows)
 
+    @property
+    def groups(self) -> Path:
+        return self.path / GROUPS
+
     def write_groups(self, rows: Sequence[Row]) -> Path:
         """Write unlabelled groups of at least two responses, as `shiftrm adapt` reads them."""
         kept = ("prompt", "responses", "finished")
         several = [row for row in rows if len(row["responses"]) > 1]
-        return write_jsonl(
-            self.path / GROUPS, [{name: row[name] for name in kept} for row in several]
-        )
+        return write_jsonl(self.groups, [{name: row[name] for name in kept} for row in several])
 
     def write_alarm(self, alarm: Alarm, episode: int) -> None:
         plain = {**asdict(alarm), "groups": str(alarm.groups), "output": str(alarm.output)}
         text = json.dumps({**encodable(plain), "episode": episode}, indent=1) + "\n"
         atomic_write_text(self.path / ALARM, text)
-        self.event("alarm", alarm.step, episode=episode, sentence=alarm.sentence)
 
     def write_audit(self, audit: Audit) -> None:
         write_audit(self.audit(audit.number), audit)

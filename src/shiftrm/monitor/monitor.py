@@ -21,7 +21,7 @@ from shiftrm.files import Row
 from shiftrm.locks import exclusive
 from shiftrm.measure.people.blinding import pair_id
 from shiftrm.models.scoring import score_rows
-from shiftrm.monitor.audits import Answerer, Audit, answer
+from shiftrm.monitor.audits import ANSWERS, Answerer, Audit, answer
 from shiftrm.monitor.evidence import Alarm, Evidence, evidence_of, sentence_of
 from shiftrm.monitor.folder import MonitorFolder
 from shiftrm.monitor.pool import Pool
@@ -96,6 +96,9 @@ class DriftMonitor:
         self._probe_contexts: dict[str, Mapping[str, Any]] = {}
         self._recent: list[list[Row]] = []
         self._pool, self._waited = Pool(self.config), False
+        self._retries: dict[
+            int, tuple[int, int]
+        ] = {}  # audit: the step to ask again, the pause after
         self._watches: bool | None = None
         self._stack = contextlib.ExitStack()
         weakref.finalize(self, self._stack.close)
@@ -190,15 +193,20 @@ class DriftMonitor:
         self._recent = [*self._recent, list(groups)][-max(config.pool_steps, config.window) :]
         if len(state.audits) < config.audits:
             self._pool.add(groups)
-        self._keep_probe(groups)
         metrics: dict[str, float] = {}
         flags: list[str] = []
-        if (state.step - 1) % config.every == 0:
-            metrics = self._measure(groups)
-            flags = self._flags(metrics)
-        if self._audit_due(flags):
-            self._audit(flags)
-        self._look()
+        with self.safely():
+            self._keep_probe(groups)
+        with self.safely():
+            if (state.step - 1) % config.every == 0:
+                metrics = self._measure(groups)
+                flags = self._flags(metrics)
+        with self.safely():
+            if self._audit_due(flags):
+                self._audit(flags)
+        self._ask()
+        with self.safely():
+            self._look()
         said = {
             "evidence": self.evidence.value,
             "accuracy_bound": self.evidence.bound,
@@ -209,15 +217,9 @@ class DriftMonitor:
         }
         if self.evidence.accuracy is not None:
             said["accuracy"] = self.evidence.accuracy
-        self.folder.add_step(
-            {
-                "step": state.step,
-                "episode": state.episode,
-                "signals": metrics,
-                "flags": flags,
-                "test": said,
-            }
-        )
+        row = {"step": state.step, "episode": state.episode, "signals": metrics, "flags": flags}
+        with self.safely():
+            self.folder.add_step({**row, "test": said})
         return {**metrics, **said}
 
     def _measure(self, groups: Sequence[Row]) -> dict[str, float]:
@@ -299,15 +301,24 @@ class DriftMonitor:
         state.audits.append(audit)
         self._pool.clear()
         self.folder.event("audit", state.step, number=number, labels=audit.labels, flags=[*flags])
-        if self.answers is None:
+
+    def _ask(self) -> None:
+        """Have audits without answers answered; after an error again, ever more steps later."""
+        state = self._state
+        if self.answers is None or state.alarmed:
             return
-        for waiting in state.audits:  # also those that could not be answered before
-            if len(waiting.answered) < len(waiting.drawn):
-                try:
-                    answer(self.folder.audit(waiting.number), waiting, self.answers)
-                except Exception as error:
-                    self._failed(f"an audit could not be answered: {error}")
-                    return
+        for audit in state.audits:
+            due, pause = self._retries.get(audit.number, (0, 1))
+            folder = self.folder.audit(audit.number)
+            if audit.episode != state.episode or audit.answered or state.step < due:
+                continue
+            if (folder / ANSWERS).exists():  # somebody's, even if it cannot be read
+                continue
+            self._retries[audit.number] = (state.step + pause, min(2 * pause, 32))
+            with self.safely("an audit could not be answered"):
+                answer(folder, audit, self.answers)
+                continue
+            return  # not the others now: each may wait long for a judge that is away
 
     def _say_waiting(self) -> None:
         """Warn once, if audits wait for pairs for as long again as they wait for their turn."""
@@ -332,7 +343,9 @@ class DriftMonitor:
             self._stale = False
         if not self.evidence.alarm or state.alarmed:
             return
-        groups = self.folder.write_groups([row for step in self._recent for row in step])
+        groups = self.folder.groups
+        with self.safely("the groups of an alarm could not be written"):
+            self.folder.write_groups([row for step in self._recent for row in step])
         said = sentence_of(self.evidence, self.config, state.step, groups)
         alarm = Alarm(
             state.step,
@@ -343,13 +356,14 @@ class DriftMonitor:
             groups,
             self.folder.path,
         )
-        state.alarmed = True
-        self.folder.write_alarm(alarm, state.episode)
+        state.alarmed, episode = True, state.episode
         for action in self.actions:
-            try:
+            with self.safely(f"the action {action!r} failed"):
                 action(alarm)
-            except Exception as error:
-                self._failed(f"the action {action!r} failed: {error}")
+        with self.safely("the alarm could not be written"):
+            self.folder.write_alarm(alarm, episode)
+        with self.safely("the alarm could not be written"):
+            self.folder.event("alarm", alarm.step, episode=episode, sentence=said)
 
     def _read(self, audit: Audit) -> Audit:
         try:
@@ -389,12 +403,12 @@ class DriftMonitor:
     # -- errors ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def safely(self) -> Iterator[None]:
+    def safely(self, what: str = "the drift monitor could not watch a step") -> Iterator[None]:
         """Keep errors of watching away from the run: count, write down, warn of the first."""
         try:
             yield
-        except Exception as error:
-            self._failed(f"the drift monitor could not watch a step: {error}")
+        except (Exception, SystemExit) as error:  # a hook that exits would end training
+            self._failed(f"{what}: {error}")
 
     def _failed(self, what: str) -> None:
         """Count an error and write it down; warn of the first."""
