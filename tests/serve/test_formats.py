@@ -195,7 +195,11 @@ def test_embeddings_as_the_openai_client_reads_them(server):
         ("/score", {"prompt": "describe", "response_ids": [[3]]}, "'prompt' would be lost"),
         ("/score", {"prompt_id": [5], "response_ids": [[3]]}, "did you mean 'prompt_ids'?"),
         ("/score", {"prompt_ids": 0, "response_ids": [[3]]}, "'prompt_ids' must be"),
-        ("/score", {"prompt": "the", "responses": ["a", "b " * 4000]}, "response 1: prompt and"),
+        (
+            "/score",
+            {"prompt": "the", "responses": ["a", "b " * 4000]},
+            "response 1: prompt and response have 8003 ch",
+        ),
         ("/score", {"prompt": "the " * 2000, "response": "a"}, "more than 6400 characters"),
         ("/classify", {"input": "a" * 6401}, "have 6401 characters, and at most 64 tokens"),
         ("/classify", {"messages": [{"role": "user", "content": "a" * 6401}]}, "6405 characters"),
