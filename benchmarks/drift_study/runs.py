@@ -125,7 +125,7 @@ def make_run(name: str, seed: int, root: Path, steps: int = STEPS) -> Path:
     )
     lines: list[Row] = [{"kind": name, "seed": seed, **json.loads((start / DONE).read_text())}]
     with tempfile.TemporaryDirectory() as folder:
-        monitor = DriftMonitor(reward, Path(folder) / "monitor", SIGNALS_ONLY)
+        monitor = DriftMonitor(reward, Path(folder) / "monitor", SIGNALS_ONLY, score=reward)
 
         def watch(log: StepLog, rollouts: Rollouts) -> None:
             groups = groups_of(rollouts, config.rollouts_per_prompt)

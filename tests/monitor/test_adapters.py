@@ -7,6 +7,7 @@
 import asyncio
 import inspect
 import threading
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,10 +18,12 @@ from shiftrm.files import read_jsonl
 from shiftrm.monitor.adapters import openrlhf, openrlhf_reward, verl, verl_reward
 from shiftrm.monitor.monitor import DriftMonitor
 from shiftrm.monitor.settings import MonitorConfig
+from shiftrm.monitor.signals import SIGNALS
 
 SMALL = MonitorConfig(
     threshold=0.7, budget=60, audit_pairs=20, audit_every=1, baseline=2, window=2, sight_pairs=8
 )
+ALL = replace(SMALL, signals=tuple(SIGNALS.names()))
 EOS = "</s>"
 SAMPLES = [
     (f"question {p}?", f" answer {p} in a few words" + " so" * k, f"label {p}")
@@ -80,7 +83,7 @@ def test_openrlhf_with_the_users_function(tmp_path):
         score = torch.tensor([float(len(queries[0]))])
         return {"rewards": score, "scores": score, "extra_logs": {"mine": score}}
 
-    monitor = DriftMonitor(openrlhf(mine), tmp_path, SMALL)
+    monitor = DriftMonitor(openrlhf(mine), tmp_path, ALL)
     reward_func = openrlhf_reward(monitor, step_size=len(SAMPLES), end_of_text=EOS)
     found = call_as_openrlhf(reward_func, SAMPLES)
     for (reward, score, logs), (prompt, response, _) in zip(found, SAMPLES, strict=True):
@@ -156,7 +159,7 @@ async def awaited(data_source, solution_str, ground_truth, extra_info=None):
 
 @pytest.mark.parametrize("function", [plain, mapping, awaited])
 def test_verl_with_the_users_function(function, tmp_path):
-    monitor = DriftMonitor(verl(function), tmp_path, SMALL)
+    monitor = DriftMonitor(verl(function), tmp_path, ALL)
     watched = verl_reward(monitor, step_size=len(SAMPLES))
     assert inspect.iscoroutinefunction(watched) == inspect.iscoroutinefunction(function)
     assert call_as_verl(watched, SAMPLES) == call_as_verl(function, SAMPLES)

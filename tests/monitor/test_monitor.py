@@ -1,9 +1,12 @@
 """The monitor: rewards untouched, alarms from labels alone, resumed as if never stopped."""
 
+import asyncio
 import json
 import warnings
+from functools import partial
 
 import pytest
+import torch
 
 from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
@@ -11,7 +14,9 @@ from shiftrm.files import read_jsonl
 from shiftrm.measure.judges.comparing import Verdict
 from shiftrm.monitor.evidence import evidence_of
 from shiftrm.monitor.monitor import DriftMonitor
+from shiftrm.monitor.rewards import name_of
 from shiftrm.monitor.settings import MonitorConfig
+from shiftrm.monitor.signals import SIGNALS
 
 SMALL = MonitorConfig(
     threshold=0.7, budget=60, audit_pairs=20, audit_every=2, baseline=2, window=2, sight_pairs=8
@@ -91,7 +96,7 @@ def test_free_signals_never_raise_the_alarm(tmp_path):
 
     def collapses(prompts, responses, *, finished):
         level = next(values)
-        return [float(len(r)) if level < 20 else 0.0 for r in responses]
+        return [float(len(r)) if level < 5 else 0.0 for r in responses]
 
     monitor = DriftMonitor(collapses, tmp_path, config)
     run(monitor, 10)
@@ -307,7 +312,8 @@ def test_a_signal_that_fails_is_left_out(tmp_path):
     def ids_only(prompts, completions, completion_ids, **_):
         return [float(len(ids)) for ids in completion_ids]
 
-    monitor = DriftMonitor(ids_only, tmp_path, SMALL)
+    config = MonitorConfig(budget=0, signals=tuple(SIGNALS.names()))
+    monitor = DriftMonitor(ids_only, tmp_path, config)
     prompts, texts = batch(1)
     ids = [list(range(len(t))) for t in texts]
     with pytest.warns(UserWarning, match="sight_other_prompt' is left out"):
@@ -361,6 +367,10 @@ def test_evidence_of_the_folder_is_the_monitors(tmp_path):
         ({"budget": 10}, "less than the 20 pairs of one audit"),
         ({"signals": ("spred",)}, "did you mean 'spread'"),
         ({"flag": 0.0}, "flag is 0.0"),
+        ({"audit_pairs": 2.5}, "audit_pairs is 2.5; it must be a whole number"),
+        ({"alpha": "x"}, "alpha is 'x'; it must be a number"),
+        ({"pool_steps": True}, "pool_steps is True"),
+        ({"signals": "spread"}, "signals is 'spread'; give a list"),
     ],
 )
 def test_bad_settings(given, said):
@@ -371,3 +381,59 @@ def test_bad_settings(given, said):
 def test_what_cannot_be_wrapped(tmp_path):
     with pytest.raises(UserError, match="cannot wrap a int"):
         DriftMonitor(3, tmp_path)
+    with pytest.raises(UserError, match="cannot wrap a Linear without its tokenizer"):
+        DriftMonitor(torch.nn.Linear(1, 1), tmp_path)
+
+
+def test_a_function_is_only_asked_about_what_the_policy_wrote(tmp_path):
+    class Running:
+        """A reward with a state: it depends on all texts so far."""
+
+        def __init__(self):
+            self.seen = 0
+
+        def __call__(self, prompts, responses, *, finished):
+            self.seen += len(responses)
+            return [len(r) + 0.001 * self.seen for r in responses]
+
+    alone, reward = Running(), Running()
+    monitor = DriftMonitor(reward, tmp_path / "a", SMALL)
+    for step in range(1, 4):
+        prompts, texts = batch(step)
+        assert monitor(prompts, texts) == alone(prompts, texts, finished=None)
+    signals = read_jsonl(tmp_path / "a" / "steps.jsonl")[0]["signals"]
+    assert "spread" in signals
+    assert not any(name.startswith("sight") for name in signals)
+    run(DriftMonitor(reward, tmp_path / "b", SMALL, score=by_length), 1)
+    assert "sight_cut" in read_jsonl(tmp_path / "b" / "steps.jsonl")[0]["signals"]
+
+
+def test_coroutines_share_one_loop(tmp_path):
+    loops = []
+
+    async def later(prompts, completions, **_):
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+        return [float(len(c)) for c in completions]
+
+    monitor = DriftMonitor(later, tmp_path, SMALL)
+    run(monitor, 2)
+
+    async def inside():
+        return run(monitor, 1, first=3)
+
+    assert asyncio.run(inside()) == [[float(len(t)) for t in batch(3)[1]]]
+    assert len(set(loops)) == 1
+    assert not loops[0].is_closed()
+
+
+def test_names(tmp_path):
+    monitor = DriftMonitor(by_length, tmp_path / "a", SMALL)
+    assert (monitor.__name__, monitor.prefix) == ("by_length", "drift/")
+    logged = {}
+    monitor = DriftMonitor(partial(by_length), tmp_path / "b", SMALL, name="second")
+    run(monitor, 1, log_metric=logged.__setitem__)
+    assert monitor.__name__ == "second"
+    assert {name.rsplit("/", 1)[0] for name in logged} == {"drift/second"}
+    assert name_of(partial(by_length)) == "by_length"
+    assert name_of("models/reward/") == "reward"

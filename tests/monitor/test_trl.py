@@ -1,6 +1,7 @@
 """The monitor in TRL's own trainers: the same run as without it, its log, and the stop."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from shiftrm.files import read_jsonl
 from shiftrm.monitor.callback import StopOnDrift
 from shiftrm.monitor.monitor import DriftMonitor
 from shiftrm.monitor.settings import MonitorConfig
+from shiftrm.monitor.signals import SIGNALS
 from tests.conftest import llama_config
 
 KINDS = {
@@ -32,6 +34,7 @@ WORDS = [
 SMALL = MonitorConfig(
     threshold=0.7, budget=48, audit_pairs=8, audit_every=1, baseline=2, window=2, sight_pairs=8
 )
+ALL = replace(SMALL, signals=tuple(SIGNALS.names()))
 
 
 def lengths(prompts, completions, completion_ids, weight, **_):
@@ -66,19 +69,22 @@ def trained(kind, arguments, tokenizer, reward, callbacks=(), **settings):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_run_is_the_same(kind, tokenizer, arguments, tmp_path):
     alone = trained(kind, arguments, tokenizer, lengths)
-    monitor = DriftMonitor(lengths, tmp_path / "m", SMALL, answers=lambda p: ["win"] * len(p))
+    monitor = DriftMonitor(
+        lengths, tmp_path / "m", ALL, answers=lambda p: ["win"] * len(p), name="first"
+    )
     watched = trained(kind, arguments, tokenizer, monitor)
     for ours, theirs in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     steps = read_jsonl(tmp_path / "m" / "steps.jsonl")
     assert len(steps) == 5
     assert monitor.errors == 0, (tmp_path / "m" / "errors.log").read_text()
-    logs = [row for row in watched.state.log_history if "drift/evidence" in row]
-    assert [row["drift/spread"] for row in logs] == pytest.approx(
+    logs = [row for row in watched.state.log_history if "drift/first/evidence" in row]
+    assert [row["drift/first/spread"] for row in logs] == pytest.approx(
         [row["signals"]["spread"] for row in steps], rel=1e-5
     )
-    assert [row["drift/alarm"] for row in logs] == [0.0] * 5
-    assert all(math.isfinite(row["drift/sight_repeated"]) for row in logs)
+    assert [row["drift/first/alarm"] for row in logs] == [0.0] * 5
+    assert "rewards/first/mean" in logs[0]
+    assert all(math.isfinite(row["drift/first/sight_repeated"]) for row in logs)
 
 
 def test_the_alarm_stops_the_trainer(tokenizer, arguments, tmp_path):

@@ -30,7 +30,7 @@ __all__ = ["openrlhf_reward", "verl_reward"]
 
 
 def _check(step_size: int) -> None:
-    if step_size < 1:
+    if not isinstance(step_size, int) or step_size < 1:
         raise UserError(f"step_size is {step_size}; give the responses of a step, such as 128 * 8")
 
 
@@ -122,12 +122,12 @@ def _split(query: str, prompt: str, end: str) -> tuple[str, bool]:
 
 
 def _logs(monitor: DriftMonitor) -> dict[str, float]:
-    evidence = monitor.evidence
+    evidence, prefix = monitor.evidence, monitor.prefix.replace("/", "_")
     return {
-        "drift_evidence": evidence.value,
-        "drift_accuracy_bound": evidence.bound,
-        "drift_labels": float(monitor.labels),
-        "drift_alarm": float(monitor.alarmed),
+        f"{prefix}evidence": evidence.value,
+        f"{prefix}accuracy_bound": evidence.bound,
+        f"{prefix}labels": float(monitor.labels),
+        f"{prefix}alarm": float(monitor.alarmed),
     }
 
 

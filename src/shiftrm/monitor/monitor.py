@@ -25,9 +25,9 @@ from shiftrm.monitor.audits import ANSWERS, Answerer, Audit, answer
 from shiftrm.monitor.evidence import Alarm, Evidence, evidence_of, sentence_of
 from shiftrm.monitor.folder import MonitorFolder
 from shiftrm.monitor.pool import Pool
-from shiftrm.monitor.rewards import Reward, group_rows, open_reward, prompt_name
+from shiftrm.monitor.rewards import Reward, group_rows, is_model, name_of, open_reward, prompt_name
 from shiftrm.monitor.settings import MonitorConfig
-from shiftrm.monitor.signals import Score, Step, measure_step
+from shiftrm.monitor.signals import SIGNALS, Score, Step, measure_step
 from shiftrm.monitor.trends import flagged, trend
 
 __all__ = ["DriftMonitor", "warn"]
@@ -62,13 +62,15 @@ class DriftMonitor:
         second: a second reward model, as `reward`, for the signal "disagreement".
         actions: called with an `Alarm`, once for each reward model; to stop a trainer, give it
             `callback.StopOnDrift` too. A hook may adapt the model and call `model_changed`.
-        score: rewards texts that the policy did not write (sight tests), where `reward` cannot.
+        score: rewards texts that the policy did not write, for the sight tests. A function of the
+            user's is not called for them without it, unless `config.signals` names them: it may
+            have a state, or a price. A reward model is.
+        name: for several monitors in one run: metrics are `drift/NAME/...`, and the reward has this
+            name in TRL's logs (by default that of the wrapped function or model).
 
     Raises:
         UserError: a reward that cannot be used, or a folder of something else.
     """
-
-    __name__ = "drift_monitor"  # in TRL's logs
 
     def __init__(
         self,
@@ -80,8 +82,11 @@ class DriftMonitor:
         second: Any = None,
         actions: Sequence[Action] = (warn,),
         score: Score | None = None,
+        name: str | None = None,
     ) -> None:
         self.config = config or MonitorConfig()
+        self.__name__ = name or name_of(reward)  # in TRL's logs
+        self.prefix = f"drift/{name}/" if name else "drift/"
         self.reward: Reward = open_reward(reward)
         self.folder = MonitorFolder(Path(output))
         self.answers, self.actions = answers, list(actions)
@@ -90,6 +95,8 @@ class DriftMonitor:
         self._names = [
             name for name in self.config.names if name != "disagreement" or second is not None
         ]
+        if not (self.config.signals or score or is_model(self.reward)):
+            self._names = [name for name in self._names if not SIGNALS.get(name).scores]
         self._mutex = threading.RLock()
         self._waiting: list[Row] = []
         self._contexts: dict[str, Mapping[str, Any]] = {}
@@ -130,7 +137,7 @@ class DriftMonitor:
                 metrics = self.see(rows)
                 if log_metric is not None:
                     for name, value in metrics.items():
-                        log_metric(f"drift/{name}", value)
+                        log_metric(f"{self.prefix}{name}", value)
         return rewards
 
     # -- for adapters ----------------------------------------------------------------------------

@@ -4,9 +4,14 @@ import asyncio
 import inspect
 import json
 import math
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import nn
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row
@@ -97,9 +102,28 @@ class TrlReward:
 
 
 def finished_call(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-    """Call a function, and wait for what it gives if that is a coroutine."""
+    """Call a function, and wait for what it gives if that is a coroutine.
+
+    All coroutines run in one event loop, in a thread of its own, as TRL runs them: clients that
+    keep connections open belong to the loop in which they began.
+    """
     found = function(*args, **settings)
-    return asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
+    if not inspect.isawaitable(found):
+        return found
+    later = asyncio.run_coroutine_threadsafe(_awaited(found), _loop(os.getpid()))
+    try:
+        return later.result()
+    except BaseException:
+        later.cancel()
+        raise
+
+
+@cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """Return the event loop of this process; a fork has none of its parent's threads."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="shiftrm-rewards", daemon=True).start()
+    return loop
 
 
 async def _awaited(found: Any) -> Any:
@@ -123,6 +147,11 @@ def open_reward(reward: Any) -> Reward:
         return found
     if isinstance(reward, Scorer):
         return TextReward(reward)
+    if isinstance(reward, nn.Module):
+        raise UserError(
+            f"the monitor cannot wrap a {type(reward).__name__} without its tokenizer; give the "
+            "model's folder, or Scorer(model, tokenizer)"
+        )
     if not callable(reward):
         raise UserError(
             f"the monitor cannot wrap a {type(reward).__name__}; give a reward model's folder, a "
@@ -135,6 +164,24 @@ def open_reward(reward: Any) -> Reward:
     if "finished" in names and "completions" not in names:
         return TextReward(reward)
     return TrlReward(reward)
+
+
+def name_of(reward: Any) -> str:
+    """Return the name that TRL would give a reward function in its logs."""
+    if isinstance(reward, str | Path):
+        return str(reward).rstrip("/").split("/")[-1]
+    if isinstance(reward, Scorer):
+        name = getattr(reward.model.config, "name_or_path", "") or ""
+        return str(name).rstrip("/").split("/")[-1] or "Scorer"
+    reward = getattr(reward, "function", reward)
+    while isinstance(reward, partial):
+        reward = reward.func
+    return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def is_model(reward: Reward) -> bool:
+    """Whether this is a reward model, here or on a server, and no function of the user's."""
+    return isinstance(getattr(reward, "function", None), Scorer | TokenReward)
 
 
 def prompt_name(prompt: Any) -> str:

@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 from shiftrm.errors import UserError
 from shiftrm.monitor.signals import SIGNALS
 
 __all__ = ["MonitorConfig"]
+
+NUMBERS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class MonitorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            kinds = NUMBERS.get(field.type)
+            value = getattr(self, field.name)
+            if kinds and (not isinstance(value, kinds) or isinstance(value, bool)):
+                kind = "a whole number" if kinds == (int,) else "a number"
+                raise UserError(f"{field.name} is {value!r}; it must be {kind}")
+        if isinstance(self.signals, str):
+            raise UserError(f"signals is {self.signals!r}; give a list, [{self.signals!r}]")
         for name in ("threshold", "alpha"):
             self._require(name, 0 < getattr(self, name) < 1, "must lie between 0 and 1")
         self._require("targeted", 0 <= self.targeted < 1, "must be at least 0 and below 1")

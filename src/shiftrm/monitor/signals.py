@@ -67,7 +67,7 @@ class Signal:
         suspicious: which way it moves, in theory, when a policy exploits its reward model.
         measure: its value in a step; None where it cannot be computed (one response a prompt, or
             texts that the test cannot change).
-        scores: whether it asks the reward function for more rewards.
+        scores: whether it asks the reward function about texts that the policy did not write.
     """
 
     label: str

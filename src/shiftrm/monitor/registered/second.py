@@ -25,6 +25,5 @@ SIGNALS.register("disagreement")(
         "share of pairs that a second reward model orders the other way round",
         "high",
         _disagreement,
-        scores=True,
     )
 )
