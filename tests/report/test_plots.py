@@ -62,6 +62,18 @@ def test_variance_runs_on_over_the_rounds():
     assert list(border.get_xdata()) == [3, 3]
 
 
+@pytest.mark.parametrize("steps", [(1, 2), (2,), (5, 10)])
+def test_the_text_of_a_round_lies_inside_the_picture_of_few_steps(steps):
+    records = [
+        Record("ppo", "fixed", 1, "difference_variance", float(step), step=step) for step in steps
+    ]
+    figure = figures.variance_figure(view(records), "fixed")
+    plots.render(figure)  # matplotlib would warn, as text outside leaves no room for the axes
+    [axes] = figure.axes
+    box = axes.get_window_extent()
+    assert all(box.x0 <= text.get_window_extent().x0 <= box.x1 for text in axes.texts)
+
+
 def test_seeds_are_thin_lines_behind_their_mean():
     records = [
         Record("ppo", "fixed", 1, "difference_variance", float(seed + step), step=step, seed=seed)

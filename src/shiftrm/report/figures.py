@@ -52,6 +52,7 @@ def variance_figure(m: Results, arm: str | None) -> Figure | None:
     figure, axes = new_axes("policy training step (all rounds)", "variance", title)
     draw_seeds(axes, list(curves.values()), colour=m.arms[arm].colour)
     axes.set_ylim(bottom=0)
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))  # for the text of the first round
     for round_, start in starts.items():
         if start:
             axes.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
