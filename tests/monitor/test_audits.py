@@ -231,3 +231,51 @@ def test_evidence_is_the_test_of_the_present_model():
     assert (found.accuracy, found.answers, found.needed) == (pytest.approx(0.9), 20, 20)
     assert evidence_of(audits, config, 3).value == 1.0
     assert evidence_of([answered(1, 0, count=20)], config, 1).alarm
+
+
+# -- files of answers that are not as they should be ---------------------------------------------
+
+
+@pytest.fixture
+def queued(tmp_path):
+    """An audit's folder, and its answers, all "win"."""
+    audit = Audit(1, 1, tuple(drawn(5)))
+    write_audit(tmp_path / "a", audit)
+    rows = [
+        {"prompt": p.prompt, "ours": p.ours, "theirs": p.theirs, "outcome": "win"}
+        for p in (one.pair for one in audit.drawn)
+    ]
+    return tmp_path / "a", rows
+
+
+def test_exchanged_sides_count_turned_round(queued):
+    folder, rows = queued
+    turned = [{**r, "ours": r["theirs"], "theirs": r["ours"], "outcome": "lose"} for r in rows[:4]]
+    write_jsonl(folder / "answers.jsonl", turned)
+    assert [one.correct for one in read_audit(folder, 1).drawn] == [1.0] * 4 + [None]
+
+
+def test_other_pairs_are_said(queued):
+    folder, rows = queued
+    write_jsonl(folder / "answers.jsonl", [{**row, "prompt": 3} for row in rows])
+    with pytest.raises(UserError, match="none of its 5 answers is about a pair of this audit"):
+        read_audit(folder, 1)
+
+
+@pytest.mark.parametrize("text", ["", "win\n", '{"prompt": "p'])
+def test_a_broken_file_leaves_the_others(text, queued):
+    folder, rows = queued
+    (folder / "answers.jsonl").write_text(text)
+    (folder / "people").mkdir()
+    write_jsonl(folder / "people" / "human.jsonl", rows)
+    problems = []
+    assert len(read_audit(folder, 1, problems).answered) == 5
+    assert len(problems) == 1
+    assert "answers.jsonl" in problems[0]
+
+
+def test_an_outcome_that_is_a_list(queued):
+    folder, rows = queued
+    write_jsonl(folder / "answers.jsonl", [{**rows[0], "outcome": ["lose"]}])
+    with pytest.raises(UserError, match=r"answer 1 is \['lose'\]; write win"):
+        read_audit(folder, 1)

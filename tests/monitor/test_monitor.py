@@ -437,3 +437,44 @@ def test_names(tmp_path):
     assert {name.rsplit("/", 1)[0] for name in logged} == {"drift/second"}
     assert name_of(partial(by_length)) == "by_length"
     assert name_of("models/reward/") == "reward"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("steps.jsonl", "[1]"),
+        ("steps.jsonl", '{"a": 1}'),
+        ("events.jsonl", "3"),
+        ("probe.jsonl", '{"x": 1}'),
+        ("monitor.json", "[]"),
+        ("monitor.json", "[1]"),
+        ("audits/0001/draws.jsonl", ""),
+        ("audits/0001/draws.jsonl", '{"a": 1}'),
+    ],
+)
+def test_files_of_something_else(name, text, tmp_path):
+    monitor = DriftMonitor(by_length, tmp_path, SMALL)
+    run(monitor, 2)
+    monitor.close()
+    (tmp_path / name).write_text(text + "\n")
+    with pytest.raises(UserError, match=f"{name}: "):
+        DriftMonitor(by_length, tmp_path, SMALL)
+
+
+def test_a_folder_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written"):
+        DriftMonitor(by_length, tmp_path / "file" / "m", SMALL)
+
+
+def test_broken_answers_at_a_restart(tmp_path):
+    monitor = DriftMonitor(by_length, tmp_path, SMALL)
+    run(monitor, 2)
+    monitor.close()
+    (tmp_path / "audits" / "0001" / "answers.jsonl").write_text("")
+    again = DriftMonitor(by_length, tmp_path, SMALL)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        run(again, 1, first=3)
+    run(again, 2, first=4)
+    assert again.errors == 1  # said once
+    assert len(read_jsonl(tmp_path / "steps.jsonl")) == 5

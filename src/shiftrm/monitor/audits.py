@@ -7,8 +7,8 @@ read them; `draws.jsonl` says how each pair was drawn. Answers are rows of `prom
 """
 
 import random
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,41 +203,81 @@ def _row(pair: Comparison, side: int) -> Row:
     }
 
 
-def read_audit(folder: Path, number: int) -> Audit:
+def read_audit(folder: Path, number: int, problems: list[str] | None = None) -> Audit:
     """Read an audit with the answers that are there.
 
     Answers are read from `answers.jsonl` and from every `*.jsonl` in a folder of the audit (such as
-    the output of `evaluate win-rate`). Several answers on a pair are averaged; rows about other
-    pairs are ignored.
+    the output of `evaluate win-rate`). Several answers on a pair are averaged; an answer whose
+    `ours` and `theirs` are exchanged counts turned round; rows about other pairs are ignored.
+
+    Args:
+        problems: takes what is wrong with files of answers, which are then left out.
 
     Raises:
-        UserError: a malformed file, or an unknown outcome.
+        UserError: malformed draws; without `problems` also a malformed file of answers, an unknown
+            outcome, or answers of which none is about a pair of the audit.
     """
-    rows = read_jsonl(folder / DRAWS)
-    answers = _answers(folder)
-    drawn = []
-    for row in rows:
-        pair = Comparison(
-            row["prompt"], row["ours"], row["theirs"], row["ours_finished"], row["theirs_finished"]
-        )
-        given = answers.get(pair_id(pair), [])
-        correct = sum(given) / len(given) if given else None
-        drawn.append(Drawn(pair, row["weight"], row["largest"], correct))
-    return Audit(number, rows[0]["step"], tuple(drawn), rows[0]["episode"])
-
-
-def _answers(folder: Path) -> dict[str, list[float]]:
+    path = folder / DRAWS
+    rows = read_jsonl(path)
+    try:
+        drawn = [
+            Drawn(
+                Comparison(
+                    row["prompt"],
+                    row["ours"],
+                    row["theirs"],
+                    row["ours_finished"],
+                    row["theirs_finished"],
+                ),
+                float(row["weight"]),
+                float(row["largest"]),
+            )
+            for row in rows
+        ]
+        step, episode = int(rows[0]["step"]), int(rows[0]["episode"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path}: not the draws of an audit; restore it, or move the folder"
+        ) from None
+    known = {pair_id(one.pair) for one in drawn}
     found: dict[str, list[float]] = {}
-    for path in sorted([*folder.glob(ANSWERS), *folder.glob("*/*.jsonl")]):
-        for number, row in enumerate(read_jsonl(path), start=1):
-            if not {"prompt", "ours", "theirs", "outcome"} <= row.keys():
-                continue
-            outcome = row["outcome"]
-            if outcome is None:
-                continue
-            right = _right(outcome, f"{path}: answer {number}")
-            name = pair_id(Comparison(row["prompt"], row["ours"], row["theirs"]))
-            found.setdefault(name, []).append(right)
+    for file in sorted([*folder.glob(ANSWERS), *folder.glob("*/*.jsonl")]):
+        try:
+            for name, right in _answers(file, known):
+                found.setdefault(name, []).append(right)
+        except UserError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    return Audit(number, step, tuple(_filled(one, found) for one in drawn), episode)
+
+
+def _filled(one: Drawn, found: Mapping[str, Sequence[float]]) -> Drawn:
+    given = found.get(pair_id(one.pair), [])
+    return replace(one, correct=sum(given) / len(given) if given else None)
+
+
+def _answers(path: Path, known: Collection[str]) -> list[tuple[str, float]]:
+    """Return the answers of a file about these pairs."""
+    found: list[tuple[str, float]] = []
+    others = 0
+    for number, row in enumerate(read_jsonl(path), start=1):
+        if not {"prompt", "ours", "theirs", "outcome"} <= row.keys() or row["outcome"] is None:
+            continue
+        right = _right(row["outcome"], f"{path}: answer {number}")
+        name = pair_id(Comparison(row["prompt"], row["ours"], row["theirs"]))
+        turned = pair_id(Comparison(row["prompt"], row["theirs"], row["ours"]))
+        if name in known:
+            found.append((name, right))
+        elif turned in known:
+            found.append((turned, 1 - right))
+        else:
+            others += 1
+    if others and not found:
+        raise UserError(
+            f"{path}: none of its {others} answers is about a pair of this audit; prompt, ours and "
+            "theirs must be those of draws.jsonl"
+        )
     return found
 
 

@@ -60,6 +60,8 @@ class MonitorFolder:
             try:
                 theirs = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
+                theirs = None
+            if not isinstance(theirs, dict):
                 raise UserError(f"{path}: not the settings of a monitor; move it") from None
             for name in FIXED:
                 if theirs.get(name) != ours[name]:
@@ -70,7 +72,12 @@ class MonitorFolder:
             return
         if self.path.exists() and not _empty(self.path):
             raise UserError(f"{self.path}: holds something else than a monitor; give a new folder")
-        atomic_write_text(path, json.dumps(ours, indent=1) + "\n")
+        try:
+            atomic_write_text(path, json.dumps(ours, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror or error}); give another folder"
+            ) from None
 
     def state(self) -> State:
         """Read what an earlier part of the run left.
@@ -78,21 +85,21 @@ class MonitorFolder:
         Raises:
             UserError: a malformed audit.
         """
-        state = State(probe=_lines(self.path / PROBE))
-        for event in _lines(self.path / EVENTS):
+        state = State(probe=_lines(self.path / PROBE, PROBED))
+        for event in _lines(self.path / EVENTS, ("event", "step")):
             if event["event"] == "model_changed":
                 state.episode = event["episode"]
                 state.alarmed = False
             elif event["event"] == "alarm" and event["episode"] == state.episode:
                 state.alarmed = True
-        for row in _lines(self.path / STEPS):
+        for row in _lines(self.path / STEPS, ("step", "signals")):
             state.step = max(state.step, row["step"])
             if row.get("episode", 1) == state.episode:
                 for name, value in row["signals"].items():
                     state.series.setdefault(name, []).append(value)
         number = 1
         while (folder := self.audit(number)).is_dir():
-            state.audits.append(read_audit(folder, number))
+            state.audits.append(read_audit(folder, number, []))  # the next step says what is wrong
             number += 1
         return state
 
@@ -127,11 +134,11 @@ class MonitorFolder:
     def write_audit(self, audit: Audit) -> None:
         write_audit(self.audit(audit.number), audit)
 
-    def read_audit(self, audit: Audit) -> Audit:
+    def read_audit(self, audit: Audit, problems: list[str]) -> Audit:
         """Return the audit with the answers that are there now."""
         if len(audit.answered) == len(audit.drawn):
             return audit
-        return read_audit(self.audit(audit.number), audit.number)
+        return read_audit(self.audit(audit.number), audit.number, problems)
 
     def audit(self, number: int) -> Path:
         """Return the folder of an audit."""
@@ -153,13 +160,23 @@ def _append(path: Path, row: Row) -> None:
         file.write(json_line(row).encode())
 
 
-def _lines(path: Path) -> list[Row]:
-    """Read JSON lines; one that a kill cut off is left out."""
+PROBED = ("prompt", "responses", "finished", "rewards")
+
+
+def _lines(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Read JSON lines; one that a kill cut off is left out.
+
+    Raises:
+        UserError: a line that is JSON of something else.
+    """
     rows: list[Row] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue
+            if not isinstance(row, dict) or not row.keys() >= set(columns):
+                raise UserError(f"{path}: holds something else than a monitor's; move the folder")
+            rows.append(row)
     return rows

@@ -111,6 +111,7 @@ class DriftMonitor:
         weakref.finalize(self, self._stack.close)
         self.errors = 0
         self._warned = False
+        self._told: set[str] = set()
         self.folder.check(self.config)
         self._state = self.folder.state()
         self.evidence = Evidence(needed=1 / self.config.alpha)
@@ -373,11 +374,13 @@ class DriftMonitor:
             self.folder.event("alarm", alarm.step, episode=episode, sentence=said)
 
     def _read(self, audit: Audit) -> Audit:
-        try:
-            return self.folder.read_audit(audit)
-        except UserError as error:  # somebody's file of answers; it can still be corrected
-            self._failed(f"the answers of an audit cannot be read: {error}")
-            return audit
+        problems: list[str] = []
+        found = self.folder.read_audit(audit, problems)
+        for what in problems:  # somebody's file of answers; it can still be corrected
+            if what not in self._told:
+                self._told.add(what)
+                self._failed(f"the answers of an audit cannot be read: {what}")
+        return found
 
     def model_changed(self, reward: Any = None) -> None:
         """Say that the reward function is another from now on, as after `shiftrm adapt`.
