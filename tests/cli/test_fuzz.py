@@ -297,20 +297,19 @@ def remove(paths):
 def fuzz_world(tmp_path_factory, tokenizer):
     """The folder, as the working one; stages of runs are not run, since they start processes."""
     folder = tmp_path_factory.mktemp("world")
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)
-    make_world(folder, tokenizer)
 
     def no_stages(*_, **__):
         raise UserError("stages are not run here")
 
-    for module in ("pipeline.run", "pipeline.meta_test_run"):
-        patch.setattr(f"shiftrm.{module}.run_stages", no_stages)
-    patch.setattr("shiftrm.serve.server.listen", lambda *_: None)  # it would not end
-    patch.setattr("builtins.input", lambda _: "n")
-    patch.setattr(sys, "stdin", io.StringIO())
-    yield folder
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:  # undone also where the set-up fails
+        patch.chdir(folder)
+        make_world(folder, tokenizer)
+        for module in ("pipeline.run", "pipeline.meta_test_run"):
+            patch.setattr(f"shiftrm.{module}.run_stages", no_stages)
+        patch.setattr("shiftrm.serve.listening.listen", lambda *_: None)  # it would not end
+        patch.setattr("builtins.input", lambda _: "n")
+        patch.setattr(sys, "stdin", io.StringIO())
+        yield folder
 
 
 @pytest.mark.slow

@@ -230,7 +230,8 @@ READS = {
 def every_command():
     from shiftrm.cli import build_parser
 
-    return [" ".join(name) for name, _ in commands(build_parser())]
+    names = [" ".join(name) for name, _ in commands(build_parser())]
+    return [name for name in names if name != "serve"]  # it has no output
 
 
 @pytest.mark.parametrize("name", every_command())

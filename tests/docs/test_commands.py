@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ NOT_RUN = {
     "shiftrm demo": MINUTES,
     "shiftrm run gold_domains": "tests/oodpl/test_gold_run.py runs a small one; planned only",
     "shiftrm run recipes/hh_helpful.yaml model=meta-llama/": "the hub and GPUs; planned only",
+    "shiftrm run openrlhf": "the hub; tests/pipeline/test_external_recipes.py runs it",
+    "shiftrm run trl_grpo": "the hub; tests/pipeline/test_external_recipes.py runs it",
     "shiftrm report runs/": "no finished demo is at hand; tests/report make pages of records",
 }
 """How a command begins, and why it is not run here. The shiftrm part is still parsed."""
@@ -186,7 +189,8 @@ def server(tmp_path_factory):
         FakeEndpoint(answer=world.answer, models=models, cards={"max_model_len": 64}) as fake,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        beside = Path(sys.executable).parent  # trl, as in an environment that is activated
+        patch.setenv("PATH", os.pathsep.join([str(folder), str(beside), os.environ["PATH"]]))
         patch.setenv("OPENAI_BASE_URL", fake.url)
         patch.setenv("OPENAI_API_KEY", "test")
         patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
