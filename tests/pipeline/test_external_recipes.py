@@ -19,6 +19,7 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
     """The programs in place of the trainers; they have the trainers' names."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # `python3`
     monkeypatch.setenv("PATH", str(STAND_INS / "bin"), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(STAND_INS), prepend=os.pathsep)
     monkeypatch.delenv("SHIFTRM_TOKEN", raising=False)
