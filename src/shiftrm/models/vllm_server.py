@@ -90,7 +90,7 @@ def _wait_until_ready(
                 f"vllm serve ended with status {process.returncode} before it was ready: "
                 f"{_last_line(log)}; see {log}"
             )
-        if _healthy(port):
+        if healthy(port):
             return
         if time.monotonic() > deadline:
             raise UserError(
@@ -101,11 +101,12 @@ def _wait_until_ready(
         pause = min(2 * pause, 1.0)
 
 
-def _healthy(port: int) -> bool:
-    """Whether /health answers; uses no proxy, since the server is local."""
+def healthy(port: int, host: str = "127.0.0.1") -> bool:
+    """Return whether /health answers; uses no proxy, since the server is local."""
+    place = f"[{host}]" if ":" in host else host
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+        with opener.open(f"http://{place}:{port}/health", timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

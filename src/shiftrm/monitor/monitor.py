@@ -103,9 +103,8 @@ class DriftMonitor:
         self._probe_contexts: dict[str, Mapping[str, Any]] = {}
         self._recent: list[list[Row]] = []
         self._pool, self._waited = Pool(self.config), False
-        self._retries: dict[
-            int, tuple[int, int]
-        ] = {}  # audit: the step to ask again, the pause after
+        # of an audit: the step in which to ask again, and the pause after that
+        self._retries: dict[int, tuple[int, int]] = {}
         self._watches: bool | None = None
         self._stack = contextlib.ExitStack()
         weakref.finalize(self, self._stack.close)

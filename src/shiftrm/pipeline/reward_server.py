@@ -5,13 +5,12 @@ import re
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from shiftrm.errors import UserError, printable
+from shiftrm.models.vllm_server import healthy
 from shiftrm.pipeline.children import running_child
 from shiftrm.serve.settings import TOKEN, Settings
 
@@ -80,22 +79,12 @@ def _ready(server: "subprocess.Popen[bytes]", log: Path, host: str) -> int:
         if port is None:
             found = SERVING.search(log.read_text(encoding="utf-8", errors="replace"))
             port = None if found is None else int(found[1])
-        if port is not None and _healthy(host, port):
+        if port is not None and healthy(port, host):
             return port
         if time.monotonic() > deadline:
             raise UserError(f"the reward server was not ready in {START_LIMIT:g} s; see {log}")
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
-
-
-def _healthy(host: str, port: int) -> bool:
-    place = f"[{host}]" if ":" in host else host
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"http://{place}:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def last_lines(log: Path, count: int) -> str:
