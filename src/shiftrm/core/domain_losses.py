@@ -68,7 +68,7 @@ def direct_preference_loss(policy_B2: Tensor, reference_B2: Tensor, *, beta: flo
 
     Source: Rafailov et al., arXiv 2305.18290, Eq. 7.
     """
-    if policy_B2.shape != reference_B2.shape or policy_B2.shape[-1:] != (2,):
+    if policy_B2.shape != reference_B2.shape or policy_B2.shape[1:] != (2,):
         raise ValueError(
             f"expected two tensors of shape [B, 2], got {tuple(policy_B2.shape)} and "
             f"{tuple(reference_B2.shape)}"
