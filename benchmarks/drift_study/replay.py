@@ -19,7 +19,7 @@ from shiftrm.monitor.settings import MonitorConfig
 from shiftrm.monitor.signals import pair_differences
 from shiftrm.monitor.trends import flagged, trend
 
-from .runs import KINDS, read_run
+from .runs import EVERY, KINDS, read_run
 
 CONFIG = MonitorConfig(
     threshold=0.75,
@@ -30,6 +30,7 @@ CONFIG = MonitorConfig(
     pool_steps=1,
     baseline=4,
     window=4,
+    every=EVERY,
 )
 """Chosen on seeds 100 and 101: 20 pairs every second or third step, so that 200 labels last for
 about 25 steps, and a threshold near the accuracy of the reward model at the start (0.74, 0.78)."""

@@ -17,7 +17,7 @@ from shiftrm.monitor.signals import SIGNALS
 from shiftrm.report.plots import render
 
 from .replay import BOUNDARY, CONFIG, VARIANTS
-from .runs import KINDS
+from .runs import EVERY, KINDS
 
 SMOOTH = 5
 """Steps of the running mean of gold, whose peak and fall are read."""
@@ -145,14 +145,14 @@ def _alarmed(rows: Sequence[Row], variant: str) -> int:
 
 def _at_horizon(row: Row, name: str) -> float | None:
     """Mean of the window that ends at the horizon."""
-    values = row["signals"].get(name, [])[HORIZON - CONFIG.window : HORIZON]
+    values = row["signals"].get(name, [])[HORIZON - CONFIG.window * EVERY : HORIZON]
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
 def _change(row: Row, name: str) -> float | None:
     now = _at_horizon(row, name)
-    start = [v for v in row["signals"].get(name, [])[: CONFIG.baseline] if v is not None]
+    start = [v for v in row["signals"].get(name, [])[: CONFIG.baseline * EVERY] if v is not None]
     return None if now is None or not start else now - float(np.mean(start))
 
 

@@ -22,12 +22,13 @@ from shiftrm.models.scoring import Scorer, mean_and_spread, score_rows
 from shiftrm.monitor.monitor import DriftMonitor
 from shiftrm.monitor.settings import MonitorConfig
 from shiftrm.monitor.signals import SIGNALS
+from shiftrm.monitor.trained_on import TrainingStates
 from shiftrm.policies.ppo import PPOTrainer, Problem, Rollouts, StepLog, make_critic
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.world.build import PROMPTS_TRAIN
 from shiftrm.world.world import GoldReward
 
-from .start import DONE, POLICY, RESPONSES, REWARD, make_start
+from .start import DONE, POLICY, RESPONSES, REWARD, SECOND, TRAINING_PAIRS, make_start
 
 STEPS = 70
 """PPO steps of a run; every step draws 16 prompts and 16 responses to each."""
@@ -49,7 +50,10 @@ CONFIG = PPOConfig(
 SQUASH = 1.0
 """Width of the squashed gold, in standard deviations of gold on SFT samples."""
 
-SIGNALS_ONLY = MonitorConfig(budget=0, probe_groups=64, baseline=4)
+EVERY = 2
+"""Steps between measurements of the signals: they cost as much as the step itself."""
+
+SIGNALS_ONLY = MonitorConfig(budget=0, probe_groups=64, baseline=4, every=EVERY)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,14 @@ def make_run(name: str, seed: int, root: Path, steps: int = STEPS) -> Path:
     )
     lines: list[Row] = [{"kind": name, "seed": seed, **json.loads((start / DONE).read_text())}]
     with tempfile.TemporaryDirectory() as folder:
-        monitor = DriftMonitor(reward, Path(folder) / "monitor", SIGNALS_ONLY, score=reward)
+        monitor = DriftMonitor(
+            reward,
+            Path(folder) / "monitor",
+            SIGNALS_ONLY,
+            score=reward,
+            second=Scorer.from_pretrained(start / SECOND),
+            trained_on=TrainingStates.from_pretrained(start / REWARD, start / TRAINING_PAIRS),
+        )
 
         def watch(log: StepLog, rollouts: Rollouts) -> None:
             groups = groups_of(rollouts, config.rollouts_per_prompt)

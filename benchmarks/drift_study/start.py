@@ -30,7 +30,11 @@ from shiftrm.world.build import (
 
 BATCH, PAIRS, HELD_OUT, SCALE = 32, 3000, 500, 256
 SFT_RATE, REWARD_RATE, REWARD_STEPS = 2e-3, 1e-3, 187
-POLICY, REWARD, RESPONSES, DONE = "policy", "reward", "scale.jsonl", "start.json"
+POLICY, REWARD, SECOND, RESPONSES, DONE = "policy", "reward", "second", "scale.jsonl", "start.json"
+TRAINING_PAIRS = "pairs.jsonl"
+
+OTHER = 10_000
+"""Added to a run's seed for the head and the order of the second reward model."""
 
 
 def make_start(seed: int, folder: Path) -> Path:
@@ -58,7 +62,9 @@ def make_start(seed: int, folder: Path) -> Path:
     )
     held_out, pairs = labelled[:HELD_OUT], labelled[HELD_OUT:]
     write_jsonl(folder / RESPONSES, _sampled(policy, tokenizer, prompts, SCALE // 2, rng))
-    _reward_model(folder, pairs, seed)
+    write_jsonl(folder / TRAINING_PAIRS, pairs)
+    for name, drawn in ((REWARD, seed), (SECOND, seed + OTHER)):
+        _reward_model(folder, name, pairs, drawn)
     accuracy = _accuracy(Scorer.from_pretrained(folder / REWARD), held_out)
     atomic_write_text(folder / DONE, json.dumps({"seed": seed, "held_out_accuracy": accuracy}))
     return folder
@@ -89,14 +95,15 @@ def _fine_tune(policy: nn.Module, tokenizer: Any, rows: Sequence[Row], seed: int
     _train(policy, [*batches], loss, rate=SFT_RATE, warmup=20)
 
 
-def _reward_model(folder: Path, pairs: Sequence[Row], seed: int) -> None:
+def _reward_model(folder: Path, name: str, pairs: Sequence[Row], seed: int) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / POLICY)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(folder / POLICY, num_labels=1)
-    nn.init.zeros_(model.score.weight)
+    if name == REWARD:  # the second one keeps its own random head
+        nn.init.zeros_(model.score.weight)
     rng = random.Random(f"reward/{seed}")
     places: list[int] = []
     while len(places) < REWARD_STEPS * BATCH:
@@ -117,8 +124,8 @@ def _reward_model(folder: Path, pairs: Sequence[Row], seed: int) -> None:
         return bradley_terry_loss(chosen, rejected).mean()
 
     _train(model, batches, loss, rate=REWARD_RATE, warmup=0)
-    model.save_pretrained(folder / REWARD)
-    tokenizer.save_pretrained(folder / REWARD)
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
 
 
 def _train(

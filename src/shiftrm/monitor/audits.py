@@ -114,8 +114,7 @@ def draw_audit(
 ) -> list[Drawn]:
     """Draw different prompts evenly, without replacement, and one pair of each.
 
-    At most `count` prompts, and at most half of the pool's, rounded up. Within a prompt of n pairs
-    a pair is drawn with probability `q = (1 - targeted) / n + targeted * doubt`; its weight is
+    At most `count` prompts. Within a prompt of n pairs a pair is drawn with probability `q = (1 - targeted) / n + targeted * doubt`; its weight is
     `w = (1 / n) / q <= 1 / (1 - targeted)`. So whatever `doubt` says, `E[w x]` is the prompt's own
     share of right pairs and `E[w] = 1`.
 
@@ -151,7 +150,7 @@ def draw_audit(
     weight_PN = [1 / len(q_N) / q_N for q_N in q_PN]
     largest = max((float(weight_N.max()) for weight_N in weight_PN), default=1.0)
     drawn = []
-    for p in rng.sample(range(len(prompts)), min(count, (len(prompts) + 1) // 2)):
+    for p in rng.sample(range(len(prompts)), min(count, len(prompts))):
         (k,) = rng.choices(range(len(prompts[p])), weights=q_PN[p].tolist())
         drawn.append(Drawn(prompts[p][k][0], float(weight_PN[p][k]), largest))
     return drawn

@@ -28,6 +28,7 @@ from shiftrm.monitor.pool import Pool
 from shiftrm.monitor.rewards import Reward, group_rows, is_model, name_of, open_reward, prompt_name
 from shiftrm.monitor.settings import MonitorConfig
 from shiftrm.monitor.signals import SIGNALS, Score, Step, measure_step
+from shiftrm.monitor.trained_on import TrainingStates
 from shiftrm.monitor.trends import flagged, trend
 
 __all__ = ["DriftMonitor", "warn"]
@@ -60,6 +61,7 @@ class DriftMonitor:
         answers: answers audits at once: a judge (`measure.judges`), or a function of comparisons.
             None: they wait in the folder until somebody answers them.
         second: a second reward model, as `reward`, for the signal "disagreement".
+        trained_on: the reward model's training pairs, for "distance" and "expected_errors".
         actions: called with an `Alarm`, once for each reward model; to stop a trainer, give it
             `callback.StopOnDrift` too. A hook may adapt the model and call `model_changed`.
         score: rewards texts that the policy did not write, for the sight tests. A function of the
@@ -80,6 +82,7 @@ class DriftMonitor:
         *,
         answers: Answerer | None = None,
         second: Any = None,
+        trained_on: TrainingStates | None = None,
         actions: Sequence[Action] = (warn,),
         score: Score | None = None,
         name: str | None = None,
@@ -92,9 +95,8 @@ class DriftMonitor:
         self.answers, self.actions = answers, list(actions)
         self._score = score
         self._second = None if second is None else open_reward(second)
-        self._names = [
-            name for name in self.config.names if name != "disagreement" or second is not None
-        ]
+        self.trained_on = trained_on
+        self._names = list(self.config.names)
         if not (self.config.signals or score or is_model(self.reward)):
             self._names = [name for name in self._names if not SIGNALS.get(name).scores]
         self._mutex = threading.RLock()
@@ -238,6 +240,7 @@ class DriftMonitor:
             state.probe,
             None if self._second is None else self._second.score(self._contexts),
             self.config.sight_pairs,
+            self.trained_on,
         )
         found: dict[str, float] = {}
         for name in list(self._names):
@@ -381,7 +384,7 @@ class DriftMonitor:
                 self._failed(f"the answers of an audit cannot be read: {what}")
         return found
 
-    def model_changed(self, reward: Any = None) -> None:
+    def model_changed(self, reward: Any = None, trained_on: TrainingStates | None = None) -> None:
         """Say that the reward function is another from now on, as after `shiftrm adapt`.
 
         The test begins anew with its whole alpha, and the signals with a new baseline; the frozen
@@ -389,8 +392,10 @@ class DriftMonitor:
 
         Args:
             reward: the new one; None: the same object gives other rewards now.
+            trained_on: the new one's training pairs; None: their two signals end.
         """
         with self._mutex:
+            self.trained_on = trained_on
             if reward is not None:
                 self.reward = open_reward(reward)
             state = self._state

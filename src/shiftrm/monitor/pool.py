@@ -25,8 +25,8 @@ class Pool:
 
     @property
     def needed(self) -> int:
-        """The number of prompts from which an audit can be drawn: twice its fewest pairs."""
-        return 2 * min(FEWEST, self.config.audit_pairs) - 1
+        """The number of prompts from which an audit can be drawn."""
+        return min(FEWEST, self.config.audit_pairs)
 
     @property
     def prompts(self) -> int:
@@ -50,7 +50,7 @@ class Pool:
         drawn = draw_audit(
             self._steps, config.audit_pairs, targeted=config.targeted, rng=rng, asked=asked
         )
-        return drawn if len(drawn) >= min(FEWEST, config.audit_pairs) else []
+        return drawn if len(drawn) >= self.needed else []
 
 
 def _prompts(steps: Sequence[Pairs]) -> int:

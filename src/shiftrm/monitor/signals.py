@@ -7,14 +7,17 @@ responses rightly (docs/monitor.md shows what each one knew). They say when and 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from shiftrm.core.discrimination import Floats
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text
 from shiftrm.models.responses import Response, group_responses
+from shiftrm.monitor.trained_on import TrainingStates
 from shiftrm.registry import Registry
 
 __all__ = ["SIGNALS", "Score", "Signal", "Step", "measure_step"]
@@ -34,6 +37,7 @@ class Step:
         probe: the same rows of the first steps, frozen, with today's rewards; empty at the start.
         second: a second reward function, or None.
         pairs: how many pairs a test that scores changed texts makes.
+        trained_on: the states of a reward model's training pairs, or None.
     """
 
     number: int
@@ -42,6 +46,15 @@ class Step:
     probe: Sequence[Row] = ()
     second: Score | None = None
     pairs: int = 64
+    trained_on: TrainingStates | None = None
+
+    @cached_property
+    def states(self) -> list[Tensor]:
+        """The hidden states of each group's responses, [N, H]; of `trained_on`'s model."""
+        if self.trained_on is None:
+            return []
+        found = self.trained_on.states(self.responses)
+        return list(found.split([len(row["responses"]) for row in self.groups]))
 
     @property
     def several(self) -> list[Row]:
