@@ -108,11 +108,11 @@ def test_one_label_is_no_evidence(tmp_path):
 def test_small_batches_wait_for_pairs_and_say_so(tmp_path):
     config = MonitorConfig(audit_every=2, signals=(), budget=40)
     monitor = DriftMonitor(lambda prompts, completions, **_: [1.0, 2.0], tmp_path, config)
-    for step in range(9):  # one prompt a step; an audit of five pairs needs nine
+    for step in range(5):  # one prompt a step; an audit needs five pairs
         assert monitor.labels == 0
         monitor([f"p{step}"] * 2, ["a", "b"])
     assert monitor.labels == 5
     for _ in range(13):
         monitor(["p"] * 2, ["a", "b"])
-    with pytest.warns(UserWarning, match="no audit for 14 steps. One needs 9 .* there are 1"):
+    with pytest.warns(UserWarning, match="no audit for 14 steps. One needs 5 .* there are 1"):
         monitor(["p"] * 2, ["a", "b"])

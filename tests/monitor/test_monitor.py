@@ -23,7 +23,7 @@ SMALL = MonitorConfig(
 )
 
 
-PROMPTS = 40  # an audit draws half of them
+PROMPTS = 40
 
 
 def by_length(prompts, responses, *, finished):
