@@ -58,7 +58,8 @@ def test_mahalanobis_distance(scorer, pairs, groups):
     again = known.states([Response(*text) for text in sides_of(pairs)])
     assert known.distances(again).mean() == pytest.approx(1.0, rel=1e-4)
     (signals,) = [measured(known, groups)]
-    by_group = np.split(brute(states) / usual, np.cumsum([len(g["responses"]) for g in groups])[:-1])
+    ends = np.cumsum([len(g["responses"]) for g in groups])
+    by_group = np.split(brute(states) / usual, ends[:-1])
     assert signals["distance"] == pytest.approx(np.mean([d.mean() for d in by_group]), rel=1e-4)
 
 
@@ -106,7 +107,8 @@ def test_chat_messages_and_sampled_tokens(scorer, pairs):
 def test_many_pairs_are_drawn_from(scorer, pairs, monkeypatch):
     monkeypatch.setattr("shiftrm.monitor.trained_on.MOST", 5)
     few = [TrainingStates(scorer, pairs, seed=seed)._mean_H for seed in (0, 0, 1)]
-    assert torch.equal(few[0], few[1]) and not torch.equal(few[0], few[2])
+    assert torch.equal(few[0], few[1])
+    assert not torch.equal(few[0], few[2])
     assert MOST > 1000
 
 

@@ -114,9 +114,10 @@ def draw_audit(
 ) -> list[Drawn]:
     """Draw different prompts evenly, without replacement, and one pair of each.
 
-    At most `count` prompts. Within a prompt of n pairs a pair is drawn with probability `q = (1 - targeted) / n + targeted * doubt`; its weight is
-    `w = (1 / n) / q <= 1 / (1 - targeted)`. So whatever `doubt` says, `E[w x]` is the prompt's own
-    share of right pairs and `E[w] = 1`.
+    At most `count` prompts. Within a prompt of n pairs a pair is drawn with probability
+    `q = (1 - targeted) / n + targeted * doubt`; its weight is `w = (1 / n) / q`, at most
+    `1 / (1 - targeted)`. So whatever `doubt` says, `E[w x]` is the prompt's own share of right
+    pairs and `E[w] = 1`.
 
     No label is used twice, and an audit of m prompts multiplies the evidence by at most 1 in
     expectation, if the reward model orders, averaged over prompts, at least the threshold's share
