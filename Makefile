@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) pip setuptools wheel
 	$(PIP) $$(grep '^torch==' constraints.txt)
-	$(PIP) --no-build-isolation --editable '.[dev,docs,gguf,judge,peft,serve]'
+	$(PIP) --no-build-isolation --editable '.[dev,docs,gguf,judge,peft,qlora,serve]'
 	@touch $@
 
 demo: $(VENV)/.installed

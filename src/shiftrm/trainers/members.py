@@ -182,8 +182,8 @@ def _warm(job: "TrainingJob") -> str:
     files = sorted(path.name for path in sources[0].glob("*.safetensors"))
     if not files or "adapter_model.safetensors" in files:
         raise UserError(
-            "warm averages whole weights, and an adapter on quantised weights was trained; leave "
-            "out quantisation"
+            "warm averages whole weights, and an adapter alone was saved (FSDP2 with LoRA); leave "
+            "out use_peft, or train with one process or DDP"
         )
     _copy(sources[0], job.finished, leave_out=[*files, "adapter"])
     for name in files:

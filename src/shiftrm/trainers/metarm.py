@@ -30,6 +30,7 @@ from shiftrm.trainers.meta_effect import EFFECTS, MetaEffect
 from shiftrm.trainers.meta_groups import MetaGroups
 from shiftrm.trainers.meta_state import META_STATE_FILE, MetaStepState, meta_state, read_meta_state
 from shiftrm.trainers.meta_words import too_large
+from shiftrm.trainers.quantised import computed_in
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.reward_configs import PRESETS, MetaRMConfig, check_metarm
 from shiftrm.trainers.sharding import (
@@ -127,6 +128,11 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
             "finite_difference" if sharded else "exact"
         )
         second = self._second()
+        if second and getattr(self.model, "is_loaded_in_8bit", False):
+            raise UserError(
+                "load_in_8bit rounds activations too, which has no second derivative; use "
+                "load_in_4bit, or meta_order='first'"
+            )
         if second and sharded and self.meta_curvature == "exact":
             raise UserError(
                 "meta_curvature='exact': sharded parameters cannot be differentiated twice; leave "
@@ -140,7 +146,7 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
             )
         autocast_type = torch.bfloat16 if self.args.bf16 else torch.float32
         # At most fp32: norms and softmax use it whatever the weights are.
-        self._compute_type = coarsest_type(self.model.parameters(), autocast_type=autocast_type)
+        self._compute_type = coarsest_type(computed_in(self.model), autocast_type=autocast_type)
         if self._jumps and self.meta_shift == "in_place" and not self._is_fp32():
             logger.warning("meta_influence is not measured in bf16: %s", self._jumps)
 

@@ -15,6 +15,7 @@ from shiftrm.measure.diagnosis.thresholds import FEW_PROMPTS
 from shiftrm.measure.diagnosis.verdict import accuracy_verdict
 from shiftrm.trainers.kinds import ORDINARY
 from shiftrm.trainers.meta_words import too_large, too_small
+from shiftrm.trainers.quantised import LOADING
 
 NOT_METRICS = (
     "runtime",
@@ -283,6 +284,11 @@ def _opening(outcome: Outcome) -> str:
         if outcome.lora
         else ""
     )
+    if bits := next((name for name in LOADING if outcome.settings.get(name)), None):
+        lora = (
+            f" The base was held in {bits[8]} bits: its dequantised weights with LoRA merged are "
+            "here. The adapter alone, in `adapter/`, was trained on that base, not on the original."
+        )
     loss = "" if outcome.loss is None else f", mean loss {outcome.loss:.4f}"
     of = "" if outcome.adapted is None else f" from `{outcome.model}`"
     how = "" if outcome.adapted is None else f"\n\n{outcome.adapted.how}"

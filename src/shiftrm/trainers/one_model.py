@@ -12,6 +12,7 @@ from shiftrm.progress import task
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.model_card import Outcome, measurements
 from shiftrm.trainers.progress import SHOWN, ProgressInWords
+from shiftrm.trainers.quantised import count, is_quantised, merged
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.training_log import write_training_log
 
@@ -82,7 +83,7 @@ def _trainer(job: "TrainingJob", groups: list[Row] | None) -> RewardTrainer:
 def _opening(trainer: RewardTrainer) -> str:
     """Return one line on what is trained and how."""
     args, parameters = trainer.args, list(trainer.model.parameters())
-    total = sum(p.numel() for p in parameters)
+    total = sum(map(count, parameters))
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     what = f"all {total:,} weights" if trained == total else f"{trained:,} of {total:,} weights"
     default = "" if args.learning_rate_given else ", the default for this"
@@ -140,12 +141,13 @@ def write_model(trainer: Any, finished: Path) -> None:
     """Write the complete model and its tokenizer."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    merged = hasattr(model, "merge_and_unload") and not getattr(model, "quantization_method", None)
-    if merged and not sharded:
+    if hasattr(model, "merge_and_unload") and not sharded:
         # The adapter's head alone does not fit a policy, whose configuration has two labels.
-        trainer.save_model(str(finished / "adapter"))
+        adapter = finished / "adapter"
+        trainer.save_model(str(adapter))
         if trainer.args.should_save:
-            model.merge_and_unload().save_pretrained(finished)
+            whole = merged(model, adapter) if is_quantised(model) else model.merge_and_unload()
+            whole.save_pretrained(finished)
             trainer.processing_class.save_pretrained(finished)
     else:
         trainer.save_model(str(finished))

@@ -40,6 +40,7 @@ from shiftrm.trainers.pair_batches import (
     table,
 )
 from shiftrm.trainers.pair_metrics import PairStatistics, like_trl
+from shiftrm.trainers.quantised import restore_, trained_weights
 from shiftrm.trainers.reward_configs import RewardConfig
 from shiftrm.trainers.row_passes import RowPasses
 from shiftrm.trainers.sharding import refuse_deepspeed, set_up_fsdp
@@ -109,7 +110,9 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
         for name in ("train_dataset", "eval_dataset"):
             keywords |= {name: read_dataset(keywords[name])} if name in keywords else {}
         self._embeddings = known_tokens(model)
+        before = trained_weights(model, lora=lora)
         super().__init__(model, args, data_collator, *rest, **keywords)
+        restore_(self.model, before, sharded=self.is_fsdp_enabled)
         self._require_one_process()
         self.args.model_init_kwargs = model_init_kwargs
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):

@@ -23,6 +23,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from shiftrm.config import check_seed, parse_yaml
 from shiftrm.errors import UserError, shortened, suggest
 from shiftrm.models.loading import accelerator
+from shiftrm.trainers.quantised import check_adapters
 from shiftrm.trainers.work_folder import is_disk_full
 
 REFUSED = {
@@ -220,6 +221,7 @@ def resolve(
         raise UserError(f"dtype is {dtype!r}; give auto, float32, bfloat16 or float16")
     if "use_peft" not in model and (idle := [k for k in model if k.startswith(NEED_PEFT)]):
         raise UserError(f"{idle[0]} is set without LoRA; add use_peft=true")
+    check_adapters(model)
     ours = command_defaults(work) if issubclass(config, TrainingArguments) else {}
     if "use_cpu" in ours:  # TRL's bf16 default needs an accelerator
         ours["bf16"] = False
