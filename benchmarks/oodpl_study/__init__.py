@@ -1,0 +1,1 @@
+"""The study of OODPL over domains; see benchmarks/oodpl.py."""

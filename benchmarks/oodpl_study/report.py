@@ -1,0 +1,176 @@
+"""The study's tables and pictures in docs/oodpl.md, from the result rows alone."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from gold_world.report import replace_block
+from methods_study.statistics import paired
+from shiftrm.core.intervals import t_quantile_95
+from shiftrm.errors import UserError
+from shiftrm.files import Row
+from shiftrm.report.plots import render
+
+from .plan import ARMS, BASELINES, SWEEP, WAYS, read_results
+from .worlds import WORLDS
+
+REFERENCE_ARM = "pooled"
+COMPARED = ("oodpl", "oodpl_bt", "oodpl_meta")
+"""The variants of OODPL that were named before the fresh seeds were run."""
+
+GOLD = {"best_of": "best_of", "weighted": "weighted_gold", "ppo": "ppo_gold"}
+"""Way of guiding -> the column of its gold."""
+
+
+def write_report(results: Path, docs: Path) -> list[Path]:
+    """Write the page's blocks and the pictures of which there are rows.
+
+    Raises:
+        UserError: no results.
+    """
+    rows = read_results(results)
+    if not rows:
+        raise UserError(f"{results}: no results; make some with `oodpl.py arms`")
+    page = docs / "oodpl.md"
+    for name, text in blocks(rows).items():
+        replace_block(page, name, text)
+    paths = [page]
+    convergence = of(rows, "convergence")
+    if convergence:
+        paths.append(docs / "oodpl-convergence.png")
+        paths[-1].write_bytes(render(picture(convergence), format="png"))
+    return paths
+
+
+def blocks(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the generated text of the page by the name of its block."""
+    found = {"study-inner": inner_table(of(rows, "inner")), "study-sweep": sweep_table(rows)}
+    for world in WORLDS:
+        arms = [row for row in of(rows, "arms") if row["world"] == world]
+        found[f"study-{world}"] = arms_table(arms)
+        found[f"study-{world}-differences"] = differences_table(arms)
+    return found
+
+
+def of(rows: Sequence[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    head = [columns, ["---"] * len(columns)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines])
+
+
+def _mean(rows: Sequence[Row], name: str, places: int = 3) -> str:
+    """Return mean and half a 95 % t interval over the rows that have the number."""
+    values = [row[name] for row in rows if name in row]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{places}f}"
+    if len(values) < 2:
+        return mean
+    half = t_quantile_95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean} ± {half:.{places}f}"
+
+
+def inner_table(rows: Sequence[Row]) -> str:
+    """Return A_PL and loss by D and rate, means over seeds."""
+    lines = []
+    for world in WORLDS:
+        mine = [row for row in rows if row["world"] == world]
+        for name in dict.fromkeys(row["name"] for row in mine):
+            some = [row for row in mine if row["name"] == name]
+            cells = [
+                _plain_mean(some, f"{who}_{what}")
+                for what in ("accuracy", "loss")
+                for who in ("reference", "equal", "gold")
+            ]
+            first = some[0]
+            where = [WORLDS[world].label, str(first["inner_steps"]), f"{first['inner_rate']:g}"]
+            lines.append([*where, *cells, str(len(some))])
+    what = ("A_PL before", "equal weights", "gold weights")
+    columns = ["world", "D", "rate", *what, "loss before", "equal", "gold", "seeds"]
+    return _table(columns, lines)
+
+
+def _plain_mean(rows: Sequence[Row], name: str) -> str:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return f"{statistics.mean(values):.3f}" if len(values) == len(rows) else "diverges"
+
+
+def sweep_table(rows: Sequence[Row]) -> str:
+    """Return the settings of OODPL on the watched domains of the first world."""
+    mine = [row for row in of(rows, "sweep") if row["world"] == "tastes"]
+    lines = []
+    for name in (*BASELINES, *SWEEP):
+        some = [row for row in mine if row["name"] == name]
+        if some:
+            label = ARMS[name].label if name in BASELINES else name
+            numbers = [_mean(some, k) for k in ("rank", "best_of", "weighted_gold")]
+            loss = [_mean(some, k) for k in ("first_loss", "best_loss")]
+            step = _mean(some, "best_step", 0)
+            lines.append([label, *numbers, *loss, step, str(len(some))])
+    columns = ["setting", "rank correlation", "gold, best of 16", "gold, weighted"]
+    return _table([*columns, "loss at the start", "lowest", "at step", "seeds"], lines)
+
+
+def arms_table(rows: Sequence[Row]) -> str:
+    """Return every arm in the held-out domains, a column for every way of guiding."""
+    lines = []
+    for name, arm in ARMS.items():
+        some = [row for row in rows if row["name"] == name]
+        if some:
+            label = f"{arm.label} (ours)" if arm.ours else arm.label
+            keys = ("rank", "best_of", "weighted_gold", "weighted_kl", "ppo_gold", "ppo_kl")
+            own = [_mean(some, k) for k in ("policy_gold", "policy_kl")]
+            lines.append([label, *[_mean(some, k) for k in keys], *own, str(len(some))])
+    columns = ["method", "rank correlation", "best of 16", "weighted", "KL", "PPO", "KL"]
+    return _table([*columns, "itself", "KL", "seeds"], lines)
+
+
+def differences_table(rows: Sequence[Row]) -> str:
+    """Return paired differences to pooled Bradley-Terry in gold, for every way of guiding."""
+
+    def values(arm: str, column: str) -> dict[int, float]:
+        return {r["seed"]: r[column] for r in rows if r["name"] == arm and column in r}
+
+    lines = []
+    for name in COMPARED:
+        for way, column in GOLD.items():
+            found = paired(values(name, column), values(REFERENCE_ARM, column))
+            if found.n > 1:
+                interval = f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+                wins = f"{found.wins} of {found.n}"
+                lines.append([ARMS[name].label, WAYS[way], interval, wins])
+    columns = ["method", "way of guiding", "difference to pooled BT in gold", "seeds above it"]
+    return _table(columns, lines)
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Return the mean of the last `width` values at every place."""
+    return [float(np.mean(values[max(0, i + 1 - width) : i + 1])) for i in range(len(values))]
+
+
+def picture(rows: Sequence[Row]) -> Figure:
+    """The norm of the hypergradient, and the outer loss, over the outer steps by beta."""
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = sorted({row["name"] for row in rows}, key=lambda n: float(n.split()[1]))
+    colours = dict(zip(names, ("#c0392b", "#2c7fb8", "#5aa469", "#e08e0b"), strict=False))
+    shown: list[tuple[str, Callable[..., object], str]] = [
+        ("norm", left.semilogy, "Norm of the hypergradient"),
+        ("loss", right.plot, "Outer loss"),
+    ]
+    for key, draw, _ in shown:
+        for name in names:
+            mean = np.mean([row[key] for row in rows if row["name"] == name], axis=0)
+            draw(running_mean(list(mean), 10), color=colours[name], label=name, linewidth=1.2)
+    for axes, (_, _, title) in zip((left, right), shown, strict=True):
+        axes.set_title(f"{title} (mean of 10 steps)", fontsize=10, loc="left")
+        axes.set_xlabel("outer step", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,208 @@
+"""The study of OODPL: its worlds, loops and tables by hand, and why the signed world must work."""
+
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from oodpl_study import data, guiding, learning, plan, report, worlds
+from oodpl_study.training import Schedule, train
+from shiftrm.core.hypergradient import hypergradient
+from shiftrm.core.inner_loop import InnerProblem
+from shiftrm.core.losses import bradley_terry_loss
+from shiftrm.errors import UserError
+from shiftrm.models.rewards import sequence_rewards
+from shiftrm.oodpl.batches import Encoder
+from shiftrm.world.build_domains import DomainWorldConfig
+from shiftrm.world.domain_gold import HELD_OUT, SOURCES
+
+SMALL = DomainWorldConfig(support=256, pairs=256, eval_pairs=8, sft_examples=20)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """A signed world whose reference policy is not trained."""
+    from transformers import LlamaForCausalLM
+
+    model = SMALL.model()
+    tokenizer = model.world.tokenizer(model_max_length=model.max_positions)
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(data.base_model_config(model, tokenizer)).eval()
+    words, world = data.Words(tokenizer), worlds.WORLDS["signed"]
+    domains = {name: world.domain(name, SMALL) for name in (*SOURCES, *HELD_OUT)}
+    encoded = {name: data.encode(domain, words) for name, domain in domains.items()}
+    return data.Start(world, 0, tokenizer, domains, encoded, policy)
+
+
+def hand(text):
+    return worlds.HANDS.index(" " + text.split()[0])
+
+
+def test_words_are_read_as_the_encoder_reads_them(start):
+    name = SOURCES[0]
+    theirs = Encoder(start.tokenizer).domain(start.domains[name], query=True, eval_pairs=True)
+    assert start.encoded[name] == theirs
+    tastes = worlds.WORLDS["tastes"].domain(name, SMALL)  # some responses are cut off
+    ours = data.encode(tastes, data.Words(start.tokenizer))
+    assert ours == Encoder(start.tokenizer).domain(tastes, query=True, eval_pairs=True)
+
+
+def test_splits_of_the_worlds():
+    for world in worlds.WORLDS.values():
+        assert (*world.sources, *world.watched) == SOURCES
+    signed = worlds.WORLDS["signed"]
+    for names in (signed.sources, signed.watched, HELD_OUT):
+        signs = [np.sign(worlds.SIGNED_TABLE[name]["placed_praise"]) for name in names]
+        assert sum(signs) == 0
+
+
+def test_the_hand_tells_taste_in_fine_tuning_data_and_nothing_in_pairs(start):
+    for name in (SOURCES[0], SOURCES[1]):
+        domain, gold = start.domains[name], start.world.gold(name)
+        values = [[], []]
+        for row in domain.support:
+            values[hand(row["response"])].append(gold(row["prompt"], row["response"]))
+        assert np.mean(values[0]) > np.mean(values[1]) + 1
+        assert all(hand(row["chosen"]) == hand(row["rejected"]) for row in domain.query)
+    # The pool's preferences cancel: turned tastes give the opposite gold of the same text.
+    one, other = (start.world.gold(name) for name in SOURCES[:2])
+    text = start.domains[SOURCES[0]].support[0]["response"]
+    assert one("", " lovely maybe boring") == -other("", " lovely maybe boring")
+    assert one("", text.split(" ", 2)[2]) == pytest.approx(one("", text.removeprefix(" ")))
+
+
+def test_a_pair_gives_no_gradient_along_the_hand():
+    """Bradley-Terry of a reward linear in (taste, hand): the hand cancels in every pair."""
+    taste_B2, hand_B = torch.randn(64, 2), torch.randint(0, 2, (64,)) * 2.0 - 1
+    phi = torch.tensor([0.3, 0.7], requires_grad=True)
+    rewards = phi[0] * taste_B2 + phi[1] * hand_B[:, None]
+    bradley_terry_loss(*rewards.unbind(1)).mean().backward()
+    assert phi.grad[0].abs() > 1e-3
+    assert phi.grad[1].abs() < 1e-7
+
+
+def test_the_hypergradient_rewards_the_hand_in_domains_of_either_taste(start):
+    meta = replace(learning.Meta(), support=128, tasks=1)
+    query = start.encoded[SOURCES[0]].query
+    model = data.fresh_reward_model(start)
+    for name in SOURCES[:2]:  # they like the opposite of each other
+        domain = start.encoded[name]
+        batch, rows = learning.task_plan(start, meta).support_of(domain, role="test")
+        pairs = learning.outer_batch(domain.query, policy_pad_id=start.pad)
+        problem = InnerProblem(start.policy(), model, batch, sequence_rewards)
+        found = hypergradient(problem, pairs, meta.inner())
+        hands = [hand(start.domains[name].support[i]["response"]) for _, i in rows[0]]
+        signs = torch.tensor([1.0 - 2 * h for h in hands])
+        # Descent raises the reward of the first hand, which writes what this domain likes.
+        assert float((found.reward_gradients[0] * signs).mean()) < 0
+    assert len(query) == 256
+
+
+def test_early_stopping_keeps_the_best_step():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    seen = []
+
+    def watch():
+        seen.append(model.weight.item())
+        return abs(model.weight.item() - 0.2)
+
+    schedule = Schedule(40, 0.05, every=2)
+    found = train(model, lambda _: (model.weight - 1).square().sum(), schedule, watch=watch)
+    assert len(seen) == 21
+    best = min(seen, key=lambda w: abs(w - 0.2))
+    assert model.weight.item() == best != seen[-1]
+    assert found.losses[found.best] == abs(best - 0.2)
+
+
+def test_pairs_of_a_step(start):
+    domains = start.of(start.world.sources)
+    balanced = learning.draw_pairs(domains, "x", balanced=True)
+    drawn = balanced(3)
+    assert drawn == balanced(3) != balanced(4)
+    counts = np.bincount([k for k, _ in drawn])
+    assert counts.sum() == learning.PAIRS
+    assert counts.max() - counts.min() <= 1
+    assert len(set(learning.draw_pairs(domains, "x", balanced=False)(0))) == learning.PAIRS
+
+
+def test_meta_training_adds_the_hypergradient_and_the_pooled_loss(start):
+    """One step's gradient is the mean over tasks plus 0.1 of Bradley-Terry on their pairs."""
+    meta = replace(learning.Meta(), steps=1, support=8, bt=0.1)
+    made = []
+    original = learning.train
+    try:
+        learning.train = lambda model, loss, *_, **__: made.append((model, loss(0)))
+        learning.meta_train(start, meta, stop=False)
+    finally:
+        learning.train = original
+    model, _ = made[0]
+    expected = copy.deepcopy(model)
+    expected.zero_grad()
+    sources = start.of(start.world.sources)
+    for index in range(meta.tasks):
+        task = learning.task_plan(start, meta).draw(sources, step=0, index=index)
+        problem = InnerProblem(start.policy(), expected, task.inner_batches, sequence_rewards)
+        found = hypergradient(problem, task.outer_batch, meta.inner())
+        pairs = learning.reward_loss(expected, task.outer_batch).mean()
+        own = torch.autograd.grad(pairs, list(expected.parameters()), allow_unused=True)
+        for (name, p), g in zip(expected.named_parameters(), own, strict=True):
+            part = found.gradients[name] / 2 + (0 if g is None else 0.05 * g)
+            p.grad = part if p.grad is None else p.grad + part
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_measures_of_a_reward_model_by_hand():
+    groups = [
+        {"prompt": "p", "responses": ["a", "b", "c"], "finished": [True] * 3,
+         "gold": [1.0, 2.0, 4.0]},
+        {"prompt": "q", "responses": ["a", "b", "c"], "finished": [True] * 3,
+         "gold": [0.0, 3.0, 6.0]},
+    ]  # fmt: skip
+    rewards = {("p", "a"): 3.0, ("p", "b"): 2.0, ("p", "c"): 1.0}
+
+    def of(prompts, responses, *, finished):
+        return [rewards.get(key, 0.0) for key in zip(prompts, responses, strict=True)]
+
+    found = guiding.of_reward_model(guiding.Targets((), groups, []), of)
+    assert found == {"rank": pytest.approx(-0.5), "best_of": pytest.approx((1.0 + 3.0) / 2)}
+
+
+def test_rows_are_made_once(tmp_path, monkeypatch):
+    results, made = tmp_path / "results.jsonl", []
+    monkeypatch.setattr(plan, "Seed", lambda *_: None)
+    monkeypatch.setitem(
+        plan.KINDS, "arms", (lambda _, name: made.append(name) or {"gold": 1 / 3}, ("a", "b"))
+    )
+    call = {"folder": tmp_path, "results": results}
+    assert len(list(plan.make_rows("arms", "tastes", [0], ["a"], **call))) == 1
+    assert len(list(plan.make_rows("arms", "tastes", range(2), [], **call))) == 3
+    assert made == ["a", "b", "a", "b"]
+    assert [r["gold"] for r in plan.read_results(results)] == [0.3333] * 4
+    assert not list(plan.make_rows("arms", "tastes", [0], [], **call))
+    late = list(plan.make_rows("arms", "signed", [0], ["a"], until=0.0, **call))
+    assert late == ["arms signed 0 a: left out"]
+    with pytest.raises(UserError, match="unknown name 'c'"):
+        list(plan.make_rows("arms", "tastes", [0], ["c"], **call))
+
+
+def test_differences_by_hand():
+    rows = [
+        {"kind": "arms", "world": "tastes", "seed": seed, "name": name, "best_of": value}
+        for name, values in (("pooled", (1.0, 2.0)), ("oodpl", (1.5, 3.5)))
+        for seed, value in enumerate(values)
+    ]
+    # Differences 0.5 and 1.5: mean 1, half an interval 12.706 * sqrt(1/2) / sqrt(2).
+    assert "+1.00 (-5.35 to +7.35) | 2 of 2" in report.differences_table(rows)
+    assert "| pooled BT | " in report.arms_table(rows)
+    assert report.running_mean([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
+
+
+def test_every_setting_of_the_sweep_is_another():
+    assert len({repr(meta) for meta in plan.SWEEP.values()}) == len(plan.SWEEP)
+    assert set(report.COMPARED) <= set(plan.ARMS)
+    assert json.dumps(list(plan.SWEEP))
