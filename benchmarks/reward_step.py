@@ -9,6 +9,7 @@ what sharing prefixes can gain over packing by the number of tokens.
     python benchmarks/reward_step.py                       # `make bench`: three shapes, 2 CPU cores
     python benchmarks/reward_step.py --shapes 350/35 --steps 5
     python benchmarks/reward_step.py --arms packed shiftrm padded unshared   # what packing adds
+    python benchmarks/reward_step.py --arms shiftrm checkpointed compiled unshared unshared_compiled
     python benchmarks/reward_step.py --model llama-3-8b --dtype bfloat16 --shapes 350/35   # a GPU
     python benchmarks/reward_step.py --warm-up 0            # the first steps count, too
     python benchmarks/reward_step.py --threads 2 --busy 4   # on a machine that others use as well
@@ -76,9 +77,12 @@ WORDS = {
     "padded": "shiftrm, rows padded",
     "unshared": "shiftrm, prefixes not shared",
     "metarm_plain": "MetaRM, prefixes not shared",
+    "checkpointed": "shiftrm, activation checkpointing",
+    "compiled": "shiftrm, layers compiled",
+    "unshared_compiled": "shiftrm, prefixes not shared, layers compiled",
 }
 USUAL = ("trl", "packed", "shiftrm", "metarm")
-PLAIN = ("trl", "unshared", "metarm_plain")
+PLAIN = ("trl", "unshared", "metarm_plain", "unshared_compiled")
 K = 5
 
 
@@ -144,6 +148,9 @@ def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None
             config, attn_implementation=attention, dtype=dtype
         )
     model = model.to(dtype)
+    if arm.endswith("compiled"):
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
     steps = options.warm_up + options.steps
     vocabulary = min(sizes["vocab_size"], 30_000)
     pairs, groups = make_data(shape, options.batch, steps, vocabulary - 3)
@@ -166,7 +173,7 @@ def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None
         "max_length": None,
         "use_cpu": not on_gpu,
         "bf16": on_gpu and options.dtype == "float32",
-        "activation_checkpointing": options.checkpointing,
+        "activation_checkpointing": options.checkpointing or arm == "checkpointed",
         "optim": options.optim,
         "report_to": "none",
         "save_strategy": "no",

@@ -214,6 +214,31 @@ def test_checkpointing(name, reentrant):
         torch.testing.assert_close(again[key], value, rtol=1e-5, atol=1e-6, msg=key)
 
 
+# Dynamo looks at .grad of every input, and hides torch's warning only where it is not an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_layers_are_compiled_once():
+    """Whatever the lengths of a batch's rows; attention row by row stays outside the graphs."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    batches = [pack([group(n, 6, 7 + n), group(30 + n, 4, 9)], pad_token_id=0) for n in (9, 20, 31)]
+    model = build("llama")
+    wanted = [gradients(model, packed_rewards(model, rows)[rows.exists]) for rows in batches]
+    for layer in model.model.layers:
+        layer.compile(backend=backend, dynamic=True)
+    seen = []
+    for rows, reference in zip(batches, wanted, strict=True):
+        found = gradients(model, packed_rewards(model, rows)[rows.exists])
+        for key, value in reference.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
+        seen.append(len(compiled))
+    assert seen[0] > 0
+    assert seen == [seen[0]] * 3
+
+
 def test_lora_and_autocast():
     rows = pack(ROWS, pad_token_id=0)
     lora = LoraConfig(task_type="SEQ_CLS", r=4, init_lora_weights=False)

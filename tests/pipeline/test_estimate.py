@@ -242,6 +242,15 @@ def test_a_dry_run_says_disk_and_time(world, tmp_path, capsys, monkeypatch):
     assert "Time is a guess: the operations of all passes at the 1 billion a second" in said
 
 
+def test_no_checkpoints_are_not_said_to_take_space(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shiftrm.pipeline.run.speed", lambda: 1e9)
+    saving = {"settings": {"max_steps": 2, "max_length": 64, "save_strategy": "no"}}
+    path = write_recipe(tmp_path / "recipe.yaml", world, sft=saving, reward=saving)
+    assert main(["run", str(path), "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of models at the end (texts and logs are not counted)" in said
+
+
 def test_rows_are_counted_as_the_run_will(world, tmp_path):
     limits = {**recipe(world)["data"], "max_pairs": 20, "max_heldout": 3}
     found, _ = estimated(world, data=limits)

@@ -87,6 +87,13 @@ def test_seeds_are_thin_lines_behind_their_mean():
     assert all(line.get_linewidth() < mean.get_linewidth() for line in thin)
 
 
+@pytest.mark.parametrize(("points", "marker"), [(1, "o"), (2, "")])
+def test_a_single_point_is_seen(points, marker):
+    _, axes = plots.new_axes("x", "y", "")
+    plots.draw_seeds(axes, [[(float(i), 1.0) for i in range(points)]], colour="black")
+    assert axes.lines[-1].get_marker() == marker
+
+
 def test_round_ends_against_kl(one_seed):
     m = view(one_seed)
     ends = figures._round_ends(m, "metarm_scale_free", "gold_mean")

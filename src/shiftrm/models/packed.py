@@ -328,6 +328,10 @@ def _register() -> None:
 
     theirs = AttentionInterface._global_mapping["sdpa"]
 
+    @torch.compiler.disable  # in a compiled layer every batch's row lengths would be compiled anew
+    def row_by_row(*tensors: Any, **options: Any) -> Tensor:
+        return attend_by_rows(*tensors, **options)
+
     def attend(
         module: nn.Module,
         query: Tensor,
@@ -341,9 +345,7 @@ def _register() -> None:
         tensors = (query, key, value, attention_mask)
         if isinstance(attention_mask, RowMask):
             _refuse(options)
-            found = attend_by_rows(
-                attention_mask, query, key, value, dropout_p=dropout, scale=scaling
-            )
+            found = row_by_row(attention_mask, query, key, value, dropout_p=dropout, scale=scaling)
             return found, None
         if isinstance(attention_mask, BlockMask):
             return flex_attention_forward(

@@ -319,7 +319,7 @@ def _disk(recipe: Experiment, found: Estimate) -> str:
     kept = sum(disk.kept for disk in disks)
     largest = sorted((disk.checkpoints for disk in disks), reverse=True)
     more = sum(largest[: recipe.execution.workers])
-    return (
-        f"disk: {_bytes(kept)} of models at the end, and up to {_bytes(more)} of checkpoints while "
-        "a stage trains (texts and logs are not counted)"
-    )
+    besides = (
+        f", and up to {_bytes(more)} of checkpoints while a stage trains" if more else ""
+    )  # a recipe may save none
+    return f"disk: {_bytes(kept)} of models at the end{besides} (texts and logs are not counted)"

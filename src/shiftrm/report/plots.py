@@ -75,11 +75,16 @@ def _mean_curve(curves: Sequence[Curve]) -> Curve:
 def draw_seeds(
     axes: Axes, curves: Sequence[Curve], *, colour: str, linestyle: LineStyle = "-"
 ) -> None:
-    """Draw the mean as a thick line and, if there are several seeds, each as a thin line."""
+    """Draw the mean as a thick line and, if there are several seeds, each as a thin line.
+
+    A single point, of which there is no line, gets a dot.
+    """
     if len(curves) > 1:
         for curve in curves:
             axes.plot(*columns_of(curve), color=colour, linewidth=0.6, alpha=0.4)
-    axes.plot(*columns_of(_mean_curve(curves)), color=colour, linewidth=1.8, linestyle=linestyle)
+    mean = columns_of(_mean_curve(curves))
+    dot = "o" if len(mean[0]) == 1 else ""
+    axes.plot(*mean, color=colour, linewidth=1.8, linestyle=linestyle, marker=dot, markersize=4)
 
 
 def columns_of(curve: Curve) -> tuple[list[float], list[float]]:

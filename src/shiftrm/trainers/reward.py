@@ -104,7 +104,8 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
         if args.torch_compile:
             raise UserError(
                 "torch_compile=True: rewards are read by a hook, which torch.compile does not "
-                "trace; leave it out"
+                "trace; leave it out, or compile the layers of the model before it is given here "
+                "(docs/benchmarks.md has the gain)"
             )
         rest = tuple(map(read_dataset, rest))
         for name in ("train_dataset", "eval_dataset"):
