@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from shiftrm.models.scoring import Scorer
 from shiftrm.trainers import quantised
@@ -38,7 +38,7 @@ def test_the_checkpoint_scores_as_the_trained_model(
     whole_model = Scorer.from_pretrained("out")
     assert {p.dtype for p in whole_model.model.parameters()} == {torch.float32}
     with_adapter = PeftModel.from_pretrained(four_bits("policy"), "out/adapter")
-    quantised._stay_differentiable_(with_adapter)
+    quantised.stay_differentiable_(with_adapter)
     trained_scores = Scorer(with_adapter, tokenizer)(*texts)
     assert whole_model(*texts) == pytest.approx(trained_scores, abs=1e-5)
     on_original = Scorer.from_pretrained("out/adapter")(*texts)
@@ -85,3 +85,35 @@ def test_quantisation_without_adapters_is_refused(shiftrm):
 def test_a_missing_package_is_named(package, words, shiftrm, monkeypatch):
     monkeypatch.setattr(quantised, f"is_{package}_available", lambda: False)
     refused(shiftrm, f"{TRAIN} use_peft=true load_in_4bit=true", words)
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_policy_is_optimised_and_merged(method, shiftrm, files, bitsandbytes):
+    """Gradients reach the adapters below quantised layers, also after the policy has sampled."""
+    shiftrm(f"{TRAIN.replace('output out', 'output rm')} max_steps=1 learning_rate=0.1")
+    own = {
+        "ppo": "steps=1 prompts_per_step=2 rollouts_per_prompt=2 minibatch_size=4 kl_samples=0 "
+        "max_new_tokens=4 reward_mean=0 reward_std=1",
+        "grpo": "max_steps=1 per_device_train_batch_size=4 num_generations=2 kl_samples=0 "
+        "max_completion_length=4",
+    }
+    status, said = shiftrm(
+        f"optimise {method} --policy policy --reward rm --prompts prompts.jsonl --output out "
+        f"{own[method]} learning_rate=0.05 use_peft=true load_in_4bit=true"
+    )
+    assert status == 0, said.err
+    made = AutoModelForCausalLM.from_pretrained("out")
+    assert not hasattr(made.config, "quantization_config")
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    held = AutoModelForCausalLM.from_pretrained(
+        "policy",
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    )
+    quantised.stay_differentiable_(held)
+    ids = torch.tensor([[1, 5, 9, 4, 12]])
+    with torch.no_grad():
+        base = held(ids).logits.clone()
+        adapted = PeftModel.from_pretrained(held, "out/adapter")(ids).logits
+        torch.testing.assert_close(made(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(base, adapted, atol=1e-5)

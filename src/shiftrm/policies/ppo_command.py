@@ -34,6 +34,7 @@ from shiftrm.policies.rollouts import Problem, Rollouts
 from shiftrm.policies.text_rewards import Watch, open_watch, reward_scale
 from shiftrm.progress import task
 from shiftrm.trainers.progress import say
+from shiftrm.trainers.quantised import is_quantised, merged
 from shiftrm.trainers.settings import command_defaults, first_line
 from shiftrm.trainers.training import TrainingJob
 from shiftrm.trainers.training_log import write_training_log
@@ -215,8 +216,9 @@ def _write(policy: Any, tokenizer: Any, finished: Path) -> None:
     """Save model and tokenizer; for LoRA, the merged model and the adapter in a subfolder."""
     remember_stop_tokens(policy, tokenizer)
     if hasattr(policy, "merge_and_unload"):
-        policy.save_pretrained(finished / "adapter")
-        policy = policy.merge_and_unload()
+        adapter = finished / "adapter"
+        policy.save_pretrained(adapter)
+        policy = merged(policy, adapter) if is_quantised(policy) else policy.merge_and_unload()
     policy.save_pretrained(finished)
     tokenizer.save_pretrained(finished)
 

@@ -73,12 +73,12 @@ def trained_weights(model: nn.Module, *, lora: bool) -> Trained | None:
             "the model's weights are quantised, and these are not trained; give a peft_config, "
             "which trains adapters on them (QLoRA)"
         )
-    _stay_differentiable_(model)
+    stay_differentiable_(model)
     others = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     return Trained([p.data for p in find_head(model).parameters()], others)
 
 
-def _stay_differentiable_(model: nn.Module) -> None:
+def stay_differentiable_(model: nn.Module) -> None:
     """Keep layers of 4 bits in the form that training needs, also on a CPU with AVX512-BF16.
 
     There bitsandbytes (0.50) rewrites a layer's weight in its first evaluation for a bf16 kernel
