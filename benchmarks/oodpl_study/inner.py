@@ -1,5 +1,6 @@
 """What inner steps do for A_PL at best: weights made of the gold reward, on the watched domains."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from .guiding import standardised
 from .learning import Meta, task_plan
 
 STEPS = (1, 4, 16)
-RATES = (0.3, 1.0, 3.0)
+RATES = (0.1, 0.3, 1.0)
 GOLD_BETA = 0.5
 """Temperature of the gold weights, in standard deviations of gold over the domain's rows."""
 
@@ -31,9 +32,14 @@ def inner_rows(start: Start, *, steps: Sequence[int], rates: Sequence[float]) ->
             meta = Meta(inner_steps=D, inner_rate=rate)
             found = [_adapted(start, d, meta) for d in start.of(start.world.watched)]
             names = found[0]
-            means = {n: round(sum(f[n] for f in found) / len(found), 4) for n in names}
+            means = {n: _finite(sum(f[n] for f in found) / len(found)) for n in names}
             rows.append({"seed": start.seed, "inner_steps": D, "inner_rate": rate, **means})
     return rows
+
+
+def _finite(value: float) -> float | None:
+    """Return the value in few digits; None if the inner loop diverged."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _adapted(start: Start, domain: EncodedDomain, meta: Meta) -> dict[str, float]:

@@ -7,7 +7,7 @@ of its own on the watched domains.
 import copy
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,15 +85,24 @@ def watched_pairs(start: Start) -> OuterBatch:
 # -- Bradley-Terry ---------------------------------------------------------------------------------
 
 
-def bradley_terry(start: Start, *, balanced: bool = False, dro: bool = False) -> nn.Module:
+def bradley_terry(
+    start: Start,
+    *,
+    balanced: bool = False,
+    dro: bool = False,
+    on: nn.Module | None = None,
+    rate: float = REWARD.rate,
+) -> nn.Module:
     """Return a reward model trained on the pool of the sources' pairs.
 
     Args:
+        on: train on from this model, on other draws of the pairs; it is changed.
         dro: weigh the domains' losses by group DRO; the batches are then balanced.
     """
     domains = start.of(start.world.sources)
-    draw = draw_pairs(domains, f"pairs/{start.seed}", balanced=balanced or dro)
-    model, watched = fresh_reward_model(start), watched_pairs(start)
+    stream = f"pairs/{start.seed}" if on is None else f"pairs on/{start.seed}"
+    draw = draw_pairs(domains, stream, balanced=balanced or dro)
+    model, watched = on or fresh_reward_model(start), watched_pairs(start)
     G = len(domains)
     weights_G = torch.full((G,), 1 / G)
 
@@ -112,7 +121,7 @@ def bradley_terry(start: Start, *, balanced: bool = False, dro: bool = False) ->
     def watch() -> float:
         return float(reward_loss(model, watched).mean())
 
-    train(model, loss, REWARD, watch=watch)
+    train(model, loss, replace(REWARD, rate=rate), watch=watch)
     return model
 
 

@@ -23,8 +23,8 @@ from .learning import Meta, Trace, bradley_terry, meta_train, policy_on_pairs
 
 KEY = ("kind", "world", "seed", "name")
 
-FROZEN = Meta()
-"""The settings of OODPL on the fresh seeds, chosen by the sweep."""
+FROZEN = {"tastes": Meta(), "signed": Meta(inner_rate=1.0)}
+"""OODPL on the fresh seeds takes the inner step that moves A_PL most under gold weights."""
 
 POOLED = "pooled.pt"
 
@@ -49,6 +49,7 @@ class Seed:
     """A seed of a world, with what several arms share, made when it is first used."""
 
     def __init__(self, world: str, seed: int, folder: Path) -> None:
+        self.world = world
         self.start: Start = make_start(world, seed, folder)
         self._folder = folder / f"{world}-{seed}"
         self._targets: dict[tuple[str, ...], Targets] = {}
@@ -80,9 +81,14 @@ class Seed:
 
 def _meta(**changes: object) -> Callable[[Seed], Rewards]:
     def make(seed: Seed) -> Rewards:
-        return seed.rewards(seed.meta(replace(FROZEN, **changes))[0])  # type: ignore[arg-type]
+        return seed.rewards(seed.meta(replace(FROZEN[seed.world], **changes))[0])  # type: ignore[arg-type]
 
     return make
+
+
+def pooled_on(seed: Seed) -> nn.Module:
+    """Return the pooled model trained on as `oodpl_meta` is: the control of its further steps."""
+    return bradley_terry(seed.start, on=seed.pooled(), rate=2e-4)
 
 
 ARMS: dict[str, Arm] = {
@@ -94,10 +100,11 @@ ARMS: dict[str, Arm] = {
     "balanced": Arm(
         "pooled BT, domains balanced", lambda s: s.rewards(bradley_terry(s.start, balanced=True))
     ),
+    "pooled_on": Arm("pooled BT, as many steps again", lambda s: s.rewards(pooled_on(s))),
     "dro": Arm("pooled BT, group DRO", lambda s: s.rewards(bradley_terry(s.start, dro=True))),
     "oodpl": Arm("OODPL", _meta()),
     "oodpl_bt": Arm("OODPL + 0.1 pooled BT", _meta(bt=0.1), ours=True),
-    "oodpl_meta": Arm("OODPL from pooled BT", _meta(from_pooled=True), ours=True),
+    "oodpl_meta": Arm("OODPL from pooled BT", _meta(from_pooled=True, rate=2e-4), ours=True),
     "gold": Arm("gold (ceiling)", lambda s: gold_rewards(s.start)),
 }
 
@@ -127,7 +134,7 @@ SWEEP: dict[str, Meta] = {
 }
 """Settings tried on the watched domains, one or two changes at a time."""
 
-BASELINES = ("pooled", "plain", "gold")
+BASELINES = ("plain", "pooled", "pooled_on", "gold")
 """Arms that the sweep also measures on the watched domains."""
 
 CONVERGENCE_BETAS = (0.5, 1.0, 4.0)

@@ -12,7 +12,7 @@ from oodpl_study import data, guiding, learning, plan, report, worlds
 from oodpl_study.training import Schedule, train
 from shiftrm.core.hypergradient import hypergradient
 from shiftrm.core.inner_loop import InnerProblem
-from shiftrm.core.losses import bradley_terry_loss
+from shiftrm.core.losses import bradley_terry_loss, reward_weights
 from shiftrm.errors import UserError
 from shiftrm.models.rewards import sequence_rewards
 from shiftrm.oodpl.batches import Encoder
@@ -84,6 +84,39 @@ def test_a_pair_gives_no_gradient_along_the_hand():
     assert phi.grad[1].abs() < 1e-7
 
 
+def linear_domain(sign, rng):
+    """Support features (taste, hand), and pair differences in which the hand cancels."""
+    hand_N = rng.integers(0, 2, 400) * 2.0 - 1
+    taste_N = 0.8 * sign * hand_N + rng.normal(size=400)
+    support = torch.tensor(np.stack([taste_N, hand_N], axis=1))
+    taste_M = sign * np.abs(rng.normal(size=300))
+    return support - support.mean(0), torch.tensor(np.stack([taste_M, 0 * taste_M], axis=1))
+
+
+@pytest.mark.parametrize("signs", [(1.0, -1.0), (1.0, 1.0)])
+def test_the_first_steps_of_both_trainings_in_a_linear_world(signs):
+    """E_d[G_d] for pooled Bradley-Terry and (alpha / beta) E_d[C_d G_d] for the hypergradient."""
+    alpha, beta, rng = 1e-4, 2.0, np.random.default_rng(0)
+    domains = [linear_domain(sign, rng) for sign in signs]
+    phi = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    outer, pooled = [], []
+    for support, pairs in domains:
+        weights = reward_weights(support @ phi, beta=beta, normalize=True)
+        theta = alpha * (weights[:, None] * support).mean(0)  # one step from 0 on -w theta.f
+        outer.append(torch.nn.functional.softplus(-pairs @ theta).mean())
+        pooled.append(torch.nn.functional.softplus(-pairs @ phi).mean())
+    found, plain = (-torch.autograd.grad(sum(x) / 2, phi)[0] for x in (outer, pooled))
+    slopes = [pairs.mean(0) / 2 for _, pairs in domains]  # sigmoid(0) = 1/2
+    spreads = [support.T @ support / len(support) for support, _ in domains]
+    expected = alpha / beta * sum(C @ G for C, G in zip(spreads, slopes, strict=True)) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(plain, sum(slopes) / 2, rtol=1e-6, atol=1e-12)
+    assert plain[1] == 0  # no pair shows the hand
+    if signs[0] != signs[1]:
+        assert abs(plain[0]) < 0.05
+        assert found[1] > 5 * abs(found[0])  # the hand is found, the taste cancels
+
+
 def test_the_hypergradient_rewards_the_hand_in_domains_of_either_taste(start):
     meta = replace(learning.Meta(), support=128, tasks=1)
     query = start.encoded[SOURCES[0]].query
@@ -127,6 +160,52 @@ def test_pairs_of_a_step(start):
     assert counts.sum() == learning.PAIRS
     assert counts.max() - counts.min() <= 1
     assert len(set(learning.draw_pairs(domains, "x", balanced=False)(0))) == learning.PAIRS
+
+
+def first_loss(monkeypatch, call):
+    """The loss of a training's first step, and the model with its gradient."""
+    made = []
+
+    def one(model, loss, *_, **__):
+        value = loss(0)
+        value.backward()
+        made.append((value.item(), model))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "train", one)
+        call()
+    return made[0]
+
+
+@torch.no_grad()
+def log_likelihood(policy, tokens):
+    """The sum over a response's tokens, and their number."""
+    logs = policy(torch.tensor([tokens.ids])).logits[0].log_softmax(-1)
+    places = range(tokens.start, len(tokens.ids))
+    return sum(float(logs[t - 1, tokens.ids[t]]) for t in places), len(places)
+
+
+def test_first_steps_of_the_baselines(start, monkeypatch):
+    balanced, plain = first_loss(monkeypatch, lambda: learning.bradley_terry(start, balanced=True))
+    robust, dro = first_loss(monkeypatch, lambda: learning.bradley_terry(start, dro=True))
+    # All rewards are 0 and domains have as many pairs: the weights are still equal.
+    assert balanced == pytest.approx(np.log(2)) == pytest.approx(robust)
+    torch.testing.assert_close(dro.score.weight.grad, plain.score.weight.grad)
+    on = copy.deepcopy(plain)
+    torch.nn.init.ones_(on.score.weight)
+    value, same = first_loss(monkeypatch, lambda: learning.bradley_terry(start, on=on))
+    assert same is on
+    assert value != pytest.approx(np.log(2))
+    value, _ = first_loss(monkeypatch, lambda: learning.policy_on_pairs(start, "dpo"))
+    assert value == pytest.approx(np.log(2), abs=1e-5)
+    value, _ = first_loss(monkeypatch, lambda: learning.policy_on_pairs(start, "cpl"))
+    domains = start.of(start.world.sources)
+    draw = learning.draw_pairs(domains, f"pairs/{start.seed}", balanced=False)
+    by_hand = []
+    for pair in (domains[k].query[i] for k, i in draw(0)):
+        (chosen, count), (rejected, _) = (log_likelihood(start.reference, side) for side in pair)
+        by_hand.append(-chosen / count + 0.1 * np.log1p(np.exp(rejected - chosen)))
+    assert value == pytest.approx(np.mean(by_hand), rel=1e-4)
 
 
 def test_meta_training_adds_the_hypergradient_and_the_pooled_loss(start):
@@ -204,5 +283,5 @@ def test_differences_by_hand():
 
 def test_every_setting_of_the_sweep_is_another():
     assert len({repr(meta) for meta in plan.SWEEP.values()}) == len(plan.SWEEP)
-    assert set(report.COMPARED) <= set(plan.ARMS)
+    assert {*report.COMPARED, report.REFERENCE_ARM} <= set(plan.ARMS)
     assert json.dumps(list(plan.SWEEP))
