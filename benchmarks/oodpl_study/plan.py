@@ -138,7 +138,9 @@ BASELINES = ("plain", "pooled", "pooled_on", "gold")
 """Arms that the sweep also measures on the watched domains."""
 
 CONVERGENCE_BETAS = (0.5, 1.0, 4.0)
-CONVERGENCE = Meta(inner_steps=4, inner_rate=0.1, support=32)
+CONVERGENCE = Meta(
+    inner_steps=4, inner_rate=0.1, support=16, tasks=1, curvature="finite_difference", steps=60
+)
 
 
 def run_inner(seed: Seed) -> Iterable[Row]:

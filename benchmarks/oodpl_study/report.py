@@ -60,6 +60,9 @@ def of(rows: Sequence[Row], kind: str) -> list[Row]:
 
 
 def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return Markdown."""
+    if not lines:
+        return "No seeds yet."
     head = [columns, ["---"] * len(columns)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines])
 
@@ -84,7 +87,7 @@ def inner_table(rows: Sequence[Row]) -> str:
         for name in dict.fromkeys(row["name"] for row in mine):
             some = [row for row in mine if row["name"] == name]
             cells = [
-                _plain_mean(some, f"{who}_{what}")
+                _inner_mean(some, who, what)
                 for what in ("accuracy", "loss")
                 for who in ("reference", "equal", "gold")
             ]
@@ -96,9 +99,11 @@ def inner_table(rows: Sequence[Row]) -> str:
     return _table(columns, lines)
 
 
-def _plain_mean(rows: Sequence[Row], name: str) -> str:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return f"{statistics.mean(values):.3f}" if len(values) == len(rows) else "diverges"
+def _inner_mean(rows: Sequence[Row], who: str, what: str) -> str:
+    """Return a mean over seeds; a loss that is not finite makes it meaningless."""
+    if any(row[f"{who}_loss"] is None for row in rows):
+        return "diverges"
+    return f"{statistics.mean(row[f'{who}_{what}'] for row in rows):.3f}"
 
 
 def sweep_table(rows: Sequence[Row]) -> str:

@@ -18,6 +18,7 @@ from shiftrm.models.rewards import sequence_rewards
 from shiftrm.oodpl.batches import Encoder
 from shiftrm.world.build_domains import DomainWorldConfig
 from shiftrm.world.domain_gold import HELD_OUT, SOURCES
+from tests.docs.test_build import ROOT
 
 SMALL = DomainWorldConfig(support=256, pairs=256, eval_pairs=8, sft_examples=20)
 
@@ -285,3 +286,11 @@ def test_every_setting_of_the_sweep_is_another():
     assert len({repr(meta) for meta in plan.SWEEP.values()}) == len(plan.SWEEP)
     assert {*report.COMPARED, report.REFERENCE_ARM} <= set(plan.ARMS)
     assert json.dumps(list(plan.SWEEP))
+
+
+def test_the_page_says_what_the_results_say():
+    """The page's tables are made from the rows that lie beside the study."""
+    rows = plan.read_results(ROOT / "benchmarks" / "oodpl_study" / "results.jsonl")
+    page = (ROOT / "docs" / "oodpl.md").read_text(encoding="utf-8")
+    for name, text in report.blocks(rows).items():
+        assert f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->" in page
