@@ -1,11 +1,11 @@
 """The two worlds of the study: the gold world's domains, and one made for the hypergradient.
 
-*tastes* is the gold world of docs/domains.md. *signed* is ours, and made so that pooled
-Bradley-Terry can learn nothing and the hypergradient can: a domain likes all tastes or the opposite
-of all, half of the domains each, so that the preferences cancel in the pool. Every response is
-signed by one of two hands. In a domain's fine-tuning data the first hand writes what the domain
-likes and the second what it does not; in pairs both responses have the same hand, drawn by lot.
-The hand's meaning is the same in all domains, and no pair shows it.
+*tastes* is the gold world of docs/domains.md. *signed* is ours, and made so that in expectation
+pooled Bradley-Terry learns nothing and the hypergradient does: a domain likes all tastes or the
+opposite of all, half of the domains each, so that the preferences cancel in the pool. Every
+response is signed by one of two hands. In a domain's fine-tuning data the first hand writes what
+the domain likes and the second what it does not; in pairs both responses have the same hand,
+drawn by lot. The hand's meaning is the same in all domains, and no pair shows it.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""The study of OODPL: its worlds, loops and tables by hand, and why the signed world must work."""
+"""The study of OODPL: its worlds, loops and tables by hand, and the signed world's gradients."""
 
 import copy
 import json
