@@ -1,6 +1,7 @@
 """Progress in lines, with a clock that tests turn."""
 
 import itertools
+import logging
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ from shiftrm import progress as progress_module
 from shiftrm.cli.progress import bar
 from shiftrm.pipeline.engine import Stage
 from shiftrm.pipeline.folder import progress as stage_progress
-from shiftrm.progress import EVERY, LOG_FILE, Progress, duration
+from shiftrm.progress import EVERY, LOG_FILE, Progress, duration, quieten_libraries
 from shiftrm.trainers.progress import ProgressInWords, log_progress_to
 
 
@@ -216,3 +217,9 @@ def test_one_process_speaks_for_all(monkeypatch):
     monkeypatch.delenv("RANK")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert not cli.speaks()
+
+
+def test_bitsandbytes_does_not_speak_of_kernels():
+    quieten_libraries()
+    said = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert not said.isEnabledFor(logging.WARNING)

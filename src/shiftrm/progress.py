@@ -6,6 +6,7 @@ nothing is counted.
 """
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -234,6 +235,8 @@ def quieten_libraries() -> None:
     # TRL's and PEFT's own use of the old name.
     old_names = "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
     warnings.filterwarnings("ignore", old_names, FutureWarning)
+    # PEFT imports bitsandbytes, which says on some CPUs that a kernel of the hub is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def only_on_terminals() -> None:
