@@ -9,10 +9,9 @@ Everything it knows lies in its folder, so that a run that is continued goes on 
 
 import contextlib
 import threading
-import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from shiftrm.models.scoring import score_rows
 from shiftrm.monitor.audits import ANSWERS, Answerer, Audit, answer
 from shiftrm.monitor.evidence import Alarm, Evidence, evidence_of, sentence_of
 from shiftrm.monitor.folder import MonitorFolder
+from shiftrm.monitor.guard import Guard
 from shiftrm.monitor.pool import Pool
 from shiftrm.monitor.rewards import Reward, group_rows, is_model, name_of, open_reward, prompt_name
 from shiftrm.monitor.settings import MonitorConfig
@@ -110,8 +110,7 @@ class DriftMonitor:
         self._watches: bool | None = None
         self._stack = contextlib.ExitStack()
         weakref.finalize(self, self._stack.close)
-        self.errors = 0
-        self._warned = False
+        self.safely = Guard(self.folder)
         self._told: set[str] = set()
         self.folder.check(self.config)
         self._state = self.folder.state()
@@ -248,7 +247,7 @@ class DriftMonitor:
                 found |= measure_step(step, [name])
             except Exception as error:
                 self._names.remove(name)
-                self._failed(f"the signal {name!r} is left out from now on: {error}")
+                self.safely.failed(f"the signal {name!r} is left out from now on: {error}")
         for name, value in found.items():
             state.series.setdefault(name, []).append(value)
         return found
@@ -278,6 +277,11 @@ class DriftMonitor:
         return flags
 
     # -- audits and the alarm --------------------------------------------------------------------
+
+    @property
+    def errors(self) -> int:
+        """Errors of the monitor's own so far."""
+        return self.safely.count
 
     @property
     def labels(self) -> int:
@@ -381,7 +385,7 @@ class DriftMonitor:
         for what in problems:  # somebody's file of answers; it can still be corrected
             if what not in self._told:
                 self._told.add(what)
-                self._failed(f"the answers of an audit cannot be read: {what}")
+                self.safely.failed(f"the answers of an audit cannot be read: {what}")
         return found
 
     def model_changed(self, reward: Any = None, trained_on: TrainingStates | None = None) -> None:
@@ -413,27 +417,3 @@ class DriftMonitor:
                     for row, found in zip(probe, rewards, strict=True)
                 ]
             self.folder.write_probe(state.probe)
-
-    # -- errors ----------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def safely(self, what: str = "the drift monitor could not watch a step") -> Iterator[None]:
-        """Keep errors of watching away from the run: count, write down, warn of the first."""
-        try:
-            yield
-        except (Exception, SystemExit) as error:  # a hook that exits would end training
-            self._failed(f"{what}: {error}")
-
-    def _failed(self, what: str) -> None:
-        """Count an error and write it down; warn of the first."""
-        self.errors += 1
-        with contextlib.suppress(OSError):
-            self.folder.add_error(f"{what}\n{traceback.format_exc()}")
-        if not self._warned:
-            self._warned = True
-            with contextlib.suppress(Warning):  # where warnings are errors, too
-                warnings.warn(
-                    f"{what}. The rewards are passed on; see {self.folder.path / 'errors.log'}, "
-                    "where later errors are written without another warning",
-                    stacklevel=4,
-                )
