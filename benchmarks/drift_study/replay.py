@@ -24,24 +24,30 @@ from .runs import EVERY, KINDS, read_run
 CONFIG = MonitorConfig(
     threshold=0.75,
     budget=200,
-    audit_pairs=20,
-    audit_every=3,
+    audit_pairs=32,
+    audit_every=4,
     audit_flagged=2,
-    pool_steps=1,
+    pool_steps=2,
+    targeted=0.0,
     baseline=4,
     window=4,
     every=EVERY,
 )
-"""Chosen on seeds 100 and 101: 20 pairs every second or third step, so that 200 labels last for
-about 25 steps, and a threshold near the accuracy of the reward model at the start (0.74, 0.78)."""
+"""Chosen on seeds 100 to 102 by the number of alarms before gold had fallen, four draws a run.
+
+Tried: audit_pairs 8, 16, 25, 28, 32, 40; pool_steps 1, 2, 3; audit_every 2 to 5; audit_flagged 1 to
+4; targeted 0, 0.25, 0.5; threshold 0.70, 0.72, 0.75, 0.78. An audit asks about every prompt of two
+steps, so that 200 labels are six audits. The threshold is the model's accuracy in the first steps.
+"""
 
 VARIANTS: dict[str, MonitorConfig] = {
     "as chosen": CONFIG,
     "threshold 0.70": replace(CONFIG, threshold=0.7),
     "threshold 0.65": replace(CONFIG, threshold=0.65),
-    "all draws even": replace(CONFIG, targeted=0.0),
-    "every third step, whatever the signals say": replace(CONFIG, audit_flagged=3),
-    "100 labels": replace(CONFIG, budget=100, audit_pairs=10),
+    "half of the draws where the model is in doubt": replace(CONFIG, targeted=0.5),
+    "every fourth step, whatever the signals say": replace(CONFIG, audit_flagged=4),
+    "16 pairs, of one step": replace(CONFIG, audit_pairs=16, pool_steps=1),
+    "100 labels": replace(CONFIG, budget=100, audit_pairs=16, pool_steps=1),
 }
 
 BOUNDARY = "labels wrong at random, accuracy exactly the threshold"
