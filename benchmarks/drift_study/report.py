@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from gold_world.report import replace_block
 from shiftrm.core.discrimination import auc
@@ -91,8 +92,8 @@ def _alarm_cells(rows: Sequence[Row], variant: str) -> str:
     cells = [
         str(len(rows)),
         str(len(fallen)),
-        f"{_early(fallen, variant)} of {len(fallen)}" if fallen else "",
-        f"{len(steps)} of {len(rows)}",
+        _share(_early(fallen, variant), len(fallen)) if fallen else "",
+        _share(len(steps), len(rows)),
         _range(apart, "+.0f"),
         _range(accuracy, ".2f"),
         _range([alarm["labels"] for _, alarm in found], ".0f"),
@@ -107,6 +108,12 @@ def _early(fallen: Sequence[Row], variant: str) -> int:
         step, fall = row["alarms"][variant]["step"], peak_and_fall(row["gold"])[1]
         count += step is not None and fall is not None and step < fall
     return count
+
+
+def _share(count: int, of: int) -> str:
+    """Return a share of runs with its exact 95 % interval (Clopper and Pearson)."""
+    found = stats.binomtest(count, of).proportion_ci()
+    return f"{count} of {of} ({found.low:.0%} to {found.high:.0%})"
 
 
 def _range(values: Sequence[float], format: str) -> str:
@@ -185,14 +192,16 @@ def signals(rows: Sequence[Row]) -> str:
     """Return the table of the free signals."""
     lines = [
         "| signal | ROC area of its change | ROC area of its value | flagged: over-optimised, "
-        "before gold fell | gold as reward | squashed | verdict |",
-        "|---|---|---|---|---|---|---|",
+        "before gold fell | steps from gold's peak to the flag | flagged: gold as reward | "
+        "squashed | verdict |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in SIGNALS.names():
         if any(name in row["signals"] for row in rows):
             change, value = area(rows, name, _change), area(rows, name, _at_horizon)
             cells = [SIGNALS.get(name).label, *map(_interval, (change, value))]
-            cells += [_flagged(rows, kinds, name) for kinds in (BAD, ["gold"], ["squashed"])]
+            cells += [_flagged(rows, BAD, name), _after_peak(rows, name)]
+            cells += [_flagged(rows, [kind], name) for kind in BENIGN]
             benign = [row for row in rows if row["kind"] in BENIGN]
             also = sum(row["flagged"].get(name) is not None for row in benign)
             words = verdict(change, value, also / len(benign) if benign else 0.0)
@@ -235,6 +244,14 @@ def _flagged(rows: Sequence[Row], kinds: Sequence[str], name: str) -> str:
         bad = row["kind"] in BAD
         count += step is not None and (not bad or fall is None or step < fall)
     return f"{count} of {len(ours)}" if ours else ""
+
+
+def _after_peak(rows: Sequence[Row], name: str) -> str:
+    """Return the steps from gold's peak to the flag, over the over-optimised runs that have one."""
+    found = [(row["flagged"].get(name), row) for row in rows if row["kind"] in BAD]
+    return _range(
+        [step - peak_and_fall(row["gold"])[0] for step, row in found if step is not None], "+.0f"
+    )
 
 
 # -- the picture -----------------------------------------------------------------------------------
