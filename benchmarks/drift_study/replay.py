@@ -24,30 +24,37 @@ from .runs import EVERY, KINDS, read_run
 CONFIG = MonitorConfig(
     threshold=0.75,
     budget=200,
-    audit_pairs=32,
-    audit_every=4,
-    audit_flagged=2,
-    pool_steps=2,
+    audit_pairs=16,
+    audit_from=6,
+    audit_every=1,
+    audit_flagged=1,
+    pool_steps=1,
     targeted=0.0,
     baseline=4,
     window=4,
     every=EVERY,
 )
-"""Chosen on seeds 100 to 102 by the number of alarms before gold had fallen, four draws a run.
+"""Chosen on seeds 100 to 106 by the share of alarms before gold had fallen, eight draws a run.
 
-Tried: audit_pairs 8, 16, 25, 28, 32, 40; pool_steps 1, 2, 3; audit_every 2 to 5; audit_flagged 1 to
-4; targeted 0, 0.25, 0.5; threshold 0.70, 0.72, 0.75, 0.78. An audit asks about every prompt of two
-steps, so that 200 labels are six audits. The threshold is the model's accuracy in the first steps.
+Tried: audit_pairs 8 to 66; pool_steps 1 to 5; audit_every and audit_flagged 1 to 6; audit_from 1 to
+8; targeted 0, 0.25, 0.5, 0.75; other stakes; threshold 0.70, 0.72, 0.75, 0.78. The threshold is the
+model's accuracy in the first steps, and 200 labels are all prompts of twelve steps: those in which
+this world's policies leave what the model knows. `SPREAD` does not know when that is.
 """
+
+SPREAD = replace(CONFIG, audit_pairs=32, pool_steps=2, audit_from=1, audit_every=4, audit_flagged=2)
+"""The first choice, made on seeds 100 to 102 and reported before `CONFIG` was looked for."""
 
 VARIANTS: dict[str, MonitorConfig] = {
     "as chosen": CONFIG,
     "threshold 0.70": replace(CONFIG, threshold=0.7),
     "threshold 0.65": replace(CONFIG, threshold=0.65),
     "half of the draws where the model is in doubt": replace(CONFIG, targeted=0.5),
-    "every fourth step, whatever the signals say": replace(CONFIG, audit_flagged=4),
-    "16 pairs, of one step": replace(CONFIG, audit_pairs=16, pool_steps=1),
-    "100 labels": replace(CONFIG, budget=100, audit_pairs=16, pool_steps=1),
+    "100 labels": replace(CONFIG, budget=100, audit_pairs=8),
+    "audits from step 1 on": replace(CONFIG, audit_from=1),
+    "32 pairs every 4 steps, every 2 while a signal is flagged": SPREAD,
+    "the same, half where the model is in doubt": replace(SPREAD, targeted=0.5),
+    "32 pairs every 4 steps, whatever the signals say": replace(SPREAD, audit_flagged=4),
 }
 
 BOUNDARY = "labels wrong at random, accuracy exactly the threshold"

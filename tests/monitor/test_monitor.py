@@ -122,6 +122,27 @@ def test_flags_bring_audits_forward(tmp_path):
     assert events[0]["flags"] == ["level"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"audit_from": 4, "audit_every": 1}, [4, 5, 6]),
+        ({"audit_from": 4, "audit_every": 3}, [4, 7]),
+        ({"audit_from": 2, "audit_every": 3}, [3, 6]),
+    ],
+)
+def test_audits_begin_later(settings, steps, tmp_path):
+    config = MonitorConfig(budget=60, signals=(), **settings)
+    run(DriftMonitor(by_length, tmp_path, config), 8)
+    assert [event["step"] for event in read_jsonl(tmp_path / "events.jsonl")] == steps
+
+
+def test_waiting_for_the_first_step_is_no_trouble(tmp_path):
+    config = MonitorConfig(budget=20, signals=(), audit_from=40, audit_every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(DriftMonitor(by_length, tmp_path, config), 20)
+
+
 def test_answers_that_come_later(tmp_path):
     monitor = DriftMonitor(by_length, tmp_path, SMALL)
     run(monitor, 4)

@@ -297,6 +297,8 @@ class DriftMonitor:
         state, config = self._state, self.config
         if state.alarmed or len(state.audits) >= config.audits:
             return False
+        if state.step < config.audit_from:
+            return False
         since = state.step - (state.audits[-1].step if state.audits else 0)
         sooner = min(config.audit_flagged, config.audit_every)
         return since >= (sooner if flags else config.audit_every)
@@ -337,7 +339,8 @@ class DriftMonitor:
     def _say_waiting(self) -> None:
         """Warn once, if audits wait for pairs for as long again as they wait for their turn."""
         state, config = self._state, self.config
-        since = state.step - (state.audits[-1].step if state.audits else 0)
+        last = state.audits[-1].step if state.audits else config.audit_from - 1
+        since = state.step - last
         if since >= 2 * config.audit_every + 10 and not self._waited:
             self._waited = True
             with contextlib.suppress(Warning):

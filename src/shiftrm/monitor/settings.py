@@ -22,6 +22,8 @@ class MonitorConfig:
             changed within the run.
         budget: labels that may be asked for in the whole run; 0: free signals only.
         audit_pairs: pairs of one audit. There are `budget // audit_pairs` audits.
+        audit_from: first step that may have an audit. Before the policy has moved, labels speak for
+            the reward model.
         audit_every: steps between audits while no signal is flagged.
         audit_flagged: steps between audits while one is.
         pool_steps: an audit draws from the pairs of so many last steps.
@@ -44,6 +46,7 @@ class MonitorConfig:
     alpha: float = 0.05
     budget: int = 200
     audit_pairs: int = 20
+    audit_from: int = 1
     audit_every: int = 20
     audit_flagged: int = 5
     pool_steps: int = 2
