@@ -18,7 +18,7 @@ from shiftrm.models.rendering import Text, encode_prompt
 from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import load_policy
 from shiftrm.models.scoring import Scorer
-from shiftrm.trainers.quantised import is_quantised, stay_differentiable_
+from shiftrm.trainers.quantised import stay_differentiable_
 from shiftrm.trainers.settings import Settings
 from shiftrm.trainers.training import exists
 
@@ -140,8 +140,7 @@ def load(path: str, chosen: Settings) -> tuple[Any, Any]:
     if quantization is not None:
         options["quantization_config"] = quantization
     model, tokenizer = load_policy(path, **options)
-    if is_quantised(model):
-        stay_differentiable_(model)
+    stay_differentiable_(model)
     require_finite_weights(model, path)
     return model, tokenizer
 

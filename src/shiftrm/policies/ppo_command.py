@@ -34,7 +34,7 @@ from shiftrm.policies.rollouts import Problem, Rollouts
 from shiftrm.policies.text_rewards import Watch, open_watch, reward_scale
 from shiftrm.progress import task
 from shiftrm.trainers.progress import say
-from shiftrm.trainers.quantised import is_quantised, merged
+from shiftrm.trainers.quantised import merged
 from shiftrm.trainers.settings import command_defaults, first_line
 from shiftrm.trainers.training import TrainingJob
 from shiftrm.trainers.training_log import write_training_log
@@ -218,7 +218,7 @@ def _write(policy: Any, tokenizer: Any, finished: Path) -> None:
     if hasattr(policy, "merge_and_unload"):
         adapter = finished / "adapter"
         policy.save_pretrained(adapter)
-        policy = merged(policy, adapter) if is_quantised(policy) else policy.merge_and_unload()
+        policy = merged(policy, adapter)
     policy.save_pretrained(finished)
     tokenizer.save_pretrained(finished)
 

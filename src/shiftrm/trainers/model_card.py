@@ -279,16 +279,15 @@ def _opening(outcome: Outcome) -> str:
         if outcome.trainer in ORDINARY
         else f"with `{outcome.trainer}`"
     )
+    bits = next((bits for name, bits in LOADING.items() if outcome.settings.get(name)), None)
     lora = (
-        " LoRA was merged into these weights; the adapter alone is in `adapter/`."
+        f" The base was held in {bits} bits: its dequantised weights with LoRA merged are here. "
+        "The adapter alone, in `adapter/`, was trained on that base, not on the original."
+        if bits
+        else " LoRA was merged into these weights; the adapter alone is in `adapter/`."
         if outcome.lora
         else ""
     )
-    if bits := next((name for name in LOADING if outcome.settings.get(name)), None):
-        lora = (
-            f" The base was held in {bits[8]} bits: its dequantised weights with LoRA merged are "
-            "here. The adapter alone, in `adapter/`, was trained on that base, not on the original."
-        )
     loss = "" if outcome.loss is None else f", mean loss {outcome.loss:.4f}"
     of = "" if outcome.adapted is None else f" from `{outcome.model}`"
     how = "" if outcome.adapted is None else f"\n\n{outcome.adapted.how}"

@@ -12,7 +12,7 @@ from shiftrm.progress import task
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.model_card import Outcome, measurements
 from shiftrm.trainers.progress import SHOWN, ProgressInWords
-from shiftrm.trainers.quantised import count, is_quantised, merged
+from shiftrm.trainers.quantised import count, merged
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.training_log import write_training_log
 
@@ -146,8 +146,7 @@ def write_model(trainer: Any, finished: Path) -> None:
         adapter = finished / "adapter"
         trainer.save_model(str(adapter))
         if trainer.args.should_save:
-            whole = merged(model, adapter) if is_quantised(model) else model.merge_and_unload()
-            whole.save_pretrained(finished)
+            merged(model, adapter).save_pretrained(finished)
             trainer.processing_class.save_pretrained(finished)
     else:
         trainer.save_model(str(finished))

@@ -15,8 +15,8 @@ from transformers.utils import is_bitsandbytes_available, is_peft_available
 from shiftrm.errors import UserError
 from shiftrm.models.rewards import find_head
 
-LOADING = ("load_in_4bit", "load_in_8bit")
-"""The settings of `trl.ModelConfig` that quantise the base."""
+LOADING = {"load_in_4bit": 4, "load_in_8bit": 8}
+"""The settings of `trl.ModelConfig` that quantise the base, with their bits."""
 
 
 def check_adapters(settings: Mapping[str, Any]) -> None:
@@ -47,7 +47,7 @@ def check_adapters(settings: Mapping[str, Any]) -> None:
 
 def is_quantised(model: Any) -> bool:
     """Return whether bitsandbytes holds the model's linear layers in 4 or 8 bits."""
-    return any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    return any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in LOADING.values())
 
 
 class Trained(NamedTuple):
@@ -139,15 +139,17 @@ def computed_in(model: nn.Module) -> Iterator[Tensor]:
 
 
 def merged(model: Any, adapter: Path) -> Any:
-    """Return an ordinary model: the dequantised base with the trained adapter merged into it.
+    """Return an ordinary model: the base with the trained adapter merged into it.
 
-    It computes what was trained, up to rounding (of a base of 8 bits also that of activations). The
-    given model is used up.
+    A quantised base is dequantised first. The result computes what was trained, up to rounding (of
+    a base of 8 bits also that of activations). The given model is used up.
 
     Args:
-        model: a quantised model wrapped by PEFT.
+        model: wrapped by PEFT.
         adapter: the folder that its adapter and head were saved to.
     """
+    if not is_quantised(model):
+        return model.merge_and_unload()
     from peft import PeftModel
 
     base = model.unload()
