@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from shiftrm.core.discrimination import Floats
-from shiftrm.core.laplace import covariance_root, posterior_std
+from shiftrm.core.laplace import covariance_root, pair_precision, posterior_std
 from shiftrm.errors import UserError
 from shiftrm.files import Row, read_jsonl
 from shiftrm.models.combined import EnsembleScorer
-from shiftrm.models.laplace import fit_posterior, states_of
+from shiftrm.models.laplace import states_of
 from shiftrm.models.responses import Response
 from shiftrm.models.rewards import score_head
 from shiftrm.models.scoring import Scorer
@@ -59,10 +59,12 @@ class TrainingStates:
         if len(pairs) > MOST:
             pairs = random.Random(f"states/{seed}").sample(list(pairs), MOST)
         tokens = tokens_of_pairs(pairs, scorer, name="pairs", max_length=None)
-        posterior = fit_posterior(scorer, tokens, prior=PRIOR, batch_size=batch_size)
-        self._posterior_root_HH = posterior.root
+        if not tokens:
+            raise UserError("there are no pairs of the reward model's training to compare with")
         sides = [ids for pair in tokens for ids in (pair.chosen, pair.rejected)]
         states_NH = states_of(scorer, sides, batch_size)
+        precision_HH = pair_precision(states_NH[0::2] - states_NH[1::2], self._head_H)
+        self._posterior_root_HH = covariance_root(precision_HH, prior=PRIOR)
         self._mean_H = states_NH.mean(0)
         away_NH = states_NH - self._mean_H
         covariance_HH = away_NH.T @ away_NH / max(1, len(away_NH) - 1)
