@@ -18,6 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
+from seed_range import seeds_of
 from shiftrm.errors import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -105,8 +106,7 @@ def _run(task: tuple[str, int, Path, int], until: float | None) -> tuple[None, s
 def replay(args: argparse.Namespace) -> int:
     from drift_study.replay import replay_all
 
-    first, _, last = args.seeds.partition("-")
-    seeds = range(int(first), int(last or first) + 1)
+    seeds = seeds_of(args.seeds, f"--seeds {args.seeds}: write SEED or FIRST-LAST")
     count = replay_all(args.output, seeds, args.results, args.workers)
     print(f"{count} runs: {args.results}")
     return 0

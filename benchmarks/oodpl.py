@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from seed_range import seeds_of
 from shiftrm.errors import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -66,7 +67,7 @@ def make(args: argparse.Namespace) -> int:
     for line in make_rows(
         args.command,
         args.world,
-        seeds_of(args.seeds),
+        seeds_of(args.seeds, f"--seeds {args.seeds}: write SEED or FIRST-LAST"),
         args.names,
         folder=args.output,
         results=args.results,
@@ -74,18 +75,6 @@ def make(args: argparse.Namespace) -> int:
     ):
         print(line, flush=True)
     return 0
-
-
-def seeds_of(word: str) -> range:
-    """Return the seeds of "3" or "0-9".
-
-    Raises:
-        UserError: something else.
-    """
-    first, _, last = word.partition("-")
-    if not first.isdigit() or not (last or first).isdigit():
-        raise UserError(f"--seeds {word}: write SEED or FIRST-LAST")
-    return range(int(first), int(last or first) + 1)
 
 
 def report(args: argparse.Namespace) -> int:

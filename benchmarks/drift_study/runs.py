@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from seed_range import seeds_of
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, atomic_write_bytes, read_jsonl
 from shiftrm.models.sampling import SamplingConfig
@@ -201,8 +202,6 @@ def parse_runs(words: Sequence[str]) -> list[tuple[str, int]]:
         name, _, seeds = word.partition(":")
         if name not in KINDS:
             raise UserError(f"unknown kind of run {name!r}{suggest(name, list(KINDS))}")
-        first, _, last = seeds.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise UserError(f"{word!r}: write KIND:SEED or KIND:FIRST-LAST")
-        found += [(name, seed) for seed in range(int(first), int(last or first) + 1)]
+        wrong = f"{word!r}: write KIND:SEED or KIND:FIRST-LAST"
+        found += [(name, seed) for seed in seeds_of(seeds, wrong)]
     return sorted(found, key=lambda run: run[1])

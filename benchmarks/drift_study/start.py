@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from plain_training import Schedule, train
 from shiftrm.core.losses import bradley_terry_loss
 from shiftrm.files import Row, atomic_write_text, read_jsonl, write_jsonl
 from shiftrm.models.rendering import encode
@@ -85,14 +86,16 @@ def _fine_tune(policy: nn.Module, tokenizer: Any, rows: Sequence[Row], seed: int
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     batches = [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
 
-    def loss(batch: Sequence[int]) -> torch.Tensor:
+    def loss(step: int) -> torch.Tensor:
+        batch = batches[step]
         ids, mask = pad_right([texts[i] for i in batch], pad_token_id=tokenizer.pad_token_id)
         labels = ids.masked_fill(mask == 0, -100)
         for row, i in enumerate(batch):
             labels[row, : given[i]] = -100
         return policy(input_ids=ids, attention_mask=mask, labels=labels).loss
 
-    _train(policy, [*batches], loss, rate=SFT_RATE, warmup=20)
+    train(policy.train(), loss, Schedule(len(batches), SFT_RATE, warmup=20))
+    policy.eval()
 
 
 def _reward_model(folder: Path, name: str, pairs: Sequence[Row], seed: int) -> None:
@@ -117,32 +120,16 @@ def _reward_model(folder: Path, name: str, pairs: Sequence[Row], seed: int) -> N
         for side in ("chosen", "rejected")
     ]
 
-    def loss(batch: Sequence[int]) -> torch.Tensor:
-        texts = [side[i] for side in sides for i in batch]
+    def loss(step: int) -> torch.Tensor:
+        texts = [side[i] for side in sides for i in batches[step]]
         ids, mask = pad_right(texts, pad_token_id=tokenizer.pad_token_id)
         chosen, rejected = sequence_rewards(model, ids, mask).chunk(2)
         return bradley_terry_loss(chosen, rejected).mean()
 
-    _train(model, batches, loss, rate=REWARD_RATE, warmup=0)
+    train(model.train(), loss, Schedule(REWARD_STEPS, REWARD_RATE))
+    model.eval()
     model.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / name)
-
-
-def _train(
-    model: nn.Module, batches: list[list[int]], loss: Any, *, rate: float, warmup: int
-) -> None:
-    """AdamW with a linear decay to 0, as transformers' default schedule, gradients clipped to 1."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
-    model.train()
-    for step, batch in enumerate(batches):
-        left = (len(batches) - step) / max(1, len(batches) - warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(left, (step + 1) / warmup if warmup else 1.0)
-        optimizer.zero_grad()
-        loss(batch).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    model.eval()
 
 
 def _accuracy(scorer: Scorer, pairs: Sequence[Row]) -> float:

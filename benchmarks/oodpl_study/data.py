@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plain_training import Schedule, train
 from shiftrm.data.domains import Domain
 from shiftrm.files import Row, atomic_write_text
 from shiftrm.models.likelihoods import Tokens
@@ -19,7 +20,6 @@ from shiftrm.world.build import base_model_config
 from shiftrm.world.build_domains import DomainWorldConfig
 from shiftrm.world.domain_gold import HELD_OUT
 
-from .training import Schedule, train
 from .worlds import WORLDS, World
 
 SFT = Schedule(steps=500, rate=2e-3, warmup=20)

@@ -10,7 +10,7 @@ from shiftrm.core.discrimination import rank_correlation
 from shiftrm.files import Row
 from shiftrm.models.sampling import Draws, SamplingConfig, as_samples, sample_rows
 from shiftrm.models.scoring import mean_and_spread, score_rows
-from shiftrm.oodpl.fine_tuning import FineTuningConfig, fine_tune
+from shiftrm.oodpl.fine_tuning import FineTuningConfig, fine_tune, support_rewards
 from shiftrm.oodpl.meta_test import support_prompts
 from shiftrm.oodpl.preference import sampled_kl
 from shiftrm.policies.ppo import PPOConfig, PPOTrainer, Problem, make_critic
@@ -103,12 +103,7 @@ def weighted(start: Start, targets: Targets, rewards: Rewards | None) -> dict[st
 
 def standardised(rewards: Rewards, rows: Sequence[Row]) -> Rewards:
     """Return the rewards with mean 0 and variance 1 over the rows."""
-    values = rewards(
-        [r["prompt"] for r in rows],
-        [r["response"] for r in rows],
-        finished=[r["finished"] for r in rows],
-    )
-    mean, spread = mean_and_spread([values])
+    mean, spread = mean_and_spread([support_rewards(rewards, rows)])
 
     def scaled(prompts: Any, responses: Any, *, finished: Any) -> list[float]:
         return [(r - mean) / spread for r in rewards(prompts, responses, finished=finished)]

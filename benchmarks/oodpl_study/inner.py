@@ -10,6 +10,7 @@ from shiftrm.core.inner_curvature import InnerLoss
 from shiftrm.core.losses import reward_weights
 from shiftrm.files import Row
 from shiftrm.oodpl.batches import EncodedDomain, outer_batch
+from shiftrm.oodpl.fine_tuning import support_rewards
 
 from .data import Start, gold_rewards
 from .guiding import standardised
@@ -44,12 +45,7 @@ def _finite(value: float) -> float | None:
 
 def _adapted(start: Start, domain: EncodedDomain, meta: Meta) -> dict[str, float]:
     support = start.domains[domain.name].support
-    rewards = standardised(gold_rewards(start), support)
-    gold = rewards(
-        [r["prompt"] for r in support],
-        [r["response"] for r in support],
-        finished=[r["finished"] for r in support],
-    )
+    gold = support_rewards(standardised(gold_rewards(start), support), support)
     batches, places = task_plan(start, meta).support_of(domain, role="inner")
     pairs = outer_batch(domain.eval_pairs, policy_pad_id=start.pad)
     found = _measured("reference", preference_margins(start.reference, pairs, reduction="mean"))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plain_training import Schedule, Watched, train
 from shiftrm.core.domain_losses import (
     direct_preference_loss,
     domain_means,
@@ -28,7 +29,6 @@ from shiftrm.oodpl.batches import EncodedDomain, outer_batch
 from shiftrm.oodpl.tasks import TaskPlan
 
 from .data import Start, fresh_reward_model
-from .training import Schedule, Watched, gradient_norm, train
 
 STEPS, PAIRS = 150, 64
 """Steps of everything that learns from pairs, and the pairs of a step."""
@@ -218,12 +218,9 @@ def meta_train(
         trace.loss.append(total)
         return torch.tensor(total)
 
-    def after(step: int) -> None:
-        trace.norm.append(gradient_norm(model))
-
     watch = (lambda: adapted_loss(start, model, policy, meta)) if stop else None
     schedule = Schedule(meta.steps, meta.rate)
-    trace.watched = train(model, loss, schedule, watch=watch, after=after)
+    trace.watched = train(model, loss, schedule, watch=watch, on_norm=trace.norm.append)
     return model, trace
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oodpl_study import data, guiding, learning, plan, report, worlds
-from oodpl_study.training import Schedule, train
+from plain_training import Schedule, train
 from shiftrm.core.hypergradient import hypergradient
 from shiftrm.core.inner_loop import InnerProblem
 from shiftrm.core.losses import bradley_terry_loss, reward_weights

@@ -104,7 +104,7 @@ def fine_tune(
     tokens = [e.policy for i, row in enumerate(support) if (e := encoder.example(row, i))]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     device = next(policy.parameters()).device
-    rewards = torch.tensor(_rewards(reward_fn, support), device=device)
+    rewards = torch.tensor(support_rewards(reward_fn, support), device=device)
     optimizer = _optimizer(policy, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.updates)
     passes = Passes.of(policy, reduction=config.reduction)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def fine_tune(
     return logs
 
 
-def _rewards(reward_fn: RewardFunction | None, support: Sequence[Row]) -> list[float]:
+def support_rewards(reward_fn: RewardFunction | None, support: Sequence[Row]) -> list[float]:
     """Return the rewards; without a reward model zeros, so that every weight is 1."""
     if reward_fn is None:
         return [0.0] * len(support)

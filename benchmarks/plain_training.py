@@ -1,4 +1,4 @@
-"""Bare training loops: AdamW with warm-up and linear decay, and early stopping."""
+"""The plain training loop of the studies: AdamW, warm-up, linear decay, early stopping."""
 
 import copy
 import math
@@ -37,13 +37,13 @@ def train(
     schedule: Schedule,
     *,
     watch: Callable[[], float] | None = None,
-    after: Callable[[int], None] | None = None,
+    on_norm: Callable[[float], None] | None = None,
 ) -> Watched:
     """Train in place; with `watch`, keep the parameters with the lowest watched loss.
 
     Args:
         loss: of a step, from 0. A loss without a graph has put its gradient into `.grad` itself.
-        after: called with the step, after the backward pass and before the update.
+        on_norm: called in every step with the norm of the gradient, which is then clipped to 1.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.rate, weight_decay=0.0)
     kept, losses, best = None, {}, 0
@@ -58,9 +58,9 @@ def train(
         value = loss(step)
         if value.requires_grad:
             value.backward()
-        if after is not None:
-            after(step)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if on_norm is not None:
+            on_norm(float(norm))
         optimizer.step()
         done = step + 1
         if watch is not None and (done % schedule.every == 0 or done == schedule.steps):
@@ -71,9 +71,3 @@ def train(
         model.load_state_dict(kept)
     optimizer.zero_grad()
     return Watched(losses, best if watch is not None else schedule.steps)
-
-
-def gradient_norm(model: nn.Module) -> float:
-    """Return the norm of all gradients."""
-    parts = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-    return float(torch.stack(parts).norm())
