@@ -319,7 +319,6 @@ def _disk(recipe: Experiment, found: Estimate) -> str:
     kept = sum(disk.kept for disk in disks)
     largest = sorted((disk.checkpoints for disk in disks), reverse=True)
     more = sum(largest[: recipe.execution.workers])
-    besides = (
-        f", and up to {_bytes(more)} of checkpoints while a stage trains" if more else ""
-    )  # a recipe may save none
+    # a recipe may save no checkpoints
+    besides = f", and up to {_bytes(more)} of checkpoints while a stage trains" if more else ""
     return f"disk: {_bytes(kept)} of models at the end{besides} (texts and logs are not counted)"

@@ -275,9 +275,8 @@ def make_app(service: Service) -> FastAPI:
     route("/metrics", "GET", metrics)
     route("/v1/models", "GET", models)
 
-    @app.api_route(
-        "/health", methods=["GET", "HEAD"]
-    )  # without a token, and never refused: for what restarts servers
+    # without a token, and never refused: for what restarts servers
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return service.health()
 
