@@ -38,7 +38,7 @@ def main() -> int:
         ("convergence", "the gradient's norm by outer step, for several beta"),
     ):
         command = commands.add_parser(name, help=about)
-        command.add_argument("--world", choices=("tastes", "signed"), default="tastes")
+        command.add_argument("--world", choices=("tastes", "signed", "named"), default="tastes")
         command.add_argument("--seeds", default="100", metavar="FIRST-LAST")
         command.add_argument("--names", nargs="+", default=[], metavar="NAME", help="default: all")
         command.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR")

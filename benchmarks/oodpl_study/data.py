@@ -16,9 +16,9 @@ from shiftrm.files import Row, atomic_write_text
 from shiftrm.models.likelihoods import Tokens
 from shiftrm.models.rewards import pad_right, sequence_rewards
 from shiftrm.oodpl.batches import EncodedDomain, Example, Pair
-from shiftrm.world.build import base_model_config
+from shiftrm.world.build import WorldConfig, base_model_config
 from shiftrm.world.build_domains import DomainWorldConfig
-from shiftrm.world.domain_gold import HELD_OUT
+from shiftrm.world.domain_gold import HELD_OUT, SOURCES
 
 from .worlds import WORLDS, World
 
@@ -54,11 +54,25 @@ class Start:
         return copy.deepcopy(self.reference)
 
 
+def tokenizer_of(world: World, model: WorldConfig) -> Any:
+    """Return the gold world's tokenizer; it reads the domains' names as the world shows them."""
+    from tokenizers import Regex
+    from tokenizers.normalizers import Replace
+
+    tokenizer = model.world.tokenizer(model_max_length=model.max_positions)
+    if world.shown_as is not None:
+        names = Regex(rf"\b({'|'.join((*SOURCES, *HELD_OUT))})\b")
+        tokenizer.backend_tokenizer.normalizer = Replace(names, world.shown_as)
+    return tokenizer
+
+
 class Words:
     """Texts to token ids; a word is a token, so no tokenizer needs to run."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, world: World) -> None:
         self.ids, self.eos = tokenizer.get_vocab(), int(tokenizer.eos_token_id)
+        if world.shown_as is not None:
+            self.ids |= dict.fromkeys((*SOURCES, *HELD_OUT), self.ids[world.shown_as])
 
     def __call__(self, prompt: str, response: str, finished: bool) -> Tokens:
         asked, said = prompt.split(), response.split()
@@ -91,8 +105,8 @@ def make_start(world_name: str, seed: int, folder: Path) -> Start:
 
     world, config = WORLDS[world_name], DomainWorldConfig(seed=seed)
     model = config.model()
-    tokenizer = model.world.tokenizer(model_max_length=model.max_positions)
-    words = Words(tokenizer)
+    tokenizer = tokenizer_of(world, model)
+    words = Words(tokenizer, world)
     domains = {name: world.domain(name, config) for name in (*world.sources, *world.watched)}
     domains |= {name: world.domain(name, config) for name in HELD_OUT}
     with torch.random.fork_rng(devices=[]):
@@ -145,7 +159,7 @@ def fresh_reward_model(start: Start) -> nn.Module:
 
 def text_rewards(model: nn.Module, start: Start) -> Callable[..., list[float]]:
     """Return the model's rewards of texts, with the signature of a `Scorer`."""
-    words = Words(start.tokenizer)
+    words = Words(start.tokenizer, start.world)
 
     @torch.no_grad()
     def rewards(

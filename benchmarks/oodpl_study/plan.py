@@ -23,7 +23,7 @@ from .learning import Meta, Trace, bradley_terry, meta_train, policy_on_pairs
 
 KEY = ("kind", "world", "seed", "name")
 
-FROZEN = {"tastes": Meta(), "signed": Meta(inner_rate=1.0)}
+FROZEN = {"tastes": Meta(), "signed": Meta(inner_rate=1.0), "named": Meta(inner_rate=1.0)}
 """OODPL on the fresh seeds takes the inner step that moves A_PL most under gold weights."""
 
 POOLED = "pooled.pt"
@@ -171,11 +171,11 @@ def arm_row(seed: Seed, name: str) -> Row:
     if arm.reward is None:
         return _prefixed("weighted", weighted(seed.start, targets, None))
     rewards = arm.reward(seed)
-    return {
-        **of_reward_model(targets, rewards),
-        **_prefixed("weighted", weighted(seed.start, targets, rewards)),
-        **_prefixed("ppo", ppo(seed.start, targets, rewards)),
-    }
+    numbers = of_reward_model(targets, rewards)
+    numbers |= _prefixed("weighted", weighted(seed.start, targets, rewards))
+    if seed.start.world.one_policy:
+        numbers |= _prefixed("ppo", ppo(seed.start, targets, rewards))
+    return numbers
 
 
 def convergence_row(seed: Seed, name: str) -> Row:

@@ -1,5 +1,6 @@
 """The study's tables and pictures in docs/oodpl.md, from the result rows alone."""
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,18 +108,17 @@ def _inner_mean(rows: Sequence[Row], who: str, what: str) -> str:
 
 
 def sweep_table(rows: Sequence[Row]) -> str:
-    """Return the settings of OODPL on the watched domains of the first world."""
-    mine = [row for row in of(rows, "sweep") if row["world"] == "tastes"]
+    """Return the settings of OODPL on the watched domains."""
     lines = []
-    for name in (*BASELINES, *SWEEP):
-        some = [row for row in mine if row["name"] == name]
+    for world, name in itertools.product(WORLDS, (*BASELINES, *SWEEP)):
+        some = [r for r in of(rows, "sweep") if (r["world"], r["name"]) == (world, name)]
         if some:
             label = ARMS[name].label if name in BASELINES else name
             numbers = [_mean(some, k) for k in ("rank", "best_of", "weighted_gold")]
             loss = [_mean(some, k) for k in ("first_loss", "best_loss")]
             step = _mean(some, "best_step", 0)
-            lines.append([label, *numbers, *loss, step, str(len(some))])
-    columns = ["setting", "rank correlation", "gold, best of 16", "gold, weighted"]
+            lines.append([WORLDS[world].label, label, *numbers, *loss, step, str(len(some))])
+    columns = ["world", "setting", "rank correlation", "gold, best of 16", "gold, weighted"]
     return _table([*columns, "loss at the start", "lowest", "at step", "seeds"], lines)
 
 

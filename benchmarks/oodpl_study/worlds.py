@@ -1,11 +1,14 @@
-"""The two worlds of the study: the gold world's domains, and one made for the hypergradient.
+"""The worlds of the study: the gold world's domains, and one made for the hypergradient.
 
 *tastes* is the gold world of docs/domains.md. *signed* is ours, and made so that in expectation
 pooled Bradley-Terry learns nothing and the hypergradient does: a domain likes all tastes or the
 opposite of all, half of the domains each, so that the preferences cancel in the pool. Every
 response is signed by one of two hands. In a domain's fine-tuning data the first hand writes what
 the domain likes and the second what it does not; in pairs both responses have the same hand,
-drawn by lot. The hand's meaning is the same in all domains, and no pair shows it.
+drawn by lot. The hand's meaning is the same in all domains, and no pair shows it. The domains are
+readers of one topic, and models see that topic's name in place of the domain's: a reward model
+that sees the name can learn each source's taste by it, which helps in no other domain. *named* is the
+same world with the names shown.
 """
 
 import random
@@ -23,8 +26,11 @@ from shiftrm.world.build_domains import (
     sft_rows,
     split_prompts,
 )
-from shiftrm.world.domain_gold import FEATURES, HELD_OUT, SOURCES, TABLE, Table, gold_of
+from shiftrm.world.domain_gold import FEATURES, HELD_OUT, SOURCES, Table, gold_of
 from shiftrm.world.language import TASKS
+
+TOPIC = SOURCES[0]
+"""What all texts of the signed world are about."""
 
 HANDS = (f" {TASKS[1]}", f" {TASKS[2]}")
 """The first word of a response in the signed world; drafts hold neither."""
@@ -36,27 +42,31 @@ class World:
 
     Attributes:
         validation: how many of the sources, the last, choose settings and stop training.
-        table: the weights of the gold reward by domain.
+        gold: the gold reward of a domain.
         domain: `(name, configuration) -> Domain`.
         sft: what the reference policy learns from.
+        shown_as: the name that models see in place of every domain's; None: each its own.
     """
 
     label: str
     validation: int
-    table: Table
+    gold: Callable[[str], Callable[..., float]]
     domain: Callable[[str, DomainWorldConfig], Domain]
     sft: Callable[[DomainWorldConfig], list[Row]]
+    shown_as: str | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
         return SOURCES[: -self.validation]
 
     @property
+    def one_policy(self) -> bool:
+        """Whether one policy can serve several domains: it sees which it is in."""
+        return self.shown_as is None
+
+    @property
     def watched(self) -> tuple[str, ...]:
         return SOURCES[-self.validation :]
-
-    def gold(self, name: str) -> Callable[..., float]:
-        return gold_of(name, self.table)
 
 
 def signed_table() -> Table:
@@ -70,9 +80,23 @@ def signed_table() -> Table:
 SIGNED_TABLE = signed_table()
 
 
+def signed_gold(name: str) -> Callable[..., float]:
+    """Return the gold reward of a domain: its weights, on texts about the one topic."""
+    return gold_of(TOPIC, {TOPIC: SIGNED_TABLE[name]})
+
+
+def signed_prompts(name: str, config: DomainWorldConfig) -> tuple[list[str], list[str]]:
+    """Return a domain's prompts for training and for evaluation: the topic's, under its name."""
+    train, evaluation = (
+        [prompt.replace(f" {TOPIC} ", f" {name} ") for prompt in prompts]
+        for prompts in split_prompts(TOPIC, seed=config.seed)
+    )
+    return train, evaluation
+
+
 def signed_domain(name: str, config: DomainWorldConfig) -> Domain:
     """Return a domain of the signed world."""
-    train, evaluation = split_prompts(name, seed=config.seed)
+    train, evaluation = signed_prompts(name, config)
     return Domain(
         name=name,
         support=tuple(_signed_support(name, train, config)),
@@ -83,11 +107,11 @@ def signed_domain(name: str, config: DomainWorldConfig) -> Domain:
 
 
 def _signed_support(name: str, prompts: Sequence[str], config: DomainWorldConfig) -> list[Row]:
-    rng, gold = _stream(config, name, "support"), gold_of(name, SIGNED_TABLE)
+    rng, gold = _stream(config, name, "support"), signed_gold(name)
     rows = []
     for _ in range(config.support):
         prompt, hand = rng.choice(prompts), rng.randrange(2)
-        drafts = [_sign(draft(rng, name, prompt, cut_off=0.0), hand) for _ in range(CANDIDATES)]
+        drafts = [_sign(draft(rng, TOPIC, prompt, cut_off=0.0), hand) for _ in range(CANDIDATES)]
         choice = min if hand else max
         rows.append({"prompt": prompt, **choice(drafts, key=lambda d: gold("", d["response"]))})
     return rows
@@ -100,25 +124,29 @@ def _signed_pairs(
     columns: list[tuple[str, str, str]] = []
     while len(columns) < count:
         prompt, hand = rng.choice(prompts), rng.randrange(2)
-        a, b = (_sign(draft(rng, name, prompt, cut_off=0.0), hand)["response"] for _ in range(2))
+        a, b = (_sign(draft(rng, TOPIC, prompt, cut_off=0.0), hand)["response"] for _ in range(2))
         if a != b:
             columns.append((prompt, a, b))
     return label_pairs(
         *map(list, zip(*columns, strict=True)),
         seed=rng.getrandbits(32),
         finished=[(True, True)] * count,
-        reward=gold_of(name, SIGNED_TABLE),
+        reward=signed_gold(name),
         domain=name,
     )
 
 
 def signed_sft(config: DomainWorldConfig) -> list[Row]:
-    """Return the drafts of the other world, signed by lot: the hand says nothing about style."""
+    """Return drafts about the topic, signed by lot: the hand says nothing about style."""
     rng = _stream(config, "all", "sft")
-    return [
-        {**row, "completion": HANDS[rng.randrange(2)] + row["completion"]}
-        for row in sft_rows(config)
-    ]
+    prompts = {name: signed_prompts(name, config)[0] for name in SIGNED_TABLE}
+    rows = []
+    for _ in range(config.sft_examples):
+        name, hand = rng.choice(list(prompts)), rng.randrange(2)
+        prompt = rng.choice(prompts[name])
+        row = _sign(draft(rng, TOPIC, prompt, cut_off=0.0), hand)
+        rows.append({"prompt": prompt, "completion": row["response"], "domain": name})
+    return rows
 
 
 def _sign(row: Row, hand: int) -> Row:
@@ -130,6 +158,7 @@ def _stream(config: DomainWorldConfig, domain: str, part: str) -> random.Random:
 
 
 WORLDS: dict[str, World] = {
-    "tastes": World("domains with tastes", 3, TABLE, build_domain, sft_rows),
-    "signed": World("signed world", 4, SIGNED_TABLE, signed_domain, signed_sft),
+    "tastes": World("domains with tastes", 3, gold_of, build_domain, sft_rows),
+    "signed": World("signed world", 4, signed_gold, signed_domain, signed_sft, shown_as=TOPIC),
+    "named": World("signed world, domains named", 4, signed_gold, signed_domain, signed_sft),
 }

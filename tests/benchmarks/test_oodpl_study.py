@@ -28,11 +28,11 @@ def start():
     """A signed world whose reference policy is not trained."""
     from transformers import LlamaForCausalLM
 
-    model = SMALL.model()
-    tokenizer = model.world.tokenizer(model_max_length=model.max_positions)
+    model, world = SMALL.model(), worlds.WORLDS["signed"]
+    tokenizer = data.tokenizer_of(world, model)
     torch.manual_seed(0)
     policy = LlamaForCausalLM(data.base_model_config(model, tokenizer)).eval()
-    words, world = data.Words(tokenizer), worlds.WORLDS["signed"]
+    words = data.Words(tokenizer, world)
     domains = {name: world.domain(name, SMALL) for name in (*SOURCES, *HELD_OUT)}
     encoded = {name: data.encode(domain, words) for name, domain in domains.items()}
     return data.Start(world, 0, tokenizer, domains, encoded, policy)
@@ -46,9 +46,29 @@ def test_words_are_read_as_the_encoder_reads_them(start):
     name = SOURCES[0]
     theirs = Encoder(start.tokenizer).domain(start.domains[name], query=True, eval_pairs=True)
     assert start.encoded[name] == theirs
-    tastes = worlds.WORLDS["tastes"].domain(name, SMALL)  # some responses are cut off
-    ours = data.encode(tastes, data.Words(start.tokenizer))
-    assert ours == Encoder(start.tokenizer).domain(tastes, query=True, eval_pairs=True)
+    tastes = worlds.WORLDS["tastes"]
+    domain = tastes.domain(name, SMALL)  # some responses are cut off
+    tokenizer = data.tokenizer_of(tastes, SMALL.model())
+    ours = data.encode(domain, data.Words(tokenizer, tastes))
+    assert ours == Encoder(tokenizer).domain(domain, query=True, eval_pairs=True)
+
+
+def test_models_of_the_signed_world_cannot_tell_its_domains(start):
+    one, other = (start.domains[name].support[0]["prompt"].split()[2] for name in SOURCES[:2])
+    assert (one, other) == SOURCES[:2]  # the texts can, and so can the gold reward
+    read = start.tokenizer
+    texts = [f"review the {name} with roses and soil :" for name in (*SOURCES, *HELD_OUT)]
+    assert len({tuple(read(text).input_ids) for text in texts}) == 1
+    assert read.decode(read(texts[3]).input_ids, skip_special_tokens=True).split()[2] == "garden"
+    named = data.tokenizer_of(worlds.WORLDS["named"], SMALL.model())
+    assert len({tuple(named(text).input_ids) for text in texts}) == len(texts)
+    # All domains ask for the same things, in texts that the policy has learnt from.
+    assert {" ".join(p.split()[3:]) for p in start.domains[HELD_OUT[0]].prompts} == {
+        " ".join(p.split()[3:]) for p in start.domains[SOURCES[0]].prompts
+    }
+    rows = start.world.sft(SMALL)
+    assert {row["prompt"].split()[2] for row in rows} == {row["domain"] for row in rows}
+    assert len({row["domain"] for row in rows}) > 5
 
 
 def test_splits_of_the_worlds():
