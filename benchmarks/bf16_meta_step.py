@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from process_memory import peak_bytes, resident_bytes
 from shiftrm.core.losses import bradley_terry_loss, difference_loss
 from shiftrm.core.meta import (
     look_ahead,
@@ -310,18 +311,16 @@ def cost() -> list[str]:
 
 def in_child(way: Callable[[], object]) -> tuple[float, float]:
     """Least CPU seconds of three runs, and the growth of the peak resident size, in a fork."""
-    import resource
-
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = resident_bytes()
         seconds = []
         for _ in range(3):
             start = time.process_time()
             way()
             seconds.append(time.process_time() - start)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        grown = (peak_bytes() - before) // 1024
         os.write(writer, f"{min(seconds)} {grown}".encode())
         os._exit(0)
     os.waitpid(child, 0)

@@ -36,6 +36,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import process_memory
+
 METHODS = ("exact", "finite_difference", "none", "unroll", "torchopt", "higher", "step")
 PEERS = ("unroll", "torchopt", "higher")
 ALPHA, BETA = 0.02, 1.0
@@ -340,8 +342,8 @@ def reset_peak(device: str) -> int:
         return torch.cuda.memory_allocated()
     # Linux, glibc: what the warm-up freed goes back, so that using it again counts.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    return status_bytes("VmRSS")
+    process_memory.restart_peak()
+    return process_memory.resident_bytes()
 
 
 def peak_bytes(device: str) -> int:
@@ -349,12 +351,7 @@ def peak_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    return status_bytes("VmHWM")
-
-
-def status_bytes(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
+    return process_memory.peak_bytes()
 
 
 # From measurements to a table.

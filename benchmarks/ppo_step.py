@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from process_memory import peak_bytes, resident_bytes, restart_peak
 from reward_step import MODELS, environment
 
 SMOLLM2 = {
@@ -120,8 +121,8 @@ class Meter:
 
         self.cuda = torch.cuda if device == "cuda" else None
         if self.cuda is None:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            self.held, self.start = resident("VmRSS"), time.process_time()
+            restart_peak()
+            self.held, self.start = resident_bytes(), time.process_time()
         else:
             self.cuda.synchronize()
             self.cuda.reset_peak_memory_stats()
@@ -132,7 +133,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         if self.cuda is None:
             seconds = time.process_time() - self.start
-            return {"seconds": seconds, "mebibytes": (resident("VmHWM") - self.held) / 1024}
+            return {"seconds": seconds, "mebibytes": (peak_bytes() - self.held) / 2**20}
         self.end.record()
         self.cuda.synchronize()
         peak = self.cuda.max_memory_allocated() - self.held
@@ -232,12 +233,6 @@ def measure_grpo(args: argparse.Namespace) -> dict[str, float]:
 
 
 CHILDREN = {"ppo": measure_ppo, "grpo": measure_grpo}
-
-
-def resident(name: str) -> int:
-    """Return a line of the process's memory, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def model_config(args: argparse.Namespace) -> Any:

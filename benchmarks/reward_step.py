@@ -24,11 +24,12 @@ import multiprocessing
 import os
 import platform
 import random
-import resource
 import statistics
 import sys
 import time
 from pathlib import Path
+
+from process_memory import peak_bytes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -204,7 +205,7 @@ def arm_process(arm: str, options: argparse.Namespace, shape: str, link) -> None
     else:
         trainer.train()
         loss = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_bytes()
     tokens = [count_tokens(trainer.train_dataset, options.batch, step) for step in range(steps)]
     assert len(trainer.train_dataset) == options.batch * steps
     link.send(
@@ -268,11 +269,6 @@ def count_tokens(dataset, batch: int, step: int) -> tuple[int, int]:
     pairs = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
     alone = sum(len(a) + len(b) for a, b in pairs)
     return alone, alone - sum(common_prefix_length(pair) for pair in pairs)
-
-
-def peak_memory() -> int:
-    """The most this process held at a time, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(shape: str, options: argparse.Namespace) -> dict:

@@ -6,8 +6,8 @@ opposite of all, half of the domains each, so that the preferences cancel in the
 response is signed by one of two hands. In a domain's fine-tuning data the first hand writes what
 the domain likes and the second what it does not; in pairs both responses have the same hand,
 drawn by lot. The hand's meaning is the same in all domains, and no pair shows it. The domains are
-readers of one topic, and models see that topic's name in place of the domain's: a reward model
-that sees the name can learn each source's taste by it, which helps in no other domain. *named* is the
+readers of one topic, and models see that topic's name in place of the domain's: a reward model that
+sees the name can learn each source's taste by it, which helps in no other domain. *named* is the
 same world with the names shown.
 """
 

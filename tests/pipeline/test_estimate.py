@@ -38,6 +38,7 @@ from shiftrm.trainers.machine import activation_bytes
 from shiftrm.trainers.reward import RewardConfig
 from tests.byte_level import byte_level
 from tests.conftest import llama_config
+from tests.docs.test_build import ROOT
 from tests.pipeline.conftest import LOOP, RECIPES
 from tests.pipeline.gold_world import recipe, write_recipe
 from tests.pipeline.test_plan import ARMS
@@ -319,12 +320,13 @@ def test_the_papers_warm_up_is_three_tenths_of_an_epoch(name, tmp_path):
 # -- against what stages take ----------------------------------------------------------------------
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
+from process_memory import peak_bytes
 from shiftrm.pipeline.jobs import from_plain
 given = json.loads(sys.argv[1])
 from_plain(given["job"]).on_machine(given["way"]).run(Path(sys.argv[2]))
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print("peak", peak_bytes())
 """
 
 
@@ -395,8 +397,23 @@ def test_a_stage_takes_the_memory_that_was_estimated(middling, tmp_path, stage, 
         [sys.executable, "-c", MEASURE, given, str(tmp_path / "out")],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     peak = int(done.stdout.rsplit("peak ", 1)[1])
     assert expected / 1.5 < peak < expected * 1.5, (expected / 2**20, peak / 2**20)
+
+
+def test_a_large_parent_does_not_make_its_child_large():
+    """`ru_maxrss` would say so: the kernel carries the parent's peak through exec."""
+    held = bytearray(512 << 20)
+    held[:: 1 << 12] = b"1" * len(held[:: 1 << 12])
+    code = "from process_memory import peak_bytes; print(peak_bytes())"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")},
+    )
+    assert int(told.stdout) < 256 << 20
