@@ -1,11 +1,14 @@
 """The recipes for real data, from public files to a tested policy, with a real tokenizer.
 
-Questions of three topics, in the words of everyday dialogues, stand for three subreddits or product
-categories. The tokenizer is SmolLM2's where that model is at hand (see tests/smollm2.py), else one
-of bytes; the models are tiny.
+Questions of three topics stand for three subreddits or product categories: those of Anthropic's
+HH-RLHF where SHIFTRM_HH names a file of it (`harmless-base/test.jsonl.gz`, say), sorted by their
+words, else made-up ones. The tokenizer is SmolLM2's where that model is at hand (see
+tests/smollm2.py), else one of bytes; the models are tiny.
 """
 
+import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassi
 from shiftrm.cli import main
 from shiftrm.data.amazon import amazon_domains, read_amazon
 from shiftrm.data.domains import load_split, write_domains
+from shiftrm.data.formats.hh_rlhf import hh_pair
 from shiftrm.data.shp import read_shp, shp_domains
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.gguf_file import convert_gguf
@@ -33,6 +37,13 @@ TOPICS = {
 ASKED = ("How do I deal with {}?", "What should I know about {}?", "Can you help me with {} today?")
 GOOD = "Sure. First, think about what you need for {}; then take your time and don't hurry."
 BAD = "I don't know, and I don't really care about {} at all, so go away and ask someone else."
+WORDS = {
+    "crime": "steal|rob|gun|weapon|kill|drug|cocaine|meth|weed|bomb|murder|poison|hack",
+    "people": "friend|girlfriend|boyfriend|wife|husband|neighbor|boss|mother|father|brother|sister",
+    "words": "word|joke|insult|swear|racist|name|slur|say|language|call",
+}
+"""What an HH question about a topic holds."""
+
 SMALL = [
     *("max_steps=2", "warmup_steps=0", "support_batch_size=4", "query_batch_size=4"),
     *("domains_per_step=1", "micro_batch_size=2", "eval_steps=1", "eval_pairs=4"),
@@ -42,8 +53,38 @@ GUIDE = ["weighted.updates=2", "weighted.batch_size=4", "evaluation.responses_pe
 GUIDE += ["evaluation.pairs=4", "evaluation.sampling.max_new_tokens=8"]
 
 
+OPTIMISED = "steps=1 prompts_per_step=2 rollouts_per_prompt=2 minibatch_size=4"
+OPTIMISED = [*OPTIMISED.split(), "sampling.max_new_tokens=8"]
+
+
 def dialogues():
     """`(topic, question, better answer, worse answer)`, all questions different."""
+    if path := os.environ.get("SHIFTRM_HH"):
+        return people_dialogues(path)
+    return made_up_dialogues()
+
+
+def people_dialogues(path):
+    """Forty of a topic: the last question of a dialogue, with the answers that people compared."""
+    found = {topic: {} for topic in WORDS}
+    for number, row in enumerate(read_jsonl(path)):
+        pair = hh_pair(row, f"row {number}")
+        if isinstance(pair, str):
+            continue
+        question = pair["prompt"][-1]["content"].strip()
+        answers = [pair[side][-1]["content"].strip() for side in ("chosen", "rejected")]
+        for topic, words in WORDS.items():
+            if re.search(rf"\b({words})", question.lower()) and all(answers):
+                found[topic].setdefault(question, answers)
+                break
+    return [
+        (topic, question, *answers)
+        for topic, questions in found.items()
+        for question, answers in list(questions.items())[:40]
+    ]
+
+
+def made_up_dialogues():
     rng = random.Random(0)
     for topic, things in TOPICS.items():
         for number in range(40):
@@ -133,7 +174,7 @@ def test_a_recipe_from_public_files_to_a_tested_policy(name, tmp_path, monkeypat
     split = load_split(name)
     assert [len(part) for part in (split.source, split.validation, split.held_out)] == [1, 1, 1]
     row = split.source[0].query[0]
-    assert any(word in row["chosen"] for word in ("Sure", "think", "time"))
+    assert any(row["chosen"].endswith(better[-20:]) for _, _, better, _ in found)
     assert models.decode(models(row["prompt"])["input_ids"]).endswith(row["prompt"])
 
     recipe = str(RECIPES / f"{name}.yaml")
@@ -155,18 +196,35 @@ def test_a_recipe_from_public_files_to_a_tested_policy(name, tmp_path, monkeypat
         "max_steps=1", "per_device_train_batch_size=2", "gradient_accumulation_steps=1",
         "save_strategy=no", "eval_strategy=no",
     )  # fmt: skip
-    for guide in (["--reward", "reward"], ["--reward", "pooled"], ["--way", "plain"]):
-        output = f"test-{guide[1]}"
+    reward = ["--policy", "sft", "--reward", "reward"]
+    guides = {
+        "weighted": reward,
+        "pooled": ["--policy", "sft", "--reward", "pooled"],
+        "plain": ["--policy", "sft", "--way", "plain"],
+    }
+    if name == "shp":  # its recipe names the other ways too
         shiftrm(
-            capsys, "meta-test", "--policy", "sft", "--domains", name, "--judge", "judge",
+            capsys, "optimise", "dpo", "--policy", "sft", "--pairs", "pooled.jsonl",
+            "--output", "dpo", "max_steps=1", "per_device_train_batch_size=2",
+            "gradient_accumulation_steps=1", "save_strategy=no", "kl_samples=0", "bf16=false",
+        )  # fmt: skip
+        guides |= {
+            "ppo": [*reward, "--way", "ppo", *(f"ppo.{setting}" for setting in OPTIMISED)],
+            "rloo": [*reward, "--way", "rloo", *(f"rloo.{setting}" for setting in OPTIMISED)],
+            "none": ["--policy", "dpo", "--reference", "sft", "--way", "none"],
+        }
+    for guided, guide in guides.items():
+        output = f"test-{guided}"
+        shiftrm(
+            capsys, "meta-test", "--domains", name, "--judge", "judge",
             "--output", output, *guide, *GUIDE,
         )  # fmt: skip
-        way = "plain" if guide[1] == "plain" else "weighted"
+        way = "weighted" if guided == "pooled" else guided
         records = read_records(Path(output) / "records.jsonl")
         after = {r.metric: r.value for r in records if r.method == way and r.step is None}
-        assert 0 < after["kl"] < 1  # two updates of a tiny policy
+        assert 0 < after["kl"] < 1  # an update or two of a tiny policy
         assert 0 <= after["accuracy_mean"] <= 1
-        assert ("proxy" in after) == (way == "weighted")
+        assert ("proxy" in after) == ("--reward" in guide)
         [answers] = Path(output).glob(f"{held_out}/responses.jsonl")
         rows = read_jsonl(answers)
         assert {row["prompt"] for row in rows} == set(split.held_out[0].prompts)
