@@ -341,7 +341,7 @@ def test_a_server_that_dies_or_is_never_ready(program, monkeypatch):
     ):
         pass
     assert str(error.value) == (
-        "vllm serve ended with status 1 before it was ready: torch.OutOfMemoryError: [31mCUDA "
+        "vllm serve ended with status 1 before it was ready: torch.OutOfMemoryError: \\x1b[31mCUDA "
         f"out of memory; see {program / 'log'}"
     )
     monkeypatch.delenv("FAKE_VLLM_DIES")

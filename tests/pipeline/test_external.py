@@ -207,7 +207,7 @@ def test_a_reward_model_that_cannot_be_served_is_one_line(
     output = tmp_path / "run"
     assert run(world, output, status=2)
     (said,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("shiftrm: error")]
-    assert "the reward server ended with status 2: " in said
+    assert "the reward server ended with status 2 before it was ready: " in said
     assert not list((output / ".unfinished").glob("*/command.log"))
 
 

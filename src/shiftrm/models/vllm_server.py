@@ -7,21 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shiftrm.errors import UserError
+from shiftrm.models.local_server import START_LIMIT, Starting, wait_until_ready
 from shiftrm.models.sampling_vllm import VllmServer, connect
 
-START_LIMIT = 3600.0  # seconds: large models are loaded, compiled and warmed up first
 END_LIMIT = 30.0  # seconds between asking the server to stop and killing it
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 _LIBC = ctypes.CDLL(None)  # loaded here, since a newly forked process should load nothing
-_SHOWN = 300  # characters of the log's last line that an error shows
 
 
 def find_vllm() -> str:
@@ -72,53 +68,11 @@ def vllm_server(
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     try:
-        _wait_until_ready(process, port, log, start_limit)
+        wait_until_ready(Starting("vllm serve", process, log, port=lambda: port, limit=start_limit))
         yield connect(f"http://127.0.0.1:{port}/v1", str(policy))
     finally:
         _end(process)
     log.unlink(missing_ok=True)
-
-
-def _wait_until_ready(
-    process: subprocess.Popen[bytes], port: int, log: Path, start_limit: float
-) -> None:
-    deadline = time.monotonic() + start_limit
-    pause = 0.05
-    while True:
-        if process.poll() is not None:
-            raise UserError(
-                f"vllm serve ended with status {process.returncode} before it was ready: "
-                f"{_last_line(log)}; see {log}"
-            )
-        if healthy(port):
-            return
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"vllm serve was not ready after {start_limit:g} seconds: {_last_line(log)}; "
-                f"see {log}"
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, 1.0)
-
-
-def healthy(port: int, host: str = "127.0.0.1") -> bool:
-    """Return whether /health answers; uses no proxy, since the server is local."""
-    place = f"[{host}]" if ":" in host else host
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"http://{place}:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _last_line(log: Path) -> str:
-    """Return the last line of the log, safe to print."""
-    with open(log, "rb") as handle:
-        handle.seek(max(0, log.stat().st_size - 4096))
-        lines = handle.read().decode("utf-8", "replace").split("\n")
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return "".join(c if c.isprintable() else " " for c in said)[-_SHOWN:]
 
 
 def _free_port() -> int:

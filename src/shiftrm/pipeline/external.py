@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from shiftrm.errors import UserError
 from shiftrm.models.generation import SamplingConfig
+from shiftrm.models.local_server import last_lines
 from shiftrm.pipeline.children import running_child
 from shiftrm.pipeline.job import Input
-from shiftrm.pipeline.reward_server import check_server, last_lines, reward_server
+from shiftrm.pipeline.reward_server import check_server, reward_server
 from shiftrm.policies.external import Command, check_made, parse_command
 from shiftrm.serve.settings import TOKEN
 
