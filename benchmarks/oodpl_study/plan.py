@@ -131,6 +131,10 @@ SWEEP: dict[str, Meta] = {
     "from pooled BT, outer rate 0.0002": Meta(from_pooled=True, rate=2e-4),
     "from pooled BT, inner rate 1": Meta(from_pooled=True, rate=2e-4, inner_rate=1.0),
     "from pooled BT + 0.1 pooled BT": Meta(from_pooled=True, rate=2e-4, bt=0.1),
+    "from pooled BT, D = 16": Meta(
+        inner_steps=16, inner_rate=0.1, support=16, from_pooled=True, rate=2e-4
+    ),
+    "D = 16 + 0.1 pooled BT": Meta(inner_steps=16, inner_rate=0.1, support=16, bt=0.1),
 }
 """Settings tried on the watched domains, one or two changes at a time."""
 
