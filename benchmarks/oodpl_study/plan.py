@@ -23,8 +23,15 @@ from .learning import Meta, Trace, bradley_terry, meta_train, policy_on_pairs
 
 KEY = ("kind", "world", "seed", "name")
 
-FROZEN = {"tastes": Meta(), "signed": Meta(inner_rate=1.0), "named": Meta(inner_rate=1.0)}
-"""OODPL on the fresh seeds takes the inner step that moves A_PL most under gold weights."""
+D16 = Meta(inner_steps=16, inner_rate=0.1, support=16)
+FROZEN = {"tastes": D16, "signed": Meta(inner_rate=1.0), "named": Meta(inner_rate=1.0)}
+"""OODPL on the fresh seeds: chosen on the watched domains of seeds 100 and 101."""
+
+FROM_POOLED = {
+    world: Meta(inner_rate=rate, from_pooled=True, rate=2e-4)
+    for world, rate in (("tastes", 0.3), ("signed", 1.0), ("named", 1.0))
+}
+"""The same for OODPL that starts from the pooled model."""
 
 POOLED = "pooled.pt"
 
@@ -79,9 +86,9 @@ class Seed:
         return meta_train(self.start, meta, pooled=pooled)
 
 
-def _meta(**changes: object) -> Callable[[Seed], Rewards]:
+def _meta(settings: dict[str, Meta], **changes: float) -> Callable[[Seed], Rewards]:
     def make(seed: Seed) -> Rewards:
-        return seed.rewards(seed.meta(replace(FROZEN[seed.world], **changes))[0])  # type: ignore[arg-type]
+        return seed.rewards(seed.meta(replace(settings[seed.world], **changes))[0])  # type: ignore[arg-type]
 
     return make
 
@@ -102,9 +109,9 @@ ARMS: dict[str, Arm] = {
     ),
     "pooled_on": Arm("pooled BT, as many steps again", lambda s: s.rewards(pooled_on(s))),
     "dro": Arm("pooled BT, group DRO", lambda s: s.rewards(bradley_terry(s.start, dro=True))),
-    "oodpl": Arm("OODPL", _meta()),
-    "oodpl_bt": Arm("OODPL + 0.1 pooled BT", _meta(bt=0.1), ours=True),
-    "oodpl_meta": Arm("OODPL from pooled BT", _meta(from_pooled=True, rate=2e-4), ours=True),
+    "oodpl": Arm("OODPL", _meta(FROZEN)),
+    "oodpl_bt": Arm("OODPL + 0.1 pooled BT", _meta(FROZEN, bt=0.1), ours=True),
+    "oodpl_meta": Arm("OODPL from pooled BT", _meta(FROM_POOLED), ours=True),
     "gold": Arm("gold (ceiling)", lambda s: gold_rewards(s.start)),
 }
 
@@ -119,7 +126,7 @@ SWEEP: dict[str, Meta] = {
     "base": Meta(),
     "inner rate 1": Meta(inner_rate=1.0),
     "D = 4, rate 0.1": Meta(inner_steps=4, inner_rate=0.1),
-    "D = 16, rate 0.1, support 16": Meta(inner_steps=16, inner_rate=0.1, support=16),
+    "D = 16, rate 0.1, support 16": D16,
     "beta 0.25": Meta(beta=0.25),
     "beta 4": Meta(beta=4.0),
     "support 16": Meta(support=16),
@@ -131,10 +138,8 @@ SWEEP: dict[str, Meta] = {
     "from pooled BT, outer rate 0.0002": Meta(from_pooled=True, rate=2e-4),
     "from pooled BT, inner rate 1": Meta(from_pooled=True, rate=2e-4, inner_rate=1.0),
     "from pooled BT + 0.1 pooled BT": Meta(from_pooled=True, rate=2e-4, bt=0.1),
-    "from pooled BT, D = 16": Meta(
-        inner_steps=16, inner_rate=0.1, support=16, from_pooled=True, rate=2e-4
-    ),
-    "D = 16 + 0.1 pooled BT": Meta(inner_steps=16, inner_rate=0.1, support=16, bt=0.1),
+    "from pooled BT, D = 16": replace(D16, from_pooled=True, rate=2e-4),
+    "D = 16 + 0.1 pooled BT": replace(D16, bt=0.1),
 }
 """Settings tried on the watched domains, one or two changes at a time."""
 
