@@ -69,12 +69,15 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _mean(rows: Sequence[Row], name: str, places: int = 3) -> str:
-    """Return mean and half a 95 % t interval over the rows that have the number."""
+    """Return mean and half a 95 % t interval over the rows that have the number.
+
+    Two seeds have the mean alone: their interval would be twelve times the half of their distance.
+    """
     values = [row[name] for row in rows if name in row]
     if not values:
         return ""
     mean = f"{statistics.mean(values):.{places}f}"
-    if len(values) < 2:
+    if len(values) < 3:
         return mean
     half = t_quantile_95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return f"{mean} ± {half:.{places}f}"
