@@ -53,6 +53,8 @@ def blocks(rows: Sequence[Row]) -> dict[str, str]:
         arms = [row for row in of(rows, "arms") if row["world"] == world]
         found[f"study-{world}"] = arms_table(arms)
         found[f"study-{world}-differences"] = differences_table(arms)
+        found[f"study-{world}-seeds"] = seeds_table(arms)
+    found["study-convergence"] = norms_table(of(rows, "convergence"))
     return found
 
 
@@ -157,6 +159,32 @@ def differences_table(rows: Sequence[Row]) -> str:
     return _table(columns, lines)
 
 
+def seeds_table(rows: Sequence[Row]) -> str:
+    """Return the gold of every seed, of the arms that guide in some way."""
+    seeds = sorted({row["seed"] for row in rows})
+    lines = []
+    for name, (way, column) in itertools.product(ARMS, GOLD.items()):
+        found = {r["seed"]: r[column] for r in rows if r["name"] == name and column in r}
+        if found:
+            cells = [f"{found[seed]:.2f}" if seed in found else "" for seed in seeds]
+            lines.append([ARMS[name].label, WAYS[way], *cells])
+    return _table(["method", "way of guiding", *map(str, seeds)], lines)
+
+
+def norms_table(rows: Sequence[Row]) -> str:
+    """Return the mean norm of the first and of the last ten steps, by beta."""
+    lines = []
+    for name in _betas(rows):
+        norms = np.mean([row["norm"] for row in rows if row["name"] == name], axis=0)
+        first, last, beta = norms[:10].mean(), norms[-10:].mean(), float(name.split()[1])
+        lines.append([f"{beta:g}", f"{first:.3f}", f"{last:.3f}", f"{beta * first:.3f}"])
+    return _table(["beta", "first ten steps", "last ten", "beta times the first"], lines)
+
+
+def _betas(rows: Sequence[Row]) -> list[str]:
+    return sorted({row["name"] for row in rows}, key=lambda name: float(name.split()[1]))
+
+
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Return the mean of the last `width` values at every place."""
     return [float(np.mean(values[max(0, i + 1 - width) : i + 1])) for i in range(len(values))]
@@ -166,7 +194,7 @@ def picture(rows: Sequence[Row]) -> Figure:
     """The norm of the hypergradient, and the outer loss, over the outer steps by beta."""
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = sorted({row["name"] for row in rows}, key=lambda n: float(n.split()[1]))
+    names = _betas(rows)
     colours = dict(zip(names, ("#c0392b", "#2c7fb8", "#5aa469", "#e08e0b"), strict=False))
     shown: list[tuple[str, Callable[..., object], str]] = [
         ("norm", left.semilogy, "Norm of the hypergradient"),

@@ -308,6 +308,30 @@ def test_every_setting_of_the_sweep_is_another():
     assert json.dumps(list(plan.SWEEP))
 
 
+def test_seeds_and_norms_by_hand():
+    rows = [
+        {"name": "pooled", "seed": 3, "best_of": 1.0, "weighted_gold": 0.256},
+        {"name": "oodpl", "seed": 3, "best_of": 2.0},
+        {"name": "pooled", "seed": 1, "best_of": -0.5},
+    ]
+    assert report.seeds_table(rows).splitlines() == [
+        "| method | way of guiding | 1 | 3 |",
+        "| --- | --- | --- | --- |",
+        "| pooled BT | best of 16 | -0.50 | 1.00 |",
+        "| pooled BT | weighted fine-tuning |  | 0.26 |",
+        "| OODPL | best of 16 |  | 2.00 |",
+    ]
+    norms = [
+        {"name": "beta 4", "norm": [0.1] * 10 + [0.2] * 10},
+        {"name": "beta 0.5", "norm": [0.8] * 20},
+        {"name": "beta 4", "norm": [0.3] * 10 + [0.2] * 10},
+    ]
+    assert report.norms_table(norms).splitlines()[2:] == [
+        "| 0.5 | 0.800 | 0.800 | 0.400 |",
+        "| 4 | 0.200 | 0.200 | 0.800 |",
+    ]
+
+
 def test_the_page_says_what_the_results_say():
     """The page's tables are made from the rows that lie beside the study."""
     rows = plan.read_results(ROOT / "benchmarks" / "oodpl_study" / "results.jsonl")
