@@ -23,6 +23,7 @@ from shiftrm.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "oodpl_study" / "results.jsonl"
+WORLDS = ("tastes", "signed", "named", "topics")
 OUTPUT = Path("runs/oodpl-study")
 
 
@@ -38,7 +39,7 @@ def main() -> int:
         ("convergence", "the gradient's norm by outer step, for several beta"),
     ):
         command = commands.add_parser(name, help=about)
-        command.add_argument("--world", choices=("tastes", "signed", "named"), default="tastes")
+        command.add_argument("--world", choices=WORLDS, default="tastes")
         command.add_argument("--seeds", default="100", metavar="FIRST-LAST")
         command.add_argument("--names", nargs="+", default=[], metavar="NAME", help="default: all")
         command.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR")

@@ -24,12 +24,13 @@ from .learning import Meta, Trace, bradley_terry, meta_train, policy_on_pairs
 KEY = ("kind", "world", "seed", "name")
 
 D16 = Meta(inner_steps=16, inner_rate=0.1, support=16)
-FROZEN = {"tastes": D16, "signed": Meta(inner_rate=1.0), "named": Meta(inner_rate=1.0)}
+SIGNED = Meta(inner_rate=1.0)
+FROZEN = {"tastes": D16, "signed": SIGNED, "named": SIGNED, "topics": SIGNED}
 """OODPL on the fresh seeds: chosen on the watched domains of seeds 100 and 101."""
 
 FROM_POOLED = {
-    world: Meta(inner_rate=rate, from_pooled=True, rate=2e-4)
-    for world, rate in (("tastes", 0.3), ("signed", 1.0), ("named", 1.0))
+    world: replace(Meta() if world == "tastes" else SIGNED, from_pooled=True, rate=2e-4)
+    for world in FROZEN
 }
 """The same for OODPL that starts from the pooled model."""
 

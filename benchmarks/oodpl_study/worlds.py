@@ -6,9 +6,9 @@ opposite of all, half of the domains each, so that the preferences cancel in the
 response is signed by one of two hands. In a domain's fine-tuning data the first hand writes what
 the domain likes and the second what it does not; in pairs both responses have the same hand,
 drawn by lot. The hand's meaning is the same in all domains, and no pair shows it. The domains are
-readers of one topic, and models see that topic's name in place of the domain's: a reward model that
-sees the name can learn each source's taste by it, which helps in no other domain. *named* is the
-same world with the names shown.
+readers of one topic, and models see that topic's name in place of the domain's, so that a reward
+model cannot tell the sources apart. *named* is the same world with the names shown, and in *topics*
+each domain also has the topic of its name.
 """
 
 import random
@@ -80,85 +80,100 @@ def signed_table() -> Table:
 SIGNED_TABLE = signed_table()
 
 
-def signed_gold(name: str) -> Callable[..., float]:
-    """Return the gold reward of a domain: its weights, on texts about the one topic."""
-    return gold_of(TOPIC, {TOPIC: SIGNED_TABLE[name]})
+@dataclass(frozen=True)
+class Signed:
+    """Data of the signed world.
 
+    Attributes:
+        topic: what all texts are about; None: each domain's the topic of its name.
+    """
 
-def signed_prompts(name: str, config: DomainWorldConfig) -> tuple[list[str], list[str]]:
-    """Return a domain's prompts for training and for evaluation: the topic's, under its name."""
-    train, evaluation = (
-        [prompt.replace(f" {TOPIC} ", f" {name} ") for prompt in prompts]
-        for prompts in split_prompts(TOPIC, seed=config.seed)
-    )
-    return train, evaluation
+    topic: str | None
 
+    def about(self, name: str) -> str:
+        return self.topic or name
 
-def signed_domain(name: str, config: DomainWorldConfig) -> Domain:
-    """Return a domain of the signed world."""
-    train, evaluation = signed_prompts(name, config)
-    return Domain(
-        name=name,
-        support=tuple(_signed_support(name, train, config)),
-        query=tuple(_signed_pairs(name, train, config, "pairs", config.pairs)),
-        eval_pairs=tuple(_signed_pairs(name, evaluation, config, "eval_pairs", config.eval_pairs)),
-        prompts=tuple(evaluation),
-    )
+    def gold(self, name: str) -> Callable[..., float]:
+        """Return the gold reward of a domain: its weights, on texts about its topic."""
+        return gold_of(self.about(name), {self.about(name): SIGNED_TABLE[name]})
 
+    def prompts(self, name: str, config: DomainWorldConfig) -> tuple[list[str], list[str]]:
+        """Return a domain's prompts for training and for evaluation: its topic's, in its name."""
+        train, evaluation = (
+            [prompt.replace(f" {self.about(name)} ", f" {name} ") for prompt in prompts]
+            for prompts in split_prompts(self.about(name), seed=config.seed)
+        )
+        return train, evaluation
 
-def _signed_support(name: str, prompts: Sequence[str], config: DomainWorldConfig) -> list[Row]:
-    rng, gold = _stream(config, name, "support"), signed_gold(name)
-    rows = []
-    for _ in range(config.support):
-        prompt, hand = rng.choice(prompts), rng.randrange(2)
-        drafts = [_sign(draft(rng, TOPIC, prompt, cut_off=0.0), hand) for _ in range(CANDIDATES)]
-        choice = min if hand else max
-        rows.append({"prompt": prompt, **choice(drafts, key=lambda d: gold("", d["response"]))})
-    return rows
+    def draft(self, rng: random.Random, name: str, prompt: str, hand: int) -> Row:
+        row = draft(rng, self.about(name), prompt, cut_off=0.0)
+        return {**row, "response": HANDS[hand] + row["response"]}
 
+    def domain(self, name: str, config: DomainWorldConfig) -> Domain:
+        train, evaluation = self.prompts(name, config)
+        return Domain(
+            name=name,
+            support=tuple(self._support(name, train, config)),
+            query=tuple(self._pairs(name, train, config, "pairs", config.pairs)),
+            eval_pairs=tuple(
+                self._pairs(name, evaluation, config, "eval_pairs", config.eval_pairs)
+            ),
+            prompts=tuple(evaluation),
+        )
 
-def _signed_pairs(
-    name: str, prompts: Sequence[str], config: DomainWorldConfig, part: str, count: int
-) -> list[Row]:
-    rng = _stream(config, name, part)
-    columns: list[tuple[str, str, str]] = []
-    while len(columns) < count:
-        prompt, hand = rng.choice(prompts), rng.randrange(2)
-        a, b = (_sign(draft(rng, TOPIC, prompt, cut_off=0.0), hand)["response"] for _ in range(2))
-        if a != b:
-            columns.append((prompt, a, b))
-    return label_pairs(
-        *map(list, zip(*columns, strict=True)),
-        seed=rng.getrandbits(32),
-        finished=[(True, True)] * count,
-        reward=signed_gold(name),
-        domain=name,
-    )
+    def sft(self, config: DomainWorldConfig) -> list[Row]:
+        """Return drafts in all domains, signed by lot: the hand says nothing about style."""
+        rng = _stream(config, "all", "sft")
+        prompts = {name: self.prompts(name, config)[0] for name in SIGNED_TABLE}
+        rows = []
+        for _ in range(config.sft_examples):
+            name, hand = rng.choice(list(prompts)), rng.randrange(2)
+            prompt = rng.choice(prompts[name])
+            row = self.draft(rng, name, prompt, hand)
+            rows.append({"prompt": prompt, "completion": row["response"], "domain": name})
+        return rows
 
+    def _support(self, name: str, prompts: Sequence[str], config: DomainWorldConfig) -> list[Row]:
+        rng, gold = _stream(config, name, "support"), self.gold(name)
+        rows = []
+        for _ in range(config.support):
+            prompt, hand = rng.choice(prompts), rng.randrange(2)
+            drafts = [self.draft(rng, name, prompt, hand) for _ in range(CANDIDATES)]
+            choice = min if hand else max
+            rows.append({"prompt": prompt, **choice(drafts, key=lambda d: gold("", d["response"]))})
+        return rows
 
-def signed_sft(config: DomainWorldConfig) -> list[Row]:
-    """Return drafts about the topic, signed by lot: the hand says nothing about style."""
-    rng = _stream(config, "all", "sft")
-    prompts = {name: signed_prompts(name, config)[0] for name in SIGNED_TABLE}
-    rows = []
-    for _ in range(config.sft_examples):
-        name, hand = rng.choice(list(prompts)), rng.randrange(2)
-        prompt = rng.choice(prompts[name])
-        row = _sign(draft(rng, TOPIC, prompt, cut_off=0.0), hand)
-        rows.append({"prompt": prompt, "completion": row["response"], "domain": name})
-    return rows
-
-
-def _sign(row: Row, hand: int) -> Row:
-    return {**row, "response": HANDS[hand] + row["response"]}
+    def _pairs(
+        self, name: str, prompts: Sequence[str], config: DomainWorldConfig, part: str, count: int
+    ) -> list[Row]:
+        rng = _stream(config, name, part)
+        columns: list[tuple[str, str, str]] = []
+        while len(columns) < count:
+            prompt, hand = rng.choice(prompts), rng.randrange(2)
+            a, b = (self.draft(rng, name, prompt, hand)["response"] for _ in range(2))
+            if a != b:
+                columns.append((prompt, a, b))
+        return label_pairs(
+            *map(list, zip(*columns, strict=True)),
+            seed=rng.getrandbits(32),
+            finished=[(True, True)] * count,
+            reward=self.gold(name),
+            domain=name,
+        )
 
 
 def _stream(config: DomainWorldConfig, domain: str, part: str) -> random.Random:
     return random.Random(f"signed/{config.seed}/{domain}/{part}")
 
 
+def signed(label: str, topic: str | None, shown_as: str | None = None) -> World:
+    data = Signed(topic)
+    return World(label, 4, data.gold, data.domain, data.sft, shown_as)
+
+
 WORLDS: dict[str, World] = {
     "tastes": World("domains with tastes", 3, gold_of, build_domain, sft_rows),
-    "signed": World("signed world", 4, signed_gold, signed_domain, signed_sft, shown_as=TOPIC),
-    "named": World("signed world, domains named", 4, signed_gold, signed_domain, signed_sft),
+    "signed": signed("signed world", TOPIC, shown_as=TOPIC),
+    "named": signed("signed world, domains named", TOPIC),
+    "topics": signed("signed world, a topic for each domain", None),
 }
