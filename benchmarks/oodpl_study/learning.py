@@ -24,8 +24,8 @@ from shiftrm.core.hypergradient import OuterBatch, hypergradient, preference_mar
 from shiftrm.core.inner_loop import InnerProblem, InnerSettings, adapted_policy
 from shiftrm.core.likelihood import Passes
 from shiftrm.core.losses import bradley_terry_loss
-from shiftrm.models.rewards import sequence_rewards
-from shiftrm.oodpl.batches import EncodedDomain, outer_batch
+from shiftrm.models.rewards import pad_right, sequence_rewards
+from shiftrm.oodpl.batches import EncodedDomain, Example, outer_batch
 from shiftrm.oodpl.tasks import TaskPlan
 
 from .data import Start, fresh_reward_model
@@ -35,6 +35,8 @@ STEPS, PAIRS = 150, 64
 
 REWARD, DPO, CPL = (Schedule(STEPS, rate) for rate in (5e-4, 2e-4, 2e-4))
 DRO_STEP, DPO_BETA = 0.1, 0.1
+OWN_STEPS = 50
+"""Steps of the reward model of one source."""
 
 
 # -- pairs -----------------------------------------------------------------------------------------
@@ -92,12 +94,14 @@ def bradley_terry(
     dro: bool = False,
     on: nn.Module | None = None,
     rate: float = REWARD.rate,
+    stop: bool = True,
 ) -> nn.Module:
     """Return a reward model trained on the pool of the sources' pairs.
 
     Args:
         on: train on from this model, on other draws of the pairs; it is changed.
         dro: weigh the domains' losses by group DRO; the batches are then balanced.
+        stop: keep the step with the lowest loss on the watched domains, not the last.
     """
     domains = start.of(start.world.sources)
     stream = f"pairs/{start.seed}" if on is None else f"pairs on/{start.seed}"
@@ -121,8 +125,48 @@ def bradley_terry(
     def watch() -> float:
         return float(reward_loss(model, watched).mean())
 
-    train(model, loss, replace(REWARD, rate=rate), watch=watch)
+    train(model, loss, replace(REWARD, rate=rate), watch=watch if stop else None)
     return model
+
+
+def source_scores(start: Start, domain: EncodedDomain) -> Tensor:
+    """Return what a reward model of one source says of its fine-tuning rows, standardised, [N]."""
+    model = fresh_reward_model(start)
+    draw = draw_pairs([domain], f"own/{start.seed}/{domain.name}", balanced=False)
+
+    def loss(step: int) -> Tensor:
+        rows = [domain.query[i] for _, i in draw(step)]
+        return reward_loss(model, outer_batch(rows, policy_pad_id=start.pad)).mean()
+
+    train(model, loss, replace(REWARD, steps=OWN_STEPS))
+    with torch.no_grad():
+        rewards_N = _row_rewards(start, model, domain.support)
+    return (rewards_N - rewards_N.mean()) / rewards_N.std()
+
+
+def regressed(start: Start) -> nn.Module:
+    """Return one reward model regressed on every source's scores of its own fine-tuning rows.
+
+    It reads what OODPL reads, pairs and fine-tuning rows of the sources, and differentiates through
+    no policy step. It takes more steps than other methods: OWN_STEPS for each source, and STEPS.
+    """
+    sources = start.of(start.world.sources)
+    rows = [row for domain in sources for row in domain.support]
+    scores_N = torch.cat([source_scores(start, domain) for domain in sources])
+    model = fresh_reward_model(start)
+
+    def loss(step: int) -> Tensor:
+        places = random.Random(f"regressed/{start.seed}/{step}").sample(range(len(rows)), 2 * PAIRS)
+        rewards_B = _row_rewards(start, model, [rows[i] for i in places])
+        return (rewards_B - scores_N[places]).square().mean()
+
+    train(model, loss, REWARD)
+    return model
+
+
+def _row_rewards(start: Start, model: nn.Module, rows: Sequence[Example]) -> Tensor:
+    ids, mask = pad_right([row.reward_ids for row in rows], pad_token_id=start.pad)
+    return sequence_rewards(model, ids, mask)
 
 
 # -- OODPL -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from shiftrm.world.domain_gold import HELD_OUT
 from .data import Start, fresh_reward_model, gold_rewards, make_start, text_rewards
 from .guiding import Rewards, Targets, make_targets, measured, of_reward_model, ppo, weighted
 from .inner import RATES, STEPS, inner_rows
-from .learning import Meta, Trace, bradley_terry, meta_train, policy_on_pairs
+from .learning import Meta, Trace, bradley_terry, meta_train, policy_on_pairs, regressed
 
 KEY = ("kind", "world", "seed", "name")
 
@@ -105,6 +105,10 @@ ARMS: dict[str, Arm] = {
     "dpo": Arm("DPO, pooled", policy=lambda s: policy_on_pairs(s.start, "dpo")),
     "cpl": Arm("public code (`cpl`)", policy=lambda s: policy_on_pairs(s.start, "cpl")),
     "pooled": Arm("pooled BT", lambda s: s.rewards(s.pooled())),
+    "pooled_last": Arm(
+        "pooled BT, last step", lambda s: s.rewards(bradley_terry(s.start, stop=False))
+    ),
+    "regressed": Arm("regression on each source's own BT", lambda s: s.rewards(regressed(s.start))),
     "balanced": Arm(
         "pooled BT, domains balanced", lambda s: s.rewards(bradley_terry(s.start, balanced=True))
     ),

@@ -155,6 +155,39 @@ def test_the_hypergradient_rewards_the_hand_in_domains_of_either_taste(start):
     assert len(query) == 256
 
 
+def test_a_regression_takes_every_row_and_its_own_source(start, monkeypatch):
+    """The scores are stubs: the first hand 1, the other -1, the sign of the source left out."""
+    asked = []
+
+    def scores(_, domain):
+        asked.append(domain.name)
+        hands = [hand(row["response"]) for row in start.domains[domain.name].support]
+        return torch.tensor([1.0 - 2 * h for h in hands])
+
+    monkeypatch.setattr(learning, "source_scores", scores)
+    monkeypatch.setattr(learning, "REWARD", Schedule(25, 2e-3))
+    rewards = data.text_rewards(learning.regressed(start), start)
+    assert asked == list(start.world.sources)
+    rows = start.domains[HELD_OUT[0]].support[:64]
+    found = guiding.support_rewards(rewards, rows)
+    first = [r for r, row in zip(found, rows, strict=True) if hand(row["response"]) == 0]
+    second = [r for r, row in zip(found, rows, strict=True) if hand(row["response"]) == 1]
+    assert min(first) > max(second)
+
+
+def test_a_sources_own_model_knows_its_taste(start, monkeypatch):
+    monkeypatch.setattr(learning, "OWN_STEPS", 12)
+    domain = start.encoded[SOURCES[1]]
+    scores = learning.source_scores(start, domain)
+    assert scores.mean() == pytest.approx(0, abs=1e-5)
+    assert scores.std() == pytest.approx(1, abs=1e-5)
+    gold = [
+        start.world.gold(domain.name)(row["prompt"], row["response"])
+        for row in start.domains[domain.name].support
+    ]
+    assert np.corrcoef(scores, gold)[0, 1] > 0.2
+
+
 def test_early_stopping_keeps_the_best_step():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
