@@ -16,6 +16,20 @@ from .statistics import Paired, at_target, holm, paired, pooled_slope
 CHOOSING = (100, 101, 102, 103)
 """Seeds on which settings were chosen; none of them is reported in the comparison."""
 
+SHARING = ("log_sigmoid", "par", "clip", "reference_reset")
+"""Arms whose reward model is that of `retrained`."""
+
+AFTERWARDS = {("adverts", "contrast_both_75_log_sigmoid")}
+"""World and arm: run only after the other arms of that world had been seen."""
+
+CLOSER = (
+    ("contrast_75_log_sigmoid", "retrained_750_log_sigmoid"),
+    ("contrast_75_same_steps", "log_sigmoid"),
+    ("contrast_75_log_sigmoid", "log_sigmoid"),
+    ("contrast_log_sigmoid", "log_sigmoid"),
+)
+"""Pairs of arms that differ from each other in less than from `retrained`."""
+
 COLOURS = {
     Kind.REFERENCE: "#333333",
     Kind.LABEL_FREE: "#0072B2",
@@ -86,19 +100,25 @@ def comparison_table(cell: Cell) -> str:
     """Return the table of one KL target and round: every arm against retrained and fixed."""
     others = [arm for arm in cell.arms if arm != "retrained"]
     against = {arm: paired(cell.gold(arm), cell.gold("retrained")) for arm in others}
-    adjusted = holm([against[arm].p for arm in others])
-    p_of = dict(zip(others, adjusted, strict=True))
+    equal = {
+        arm: paired(cell.adjusted(arm), cell.adjusted("retrained"))
+        for arm in others
+        if arm != "gold"  # the slope is that of arms that over-optimise, which gold does not
+    }
+    p_of = dict(zip(others, holm([against[arm].p for arm in others]), strict=True))
+    equal_p = dict(zip(equal, holm([found.p for found in equal.values()]), strict=True))
+    last = cell.values("retrained", lambda r: r.gold_evaluated)
     lines = [
-        "| arm | seeds | gold | KL | to retrained (95 %) | Holm p | wins | at equal KL "
-        "| to fixed (95 %) | wins | worst | accuracy | rank | labels | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | seeds | gold | KL | minus retrained (95 %) | Holm p | wins | at equal KL | Holm p "
+        "| last policy | minus fixed (95 %) | wins | worst | accuracy | rank | labels | seconds |",
+        "|" + "---|" * 17,
     ]
     for arm in cell.arms:
         gold = cell.gold(arm)
         about = ARMS.get(arm)
         fixed = paired(gold, cell.gold("fixed"))
-        equal = paired(cell.adjusted(arm), cell.adjusted("retrained"))
         own = against.get(arm)
+        evaluated = paired(cell.values(arm, lambda r: r.gold_evaluated), last)
         lines.append(
             "| "
             + " | ".join(
@@ -110,7 +130,9 @@ def comparison_table(cell: Cell) -> str:
                     _interval(own),
                     _p(p_of.get(arm, math.nan)),
                     _wins(own),
-                    _interval(equal if own else None),
+                    _interval(equal.get(arm)),
+                    _p(equal_p.get(arm, math.nan)),
+                    _interval(evaluated if own else None),
                     _interval(fixed if arm != "fixed" else None),
                     _wins(fixed if arm != "fixed" else None),
                     _number(fixed.worst if arm != "fixed" else math.nan, "+.2f"),
@@ -123,6 +145,19 @@ def comparison_table(cell: Cell) -> str:
             + " |"
         )
     return "\n".join(lines)
+
+
+def closer_table(cell: Cell) -> str:
+    """Return the differences of the pairs of arms in `CLOSER`; empty where there is none."""
+    lines = []
+    for one, other in CLOSER:
+        if one in cell.arms and other in cell.arms:
+            raw = paired(cell.gold(one), cell.gold(other))
+            equal = paired(cell.adjusted(one), cell.adjusted(other))
+            cells = [ARMS[one].label, ARMS[other].label, _interval(raw), _wins(raw)]
+            lines.append("| " + " | ".join([*cells, _interval(equal)]) + " |")
+    head = ["| arm | minus | gold (95 %) | wins | at equal KL |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) if lines else ""
 
 
 def seeds_table(cell: Cell) -> str:
@@ -166,7 +201,7 @@ def picture(studies: Sequence[Study]) -> Figure:
             range(len(arms)), [ARMS[arm].label if arm in ARMS else arm for arm in arms], fontsize=8
         )
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("gold, difference to retrained", fontsize=9)
+        axes.set_xlabel("gold, difference from retrained", fontsize=9)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     return figure
@@ -175,7 +210,7 @@ def picture(studies: Sequence[Study]) -> Figure:
 def tried_table(study: Study) -> str:
     """Return what was tried on the choosing seeds: gold and the difference to retrained."""
     lines = [
-        "| KL | setting | seeds | gold | KL reached | to retrained | accuracy |",
+        "| KL | setting | seeds | gold | KL reached | minus retrained | accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
     for kl, number, cell in study:
@@ -213,9 +248,13 @@ def answer(study: Study) -> str:
             (arm for arm in free if against[arm].n == most), key=lambda arm: against[arm].mean
         )
         fixed = paired(cell.gold(best), cell.gold("fixed"))
+        equal = paired(cell.adjusted(best), cell.adjusted("retrained"))
+        later = (study.world, best) in AFTERWARDS
         sentences.append(
             f"- **{study.title(kl, number)}, {most} seeds**: of the methods without labels, "
-            f"*{ARMS[best].label}* ends highest, {_interval(against[best])} gold above retraining "
+            f"*{ARMS[best].label}* {'(run after the others were seen) ' if later else ''}"
+            f"ends highest, {_interval(against[best])} gold above retraining "
+            f"({_interval(equal)} at equal KL) "
             f"and {_interval(fixed)} above the fixed reward model{_shaping_alone(cell, best)}. "
             f"{_others(against)}{_way_to_gold(against, best)}"
         )
@@ -246,23 +285,30 @@ def _others(against: Mapping[str, Paired]) -> str:
 def sight_table(study: Study) -> str:
     """Return how each sight test ranks the reward models, against what labels would say.
 
-    Every reward model (seed, arm, round, KL target) is one point; the intervals draw seeds.
+    Every reward model (seed, arm, round, KL target) is one point; intervals resample seeds. Arms
+    that share a reward model count once. The second rows leave out arms that were trained on pairs
+    like those of the tests.
     """
-    records = [
-        Record("evaluate", f"{r.arm} {r.kl_target:g}", r.round, name, value, seed=r.seed)
-        for r in study.results
-        if r.arm not in ("gold", START)
-        for name, value in r.numbers.items()
-        if name.startswith(("sight_", "accuracy_policy_", "rank_policy_"))
-    ]
+    alone = [r for r in study.results if r.arm not in ("gold", START, *SHARING)]
     lines = [
-        "| sight test | accuracy on policy pairs | rank correlation with gold | models | seeds |",
-        "|---|---|---|---|---|",
+        "| sight test | reward models | accuracy on policy pairs | rank correlation with gold "
+        "| models | seeds |",
+        "|---|---|---|---|---|---|",
     ]
-    ranks = {p.kind: p for p in predicts(records, when="before", target="rank_policy")}
-    for found in predicts(records, when="before"):
-        cells = [found.kind, _rho(found), _rho(ranks[found.kind]), str(found.n), str(found.seeds)]
-        lines.append("| " + " | ".join(cells) + " |")
+    for label, results in (
+        ("all", alone),
+        ("not trained on such pairs", [r for r in alone if not r.arm.startswith("contrast")]),
+    ):
+        records = [
+            Record("evaluate", f"{r.arm} {r.kl_target:g}", r.round, name, value, seed=r.seed)
+            for r in results
+            for name, value in r.numbers.items()
+            if name.startswith(("sight_", "accuracy_policy_", "rank_policy_"))
+        ]
+        ranks = {p.kind: p for p in predicts(records, when="before", target="rank_policy")}
+        for one in predicts(records, when="before"):
+            cells = [one.kind, label, _rho(one), _rho(ranks[one.kind]), str(one.n), str(one.seeds)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -300,6 +346,7 @@ def pages(results: Sequence[Result]) -> dict[str, str]:
         "second": _by_cell(second, comparison_table)
         + "\n\n"
         + _by_cell(second, lambda cell: means_table(cell, "overpays_"), "what is paid for, "),
+        "closer": _by_cell(first, closer_table) + "\n\n" + _by_cell(second, closer_table),
         "seeds": _by_cell(first, seeds_table) + "\n\n" + _by_cell(second, seeds_table),
         "tried": tried_table(Study(results, "", chosen_on=True)),
         "sight": sight_table(first)

@@ -177,9 +177,11 @@ def test_the_page_compares_arms_by_seed_and_keeps_choosing_seeds_apart():
     assert cells[1:3] == ["3", "4.60"]
     assert cells[4] == f"+0.60 ({0.6 - half:+.2f}, {0.6 + half:+.2f})"
     assert cells[6] == "3/3"
-    assert cells[8].startswith("+0.40")
+    assert cells[7] == cells[9] == cells[4]  # all at the target, and evaluated as in training
+    assert cells[10].startswith("+0.40")
     assert "KL 12, round 2, 3 seeds" in made["answer"]
-    assert "*contrast* ends highest, +0.60" in made["answer"]
+    said = f"*contrast* ends highest, {cells[4]} gold above retraining ({cells[4]} at equal KL)"
+    assert said in made["answer"]
     assert "9.00" not in made["comparison"]
     assert "9.00" not in made["seeds"]
     assert "9.00" in made["tried"]
@@ -190,6 +192,19 @@ def test_a_combination_is_compared_with_its_shaping_alone():
     golds = {"retrained": 3.0, "log_sigmoid": 3.5, "contrast_log_sigmoid": 4.25}
     results = [_result(arm, s, gold + s) for arm, gold in golds.items() for s in range(2)]
     assert "+0.75 above log-sigmoid shaping alone" in pages(results)["answer"]
+
+
+def test_arms_that_differ_in_less_are_compared_and_gold_has_no_equal_kl():
+    arms = {"retrained": 3.0, "log_sigmoid": 3.5, "contrast_75_same_steps": 4.25, "gold": 5.0}
+    results = [_result(arm, s, gold + s) for arm, gold in arms.items() for s in range(2)]
+    made = pages(results)
+    [row] = [line for line in made["closer"].splitlines() if "retraining's steps" in line]
+    assert "| log-sigmoid shaping | +0.75 | 2/2 | +0.75 |" in row
+    [gold] = [line for line in made["comparison"].splitlines() if line.startswith("| gold ")]
+    assert [cell.strip() for cell in gold.split("|")][8:10] == ["", ""]
+    later = [replace(r, world="adverts") for r in results]
+    later += [_result("contrast_both_75_log_sigmoid", s, 9.0, world="adverts") for s in range(2)]
+    assert "log-sigmoid* (run after the others were seen) ends" in pages(later)["answer"]
 
 
 def test_sight_tests_are_ranked_against_accuracy():
@@ -205,10 +220,14 @@ def test_sight_tests_are_ranked_against_accuracy():
         for seed in range(4)
         for kl in (6.0, 12.0)
     ]
-    row = pages(results)["sight"].splitlines()[2]
+    [row] = pages(results)["sight"].splitlines()[2:3]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "cut", "+1.00 (+1.00, +1.00)", "-1.00 (-1.00, -1.00)", "8", "4",
+        "cut", "all", "+1.00 (+1.00, +1.00)", "-1.00 (-1.00, -1.00)", "8", "4",
     ]  # fmt: skip
+    assert "not trained on such pairs" not in pages(results)["sight"]  # contrast is
+    others = [replace(r, arm="bsr") for r in results] + [replace(r, arm="par") for r in results]
+    rows = pages(results + others)["sight"].splitlines()[2:4]
+    assert [row.split("|")[5].strip() for row in rows] == ["16", "8"]  # par shares retrained's
 
 
 def test_the_picture_has_a_panel_per_cell():
