@@ -18,9 +18,19 @@ from shiftrm.report.plots import render
 from .plan import ARMS, BASELINES, SWEEP, WAYS, read_results
 from .worlds import WORLDS
 
-REFERENCE_ARM = "pooled"
-COMPARED = ("oodpl", "oodpl_bt", "oodpl_meta")
-"""The variants of OODPL that were named before the fresh seeds were run."""
+COMPARED = (
+    ("oodpl", "pooled"),
+    ("oodpl_bt", "pooled"),
+    ("oodpl_meta", "pooled"),
+    ("oodpl_meta", "pooled_on"),
+    ("oodpl", "plain"),
+    ("oodpl", "regressed"),
+)
+"""Arms and what they are compared with: variants of OODPL that were named before the fresh seeds
+were run, and controls."""
+
+SEEN = {"signed": (0, 1)}
+"""Seeds on which an earlier form of a world had been seen when this one was made."""
 
 GOLD = {"best_of": "best_of", "weighted": "weighted_gold", "ppo": "ppo_gold"}
 """Way of guiding -> the column of its gold."""
@@ -54,6 +64,9 @@ def blocks(rows: Sequence[Row]) -> dict[str, str]:
         found[f"study-{world}"] = arms_table(arms)
         found[f"study-{world}-differences"] = differences_table(arms)
         found[f"study-{world}-seeds"] = seeds_table(arms)
+        if world in SEEN:
+            others = [row for row in arms if row["seed"] not in SEEN[world]]
+            found[f"study-{world}-others"] = differences_table(others)
     found["study-convergence"] = norms_table(of(rows, "convergence"))
     return found
 
@@ -114,17 +127,24 @@ def _inner_mean(rows: Sequence[Row], who: str, what: str) -> str:
 
 def sweep_table(rows: Sequence[Row]) -> str:
     """Return the settings of OODPL on the watched domains."""
+    mine = of(rows, "sweep")
+    seeds = sorted({row["seed"] for row in mine})
+    keys = ("rank", "best_of", "weighted_gold", "first_loss", "best_loss", "best_step")
     lines = []
     for world, name in itertools.product(WORLDS, (*BASELINES, *SWEEP)):
-        some = [r for r in of(rows, "sweep") if (r["world"], r["name"]) == (world, name)]
-        if some:
+        found = {r["seed"]: r for r in mine if (r["world"], r["name"]) == (world, name)}
+        if found:
             label = ARMS[name].label if name in BASELINES else name
-            numbers = [_mean(some, k) for k in ("rank", "best_of", "weighted_gold")]
-            loss = [_mean(some, k) for k in ("first_loss", "best_loss")]
-            step = _mean(some, "best_step", 0)
-            lines.append([WORLDS[world].label, label, *numbers, *loss, step, str(len(some))])
+            cells = [_by_seed([found.get(seed, {}).get(key) for seed in seeds]) for key in keys]
+            lines.append([WORLDS[world].label, label, *cells])
     columns = ["world", "setting", "rank correlation", "gold, best of 16", "gold, weighted"]
-    return _table([*columns, "loss at the start", "lowest", "at step", "seeds"], lines)
+    return _table([*columns, "loss at the start", "lowest", "at step"], lines)
+
+
+def _by_seed(values: Sequence[float | None]) -> str:
+    """Return the values of the seeds in order; a dash where there is none."""
+    shown = [f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in values]
+    return " / ".join(shown) if set(shown) != {"-"} else ""
 
 
 def arms_table(rows: Sequence[Row]) -> str:
@@ -142,21 +162,20 @@ def arms_table(rows: Sequence[Row]) -> str:
 
 
 def differences_table(rows: Sequence[Row]) -> str:
-    """Return paired differences to pooled Bradley-Terry in gold, for every way of guiding."""
+    """Return paired differences in gold, for every way of guiding."""
 
     def values(arm: str, column: str) -> dict[int, float]:
         return {r["seed"]: r[column] for r in rows if r["name"] == arm and column in r}
 
     lines = []
-    for name in COMPARED:
+    for name, other in COMPARED:
         for way, column in GOLD.items():
-            found = paired(values(name, column), values(REFERENCE_ARM, column))
+            found = paired(values(name, column), values(other, column))
             if found.n > 1:
                 interval = f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
                 wins = f"{found.wins} of {found.n}"
-                lines.append([ARMS[name].label, WAYS[way], interval, wins])
-    columns = ["method", "way of guiding", "difference to pooled BT in gold", "seeds above it"]
-    return _table(columns, lines)
+                lines.append([ARMS[name].label, ARMS[other].label, WAYS[way], interval, wins])
+    return _table(["method", "minus", "way of guiding", "gold", "seeds above it"], lines)
 
 
 def seeds_table(rows: Sequence[Row]) -> str:
