@@ -11,7 +11,8 @@ On disk a domain is a folder inside DIR:
 `finetune.jsonl` is required, as is `pairs.jsonl` in a source domain; the other files are optional.
 Source domains are for meta-training, validation domains monitor it, and held-out domains are for
 the meta-test: their `pairs.jsonl`, if any, is for the baseline that may see it. A held-out domain
-may also be named as a validation domain, to be watched.
+may also be named as a validation domain, to be watched. Folders whose names begin with a dot are
+not domains. The columns `margin` and `weight` of pairs are not used: every pair counts alike.
 """
 
 import json
@@ -20,16 +21,25 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from shiftrm.data.pairs import read_pairs
+from shiftrm.data.pairs import check_pair, read_pairs
 from shiftrm.data.prompts import read_prompts
 from shiftrm.data.sources import read_rows
 from shiftrm.errors import UserError, suggest
-from shiftrm.files import Row, atomic_write_text, require_columns, write_jsonl
+from shiftrm.files import (
+    BEYOND_JSON,
+    Row,
+    atomic_write_text,
+    json_line,
+    require_columns,
+    write_jsonl,
+)
 from shiftrm.models.rendering import Text, check_text
 
 FINETUNE, PAIRS = "finetune.jsonl", "pairs.jsonl"
 EVAL_PAIRS, PROMPTS = "eval_pairs.jsonl", "prompts.jsonl"
 SPLITS = "splits.json"
+LONGEST_NAME = 255
+"""Bytes of a folder's name: what common file systems take."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ def load_split(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds one per domain")
-    names = sorted(p.parent.name for p in folder.glob(f"*/{FINETUNE}"))
+    names = sorted(p.parent.name for p in _in_domains(folder, FINETUNE))
     if not names:
         raise UserError(f"{folder}: no domains; expected DOMAIN/{FINETUNE} in it")
     named = _read_splits(folder / SPLITS)
@@ -103,10 +113,15 @@ def load_split(
     return split
 
 
+def _in_domains(folder: Path, name: str) -> list[Path]:
+    """Return the files of this name in the folders of domains, of which none is hidden."""
+    return [path for path in folder.glob(f"*/{name}") if not path.parent.name.startswith(".")]
+
+
 def _refuse_halves(folder: Path, known: set[str]) -> None:
     """Reject a domain without its support, which would otherwise be silently missing."""
     for name in (PAIRS, EVAL_PAIRS, PROMPTS):
-        for path in sorted(folder.glob(f"*/{name}")):
+        for path in sorted(_in_domains(folder, name)):
             if path.parent.name not in known:
                 raise UserError(
                     f"{path.parent}: it has {name} but no {FINETUNE}; add it, or name the sources "
@@ -234,18 +249,19 @@ def write_domains(
 
     Raises:
         UserError: a split that `split_domains` or `check_leaks` rejects, a domain without support
-            rows, a source without pairs, a name that is not a valid folder name, or a folder that
-            already exists. Nothing is written then.
+            rows, a source without pairs, a row that `load_domain` would reject or JSON cannot hold,
+            a name that is not a valid folder name, or a folder that already exists. Nothing is
+            written then.
     """
     folder = Path(folder)
     if source is None:
         taken = {*held_out, *validation}
         source = [domain.name for domain in domains if domain.name not in taken]
     split = split_domains(domains, source=source, held_out=held_out, validation=validation)
+    for domain in split.all:
+        _check_writable(domain)
     check_leaks(split)
     for domain in split.all:
-        if Path(domain.name).name != domain.name or domain.name[:1] in ("", "."):
-            raise UserError(f"domain {domain.name!r}: not usable as a folder's name; rename it")
         if not domain.support:
             raise UserError(f"domain {domain.name!r}: no fine-tuning rows; leave the domain out")
         if domain in split.source and not domain.query:
@@ -254,18 +270,44 @@ def write_domains(
         if path.exists():
             raise UserError(f"{path}: already exists; choose an empty folder for the domains")
     for domain in split.all:
-        files = {
-            FINETUNE: domain.support,
-            PAIRS: domain.query,
-            EVAL_PAIRS: domain.eval_pairs,
-            PROMPTS: tuple({"prompt": prompt} for prompt in domain.prompts),
-        }
-        for name, rows in files.items():
+        for name, rows in _files(domain).items():
             if rows:
                 write_jsonl(folder / domain.name / name, rows)
     names = {"source": list(source), "held_out": list(held_out), "validation": list(validation)}
     atomic_write_text(folder / SPLITS, json.dumps(names, ensure_ascii=False, indent=2) + "\n")
     return folder
+
+
+def _files(domain: Domain) -> dict[str, tuple[Row, ...]]:
+    """Return a domain's rows by the name of their file."""
+    return {
+        FINETUNE: domain.support,
+        PAIRS: domain.query,
+        EVAL_PAIRS: domain.eval_pairs,
+        PROMPTS: tuple({"prompt": prompt} for prompt in domain.prompts),
+    }
+
+
+def _check_writable(domain: Domain) -> None:
+    """Refuse a domain that could not be written, or not be read again."""
+    name = domain.name
+    plain = Path(name).name == name and name[:1] not in ("", ".") and name != SPLITS
+    if not plain or len(name.encode()) > LONGEST_NAME:
+        raise UserError(f"domain {name!r:.80}: not usable as a folder's name; rename it")
+    for file, rows in _files(domain).items():
+        for number, row in enumerate(rows, start=1):
+            where = f"domain {name!r}: {file}, row {number}"
+            if file == FINETUNE:
+                _check_support(row, where)
+            elif file != PROMPTS:
+                check_pair(row, where)
+                _require_prompt(row, where)
+            elif not row["prompt"]:
+                raise UserError(f"{where}: the prompt is empty; remove the row")
+            try:
+                json_line(row)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise UserError(f"{where}: cannot be written as JSON ({error})") from None
 
 
 def _check_names(
@@ -283,6 +325,11 @@ def _check_names(
     roles: dict[str, str] = {}
     for role, names in (("source", source), ("validation", validation), ("held-out", held_out)):
         for name in names:
+            if not name.isprintable():  # nor can it be written as UTF-8, if it is not
+                raise UserError(
+                    f"{where}: the {role} domain {name!r} has a name that cannot be printed; "
+                    "rename the domain"
+                )
             if name not in known:
                 raise UserError(f"{where}: no {role} domain {name!r}{suggest(name, known)}")
             watched = role == "held-out" and roles.get(name) == "validation"
@@ -295,8 +342,12 @@ def _check_names(
 def _read_splits(path: Path) -> dict[str, list[str]]:
     if not path.exists():
         return {}
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; make it a file with the names of domains")
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path}: {BEYOND_JSON}") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); write the names of domains") from None
     roles = ("source", "held_out", "validation")
@@ -322,11 +373,13 @@ def _pair_rows(path: Path) -> tuple[Row, ...]:
     """Read pairs with `read_pairs` and check that each has a prompt; none without a file."""
     rows = read_pairs(path) if path.exists() else []
     for number, row in enumerate(rows, start=1):
-        if not row.get("prompt"):
-            raise UserError(
-                f"{path}: pair {number} has no prompt; a domain's pairs need a separate prompt"
-            )
+        _require_prompt(row, f"{path}: pair {number}")
     return tuple(rows)
+
+
+def _require_prompt(row: Row, where: str) -> None:
+    if not row.get("prompt"):
+        raise UserError(f"{where} has no prompt; a domain's pairs need a separate prompt")
 
 
 def _prompts(path: Path) -> tuple[Text, ...]:

@@ -101,8 +101,8 @@ def shp_pair(row: Row, where: str, *, score_ratio: float = 2.0) -> PostPair | st
         "removed_comment": a in GONE or b in GONE,
         "empty_comment": not a or not b,
         "equal_texts": a == b,
-        "equal_scores": score_a == score_b,
-        "low_score_ratio": ratio < score_ratio,
+        "equal_scores": not (score_a < score_b or score_a > score_b),  # nor is NaN ordered
+        "low_score_ratio": not ratio >= score_ratio,  # nor is NaN
         "label_against_scores": a_is_better != (score_a > score_b),
     }
     if any(reasons.values()):

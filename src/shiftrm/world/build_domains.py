@@ -319,7 +319,7 @@ def read_table(directory: str | Path) -> Table:
         return {name: dict(entry["weights"]) for name, entry in domains.items()}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write the world again") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsADirectoryError):
         raise UserError(f"{path}: not a table of domain weights; write the world again") from None
 
 
