@@ -15,7 +15,7 @@ from shiftrm.data.domains import Domain
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.likelihoods import Tokens, encode_for_policy, sequences
-from shiftrm.models.rendering import encode
+from shiftrm.models.rendering import encode, template_options
 from shiftrm.models.rewards import pad_right
 
 __all__ = [
@@ -86,13 +86,17 @@ class Encoder:
         return Example(tokens, reward_ids, index) if fits else None
 
     def pair(self, row: Row, index: int) -> Pair | None:
-        """Return a preference pair, or None if a side is too long."""
+        """Return a preference pair, or None if a side is too long.
+
+        `margin` and `weight` are not read: the outer loss counts every pair alike.
+        """
         sides = [
             encode_for_policy(
                 self.policy_tokenizer,
                 row["prompt"],
                 row[side],
                 finished=row.get(f"{side}_finished", True),
+                options=template_options(row),
             )
             for side in ("chosen", "rejected")
         ]
