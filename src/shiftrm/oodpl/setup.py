@@ -2,14 +2,21 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.trainer_utils import set_seed
 
-from shiftrm.data.domains import DomainSplit
+from shiftrm.data.domains import EVAL_PAIRS, Domain, DomainSplit
 from shiftrm.errors import UserError
-from shiftrm.models.loading import load_reward_model
+from shiftrm.models.finite import require_finite_weights
+from shiftrm.models.loading import (
+    check_vocabulary,
+    explain_loading,
+    load_reward_model,
+    refuse_ensemble,
+)
 from shiftrm.models.rewards import find_head, model_config
 from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import load_policy
@@ -17,6 +24,14 @@ from shiftrm.oodpl.batches import EncodedDomain, Encoder, encode_domains
 from shiftrm.oodpl.meta_config import OODPLConfig
 
 logger = logging.getLogger(__name__)
+
+MEANS = ("accuracy", "loss", "reference_accuracy", "effective_sample_share")
+"""The metrics of an evaluation, as means over the watched domains."""
+
+
+def domain_metrics(name: str) -> tuple[str, str]:
+    """Return the names of a watched domain's two metrics: adapted, and of the reference."""
+    return f"{name}_accuracy", f"{name}_reference_accuracy"
 
 
 def check(args: Any, split: DomainSplit) -> None:
@@ -30,13 +45,39 @@ def check(args: Any, split: DomainSplit) -> None:
         raise UserError(
             f"mixture is {args.mixture}, but there are {len(split.source)} source domains"
         )
+    _refuse_shared_metrics([d.name for d in split.validation or split.source if d.eval_pairs])
+
+
+def _refuse_shared_metrics(names: Sequence[str]) -> None:
+    """Refuse watched domains of which one's metric would overwrite another number."""
+    known = dict.fromkeys(MEANS, "the mean over domains")
+    for name in names:
+        for metric in domain_metrics(name):
+            if metric in known:
+                raise UserError(
+                    f"domain {name!r}: its metric 'eval_{metric}' would be that of {known[metric]}"
+                    ", too; rename the domain's folder"
+                )
+            known[metric] = f"domain {name!r}"
+
+
+def _refuse_parts(path: str) -> None:
+    """Refuse a folder that is not one whole model: an ensemble, or an adapter.
+
+    Raises:
+        UserError: says what to give instead.
+    """
+    refuse_ensemble(path)
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: is an adapter, which would stay as it is while the model is trained; merge "
+            "it into its model first (`shiftrm` writes the merged one beside it)"
+        )
 
 
 def reward_model_of(model: Any, tokenizer: Any, seed: int) -> tuple[Any, Any]:
     if isinstance(model, str):
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        set_seed(seed)
-        model = load_reward_model(model, seed=seed)
+        model, tokenizer = _load_reward_model(model, tokenizer, seed)
     if tokenizer is None:
         raise UserError("processing_class is missing; give the reward model's tokenizer")
     find_head(model)
@@ -48,9 +89,31 @@ def reward_model_of(model: Any, tokenizer: Any, seed: int) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _load_reward_model(path: str, tokenizer: Any, seed: int) -> tuple[Any, Any]:
+    _refuse_parts(path)
+    with explain_loading(path, "a reward model or a policy, with its tokenizer"):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+        set_seed(seed)
+        try:
+            model = load_reward_model(path, seed=seed)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise UserError(
+                f"{path}: its weights do not fit a reward model of one label; give a policy, or a "
+                "checkpoint with num_labels=1"
+            ) from None
+    check_vocabulary(model, tokenizer, path)
+    require_finite_weights(model, path)
+    return model, tokenizer
+
+
 def policy_of(policy: Any, tokenizer: Any) -> tuple[Any, Any]:
     if isinstance(policy, str):
-        policy, own = load_policy(policy)
+        path = policy
+        _refuse_parts(path)
+        policy, own = load_policy(path)
+        require_finite_weights(policy, path)
         return policy, tokenizer or own
     if tokenizer is None:
         raise UserError("policy_processing_class is missing; give the policy's tokenizer")
@@ -66,25 +129,45 @@ def length_limit(args: OODPLConfig, *models: Any) -> int | None:
 def watched_domains(
     encoder: Encoder, split: DomainSplit, args: OODPLConfig, sources: list[EncodedDomain]
 ) -> list[EncodedDomain]:
-    """Return the validation domains, or else the sources, that have evaluation pairs."""
+    """Return the validation domains, or else the sources, that have evaluation pairs.
+
+    Says which validation domains are left out, and why.
+    """
+    found = sources
     if split.validation:
         found = encode_domains(
             encoder, split.validation, support_batch=args.support_batch_size, query_batch=0
         )
-    else:
-        found = sources
     watched = [
-        EncodedDomain(d.name, d.support, eval_pairs=d.eval_pairs[: args.eval_pairs], dropped=0)
+        EncodedDomain(d.name, d.support, eval_pairs=d.eval_pairs[: args.eval_pairs])
         for d in found
         if d.eval_pairs
     ]
     if not watched and str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
         what = "validation" if split.validation else "source"
+        if any(d.eval_pairs for d in split.validation or split.source):
+            raise UserError(
+                f"eval_strategy is set, but no evaluation pair of a {what} domain has at most "
+                f"{encoder.max_length} tokens; give shorter ones, raise max_length where the "
+                "models read more, or leave eval_strategy out"
+            )
         raise UserError(
-            f"eval_strategy is set, but no {what} domain has eval_pairs.jsonl; add them or leave "
+            f"eval_strategy is set, but no {what} domain has {EVAL_PAIRS}; add them or leave "
             "eval_strategy out"
         )
+    if split.validation:
+        say_dropped(found, encoder.max_length)
+        _say_unwatched(split.validation, found)
     return watched
+
+
+def _say_unwatched(domains: Sequence[Domain], found: Sequence[EncodedDomain]) -> None:
+    for domain, encoded in zip(domains, found, strict=True):
+        if not encoded.eval_pairs:
+            why = (
+                f"no pair of {EVAL_PAIRS} fits" if domain.eval_pairs else f"it has no {EVAL_PAIRS}"
+            )
+            logger.warning("validation domain %s: not measured, because %s", domain.name, why)
 
 
 def say_dropped(domains: Sequence[EncodedDomain], limit: int | None) -> None:

@@ -32,7 +32,9 @@ from shiftrm.models.rewards import sequence_rewards
 from shiftrm.oodpl.batches import EncodedDomain, Encoder, encode_domains, outer_batch
 from shiftrm.oodpl.meta_config import OODPLConfig
 from shiftrm.oodpl.setup import (
+    MEANS,
     check,
+    domain_metrics,
     length_limit,
     pad_id,
     policy_of,
@@ -82,7 +84,8 @@ class OODPLTrainer(Trainer):
     reference as it is.
 
     Raises:
-        UserError: domains too small, no held-out domain, no pairs to watch, models that do not fit;
+        UserError: domains too small, no held-out domain, no pairs to watch, watched domains whose
+            names would give two metrics one name, models that do not fit or are adapters' folders;
             while training: weights or gradients that are not finite (names domain and example).
     """
 
@@ -112,8 +115,8 @@ class OODPLTrainer(Trainer):
             support_batch=args.support_batch_size,
             query_batch=args.query_batch_size,
         )
+        say_dropped(self._sources, encoder.max_length)
         self._watched = watched_domains(encoder, split, args, self._sources)
-        say_dropped([*self._sources, *self._watched], encoder.max_length)
         self._plan = TaskPlan(
             seed=args.seed if args.data_seed is None else args.data_seed,
             inner_steps=args.inner_steps,
@@ -260,6 +263,11 @@ class OODPLTrainer(Trainer):
 
     # -- evaluation --------------------------------------------------------------------------
 
+    @property
+    def watched(self) -> list[str]:
+        """Return the names of the domains that `evaluate` measures."""
+        return [domain.name for domain in self._watched]
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -272,7 +280,7 @@ class OODPLTrainer(Trainer):
         the policy before any step.
         """
         if not self._watched:
-            raise UserError("no domain has eval_pairs.jsonl, so there is nothing to evaluate on")
+            raise UserError("no domain has evaluation pairs, so there is nothing to evaluate on")
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         table = torch.zeros(len(self._watched), 4, dtype=torch.float64)
         failure = None
@@ -285,14 +293,13 @@ class OODPLTrainer(Trainer):
                 failure = self._failure(error, "evaluation", rows)
         self._raise_together(failure)
         table = self._sum(table)
-        names = ("accuracy", "loss", "reference_accuracy", "effective_sample_share")
         metrics = {
             f"{metric_key_prefix}_{name}": float(value)
-            for name, value in zip(names, table.mean(dim=0), strict=True)
+            for name, value in zip(MEANS, table.mean(dim=0), strict=True)
         }
         for domain, values in zip(self._watched, table, strict=True):
-            metrics[f"{metric_key_prefix}_{domain.name}_accuracy"] = float(values[0])
-            metrics[f"{metric_key_prefix}_{domain.name}_reference_accuracy"] = float(values[2])
+            for name, value in zip(domain_metrics(domain.name), values[[0, 2]], strict=True):
+                metrics[f"{metric_key_prefix}_{name}"] = float(value)
         self.log(metrics)
         handler: Any = self.callback_handler
         self.control: Any = handler.on_evaluate(self.args, self.state, self.control, metrics)
