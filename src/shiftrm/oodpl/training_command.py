@@ -3,26 +3,36 @@
 import dataclasses
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback
+from transformers.training_args import trainer_log_levels
+from trl import ModelConfig
 
-from shiftrm.data.domains import DomainSplit, load_split
+from shiftrm.data.domains import EVAL_PAIRS, FINETUNE, PAIRS, Domain, DomainSplit, load_split
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError, suggest
+from shiftrm.models.loading import checkpoint_fingerprint
 from shiftrm.oodpl.meta_config import OODPLConfig
 from shiftrm.oodpl.trainer import OODPLTrainer
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.one_model import write_model
 from shiftrm.trainers.progress import ProgressInWords
-from shiftrm.trainers.settings import REFUSED, command_defaults, first_line, value_of
-from shiftrm.trainers.training import exists
+from shiftrm.trainers.settings import REFUSED, Settings, command_defaults, first_line, value_of
+from shiftrm.trainers.training import require_checkpoint
 from shiftrm.trainers.training_log import write_training_log
 
 __all__ = ["meta_train", "settings_of"]
+
+IDLE = {
+    "num_train_epochs": "training takes max_steps steps; set those",
+    "label_names": "tasks have no label columns; leave it out",
+    "parallelism_config": "OODPL trains under DDP or on one process; leave it out",
+}
+"""Settings of transformers that training would not use, or could not, and what to do instead."""
 
 
 def meta_train(
@@ -59,10 +69,10 @@ def meta_train(
         raise UserError(f"{output}: already there and not empty; choose another --output")
     target = Path(os.path.abspath(output))
     work = target.with_name(f".{target.name}.work")
-    args = settings_of(settings, work=work)
+    chosen = _resolve(settings, work=work)
+    args = chosen.args
     for name in (model, policy):
-        if not exists(name):
-            raise UserError(f"{name}: no such folder; give a checkpoint folder or a hub name")
+        require_checkpoint(name)
     split = load_split(
         domains,
         held_out=held_out,
@@ -70,28 +80,18 @@ def meta_train(
         support_batch=args.support_batch_size,
         query_batch=args.query_batch_size,
     )
-    record = {
-        "model": model,
-        "policy": policy,
-        "settings": {key: str(value) for key, value in settings.items()},
-        "data": _data(split),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-    with work_folder.hold_work(work, record) as checkpoint:
-        try:
+    with work_folder.hold_work(work, _record(model, policy, chosen, split)) as checkpoint:
+        with _explained(chosen, model):
             trainer = OODPLTrainer(model, policy, args, split=split)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{model} or {policy}: cannot be loaded ({first_line(error)})"
-            ) from None
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ProgressInWords(speaks=args.disable_tqdm))
         trainer.add_callback(work_folder.MarkCompleteCheckpoints())
-        watched = bool(trainer.eval_dataset)
+        watched = trainer.watched
         before = trainer.evaluate() if watched else {}
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _explained(chosen, model):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         after = trainer.evaluate() if watched else {}
-        summary = _summary(split, args, before, after, output)
+        summary = _summary(split, args, before, after, output, watched=len(watched))
         finished = work / work_folder.FINISHED
         write_model(trainer, finished)
         if trainer.accelerator.is_main_process:
@@ -109,31 +109,85 @@ def settings_of(given: Mapping[str, Any], *, work: Path) -> OODPLConfig:
     Raises:
         UserError: an unknown setting (the nearest is suggested) or an invalid value.
     """
+    args: OODPLConfig = _resolve(given, work=work).args
+    return args
+
+
+def _resolve(given: Mapping[str, Any], *, work: Path) -> Settings:
+    """Return the settings as other commands keep them; raises as `settings_of`."""
     hints = typing.get_type_hints(OODPLConfig)
     known = [f.name for f in dataclasses.fields(OODPLConfig) if f.init and f.name not in REFUSED]
     values = {}
     for key, value in given.items():
         if key in REFUSED:
             raise UserError(f"unknown setting {key!r}; {REFUSED[key]}")
+        if key in IDLE:
+            raise UserError(f"{key}: {IDLE[key]}")
         if key not in known:
             raise UserError(f"unknown setting {key!r}{suggest(key, known)}")
         values[key] = value_of(key, value, hints[key])
+        _check_late(key, values[key])
+    ours = command_defaults(work)
     try:
-        return OODPLConfig(**(command_defaults(work) | values))
+        return Settings(OODPLConfig(**(ours | values)), ModelConfig(), values, ours)
     except UserError:
         raise
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"meta-training settings: {error}") from None
 
 
-def _data(split: DomainSplit) -> dict[str, Any]:
-    """Return a fingerprint of every domain that is read, and the roles by name."""
-    found: dict[str, Any] = {}
-    for role in ("source", "validation"):
-        for domain in getattr(split, role):
-            rows = [*domain.support, *domain.query, *domain.eval_pairs]
-            found[domain.name] = {"role": role, "sha256": fingerprint("", rows)[:16]}
-    return found | {"held_out": [domain.name for domain in split.held_out]}
+def _check_late(key: str, value: Any) -> None:
+    """Refuse values that transformers would reject with an error of its own insides."""
+    if key in ("log_level", "log_level_replica") and value not in trainer_log_levels:
+        raise UserError(f"{key} is {value!r}{suggest(str(value), list(trainer_log_levels))}")
+    if key == "optim_args" and value and not all("=" in part for part in value.split(",")):
+        raise UserError(f"optim_args is {value!r}; give NAME=VALUE,NAME=VALUE")
+
+
+@contextmanager
+def _explained(chosen: Settings, model: str) -> Iterator[None]:
+    """Turn a library's refusal of the settings into one line, as `shiftrm train` does."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:
+        raise chosen.explain(model, error) from error
+    except TypeError as error:
+        if not chosen.given.get("lr_scheduler_kwargs"):
+            raise
+        raise UserError(f"lr_scheduler_kwargs: {first_line(error)}") from error
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise UserError(str(error.args[0])) from error
+
+
+def _record(model: str, policy: str, chosen: Settings, split: DomainSplit) -> dict[str, Any]:
+    """Return the entries that must match to resume an interrupted run.
+
+    Tasks are drawn from the sources by position, so their order is one of the inputs.
+    """
+    models = {"model": model, "policy": policy}
+    sums = {name: checkpoint_fingerprint(name)[:16] for name in {model, policy}}
+    return {
+        **{role: os.path.normpath(name) for role, name in models.items()},
+        "weights": {role: sums[name] for role, name in models.items()},
+        "settings": chosen.identity(),
+        "data": {
+            "source": [domain.name for domain in split.source],
+            "validation": [domain.name for domain in split.validation],
+            "held_out": sorted(domain.name for domain in split.held_out),
+            "rows": {d.name: _fingerprints(d) for d in (*split.source, *split.validation)},
+        },
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _fingerprints(domain: Domain) -> dict[str, str]:
+    """Return a fingerprint of each file's rows: moved to another file, a row counts differently."""
+    files = {FINETUNE: domain.support, PAIRS: domain.query, EVAL_PAIRS: domain.eval_pairs}
+    return {name: fingerprint("", list(rows))[:16] for name, rows in files.items()}
 
 
 def _summary(
@@ -142,6 +196,8 @@ def _summary(
     before: Mapping[str, float],
     after: Mapping[str, float],
     output: Path,
+    *,
+    watched: int,
 ) -> str:
     lines = [
         f"{len(split.source)} source domains, {args.max_steps} outer steps of "
@@ -150,7 +206,7 @@ def _summary(
     if after:
         which = "validation domains" if split.validation else "source domains (evaluation pairs)"
         lines.append(
-            f"A_PL on {len(split.validation) or len(split.source)} {which}: "
+            f"A_PL on {watched} {which}: "
             f"{after['eval_reference_accuracy']:.3f} before adapting; adapted under the reward "
             f"model: {before['eval_accuracy']:.3f} at the start, {after['eval_accuracy']:.3f} now"
         )
