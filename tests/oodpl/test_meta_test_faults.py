@@ -241,3 +241,19 @@ def test_long_and_odd_names_keep_the_columns_apart(shiftrm, folder, in_process):
 
 def test_a_huge_learning_rate_is_one_line(shiftrm, folder, in_process):  # noqa: F811
     refused(shiftrm, [*PLAIN, "weighted.learning_rate=1e38"], "learning_rate is 1e+38, too large")
+
+
+def test_rloo_takes_chats_beside_strings_and_lone_surrogates(
+    shiftrm,  # noqa: F811
+    folder,
+    in_process,
+):
+    rows = folder / "domains" / "fishes" / "finetune.jsonl"
+    chat = [{"role": "user", "content": "the red fish"}]
+    append(rows, {"prompt": chat, "response": " swims"})
+    with open(rows, "a", encoding="utf-8") as handle:
+        handle.write('{"prompt": "the \\ud83d fish", "response": " swims"}\n')
+    small = ["steps=1", "prompts_per_step=5", "rollouts_per_prompt=2", "minibatch_size=10"]
+    small += ["sampling.max_new_tokens=3"]
+    status, said = shiftrm(*GUIDED, "--way", "rloo", *(f"rloo.{word}" for word in small))
+    assert status == 0, said.err
