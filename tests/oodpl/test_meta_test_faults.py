@@ -20,6 +20,7 @@ from shiftrm.oodpl.fine_tuning import FineTuningConfig, fine_tune
 from shiftrm.oodpl.meta_test import EvaluationConfig
 from shiftrm.oodpl.preference import preference_accuracy
 from shiftrm.records import read_records
+from shiftrm.world.domain_gold import HELD_OUT, TABLE
 from tests.cli.conftest import files, shiftrm  # noqa: F401 - fixtures
 from tests.conftest import llama_config
 from tests.oodpl.domains import ANIMALS, make_domain, make_models
@@ -110,6 +111,21 @@ def test_a_changed_policy_or_reference_is_noticed(shiftrm, folder, in_process): 
     refused(shiftrm, words, "stage fishes was made with another configuration (models.policy")
     edit(folder / "other", "lm_head", lambda weight: weight * 2)
     refused(shiftrm, words, "stage reference/fishes was made with another configuration (models")
+
+
+def test_a_changed_table_of_gold_weights_is_noticed(shiftrm, folder, in_process):  # noqa: F811
+    table = folder / "weights.json"
+    words = [*AS_IT_IS, "--judge", "weights.json"]
+    table.write_text(json.dumps({"domains": {"cats": {"weights": {}}}}))
+    refused(shiftrm, words, "domain 'fishes': not in the gold world")
+    assert not (folder / "test").exists()
+    rename(folder, "fishes", HELD_OUT[0])
+    weights = dict(TABLE[HELD_OUT[0]])
+    table.write_text(json.dumps({"domains": {HELD_OUT[0]: {"weights": weights}}}))
+    assert shiftrm(*words)[0] == 0
+    weights["toxic"] += 1
+    table.write_text(json.dumps({"domains": {HELD_OUT[0]: {"weights": weights}}}))
+    refused(shiftrm, words, "made with another configuration (models.judge")
 
 
 def test_a_policy_with_nan_weights_is_not_measured(shiftrm, folder, in_process):  # noqa: F811
