@@ -17,7 +17,9 @@ from shiftrm.core.likelihood import Passes, without_dropout
 from shiftrm.core.losses import TokenReduction, effective_sample_size, reward_weights
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
-from shiftrm.oodpl.batches import Encoder, sequences
+from shiftrm.models.finite import broken_weight
+from shiftrm.models.rope import context_limit
+from shiftrm.oodpl.batches import Encoder, Tokens, sequences
 from shiftrm.policies.ppo import RewardFunction
 
 __all__ = ["FineTuningConfig", "FineTuningLog", "fine_tune"]
@@ -93,15 +95,15 @@ def fine_tune(
         reward_fn: the frozen reward model, as a `Scorer`; None weighs all rows alike.
 
     Raises:
-        UserError: fewer rows than a batch, a weight or loss that is not finite (the row is named).
+        UserError: fewer rows than a batch, a row longer than the policy's context, a weight or
+            loss that is not finite (the row is named), or a policy that is not finite at the end.
     """
     if len(support) < config.batch_size:
         raise UserError(
             f"{len(support)} fine-tuning rows, but a batch takes {config.batch_size}; lower "
             "batch_size"
         )
-    encoder = Encoder(tokenizer)
-    tokens = [e.policy for i, row in enumerate(support) if (e := encoder.example(row, i))]
+    tokens = _tokens(policy, tokenizer, support)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     device = next(policy.parameters()).device
     rewards = torch.tensor(support_rewards(reward_fn, support), device=device)
@@ -125,14 +127,38 @@ def fine_tune(
             loss.backward()
             if config.max_grad_norm:
                 nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            optimizer.step()
+            _step(optimizer, step, config)
             schedule.step()
             share = effective_sample_size(weights) / len(rows)
             logs.append(FineTuningLog(step, float(loss.detach()), share))
             if on_step is not None:
                 on_step(logs[-1])
     policy.zero_grad()
+    if (weight := broken_weight(policy)) is not None:
+        raise UserError(
+            f"update {step}, the last: it made the policy's weight {weight} NaN or infinite; lower "
+            "learning_rate"
+        )
     return logs
+
+
+def _tokens(policy: Any, tokenizer: Any, support: Sequence[Row]) -> list[Tokens]:
+    """Return the rows as the policy reads them."""
+    limit = context_limit(policy.config)
+    encoder = Encoder(tokenizer, max_length=limit)
+    found = []
+    for index, row in enumerate(support):
+        try:
+            example = encoder.example(row, index)
+        except UserError as error:
+            raise UserError(f"fine-tuning row {index + 1}: {error}") from None
+        if example is None:
+            raise UserError(
+                f"fine-tuning row {index + 1}: prompt and response have more tokens than the "
+                f"policy's context of {limit}; shorten or remove the row"
+            )
+        found.append(example.policy)
+    return found
 
 
 def support_rewards(reward_fn: RewardFunction | None, support: Sequence[Row]) -> list[float]:
@@ -174,6 +200,18 @@ def _optimizer(policy: nn.Module, config: FineTuningConfig) -> torch.optim.Optim
     if config.optimizer == "sgd":
         return torch.optim.SGD(trained, lr=config.learning_rate)
     return torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+
+
+def _step(optimizer: torch.optim.Optimizer, step: int, config: FineTuningConfig) -> None:
+    try:
+        optimizer.step()
+    except RuntimeError as error:  # Adam's step is larger than the learning rate at first
+        if "overflow" not in str(error):
+            raise
+        raise UserError(
+            f"update {step}: learning_rate is {config.learning_rate:g}, too large for float32; "
+            "lower it"
+        ) from None
 
 
 def _endless(count: int, seed: int) -> Any:

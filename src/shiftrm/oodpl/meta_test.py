@@ -49,6 +49,11 @@ class EvaluationConfig:
     batch_size: int = 32
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("responses_per_prompt", "pairs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -168,7 +173,8 @@ def evaluate_policy(
         proxy: the reward model that guided the policy.
 
     Raises:
-        UserError: the domain has neither evaluation pairs nor prompts.
+        UserError: the domain has neither evaluation pairs nor prompts, or has a pair that
+            `preference_accuracy` refuses.
     """
     pairs = domain.eval_pairs[: config.pairs]
     if not pairs and not domain.prompts:
@@ -177,13 +183,12 @@ def evaluate_policy(
         )
     numbers: dict[str, float] = {}
     for reduction in ("sum", "mean") if pairs else ():
-        found = preference_accuracy(
-            policy,
-            tokenizer,
-            pairs,
-            reduction=reduction,
-            batch_size=2 * config.batch_size,
-        )
+        try:
+            found = preference_accuracy(
+                policy, tokenizer, pairs, reduction=reduction, batch_size=2 * config.batch_size
+            )
+        except UserError as error:
+            raise UserError(f"domain {domain.name!r}, eval_pairs.jsonl: {error}") from None
         numbers[f"accuracy_{reduction}"] = found.accuracy
         numbers[f"pl_loss_{reduction}"] = found.loss
     rows: list[Row] = []

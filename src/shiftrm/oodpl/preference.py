@@ -11,6 +11,7 @@ from shiftrm.core.hypergradient import preference_margins
 from shiftrm.core.losses import TokenReduction
 from shiftrm.errors import UserError
 from shiftrm.files import Row
+from shiftrm.models.rope import context_limit
 from shiftrm.models.sampling import Sample
 from shiftrm.oodpl.batches import Encoder, Pair, outer_batch
 from shiftrm.policies.ppo_math import exact_token_kl
@@ -50,15 +51,14 @@ def preference_accuracy(
         batch_size: pairs in one pass; changes memory, not the result.
 
     Raises:
-        UserError: no pairs, or a row that is not a pair.
+        UserError: no pairs, a row that is not a pair or is longer than the policy's context, or
+            log-likelihoods that are not finite; names the pair by its number.
 
     Source: Jia, arXiv 2402.14760.
     """
     if not pairs:
         raise UserError("there are no preference pairs to measure the policy on")
-    encoder = Encoder(tokenizer)
-    rows = [pair if isinstance(pair, Pair) else encoder.pair(pair, 0) for pair in pairs]
-    tokens = [pair for pair in rows if pair is not None]
+    tokens = _tokens(policy, tokenizer, pairs)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     margins = torch.cat(
         [
@@ -70,11 +70,40 @@ def preference_accuracy(
             for start in range(0, len(tokens), batch_size)
         ]
     )
+    finite = torch.isfinite(margins)
+    if not bool(finite.all()):
+        raise UserError(
+            f"preference pair {int((~finite).nonzero()[0]) + 1}: the policy's log-likelihoods are "
+            "not finite, so it prefers neither side; the training that made it failed: lower its "
+            "learning rate, or use an earlier checkpoint"
+        )
     return PreferenceAccuracy(
         accuracy=float((margins > 0).double().mean()),
         loss=float(torch.nn.functional.softplus(-margins).mean()),
         pairs=len(tokens),
     )
+
+
+def _tokens(policy: Any, tokenizer: Any, pairs: Sequence[Row] | Sequence[Pair]) -> list[Pair]:
+    """Return the pairs as the policy reads them."""
+    limit = context_limit(policy.config)
+    encoder = Encoder(tokenizer, max_length=limit)
+    found: list[Pair] = []
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, Pair):
+            found.append(pair)
+            continue
+        try:
+            tokens = encoder.pair(pair, index)  # type: ignore[arg-type]  # a row
+        except UserError as error:
+            raise UserError(f"preference pair {index + 1}: {error}") from None
+        if tokens is None:
+            raise UserError(
+                f"preference pair {index + 1}: prompt and response have more tokens than the "
+                f"policy's context of {limit}; shorten or remove the pair"
+            )
+        found.append(tokens)
+    return found
 
 
 def sampled_kl(policy: Any, reference: Any, samples: Sequence[Sample]) -> float:

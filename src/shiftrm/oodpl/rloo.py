@@ -155,7 +155,7 @@ def _train(
             _arguments(config, policy, Path(folder)),
             reward_fn=reward,
             tokenizer=tokenizer,
-            train_dataset=Dataset.from_list([{"prompt": p} for p in prompts] * copies),
+            train_dataset=_table(list(prompts) * copies),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Reporting(reward, on_step))
@@ -163,6 +163,18 @@ def _train(
     policy.zero_grad(set_to_none=True)
     for model, own in zip((policy, reference), own_forwards, strict=True):
         _give_back(model, own)
+
+
+def _table(prompts: Sequence[Text]) -> Dataset:
+    """Return the prompts as a data set, which stores only their numbers.
+
+    A column of Arrow's cannot hold strings beside chats, nor lone surrogates.
+    """
+
+    def read(batch: dict[str, list[int]]) -> dict[str, list[Text]]:
+        return {"prompt": [prompts[number] for number in batch["number"]]}
+
+    return Dataset.from_dict({"number": list(range(len(prompts)))}).with_transform(read)
 
 
 def _arguments(config: RLOOSettings, policy: Any, folder: Path) -> RLOOConfig:

@@ -1,6 +1,7 @@
 """The implementation of `shiftrm meta-test`: resumable stages, two for each domain."""
 
 import copy
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.config import from_mapping
-from shiftrm.data.domains import Domain, load_domain, load_split
+from shiftrm.data.domains import Domain, load_domain
 from shiftrm.data.sources import fingerprint
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, printable
 from shiftrm.files import write_jsonl
+from shiftrm.models.finite import require_finite_weights
+from shiftrm.models.loading import checkpoint_fingerprint
 from shiftrm.models.sampling import load_policy
 from shiftrm.models.scoring import Scorer
 from shiftrm.oodpl.fine_tuning import FineTuningConfig, FineTuningLog
@@ -22,21 +25,36 @@ from shiftrm.oodpl.meta_test import (
     guide_by_weights,
 )
 from shiftrm.oodpl.rloo import RLOOLog, RLOOSettings, guide_by_rloo
-from shiftrm.pipeline.engine import RECORDS_FILE, Stage, StageContext, random_seed, run_stages
-from shiftrm.pipeline.folder import progress
+from shiftrm.pipeline.engine import (
+    RECORDS_FILE,
+    STAGE_FILE,
+    Stage,
+    StageContext,
+    random_seed,
+    run_stages,
+)
+from shiftrm.pipeline.folder import claim, progress
 from shiftrm.pipeline.jobs import Input, MetaTest, from_plain, plain
 from shiftrm.pipeline.launch import record_made
 from shiftrm.pipeline.meta_jobs import WAYS
+from shiftrm.pipeline.meta_test_checks import asked_domains, check_models, check_rows, is_gold
 from shiftrm.policies.ppo import StepLog
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.records import Record, Recorder, read_records, write_records
-from shiftrm.world.build_domains import WEIGHTS, read_table
+from shiftrm.world.build_domains import read_table
 from shiftrm.world.domain_gold import gold_of
 
 __all__ = ["MetaTestConfig", "measure_domain", "measure_stage", "meta_test"]
 
 GUIDED = ("weighted", "ppo", "rloo")
 """The ways that need a reward model."""
+
+FOLDER_README = """Made by `shiftrm meta-test`.
+
+DOMAIN/            policy/ made for the domain, responses.jsonl, records.jsonl, log.txt
+reference/DOMAIN/  the same measurements of the reference policy
+records.jsonl      the measurements of all domains
+"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,11 @@ class MetaTestConfig:
     rloo: RLOOSettings = field(default_factory=RLOOSettings)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        for section in (*GUIDED, "evaluation"):
+            if own := getattr(self, section).seed:
+                raise UserError(f"{section}.seed is {own}, but it follows from seed; set seed")
+
 
 def meta_test(
     job: MetaTest, output: Path, *, names: Sequence[str] | None = None, workers: int = 1
@@ -56,7 +79,8 @@ def meta_test(
     """Run a job for every held-out domain, after measuring the reference there.
 
     Writes `OUTPUT/<domain>/policy` and `responses.jsonl`, the same for the reference policy below
-    `OUTPUT/reference`, and `OUTPUT/records.jsonl`. The same call continues an interrupted one.
+    `OUTPUT/reference`, and `OUTPUT/records.jsonl`. The same call continues an interrupted one; one
+    for other domains adds these.
 
     Args:
         job: its `domain` is not read.
@@ -76,45 +100,71 @@ def meta_test(
         raise UserError("--reward goes with --way weighted, ppo and rloo, and not with plain")
     config = from_mapping(MetaTestConfig, dict(job.settings))
     folder = Path(str(job.domains))
-    if names is None:
-        names = [domain.name for domain in load_split(folder).held_out]
+    domains = asked_domains(folder, names)
+    batch_size = config.weighted.batch_size if job.way in ("weighted", "plain") else 0
+    for domain in domains:
+        check_rows(domain, folder, batch_size)
+    check_models(job, [domain.name for domain in domains])
     as_it_is = job.way == "none" and job.reference is None
     methods = ["reference"] if as_it_is else ["reference", job.way]
-    stages = []
-    for name in names:
-        domain = load_domain(folder / name, labelled=False)
-        _check_rows(domain, folder, job.way, config)
-        for method in methods:
-            one = replace(job, domain=name)
-            if method == "reference":
-                one = replace(one, way="none", policy=job.reference or job.policy, reference=None)
-            stages.append(
-                Stage(
-                    name if method != "reference" else f"reference/{name}",
-                    "shiftrm.pipeline.meta_test_run:measure_stage",
-                    {"data": fingerprint("", _read(domain))[:16], "job": plain(one)},
-                    record_as={"stage": f"evaluate/{name}", "method": method, "round": 0},
-                )
-            )
-    for path in (job.policy, job.reference, job.reward, job.judge):
-        found = path is None or Path(str(path)).is_dir() or _is_gold(path)
-        if not found and str(path).count("/") != 1:
-            raise UserError(f"{path}: no such folder; give a checkpoint folder or a hub name")
+    names = [domain.name for domain in domains]
+    claim(output, {"command": "meta-test"}, FOLDER_README)
+    made = _made(output)  # what is there stays in the plan, so that its records are kept
+    earlier = sorted({name.removeprefix("reference/") for name in made} - set(names))
+    domains += [load_domain(folder / name, labelled=False) for name in earlier]
+    stages = [
+        stage
+        for stage in _stages(job, domains, methods)
+        if stage.settings["job"]["domain"] in names or stage.name in made
+    ]
+    for name in sorted(made - {stage.name for stage in stages}):
+        raise UserError(f"{output}: {name} is of another meta-test; choose another --output")
     with progress(stages) as on_progress:
         run_stages(stages, output, seed=config.seed, workers=workers, on_progress=on_progress)
-    return _table(read_records(output / RECORDS_FILE), list(names), methods, output)
+    return _table(read_records(output / RECORDS_FILE), names, methods, output)
 
 
-def _check_rows(domain: Domain, folder: Path, way: str, config: MetaTestConfig) -> None:
-    if not domain.eval_pairs and not domain.prompts:
-        raise UserError(
-            f"{folder / domain.name}: neither eval_pairs.jsonl nor prompts.jsonl to measure on"
-        )
-    if way in ("weighted", "plain") and len(domain.support) < config.weighted.batch_size:
-        raise UserError(
-            f"domain {domain.name!r}: {len(domain.support)} fine-tuning rows, but a batch takes "
-            f"{config.weighted.batch_size}; set weighted.batch_size"
-        )
+def _made(output: Path) -> set[str]:
+    """Return the names of the stages that earlier calls have finished in this folder."""
+    found = [*output.glob(f"*/{STAGE_FILE}"), *output.glob(f"reference/*/{STAGE_FILE}")]
+    return {path.parent.relative_to(output).as_posix() for path in found}
+
+
+def _stages(job: MetaTest, domains: Sequence[Domain], methods: Sequence[str]) -> list[Stage]:
+    models = {path: _contents(path) for path in (job.policy, job.reference, job.reward, job.judge)}
+    stages = []
+    for domain in domains:
+        for method in methods:
+            one = replace(job, domain=domain.name)
+            if method == "reference":
+                one = replace(one, way="none", policy=job.reference or job.policy, reference=None)
+            settings = {
+                "data": fingerprint("", _read(domain))[:16],
+                "models": {
+                    option: models[getattr(one, option)][:16]
+                    for option in ("policy", "reference", "reward", "judge")
+                    if getattr(one, option) is not None
+                },
+                "job": plain(one),
+            }
+            stages.append(
+                Stage(
+                    domain.name if method != "reference" else f"reference/{domain.name}",
+                    "shiftrm.pipeline.meta_test_run:measure_stage",
+                    settings,
+                    record_as={"stage": f"evaluate/{domain.name}", "method": method, "round": 0},
+                )
+            )
+    return stages
+
+
+def _contents(path: Input | None) -> str:
+    """Return a hash of a checkpoint or a table of weights; "" for a name on the hub."""
+    if path is None:
+        return ""
+    if Path(str(path)).is_file():
+        return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest()
+    return checkpoint_fingerprint(str(path))
 
 
 def measure_stage(context: StageContext) -> None:
@@ -133,10 +183,13 @@ def measure_domain(job: MetaTest, out: Path) -> None:
     config = from_mapping(MetaTestConfig, dict(job.settings))
     domain = load_domain(Path(str(job.domains)) / job.domain, labelled=False)
     policy, tokenizer = load_policy(str(job.policy))
+    require_finite_weights(policy, str(job.policy))
     policy = to_accelerator(policy)
     reference = policy
     if job.reference is not None:
-        reference = to_accelerator(load_policy(str(job.reference))[0])
+        reference = load_policy(str(job.reference))[0]
+        require_finite_weights(reference, str(job.reference))
+        reference = to_accelerator(reference)
     elif job.way != "none":
         reference = copy.deepcopy(policy)
     reward, judge = _scorer(job.reward), _judge(job.judge, domain.name)
@@ -153,7 +206,7 @@ def measure_domain(job: MetaTest, out: Path) -> None:
     )
     for name, value in found.numbers.items():
         of_pairs = name.startswith(("accuracy", "pl_loss"))
-        metric = "gold_mean" if name == "judged" and _is_gold(job.judge) else name
+        metric = "gold_mean" if name == "judged" and is_gold(job.judge) else name
         recorder.add(metric, value, n=found.pairs if of_pairs else found.responses)
     if job.way != "none":
         policy.save_pretrained(out / "policy")
@@ -230,17 +283,14 @@ def _scorer(path: Input | None) -> Scorer | None:
     if path is None:
         return None
     scorer = Scorer.from_pretrained(str(path))
+    require_finite_weights(scorer.model, str(path))
     scorer.model = to_accelerator(scorer.model)
     return scorer
 
 
-def _is_gold(judge: Input | None) -> bool:
-    return judge is not None and Path(str(judge)).name == WEIGHTS
-
-
 def _judge(path: Input | None, domain: str) -> Any:
     """Return what judges: a reward model, or the domain's gold reward."""
-    if not _is_gold(path):
+    if not is_gold(path):
         return _scorer(path)
     one = gold_of(domain, read_table(Path(str(path)).parent))
 
@@ -261,11 +311,13 @@ def _table(
         for r in records
         if r.step is None
     }
-    lines = [f"{'domain':<20}{'policy':<12}" + "".join(f"{c:>9}" for c in columns.values())]
+    width = 2 + max(18, *(len(printable(name)) for name in names))
+    lines = [f"{'domain':<{width}}{'policy':<12}" + "".join(f"{c:>9}" for c in columns.values())]
     for name in names:
         for method in methods:
             values = [numbers.get((f"evaluate/{name}", method, c), math.nan) for c in columns]
             cells = ["-" if math.isnan(v) else f"{v:.3f}" for v in values]  # type: ignore[arg-type]
-            lines.append(f"{name:<20}{method:<12}" + "".join(f"{cell:>9}" for cell in cells))
+            start = f"{printable(name):<{width}}{method:<12}"
+            lines.append(start + "".join(f"{cell:>9}" for cell in cells))
     lines.append(f"Policies and responses: {output}/DOMAIN; numbers: {output / RECORDS_FILE}")
     return "\n".join(lines)
