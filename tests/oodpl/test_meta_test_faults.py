@@ -186,10 +186,16 @@ def test_refused_before_anything_is_written(shiftrm, folder, words, message):  #
     assert not (folder / "test").exists()
 
 
-@pytest.mark.parametrize("name", ["reference", "records.jsonl", "config.yaml", ".fishes"])
+@pytest.mark.parametrize("name", ["reference", "records.jsonl", "config.yaml"])
 def test_a_domain_called_as_the_output_folders_own_files(shiftrm, folder, name):  # noqa: F811
     rename(folder, "fishes", name)
     refused(shiftrm, GUIDED, f"a domain called {name!r} cannot be tested")
+    assert not (folder / "test").exists()
+
+
+def test_a_hidden_folder_is_no_domain(shiftrm, folder):  # noqa: F811
+    rename(folder, "fishes", ".fishes")
+    refused(shiftrm, GUIDED, "no held-out domain '.fishes'; known: birds, cats, dogs")
     assert not (folder / "test").exists()
 
 
