@@ -361,7 +361,7 @@ FOREIGN = "the tokenizer is not this model's: token "
         ([*TRAIN, "--config", "digits.yaml"], "digits.yaml: a number of more than 18 digits"),
         ([*TRAIN, "--config", "month.yaml"], "month.yaml: not valid YAML"),
         ([*DPO, "--policy", "small-embedding"], FOREIGN),
-        ([*META, "--model", "garbage"], "garbage or garbage: cannot be loaded"),
+        ([*META, "--model", "garbage"], "garbage: cannot be loaded as a reward model or a policy"),
         (["evaluate", "diversity", "groups.jsonl", "--embedder", "small-embedding"], FOREIGN),
         (["evaluate", "sheet", "--ours=", "--theirs=", "--output=o"], "the name of the data is"),
         (
