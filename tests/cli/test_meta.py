@@ -6,12 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shiftrm.data.domains import write_domains
 from shiftrm.files import read_jsonl
 from shiftrm.models.scoring import Scorer
-from shiftrm.oodpl.trainer import OODPLTrainer
 from shiftrm.records import read_records
-from tests.oodpl.domains import ANIMALS, make_domain
+from tests.oodpl.domains import interrupt_training, write_animals
 
 TRAIN = ["meta-train", "--model", "policy", "--domains", "domains", "--output", "out"]
 SMALL = ["max_steps=4", "support_batch_size=3", "query_batch_size=2", "inner_learning_rate=0.05"]
@@ -22,12 +20,7 @@ TEST += ["--output", "test", "evaluation.sampling.max_new_tokens=4"]
 @pytest.fixture
 def folder(files, reward_model, tokenizer):
     """Checkpoints, and four domains of which one is held out and one is watched."""
-    write_domains(
-        files / "domains",
-        [make_domain(name) for name in ANIMALS],
-        held_out=["fishes"],
-        validation=["birds"],
-    )
+    write_animals(files / "domains")
     reward_model.save_pretrained(files / "reward")
     tokenizer.save_pretrained(files / "reward")
     return files
@@ -58,15 +51,7 @@ def test_an_interrupted_meta_training_continues_to_the_same_weights(shiftrm, fol
     assert shiftrm(*TRAIN, *settings)[0] == 0
     straight = weights(folder / "out")
     shutil.rmtree(folder / "out")
-    ordinary, steps = OODPLTrainer.training_step, []
-
-    def interrupted(self, *rest):
-        steps.append(self.state.global_step)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        return ordinary(self, *rest)
-
-    monkeypatch.setattr(OODPLTrainer, "training_step", interrupted)
+    steps = interrupt_training(monkeypatch, at=3)
     status, said = shiftrm(*TRAIN, *settings)
     assert status == 130
     assert "give the same command again to continue" in said.err

@@ -5,12 +5,34 @@ from dataclasses import replace
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from shiftrm.data.domains import Domain, DomainSplit
+from shiftrm.data.domains import Domain, DomainSplit, write_domains
+from shiftrm.oodpl.trainer import OODPLTrainer
 from tests.conftest import llama_config
 from tests.core.oracle import in_fp64
 
 ANIMALS = {"cats": "cat", "dogs": "dog", "birds": "bird", "fishes": "fish"}
 COLOURS = ("red", "blue", "green")
+
+
+def write_animals(folder) -> None:
+    """Write all animals: two sources, one validation domain and one held out."""
+    write_domains(
+        folder, [make_domain(name) for name in ANIMALS], held_out=["fishes"], validation=["birds"]
+    )
+
+
+def interrupt_training(monkeypatch, *, at: int) -> list[int]:
+    """Interrupt meta-training once, at its step of this number; returns the steps it makes."""
+    ordinary, steps = OODPLTrainer.training_step, []
+
+    def interrupted(self, *rest):
+        steps.append(self.state.global_step)
+        if len(steps) == at:
+            raise KeyboardInterrupt
+        return ordinary(self, *rest)
+
+    monkeypatch.setattr(OODPLTrainer, "training_step", interrupted)
+    return steps
 
 
 def make_domain(name: str, *, rows: int = 8) -> Domain:

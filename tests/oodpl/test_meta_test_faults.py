@@ -13,7 +13,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shiftrm.data.domains import write_domains
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.oodpl.fine_tuning import FineTuningConfig, fine_tune
@@ -23,7 +22,7 @@ from shiftrm.records import read_records
 from shiftrm.world.domain_gold import HELD_OUT, TABLE
 from tests.cli.conftest import files, shiftrm  # noqa: F401 - fixtures
 from tests.conftest import llama_config
-from tests.oodpl.domains import ANIMALS, make_domain, make_models
+from tests.oodpl.domains import make_domain, make_models, write_animals
 
 TEST = ["meta-test", "--policy", "policy", "--domains", "domains", "--output", "test"]
 TEST += ["evaluation.sampling.max_new_tokens=3", "evaluation.responses_per_prompt=2"]
@@ -36,12 +35,7 @@ LONG = " small" * 80
 
 @pytest.fixture
 def folder(files, reward_model, tokenizer):  # noqa: F811
-    write_domains(
-        files / "domains",
-        [make_domain(name) for name in ANIMALS],
-        held_out=["fishes"],
-        validation=["birds"],
-    )
+    write_animals(files / "domains")
     reward_model.save_pretrained(files / "reward")
     tokenizer.save_pretrained(files / "reward")
     return files

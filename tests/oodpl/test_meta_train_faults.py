@@ -18,7 +18,7 @@ from shiftrm.oodpl.meta_config import OODPLConfig
 from shiftrm.oodpl.trainer import OODPLTrainer
 from shiftrm.world.build_domains import read_table
 from tests.conftest import llama_config
-from tests.oodpl.domains import ANIMALS, make_domain, make_split
+from tests.oodpl.domains import interrupt_training, make_domain, make_split, write_animals
 
 TRAIN = ["meta-train", "--model", "policy", "--domains", "domains", "--output", "out"]
 SMALL = ["max_steps=1", "support_batch_size=3", "query_batch_size=2", "inner_learning_rate=0.05"]
@@ -30,12 +30,7 @@ def folder(tmp_path, policy, tokenizer, monkeypatch):
     for name in ("policy", "otherref"):
         policy.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    write_domains(
-        tmp_path / "domains",
-        [make_domain(name) for name in ANIMALS],
-        held_out=["fishes"],
-        validation=["birds"],
-    )
+    write_animals(tmp_path / "domains")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -91,15 +86,7 @@ def test_an_interrupted_run_continues_only_with_the_same_inputs(run, folder, mon
         row["prompt"] = f"a large cat {'the ' * i}"
     write_jsonl("domains/cats/eval_pairs.jsonl", watched)
     write_jsonl("domains/cats/prompts.jsonl", [{"prompt": "a small small cat"}])
-    ordinary, steps = OODPLTrainer.training_step, []
-
-    def interrupted(self, *rest):
-        steps.append(self.state.global_step)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        return ordinary(self, *rest)
-
-    monkeypatch.setattr(OODPLTrainer, "training_step", interrupted)
+    steps = interrupt_training(monkeypatch, at=3)
     words = [*TRAIN, "--policy", "otherref", *SMALL, "max_steps=3", "save_steps=1"]
     assert run(*words, "beta=1", "micro_batch_size=2")[0] == 130
 

@@ -91,7 +91,7 @@ def load_split(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds one per domain")
-    names = sorted(p.parent.name for p in _in_domains(folder, FINETUNE))
+    names = domain_names(folder)
     if not names:
         raise UserError(f"{folder}: no domains; expected DOMAIN/{FINETUNE} in it")
     named = _read_splits(folder / SPLITS)
@@ -111,6 +111,11 @@ def load_split(
     check_batches(split, support_batch=support_batch, query_batch=query_batch)
     check_leaks(split)
     return split
+
+
+def domain_names(folder: Path) -> list[str]:
+    """Return the names of the folders that are domains, in order."""
+    return sorted(path.parent.name for path in _in_domains(folder, FINETUNE))
 
 
 def _in_domains(folder: Path, name: str) -> list[Path]:

@@ -130,6 +130,21 @@ def refuse_ensemble(path: str | Path) -> None:
         )
 
 
+def refuse_adapter(
+    path: str | Path, because: str = "which would stay as it is while the model is trained"
+) -> None:
+    """Refuse the folder of an adapter where a whole model is needed.
+
+    Raises:
+        UserError: it is one.
+    """
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: is an adapter, {because}; merge it into its model first (`shiftrm` writes "
+            "the merged one beside it)"
+        )
+
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence transformers' report on missing and unused weights."""

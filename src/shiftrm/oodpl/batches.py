@@ -5,9 +5,9 @@ reads the same text in the tokens of its own tokenizer, which may differ.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from shiftrm.core.hypergradient import OuterBatch
 from shiftrm.core.inner_loop import InnerBatch
@@ -58,6 +58,9 @@ class EncodedDomain:
     dropped: int = 0
 
 
+Item = TypeVar("Item")
+
+
 @dataclass(frozen=True)
 class Encoder:
     """The tokenizers of policy and reward model, and the maximum length for both.
@@ -101,6 +104,32 @@ class Encoder:
             for side in ("chosen", "rejected")
         ]
         return Pair(*sides) if all(self._fits(side.ids) for side in sides) else None
+
+    def every(
+        self, read: Callable[[Any, int], Item | None], rows: Sequence[Any], what: str
+    ) -> list[Item]:
+        """Return what `read` makes of all rows; none may be too long.
+
+        Args:
+            read: `example` or `pair`.
+            what: a row, in messages.
+
+        Raises:
+            UserError: a row that is too long or that `read` refuses; names it by its number.
+        """
+        found = []
+        for index, row in enumerate(rows):
+            try:
+                item = read(row, index)
+            except UserError as error:
+                raise UserError(f"{what} {index + 1}: {error}") from None
+            if item is None:
+                raise UserError(
+                    f"{what} {index + 1}: prompt and response have more tokens than the policy's "
+                    f"context of {self.max_length}; shorten or remove the {what.split()[-1]}"
+                )
+            found.append(item)
+        return found
 
     def domain(self, domain: Domain, *, query: bool, eval_pairs: bool) -> EncodedDomain:
         """Return the support rows and the requested pairs.

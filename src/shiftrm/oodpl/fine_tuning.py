@@ -19,7 +19,7 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
 from shiftrm.models.finite import broken_weight
 from shiftrm.models.rope import context_limit
-from shiftrm.oodpl.batches import Encoder, Tokens, sequences
+from shiftrm.oodpl.batches import Encoder, sequences
 from shiftrm.policies.ppo import RewardFunction
 
 __all__ = ["FineTuningConfig", "FineTuningLog", "fine_tune"]
@@ -103,7 +103,8 @@ def fine_tune(
             f"{len(support)} fine-tuning rows, but a batch takes {config.batch_size}; lower "
             "batch_size"
         )
-    tokens = _tokens(policy, tokenizer, support)
+    encoder = Encoder(tokenizer, max_length=context_limit(policy.config))
+    tokens = [e.policy for e in encoder.every(encoder.example, support, "fine-tuning row")]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     device = next(policy.parameters()).device
     rewards = torch.tensor(support_rewards(reward_fn, support), device=device)
@@ -140,25 +141,6 @@ def fine_tune(
             "learning_rate"
         )
     return logs
-
-
-def _tokens(policy: Any, tokenizer: Any, support: Sequence[Row]) -> list[Tokens]:
-    """Return the rows as the policy reads them."""
-    limit = context_limit(policy.config)
-    encoder = Encoder(tokenizer, max_length=limit)
-    found = []
-    for index, row in enumerate(support):
-        try:
-            example = encoder.example(row, index)
-        except UserError as error:
-            raise UserError(f"fine-tuning row {index + 1}: {error}") from None
-        if example is None:
-            raise UserError(
-                f"fine-tuning row {index + 1}: prompt and response have more tokens than the "
-                f"policy's context of {limit}; shorten or remove the row"
-            )
-        found.append(example.policy)
-    return found
 
 
 def support_rewards(reward_fn: RewardFunction | None, support: Sequence[Row]) -> list[float]:

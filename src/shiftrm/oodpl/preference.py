@@ -86,24 +86,12 @@ def preference_accuracy(
 
 def _tokens(policy: Any, tokenizer: Any, pairs: Sequence[Row] | Sequence[Pair]) -> list[Pair]:
     """Return the pairs as the policy reads them."""
-    limit = context_limit(policy.config)
-    encoder = Encoder(tokenizer, max_length=limit)
-    found: list[Pair] = []
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, Pair):
-            found.append(pair)
-            continue
-        try:
-            tokens = encoder.pair(pair, index)  # type: ignore[arg-type]  # a row
-        except UserError as error:
-            raise UserError(f"preference pair {index + 1}: {error}") from None
-        if tokens is None:
-            raise UserError(
-                f"preference pair {index + 1}: prompt and response have more tokens than the "
-                f"policy's context of {limit}; shorten or remove the pair"
-            )
-        found.append(tokens)
-    return found
+    encoder = Encoder(tokenizer, max_length=context_limit(policy.config))
+
+    def read(pair: Any, index: int) -> Pair | None:
+        return pair if isinstance(pair, Pair) else encoder.pair(pair, index)
+
+    return encoder.every(read, pairs, "preference pair")
 
 
 def sampled_kl(policy: Any, reference: Any, samples: Sequence[Sample]) -> float:

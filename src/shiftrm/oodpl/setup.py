@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -15,6 +14,7 @@ from shiftrm.models.loading import (
     check_vocabulary,
     explain_loading,
     load_reward_model,
+    refuse_adapter,
     refuse_ensemble,
 )
 from shiftrm.models.rewards import find_head, model_config
@@ -68,11 +68,7 @@ def _refuse_parts(path: str) -> None:
         UserError: says what to give instead.
     """
     refuse_ensemble(path)
-    if (Path(path) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path}: is an adapter, which would stay as it is while the model is trained; merge "
-            "it into its model first (`shiftrm` writes the merged one beside it)"
-        )
+    refuse_adapter(path)
 
 
 def reward_model_of(model: Any, tokenizer: Any, seed: int) -> tuple[Any, Any]:

@@ -5,15 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from shiftrm.data.domains import (
-    FINETUNE,
     Domain,
     DomainSplit,
     check_leaks,
+    domain_names,
     load_domain,
     load_split,
 )
 from shiftrm.errors import UserError, suggest
-from shiftrm.models.loading import explain_loading
+from shiftrm.models.loading import explain_loading, refuse_adapter
 from shiftrm.pipeline.engine import RECORDS_FILE
 from shiftrm.pipeline.folder import CONFIG_FILE
 from shiftrm.pipeline.jobs import Input, MetaTest
@@ -24,8 +24,6 @@ from shiftrm.world.domain_gold import gold_of
 
 __all__ = ["asked_domains", "check_models", "check_rows", "is_gold"]
 
-ADAPTER = "adapter_config.json"
-
 TAKEN = ("reference", RECORDS_FILE, CONFIG_FILE, "README.txt")
 """What the output folder holds besides the domains' folders."""
 
@@ -35,7 +33,7 @@ def asked_domains(folder: Path, names: Sequence[str] | None) -> list[Domain]:
     if names is None:
         found = list(load_split(folder).held_out)
     else:
-        known = sorted(p.parent.name for p in folder.glob(f"*/{FINETUNE}"))
+        known = domain_names(folder)
         if not names:
             raise UserError("--only names no domain; name one, or leave it out for the held-out")
         for place, name in enumerate(names):
@@ -48,7 +46,7 @@ def asked_domains(folder: Path, names: Sequence[str] | None) -> list[Domain]:
         trained = [replace(domain, eval_pairs=(), prompts=()) for domain in domains.values()]
         check_leaks(DomainSplit(source=tuple(trained), held_out=tuple(found)))
     for domain in found:
-        if domain.name in TAKEN or domain.name.startswith("."):
+        if domain.name in TAKEN:
             raise UserError(
                 f"{folder}: a domain called {domain.name!r} cannot be tested, because a meta-test "
                 "keeps its own files under such a name; rename its folder"
@@ -75,11 +73,7 @@ def check_models(job: MetaTest, domains: Sequence[str]) -> None:
         if (path := getattr(job, option)) is not None:
             check_policy(str(path), f"--{option}")
             _require_there(str(path), f"--{option}")
-            if (Path(str(path)) / ADAPTER).is_file():
-                raise UserError(
-                    f"{path}: is an adapter, and --{option} takes a whole model; merge it into its "
-                    "model first (`shiftrm` writes the merged one beside it)"
-                )
+            refuse_adapter(str(path), f"and --{option} takes a whole model")
     if job.reference is not None:
         _require_one_vocabulary(str(job.policy), str(job.reference))
     for option in ("reward", "judge"):

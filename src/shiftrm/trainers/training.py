@@ -22,7 +22,12 @@ from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.loading import checkpoint_fingerprint, refuse_ensemble, refuse_gguf
+from shiftrm.models.loading import (
+    checkpoint_fingerprint,
+    refuse_adapter,
+    refuse_ensemble,
+    refuse_gguf,
+)
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.kinds import MODELS, ORDINARY, Training, pairs_only
 from shiftrm.trainers.machine import explain_out_of_memory
@@ -222,11 +227,7 @@ def begin(
     chosen = resolve(settings, config, work=work, command_name=command_name, **judging)
     require_checkpoint(model)
     refuse_ensemble(model)
-    if (Path(model) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{model}: is an adapter, which would stay as it is while the model is trained; merge "
-            "it into its model first (`shiftrm` writes the merged one beside it)"
-        )
+    refuse_adapter(model)
     template = getattr(chosen.args, "chat_template_path", None)
     if template is not None and not (Path(template).exists() or exists(template)):
         raise UserError(f"chat_template_path={template}: no such file or folder")
