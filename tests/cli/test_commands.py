@@ -1,6 +1,9 @@
 """sample, train and score on a user's files: real models, and one line for every mistake."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaForSequenceClassification,
@@ -260,9 +263,17 @@ def test_a_group_file_that_is_there(scoring, shiftrm):
     options = ["--max-new-tokens", "4", "--responses", "2"]
     assert shiftrm(*SAMPLE, *options)[0] == 0
     content = (scoring / "o.jsonl").read_bytes()
-    status, output = shiftrm(*SAMPLE, *options, "--policy", "nowhere")
+    status, output = shiftrm(*SAMPLE, *options)
     assert (status, "o.jsonl: already there, 2 groups" in output.out) == (0, True)
     assert "left as it is" in output.out
+    shutil.copytree("policy", "moved")
+    weights = load_file("moved/model.safetensors")
+    weights["model.norm.weight"] += 0.01
+    save_file(weights, "moved/model.safetensors", {"format": "pt"})
+    for other in (["--policy", "moved"], ["--temperature", "0.5"], ["--seed", "1"]):
+        status, output = shiftrm(*SAMPLE, *options, *other)
+        assert status == 2
+        assert "o.jsonl: already there with groups of another policy, or sampled" in output.err
     status, output = shiftrm(*SAMPLE, *options, "--responses", "3")
     assert (status, "already there with groups of 2 responses, not 3" in output.err) == (2, True)
     write_jsonl("prompts.jsonl", [{"prompt": "the red"}])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from shiftrm.errors import UserError
@@ -79,6 +79,28 @@ def test_another_run_in_the_work_folder_is_refused(shiftrm, stopping, files):
     status, output = shiftrm(*TRAIN, "--output", "out", *SETTINGS)
     assert (status, "(data.groups.sha256: " in output.err) == (2, True)
     assert sorted(WORK.rglob("*")) == kept
+
+
+def test_a_base_model_that_changed_in_place_is_refused(shiftrm, stopping):
+    """A LoRA checkpoint is worth nothing on another base; a full one would hide the change."""
+    lora = ["use_peft=true", "lora_r=2"]
+    stopping(4, KeyboardInterrupt())
+    assert shiftrm(*TRAIN, "--output", "out", *SETTINGS, *lora)[0] == 130
+    stopping(None)
+    template = Path("policy/chat_template.jinja")
+    before, written = weights("policy"), template.read_text()
+    moved = load_file("policy/model.safetensors")
+    moved["model.norm.weight"] += 0.01
+    save_file(moved, "policy/model.safetensors", {"format": "pt"})
+    status, output = shiftrm(*TRAIN, "--output", "out", *SETTINGS, *lora)
+    assert (status, "other settings or data (model_files: " in output.err) == (2, True), output.err
+    Path("policy/model.safetensors").write_bytes(before)
+    template.write_text(written + " ")
+    status, output = shiftrm(*TRAIN, "--output", "out", *SETTINGS, *lora)
+    assert (status, "other settings or data (model_files: " in output.err) == (2, True), output.err
+    template.write_text(written)
+    status, output = shiftrm(*TRAIN, "--output", "out", *SETTINGS, *lora)
+    assert (status, "Continuing from" in output.out) == (0, True), output.err
 
 
 def test_the_same_settings_in_other_words_continue(shiftrm, stopping):

@@ -164,7 +164,7 @@ def test_adapt_hands_over_what_a_method_uses(tmp_path):
             fit(takes, start, **given)
 
 
-def test_a_checkpoints_fingerprint_is_of_weights_and_configuration(tmp_path):
+def test_a_checkpoints_fingerprint_is_of_weights_configuration_and_tokenizer(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -172,6 +172,14 @@ def test_a_checkpoints_fingerprint_is_of_weights_and_configuration(tmp_path):
         (tmp_path / name / "README.md").write_text(name)
     one, two, other = (checkpoint_fingerprint(tmp_path / name) for name in "abc")
     assert one == two != other
+    seen = {one}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt",
+                 "vocab.json", "spiece.model", "generation_config.json"):  # fmt: skip
+        (tmp_path / "a" / name).write_text(name)
+        seen.add(checkpoint_fingerprint(tmp_path / "a"))
+    assert len(seen) == 8
+    (tmp_path / "a" / "training_log.jsonl").write_text("{}")
+    assert checkpoint_fingerprint(tmp_path / "a") in seen
     assert checkpoint_fingerprint("owner/name") == ""
 
 
@@ -199,7 +207,7 @@ def test_models_reach_the_trainer_the_card_and_the_record(own_methods, tmp_path,
     assert records[0]["data"]["policy"] == {"source": "sft", "sha256": sha[:16]}
     card = Path("out/README.md").read_text()
     assert f"| reward | `sft` | - | `{sha}` |" in card
-    assert "of a model that of its configuration and weights" in card
+    assert "of a model that of its configuration, tokenizer and weights" in card
     TrainReward("sft", "pairs.jsonl", settings=settings).run(Path("plain"))
     assert list(records[1]["data"]) == ["pairs"]
     assert "of a model that of" not in Path("plain/README.md").read_text()

@@ -1,6 +1,7 @@
 """Sampling: seeds decide everything, files resume, the distribution is the one asked for."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from transformers import GenerationConfig
 
 from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
-from shiftrm.files import read_jsonl
+from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models import sampling
+from shiftrm.models.group_files import SAMPLING
 from shiftrm.models.rendering import encode_prompt
 from shiftrm.models.sampling import Draws, SamplingConfig, generate, sample_groups, sample_rows
 
@@ -140,7 +142,9 @@ def test_rows_are_batches_with_a_seed_each(policy, tokenizer):
 def test_group_file_and_rows_agree(policy, tokenizer, tmp_path):
     draws = Draws(CONFIG, 2, batch_size=2, seed=3)
     path = sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", draws)
-    assert read_jsonl(path) == sample_rows(policy, tokenizer, PROMPTS, draws)
+    rows = read_jsonl(path)
+    assert len({row.pop(SAMPLING) for row in rows}) == 1
+    assert rows == sample_rows(policy, tokenizer, PROMPTS, draws)
 
 
 def test_rows_of_one_response_or_no_prompts(policy, tokenizer):
@@ -227,9 +231,49 @@ def test_line_separators_in_responses_survive_resuming(policy, tokenizer, tmp_pa
 )
 def test_a_partial_file_that_is_none_is_refused(policy, tokenizer, tmp_path, content):
     (tmp_path / "g.jsonl.partial").write_bytes(content)
-    with pytest.raises(UserError, match="begun with other prompts or settings"):
+    with pytest.raises(
+        UserError, match="begun with another policy, other prompts or other settings"
+    ):
         sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", Draws(CONFIG))
     assert (tmp_path / "g.jsonl.partial").read_bytes() == content
+
+
+def test_groups_of_another_policy_are_neither_continued_nor_taken_for_todays(
+    policy, tokenizer, tmp_path
+):
+    """The same prompts and settings, into the same file, after the policy has moved."""
+    moved = copy.deepcopy(policy)
+    with torch.no_grad():
+        moved.model.norm.weight += 0.01
+    path, draws = tmp_path / "g.jsonl", Draws(CONFIG, 2, batch_size=2)
+
+    class Killed(Exception):
+        pass
+
+    def kill(done, _total):
+        raise Killed
+
+    with pytest.raises(Killed):
+        sample_groups(policy, tokenizer, PROMPTS, path, draws, progress=kill)
+    partial = tmp_path / "g.jsonl.partial"
+    begun = partial.read_bytes()
+    with pytest.raises(UserError, match="begun with another policy"):
+        sample_groups(moved, tokenizer, PROMPTS, path, draws)
+    assert partial.read_bytes() == begun
+    sample_groups(copy.deepcopy(policy), tokenizer, PROMPTS, path, draws)
+    finished = path.read_bytes()
+    for other, its_draws in (
+        (moved, draws),
+        (policy, dataclasses.replace(draws, seed=1)),
+        (policy, dataclasses.replace(draws, config=SamplingConfig(max_new_tokens=5))),
+    ):
+        with pytest.raises(UserError, match="already there with groups of another policy, or sam"):
+            sample_groups(other, tokenizer, PROMPTS, path, its_draws)
+    assert path.read_bytes() == finished
+    rows = read_jsonl(path)
+    write_jsonl(path, [{k: v for k, v in row.items() if k != SAMPLING} for row in rows])
+    sample_groups(moved, tokenizer, PROMPTS, path, draws)  # from elsewhere: nothing says whose
+    assert SAMPLING not in read_jsonl(path)[0]
 
 
 def test_a_group_file_that_is_there(policy, tokenizer, tmp_path):

@@ -211,7 +211,9 @@ def test_an_interrupted_file_resumes_to_the_same_result(
     assert len(fake.bodies) - before == 5 - (lines_left - 1)
     partial.write_bytes(b'{"settings": "other"}\n')
     (tmp_path / "resumed.jsonl").unlink()
-    with pytest.raises(UserError, match="begun with other prompts or settings"):
+    with pytest.raises(
+        UserError, match="begun with another policy, other prompts or other settings"
+    ):
         write("resumed.jsonl")
 
 

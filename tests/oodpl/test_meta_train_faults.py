@@ -91,7 +91,7 @@ def test_an_interrupted_run_continues_only_with_the_same_inputs(run, folder, mon
     assert run(*words, "beta=1", "micro_batch_size=2")[0] == 130
 
     for change, differs in (
-        (other_policy, "weights.policy"),
+        (other_policy, "files.policy"),
         (lambda: name_splits(source=["dogs", "cats"]), "data.source: ['cats', 'dogs'] ->"),
         (moved_rows, "data.rows.cats.pairs.jsonl"),
     ):

@@ -265,6 +265,8 @@ def test_bf16_autocast_trains(make_trainer):
         ({"last_steps": 3}, "last_steps is 3; it must be at most inner_steps, 2"),
         ({"per_device_train_batch_size": 4}, "set support_batch_size"),
         ({"gradient_accumulation_steps": 2}, "set domains_per_step"),
+        ({"num_train_epochs": 1}, "num_train_epochs: training takes max_steps steps"),
+        ({"label_names": ["margin"]}, "label_names: tasks have no label columns"),
         ({"mixture": 3, "query_batch_size": 2}, "mixture is 3, but query_batch_size is 2"),
         ({"torch_compile": True}, "torch_compile=True: gradients are taken through hooks"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: the bilevel losses have none"),

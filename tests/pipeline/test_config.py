@@ -1,6 +1,7 @@
 """Bad recipes and changed ones: one line that names the setting, before anything is written."""
 
 import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -150,6 +151,25 @@ def test_how_it_is_run_may_change(claimed, word):
 def test_anything_else_may_not(claimed, word, said):
     with pytest.raises(engine.UserError, match=said):
         claimed(word)
+
+
+def test_what_it_reads_may_not_change(claimed, world):
+    """Finished stages were made from the old pairs, so going on would mix two data sets."""
+    with pytest.raises(_Stopped):
+        claimed()
+    [pairs] = {s["source"] for k, s in recipe(world)["data"].items() if k == "pairs"}
+    before = Path(pairs).read_bytes()
+    Path(pairs).write_bytes(before + before.splitlines(keepends=True)[-1])
+    try:
+        with pytest.raises(engine.UserError, match=r"made from has changed since \(data\.pairs\)"):
+            claimed()
+    finally:
+        Path(pairs).write_bytes(before)
+    with pytest.raises(_Stopped):
+        claimed()
+    Path("out/inputs.json").unlink()  # as earlier versions left it
+    with pytest.raises(_Stopped):
+        claimed()
 
 
 def test_another_folder_is_not_taken(world, tmp_path, capsys):

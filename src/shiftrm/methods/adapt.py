@@ -28,6 +28,7 @@ from shiftrm.measure.diagnosis.findings import (
 )
 from shiftrm.measure.sight import PAIRS
 from shiftrm.methods.inputs import adaptable, with_models
+from shiftrm.models.loading import checkpoint_fingerprint
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import (
     Draws,
@@ -248,7 +249,12 @@ def _record(
     sampling = None
     if samples is not None:
         [prompts] = [data.sha256[:16] for data in job.data if data.name == "prompts"]
-        sampling = {**asdict(samples), "seed": job.chosen.args.seed, "prompts_sha256": prompts}
+        sampling = {
+            **asdict(samples),
+            "policy_files": checkpoint_fingerprint(samples.policy)[:16],
+            "seed": job.chosen.args.seed,
+            "prompts_sha256": prompts,
+        }
     return {"holdout": None if eval_groups else share, "sampling": sampling}
 
 

@@ -1,6 +1,7 @@
 """Writes group files during sampling: begin, resume, finish, or find a finished file.
 
-An unfinished file is called `PATH.partial`; its first line holds a hash of the sampling settings.
+An unfinished file is called `PATH.partial`; its first line holds a hash of policy and settings.
+Every row holds it, too, so that a finished file is not taken for one of another policy.
 """
 
 import hashlib
@@ -14,12 +15,21 @@ from shiftrm.files import Row, atomic_write_text, iterate_jsonl, json_line, writ
 from shiftrm.models.rendering import Text
 from shiftrm.models.responses import check_group
 
+SAMPLING = "sampling"
+"""The column with the `sampling_key` that a row was sampled with."""
 
-def holds_groups(path: str | Path, prompts: Sequence[Text], *, num_responses: int) -> bool:
-    """Return whether the file exists and holds groups of these prompts and this size.
 
-    Sampling settings such as temperature are not compared: a finished group file does not record
-    them.
+def sampling_key(settings: list[Any]) -> str:
+    """Return a hash of JSON data that determines groups."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def holds_groups(
+    path: str | Path, prompts: Sequence[Text], *, num_responses: int, key: str
+) -> bool:
+    """Return whether the file exists and holds groups of these prompts, this size and this key.
+
+    Rows without a key, which other programs and earlier versions write, fit every key.
 
     Raises:
         UserError: the path holds something else.
@@ -39,6 +49,8 @@ def holds_groups(path: str | Path, prompts: Sequence[Text], *, num_responses: in
         found = f"groups of {min(sizes - {num_responses})} responses, not {num_responses}"
     elif [row["prompt"] for row in rows] != list(prompts):
         found = "groups of other prompts"
+    elif {row.get(SAMPLING, key) for row in rows} != {key}:
+        found = "groups of another policy, or sampled with other settings"
     else:
         return True
     raise UserError(f"{path}: already there with {found}; delete it or choose another output")
@@ -48,7 +60,7 @@ def write_groups(
     path: Path,
     batches: Callable[[int], Iterator[list[Row]]],
     *,
-    settings: list[Any],
+    key: str,
     total: int,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
@@ -57,21 +69,20 @@ def write_groups(
 
     Args:
         batches: takes the number of groups already written and yields the remaining batches.
-        settings: JSON data that determines the groups.
+        key: the `sampling_key`; written into every row.
         total: total number of groups.
         batch_size: groups per batch; a resumed call keeps only whole batches.
         progress: called with (groups done, total) after every batch.
 
     Raises:
-        UserError: a partial file was begun with other settings.
+        UserError: a partial file was begun with another key.
     """
     partial = path.with_name(path.name + ".partial")
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     done = _begin_or_resume(partial, {"settings": key}, batch_size)
     try:
         with open(partial, "ab") as handle:
             for rows in batches(done):
-                handle.write("".join(map(json_line, rows)).encode())
+                handle.write("".join(json_line({**row, SAMPLING: key}) for row in rows).encode())
                 handle.flush()
                 done += len(rows)
                 if progress:
@@ -98,7 +109,8 @@ def _begin_or_resume(partial: Path, header: Row, batch_size: int) -> int:
     *lines, _cut_off = partial.read_bytes().split(b"\n")
     if not lines or lines[0] + b"\n" != json_line(header).encode():
         raise UserError(
-            f"{partial}: begun with other prompts or settings; delete it, or repeat the old ones"
+            f"{partial}: begun with another policy, other prompts or other settings; delete it, or "
+            "repeat the old ones"
         )
     done = (len(lines) - 1) // batch_size * batch_size
     with open(partial, "r+b") as handle:

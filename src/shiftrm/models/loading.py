@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shiftrm.errors import UserError
 from shiftrm.models.rewards import find_head, score_head
@@ -65,10 +65,27 @@ def is_ensemble(path: str | Path) -> bool:
         return False
 
 
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "laplace.json",
+    "*.safetensors",
+    "*.bin",
+    "tokenizer*",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+"""What decides how a checkpoint reads a text and answers it: weights, settings and tokenizer."""
+
+
 def checkpoint_fingerprint(path: str | Path) -> str:
-    """Return a SHA-256 of a checkpoint folder's configuration and weights; "" for a hub name."""
+    """Return a SHA-256 of a checkpoint folder's `CHECKPOINT_FILES`; "" for a hub name."""
     folder = Path(path)
-    ends = ["config.json", "laplace.json", "*.safetensors", "*.bin"]
+    ends = list(CHECKPOINT_FILES)
     if is_ensemble(path):
         ends = [ENSEMBLE, *(f"*/{end}" for end in ends)]
     names = [name for end in ends for name in folder.glob(end)]
@@ -80,6 +97,19 @@ def checkpoint_fingerprint(path: str | Path) -> str:
             digest.update(
                 f"{name.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}".encode()
             )
+    return digest.hexdigest()
+
+
+VALUES_COMPARED = 64
+"""Leading values of each parameter that tell a loaded model from another."""
+
+
+def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 of names, shapes and `VALUES_COMPARED` leading values of parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in named:
+        head = parameter.detach().flatten()[:VALUES_COMPARED].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + head.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -20,7 +20,8 @@ from shiftrm.models.generation import (
     padding_token,
     remember_stop_tokens,
 )
-from shiftrm.models.group_files import holds_groups, write_groups
+from shiftrm.models.group_files import holds_groups, sampling_key, write_groups
+from shiftrm.models.loading import weights_digest
 from shiftrm.models.rendering import (
     Text,
     check_text,
@@ -151,10 +152,18 @@ class Sampler:
         """Return the number of rows in a batch of `batches`."""
         return draws.batch_size
 
-    def settings(self, prompts: Sequence[Text], draws: Draws) -> list[Any]:
-        """Return the JSON data that determines the rows."""
-        K = draws.num_responses
-        return [list(prompts), asdict(draws.config), K, draws.batch_size, draws.seed]
+    def settings(self, draws: Draws) -> list[Any]:
+        """Return the JSON data that, with the prompts, determines the rows: policy and draws."""
+        raise NotImplementedError
+
+    def holds(self, prompts: Sequence[Text], path: str | Path, draws: Draws) -> bool:
+        """Return whether `write` would find its groups in the file and do nothing.
+
+        Raises:
+            UserError: as `sample_groups`.
+        """
+        key = self._key(prompts, self._encoded(prompts, draws), draws)
+        return holds_groups(path, prompts, num_responses=draws.num_responses, key=key)
 
     def rows(self, prompts: Sequence[Text], draws: Draws) -> list[Row]:
         """Do `sample_rows`."""
@@ -172,17 +181,21 @@ class Sampler:
         path = Path(path)
         if not prompts:
             raise UserError("there are no prompts to sample for")
-        if holds_groups(path, prompts, num_responses=draws.num_responses):
-            return path
         encoded = self._encoded(prompts, draws)
+        key = self._key(prompts, encoded, draws)
+        if holds_groups(path, prompts, num_responses=draws.num_responses, key=key):
+            return path
         return write_groups(
             path,
             lambda done: self.batches(prompts, encoded, draws, done),
-            settings=self.settings(prompts, draws),
+            key=key,
             total=len(prompts),
             batch_size=self.batch_size(draws),
             progress=progress,
         )
+
+    def _key(self, prompts: Sequence[Text], encoded: Sequence[list[int]], draws: Draws) -> str:
+        return sampling_key([*self.settings(draws), list(prompts), list(encoded)])
 
     def _encoded(self, prompts: Sequence[Text], draws: Draws) -> list[list[int]]:
         room = draws.config.max_new_tokens
@@ -195,6 +208,11 @@ class PolicySampler(Sampler):
     The order of the prompts decides their draws, so batches are not ordered by length; `generate`
     reads short and long prompts of a batch apart where that saves padding.
     """
+
+    def settings(self, draws: Draws) -> list[Any]:
+        policy = weights_digest(self.model.named_parameters())
+        K = draws.num_responses
+        return [policy, asdict(draws.config), K, draws.batch_size, draws.seed]
 
     def batches(
         self, prompts: Sequence[Text], encoded: Sequence[list[int]], draws: Draws, first: int
@@ -245,7 +263,8 @@ def sample_groups(
     random seed, so a resumed file equals one written without interruption.
 
     Args:
-        path: the group file to write. If it already holds groups of these prompts, nothing is done.
+        path: the group file to write. If it already holds groups of these prompts, this policy and
+            these draws, nothing is done.
         progress: called with (groups done, total groups) after every batch.
 
     Raises:

@@ -16,6 +16,7 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, encodable
 from shiftrm.models.endpoint import Endpoint, EndpointConfig
 from shiftrm.models.endpoint_format import Completion
+from shiftrm.models.loading import checkpoint_fingerprint
 from shiftrm.models.rendering import Text, pin_template, stop_token_ids
 from shiftrm.models.responses import IDS, PROMPT_IDS, TOKENIZER
 from shiftrm.models.sampling import (
@@ -113,8 +114,8 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def policy_limits(path: str | Path) -> Any:
-    """Return what `encode_prompts` needs of the policy, without its weights, so that lengths are
-    checked before a server is started.
+    """Return what `encode_prompts` and `Sampler.holds` need of the policy, without its weights, so
+    that lengths and the output are checked before a server is started.
 
     Raises:
         UserError: there is no model configuration.
@@ -122,7 +123,7 @@ def policy_limits(path: str | Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return SimpleNamespace(config=AutoConfig.from_pretrained(str(path)))
+        return SimpleNamespace(config=AutoConfig.from_pretrained(str(path)), model=str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a model folder ({str(error).splitlines()[0]})") from None
 
@@ -161,9 +162,10 @@ class ServerSampler(Sampler):
     def batch_size(self, draws: Draws) -> int:
         return 1
 
-    def settings(self, prompts: Sequence[Text], draws: Draws) -> list[Any]:
+    def settings(self, draws: Draws) -> list[Any]:
+        policy = checkpoint_fingerprint(self.tokenizer.name_or_path or "unknown")
         config, K = asdict(draws.config), draws.num_responses
-        return ["vllm", self.model.model, list(prompts), config, K, draws.seed]
+        return ["vllm", self.model.model, policy, config, K, draws.seed]
 
 
 def sample_rows_vllm(

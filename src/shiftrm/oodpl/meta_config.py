@@ -10,7 +10,14 @@ from shiftrm.core.hypergradient import Curvature
 from shiftrm.core.losses import TokenReduction
 from shiftrm.errors import UserError, suggest
 
-__all__ = ["OODPLConfig"]
+__all__ = ["IDLE", "OODPLConfig"]
+
+IDLE = {
+    "num_train_epochs": "training takes max_steps steps; set those",
+    "label_names": "tasks have no label columns; leave it out",
+    "parallelism_config": "OODPL trains under DDP or on one process; leave it out",
+}
+"""Settings of transformers that training would not use, or could not, and what to do instead."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -106,6 +113,9 @@ class OODPLConfig(TrainingArguments):
                 "torch_compile=True: gradients are taken through hooks, which torch.compile does "
                 "not run; leave it out"
             )
+        for name, instead in IDLE.items():
+            if getattr(self, name) != getattr(TrainingArguments, name, None):
+                raise UserError(f"{name}: {instead}")
         for name in ("label_smoothing_factor", "neftune_noise_alpha"):
             if getattr(self, name, None):
                 raise UserError(f"{name}: the bilevel losses have none; leave it out")

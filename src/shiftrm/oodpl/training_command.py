@@ -16,7 +16,7 @@ from shiftrm.data.domains import EVAL_PAIRS, FINETUNE, PAIRS, Domain, DomainSpli
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError, suggest
 from shiftrm.models.loading import checkpoint_fingerprint
-from shiftrm.oodpl.meta_config import OODPLConfig
+from shiftrm.oodpl.meta_config import IDLE, OODPLConfig
 from shiftrm.oodpl.trainer import OODPLTrainer
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.one_model import write_model
@@ -26,13 +26,6 @@ from shiftrm.trainers.training import require_checkpoint
 from shiftrm.trainers.training_log import write_training_log
 
 __all__ = ["meta_train", "settings_of"]
-
-IDLE = {
-    "num_train_epochs": "training takes max_steps steps; set those",
-    "label_names": "tasks have no label columns; leave it out",
-    "parallelism_config": "OODPL trains under DDP or on one process; leave it out",
-}
-"""Settings of transformers that training would not use, or could not, and what to do instead."""
 
 
 def meta_train(
@@ -172,7 +165,7 @@ def _record(model: str, policy: str, chosen: Settings, split: DomainSplit) -> di
     sums = {name: checkpoint_fingerprint(name)[:16] for name in {model, policy}}
     return {
         **{role: os.path.normpath(name) for role, name in models.items()},
-        "weights": {role: sums[name] for role, name in models.items()},
+        "files": {role: sums[name] for role, name in models.items()},
         "settings": chosen.identity(),
         "data": {
             "source": [domain.name for domain in split.source],

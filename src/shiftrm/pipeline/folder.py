@@ -1,5 +1,6 @@
 """The folder of a run: claiming it for one configuration, and showing progress."""
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,17 @@ __all__ = ["CONFIG_FILE", "claim", "progress"]
 
 CONFIG_FILE = "config.yaml"
 
+INPUTS_FILE = "inputs.json"
+"""Hashes of the files and models that the run reads, by setting."""
+
 
 def claim(
-    output: Path, settings: Mapping[str, Any], readme: str, *, free: Sequence[str] = ()
+    output: Path,
+    settings: Mapping[str, Any],
+    readme: str,
+    *,
+    free: Sequence[str] = (),
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Write the configuration, or check that the folder was made with the same one.
 
@@ -30,9 +39,11 @@ def claim(
         settings: the whole configuration as plain data.
         readme: text that explains the folder.
         free: settings that may differ between calls, as "a" or "a.b".
+        inputs: a hash of what the run reads, by setting. Folders of earlier versions hold none.
 
     Raises:
-        UserError: the folder belongs to another configuration, or is not a run's.
+        UserError: the folder belongs to another configuration, its inputs have changed since, or
+            it is not a run's.
     """
     path = output / CONFIG_FILE
     if path.exists():
@@ -44,11 +55,28 @@ def claim(
                 f"{output}: made with another configuration ({'; '.join(changed[:3])}{more}); "
                 "choose another --output, or delete this folder"
             )
+        _check_inputs(output, inputs or {})
         return
     if output.exists() and (not output.is_dir() or any(map(_is_foreign, output.iterdir()))):
         raise UserError(f"{output}: not empty and not a run's folder; choose another --output")
     atomic_write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))  # first: it claims
+    if inputs:
+        atomic_write_text(output / INPUTS_FILE, json.dumps(inputs, indent=1))
     atomic_write_text(output / "README.txt", readme)
+
+
+def _check_inputs(output: Path, inputs: Mapping[str, str]) -> None:
+    try:
+        old = json.loads((output / INPUTS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{output / INPUTS_FILE}: broken; choose another --output") from None
+    if changed := [name for name, found in inputs.items() if old.get(name, found) != found]:
+        raise UserError(
+            f"{output}: what it was made from has changed since ({', '.join(changed)}); choose "
+            "another --output, or delete this folder"
+        )
 
 
 def _without(settings: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:

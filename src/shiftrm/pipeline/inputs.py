@@ -1,16 +1,18 @@
 """Checks, before anything runs, of the files and models that a recipe names."""
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
 from shiftrm.config import from_mapping
 from shiftrm.data.named import COMMON, FORMATS
 from shiftrm.errors import UserError, suggest
+from shiftrm.models.loading import checkpoint_fingerprint
 from shiftrm.pipeline.data_sets import place_of
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.sections import Source
 
-__all__ = ["KINDS", "check_data", "check_judge", "check_models"]
+__all__ = ["KINDS", "check_data", "check_judge", "check_models", "input_hashes"]
 
 KINDS = {
     "demonstrations": "demonstrations",
@@ -98,3 +100,40 @@ def _named(setting: str, check) -> None:  # type: ignore[no-untyped-def]
         check()
     except UserError as error:
         raise UserError(f"{setting}: {error}") from None
+
+
+def input_hashes(recipe: Experiment, output: Path) -> dict[str, str]:
+    """Return a hash of every local file, data folder and model that the recipe names, by setting.
+
+    A repeated run compares them: its finished stages were made from these contents. A folder that
+    also holds the run's output is left out.
+    """
+    named = {
+        "model": recipe.model,
+        "chat_template": recipe.chat_template,
+        "evaluation.gold": recipe.evaluation.gold,
+        "judge.model": recipe.judge.model if recipe.judge.kind == "reward-model" else None,
+    }
+    for name in KINDS if recipe.data is not None else ():
+        source = getattr(recipe.data, name)
+        if source is not None:
+            named[f"data.{name}"] = place_of(asdict(source)).partition(":")[0]
+    paths = {setting: Path(value) for setting, value in named.items() if value is not None}
+    return {
+        setting: _content_hash(path)
+        for setting, path in paths.items()
+        if path.is_file() or (path.is_dir() and path.resolve() not in output.resolve().parents)
+    }
+
+
+def _content_hash(path: Path) -> str:
+    """Return 16 digits of a hash of a file, of a checkpoint, or of all files of a folder."""
+    if path.is_dir() and (found := checkpoint_fingerprint(path)):
+        return found[:16]
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        with open(file, "rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(path.parent)} {found}".encode())
+    return digest.hexdigest()[:16]

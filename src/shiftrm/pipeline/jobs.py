@@ -219,19 +219,17 @@ class Sample:
 
     def run(self, output: Path, *, bar: Bar = task) -> str:
         from shiftrm.data.prompts import read_prompts
-        from shiftrm.models.group_files import holds_groups
 
         names, prompts = read_prompts(str(self.prompts))
-        if holds_groups(output, prompts, num_responses=self.responses):
-            return (
-                f"{output}: already there, {len(prompts)} groups of {self.responses} responses to "
-                "these prompts; left as it is, whatever settings it was sampled with"
-            )
+        there = output.exists()
         if self.server or self.vllm:
             self._by_vllm(output, names, prompts, bar)
         else:
             self._here(output, names, prompts, bar)
-        return f"{len(prompts)} groups of {self.responses} responses: {output}"
+        groups = f"{len(prompts)} groups of {self.responses} responses"
+        return (
+            f"{output}: already there, {groups}; left as it is" if there else f"{groups}: {output}"
+        )
 
     def _here(self, output: Path, names: list[str], prompts: list[Any], bar: Bar) -> None:
         from shiftrm.data.prompts import warn_of_joined_ends
@@ -261,6 +259,8 @@ class Sample:
             find_vllm()
             limits = sampling_vllm.policy_limits(policy)
             encode_prompts(limits, tokenizer, prompts, room=room, names=names)
+            if sampling_vllm.ServerSampler(limits, tokenizer).holds(prompts, output, self._draws()):
+                return
             log = output.with_name(output.name + ".vllm.log")
             serving = vllm_server(policy, log=log, arguments=list(self.vllm_arguments))
         else:

@@ -20,7 +20,7 @@ from shiftrm.pipeline.estimate import Estimate, estimate, judging_cost
 from shiftrm.pipeline.experiment import Experiment, arms_by_name
 from shiftrm.pipeline.external import command_notes
 from shiftrm.pipeline.folder import claim, progress
-from shiftrm.pipeline.inputs import KINDS, check_data, check_judge, check_models
+from shiftrm.pipeline.inputs import KINDS, check_data, check_judge, check_models, input_hashes
 from shiftrm.pipeline.job_checks import check_job, job_of, settings_of
 from shiftrm.pipeline.jobs import External
 from shiftrm.pipeline.memory import MEMORY_NOTE
@@ -39,6 +39,7 @@ FOLDER_README = """This folder holds one run of iterative RLHF (shiftrm run).
 report.html     what happened, in words and pictures; open it in a browser
 records.jsonl   every measured number; the page is made from this file alone
 config.yaml     every setting of the run
+inputs.json     hashes of the files and models that it reads
 data/           what the run reads: pairs, prompts, demonstrations, held-out sets; dropped.jsonl
                 lists the rows that were left out and why. In the gold world: world/, the language
                 with its base model, and the prompts of every stage
@@ -152,7 +153,8 @@ def run_recipe(recipe: Experiment, output: Path) -> None:
     check_inputs(recipe)
     for line in notes(recipe):
         print(line, file=sys.stderr, flush=True)
-    claim(output, to_mapping(recipe), FOLDER_README, free=FREE)
+    inputs = input_hashes(recipe, output)
+    claim(output, to_mapping(recipe), FOLDER_README, free=FREE, inputs=inputs)
     with progress(stages) as on_progress:
         run_stages(
             stages,

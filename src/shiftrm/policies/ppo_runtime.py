@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from shiftrm.config import differences, to_mapping
 from shiftrm.errors import UserError
 from shiftrm.files import replace_directory
+from shiftrm.models.loading import weights_digest
 from shiftrm.models.rendering import Text
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.trainers.work_folder import MARK, is_disk_full, last_checkpoint
@@ -170,9 +171,6 @@ MAY_CHANGE = (
 Another forward_batch_size changes the draws from then on.
 """
 
-VALUES_COMPARED = 64
-"""Leading values of each frozen parameter that identify the models of a checkpoint."""
-
 
 def describe(
     config: PPOConfig, prompts: Sequence[Text], frozen: Iterable[tuple[str, Tensor]]
@@ -186,14 +184,10 @@ def describe(
     for name in ("advantage", "reward_shaping"):  # older checkpoints do not have them
         if settings[name] == getattr(PPOConfig, name):
             del settings[name]
-    digest = hashlib.sha256()
-    for name, parameter in frozen:
-        head = parameter.detach().flatten()[:VALUES_COMPARED].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + head.numpy().tobytes())
     return {
         "settings": settings,
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-        "frozen_models": digest.hexdigest(),
+        "frozen_models": weights_digest(frozen),
     }
 
 

@@ -40,7 +40,7 @@ class ServedModel:
 
     Attributes:
         name: last part of its path.
-        version: `name@hash`, equal for equal configuration and weights.
+        version: `name@hash`, equal for equal configuration, tokenizer and weights.
         folder: the path that was loaded, with links resolved.
         limit: maximum tokens of a sequence; None without one.
         obstacle: why responses to one prompt do not share it; None if they do.

@@ -106,7 +106,7 @@ class TrainedModel:
                 [d.cells() for d in self.data],
             ),
             "SHA-256 is the file's; of a folder or a hub data set it is that of the rows"
-            f"{', of a model that of its configuration and weights' if models else ''}.",
+            f"{', of a model that of its configuration, tokenizer and weights' if models else ''}.",
             "## Settings",
             f"Those that differ from the defaults{defaults}:",
             markdown_table(("setting", "value"), [(k, f"`{v}`") for k, v in self.settings.items()]),

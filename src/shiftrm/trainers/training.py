@@ -276,6 +276,7 @@ def _run_record(job: TrainingJob) -> dict[str, Any]:
     """Return the entries that must match to resume an interrupted run."""
     record: dict[str, Any] = {
         "model": job.model,
+        "model_files": checkpoint_fingerprint(job.model)[:16],
         "settings": job.chosen.identity(),
         "data": {d.name: {"source": d.source, "sha256": d.sha256[:16]} for d in job.data},
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
