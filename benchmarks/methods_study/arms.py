@@ -1,7 +1,7 @@
 """The arms of the study, with the settings that were chosen on seeds of their own.
 
 Every arm starts from the same policy of the same first round, with the same pairs, the same draws
-of the head and the same prompts for PPO. `TRIED` lists every setting that was tried to choose them.
+of the head and the same prompts for PPO. `CANDIDATES` are the settings that were tried beside them.
 """
 
 import enum
@@ -73,9 +73,9 @@ ARMS: dict[str, StudyArm] = {
     "contrast_log_sigmoid": StudyArm(
         _contrast("contrast", policy=LOG_SIGMOID), "contrast + log-sigmoid", Kind.COMBINATION
     ),
-    "contrast_all_log_sigmoid": StudyArm(
+    "contrast_all_25_log_sigmoid": StudyArm(
         _contrast("contrast_all", policy=LOG_SIGMOID),
-        "contrast, four kinds + log-sigmoid",
+        "contrast 25 %, four kinds + log-sigmoid",
         Kind.COMBINATION,
     ),
     "contrast_75_log_sigmoid": StudyArm(
@@ -91,6 +91,16 @@ ARMS: dict[str, StudyArm] = {
     "contrast_both_75_log_sigmoid": StudyArm(
         _contrast("contrast_all", LOG_SIGMOID, contrast_source="both", **_share(0.75)),
         "contrast 75 %, policy and pairs + log-sigmoid",
+        Kind.COMBINATION,
+    ),
+    "contrast_75_reset": StudyArm(
+        Arm(
+            "contrast_all",
+            settings=_share(0.75),
+            policy_settings={**LOG_SIGMOID, "kl_target": RESET_KL},
+            reference_reset=True,
+        ),
+        "contrast 75 %, four kinds + log-sigmoid, KL to the round's first policy",
         Kind.COMBINATION,
     ),
     "log_sigmoid": StudyArm(Arm("log_sigmoid"), "log-sigmoid shaping", Kind.LABEL_FREE),
@@ -130,6 +140,7 @@ ARMS: dict[str, StudyArm] = {
     "metarm_scale_free": StudyArm(
         Arm("metarm_scale_free"), "MetaRM, step of length 0.5", Kind.LABEL_FREE
     ),
+    "metarm_adaptive": StudyArm(Arm("metarm_adaptive"), "MetaRM, step by Adam", Kind.LABEL_FREE),
     "metarm_exact": StudyArm(Arm("metarm_exact"), "MetaRM, exact gradient", Kind.LABEL_FREE),
     "metarm_random": StudyArm(
         Arm("metarm_random"), "MetaRM by effect in a random direction", Kind.CONTROL

@@ -1,23 +1,16 @@
 """The study as a picture and as the tables of `docs/methods.md`."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from shiftrm.measure.sight import Prediction, predicts
-from shiftrm.records import Record
-
 from .arms import ARMS, CANDIDATES, Kind
-from .plan import START
+from .cells import Cell, Study, capital, interval, mean, number_text, p_text, wins
+from .goal import goal_table
 from .results import SECONDS, Result
-from .statistics import Paired, at_target, holm, paired, pooled_slope
-
-CHOOSING = (100, 101, 102, 103)
-"""Seeds on which settings were chosen; none of them is reported in the comparison."""
-
-SHARING = ("log_sigmoid", "par", "clip", "reference_reset")
-"""Arms whose reward model is that of `retrained`."""
+from .sight import sight_table, truth_table
+from .statistics import Paired, holm, paired
 
 AFTERWARDS = {("adverts", "contrast_both_75_log_sigmoid")}
 """World and arm: run only after the other arms of that world had been seen."""
@@ -27,6 +20,11 @@ CLOSER = (
     ("contrast_75_same_steps", "log_sigmoid"),
     ("contrast_75_log_sigmoid", "log_sigmoid"),
     ("contrast_log_sigmoid", "log_sigmoid"),
+    ("contrast_75_log_sigmoid", "fresh_labels"),
+    ("contrast_75_log_sigmoid", "active_100"),
+    ("fresh_labels_log_sigmoid", "log_sigmoid"),
+    ("contrast_75_log_sigmoid", "fresh_labels_log_sigmoid"),
+    ("contrast_75_log_sigmoid", "laplace_log_sigmoid"),
 )
 """Pairs of arms that differ from each other in less than from `retrained`."""
 
@@ -40,60 +38,6 @@ COLOURS = {
 
 COLUMNS = 2
 """Panels beside each other in the picture."""
-
-WORLD_NAMES = {"": "", "adverts": "second world, "}
-"""How a world is called in headings."""
-
-Measure = Callable[[Result], float]
-
-
-class Study:
-    """The reported results of one world, by KL target and round."""
-
-    def __init__(self, results: Sequence[Result], world: str, *, chosen_on: bool = False) -> None:
-        self.world = world
-        self.results = [
-            r for r in results if r.world == world and (r.seed in CHOOSING) == chosen_on
-        ]
-
-    def cell(self, kl: float, number: int) -> "Cell":
-        return Cell([r for r in self.results if r.kl_target == kl and r.round == number], kl)
-
-    def __iter__(self) -> Iterator[tuple[float, int, "Cell"]]:
-        """Yield the cells that have at least two arms, in order of KL and round."""
-        for kl, number in sorted({(r.kl_target, r.round) for r in self.results}):
-            cell = self.cell(kl, number)
-            if len(cell.arms) > 1:
-                yield kl, number, cell
-
-    def title(self, kl: float, number: int) -> str:
-        return _capital(f"{WORLD_NAMES.get(self.world, self.world)}KL {kl:g}, round {number}")
-
-
-class Cell:
-    """All arms and seeds at one KL target and round."""
-
-    def __init__(self, results: Sequence[Result], kl: float) -> None:
-        self.results, self.kl = list(results), kl
-        present = {r.arm for r in results}
-        self.arms = [name for name in ARMS if name in present]
-        self.arms += sorted(present - set(self.arms) - {START})
-        points = [(r.arm, r.kl, r.gold) for r in results if r.arm != "gold"]
-        self.slope = pooled_slope(points)
-
-    def values(self, arm: str, measure: Measure) -> dict[int, float]:
-        return {r.seed: measure(r) for r in self.results if r.arm == arm}
-
-    def gold(self, arm: str) -> dict[int, float]:
-        return self.values(arm, lambda r: r.gold)
-
-    def adjusted(self, arm: str) -> dict[int, float]:
-        return self.values(arm, lambda r: at_target(r.gold, r.kl, self.kl, self.slope))
-
-    def number(self, arm: str, name: str) -> float:
-        """Return the mean over seeds of a number of the evaluation; NaN if it is not there."""
-        found = [r.numbers[name] for r in self.results if r.arm == arm and name in r.numbers]
-        return sum(found) / len(found) if found else math.nan
 
 
 def comparison_table(cell: Cell) -> str:
@@ -125,21 +69,21 @@ def comparison_table(cell: Cell) -> str:
                 [
                     about.label if about else arm,
                     str(len(gold)),
-                    f"{_mean(gold.values()):.2f}",
-                    f"{_mean(cell.values(arm, lambda r: r.kl).values()):.1f}",
-                    _interval(own),
-                    _p(p_of.get(arm, math.nan)),
-                    _wins(own),
-                    _interval(equal.get(arm)),
-                    _p(equal_p.get(arm, math.nan)),
-                    _interval(evaluated if own else None),
-                    _interval(fixed if arm != "fixed" else None),
-                    _wins(fixed if arm != "fixed" else None),
-                    _number(fixed.worst if arm != "fixed" else math.nan, "+.2f"),
-                    _number(cell.number(arm, "accuracy_policy_before"), ".3f"),
-                    _number(cell.number(arm, "rank_policy_before"), ".2f"),
+                    f"{mean(gold.values()):.2f}",
+                    f"{mean(cell.values(arm, lambda r: r.kl).values()):.1f}",
+                    interval(own),
+                    p_text(p_of.get(arm, math.nan)),
+                    wins(own),
+                    interval(equal.get(arm)),
+                    p_text(equal_p.get(arm, math.nan)),
+                    interval(evaluated if own else None),
+                    interval(fixed if arm != "fixed" else None),
+                    wins(fixed if arm != "fixed" else None),
+                    number_text(fixed.worst if arm != "fixed" else math.nan, "+.2f"),
+                    number_text(cell.number(arm, "accuracy_policy_before"), ".3f"),
+                    number_text(cell.number(arm, "rank_policy_before"), ".2f"),
                     str(about.labels or "") if about else "",
-                    _number(cell.number(arm, SECONDS), ".0f"),
+                    number_text(cell.number(arm, SECONDS), ".0f"),
                 ]
             )
             + " |"
@@ -154,8 +98,8 @@ def closer_table(cell: Cell) -> str:
         if one in cell.arms and other in cell.arms:
             raw = paired(cell.gold(one), cell.gold(other))
             equal = paired(cell.adjusted(one), cell.adjusted(other))
-            cells = [ARMS[one].label, ARMS[other].label, _interval(raw), _wins(raw)]
-            lines.append("| " + " | ".join([*cells, _interval(equal)]) + " |")
+            cells = [ARMS[one].label, ARMS[other].label, interval(raw), wins(raw)]
+            lines.append("| " + " | ".join([*cells, interval(equal)]) + " |")
     head = ["| arm | minus | gold (95 %) | wins | at equal KL |", "|---|---|---|---|---|"]
     return "\n".join([*head, *lines]) if lines else ""
 
@@ -222,10 +166,10 @@ def tried_table(study: Study) -> str:
                 f"{kl:g}, round {number}",
                 about.label if about else arm,
                 str(len(gold)),
-                f"{_mean(gold.values()):.2f}",
-                f"{_mean(cell.values(arm, lambda r: r.kl).values()):.1f}",
-                "" if arm == "retrained" else _interval(found),
-                _number(cell.number(arm, "accuracy_policy_before"), ".3f"),
+                f"{mean(gold.values()):.2f}",
+                f"{mean(cell.values(arm, lambda r: r.kl).values()):.1f}",
+                "" if arm == "retrained" else interval(found),
+                number_text(cell.number(arm, "accuracy_policy_before"), ".3f"),
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -253,9 +197,9 @@ def answer(study: Study) -> str:
         sentences.append(
             f"- **{study.title(kl, number)}, {most} seeds**: of the methods without labels, "
             f"*{ARMS[best].label}* {'(run after the others were seen) ' if later else ''}"
-            f"ends highest, {_interval(against[best])} gold above retraining "
-            f"({_interval(equal)} at equal KL) "
-            f"and {_interval(fixed)} above the fixed reward model{_shaping_alone(cell, best)}. "
+            f"ends highest, {interval(against[best])} gold above retraining "
+            f"({interval(equal)} at equal KL) "
+            f"and {interval(fixed)} above the fixed reward model{_shaping_alone(cell, best)}. "
             f"{_others(against)}{_way_to_gold(against, best)}"
         )
     return "\n".join(sentences)
@@ -266,7 +210,7 @@ def _shaping_alone(cell: Cell, arm: str) -> str:
     if ARMS[arm].kind is not Kind.COMBINATION or "log_sigmoid" not in cell.arms:
         return ""
     found = paired(cell.gold(arm), cell.gold("log_sigmoid"))
-    return f", and {_interval(found)} above log-sigmoid shaping alone"
+    return f", and {interval(found)} above log-sigmoid shaping alone"
 
 
 def _way_to_gold(against: Mapping[str, Paired], arm: str) -> str:
@@ -278,38 +222,8 @@ def _way_to_gold(against: Mapping[str, Paired], arm: str) -> str:
 
 def _others(against: Mapping[str, Paired]) -> str:
     named = {"gold": "gold itself as the reward", "fresh_labels": "300 fresh labels"}
-    found = [f"{words} {_interval(against[arm])}" for arm, words in named.items() if arm in against]
+    found = [f"{words} {interval(against[arm])}" for arm, words in named.items() if arm in against]
     return f"Against retraining, {' and '.join(found)}." if found else ""
-
-
-def sight_table(study: Study) -> str:
-    """Return how each sight test ranks the reward models, against what labels would say.
-
-    Every reward model (seed, arm, round, KL target) is one point; intervals resample seeds. Arms
-    that share a reward model count once. The second rows leave out arms that were trained on pairs
-    like those of the tests.
-    """
-    alone = [r for r in study.results if r.arm not in ("gold", START, *SHARING)]
-    lines = [
-        "| sight test | reward models | accuracy on policy pairs | rank correlation with gold "
-        "| models | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label, results in (
-        ("all", alone),
-        ("not trained on such pairs", [r for r in alone if not r.arm.startswith("contrast")]),
-    ):
-        records = [
-            Record("evaluate", f"{r.arm} {r.kl_target:g}", r.round, name, value, seed=r.seed)
-            for r in results
-            for name, value in r.numbers.items()
-            if name.startswith(("sight_", "accuracy_policy_", "rank_policy_"))
-        ]
-        ranks = {p.kind: p for p in predicts(records, when="before", target="rank_policy")}
-        for one in predicts(records, when="before"):
-            cells = [one.kind, label, _rho(one), _rho(ranks[one.kind]), str(one.n), str(one.seeds)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def means_table(cell: Cell, beginning: str, ending: str = "", form: str = ".2f") -> str:
@@ -330,7 +244,7 @@ def means_table(cell: Cell, beginning: str, ending: str = "", form: str = ".2f")
         return ""
     lines = ["| arm | " + " | ".join(short) + " |", "|---" * (len(names) + 1) + "|"]
     for arm in cell.arms:
-        values = [_number(cell.number(arm, name), form) for name in names]
+        values = [number_text(cell.number(arm, name), form) for name in names]
         if any(values):
             label = ARMS[arm].label if arm in ARMS else arm
             lines.append(f"| {label} | " + " | ".join(values) + " |")
@@ -341,6 +255,8 @@ def pages(results: Sequence[Result]) -> dict[str, str]:
     """Return the generated parts of docs/methods.md by the name of their block."""
     first, second = studies(results)
     found = {
+        "goal": goal_table(first, second),
+        "truth": truth_table((first, second)),
         "answer": "\n".join(filter(None, (answer(first), answer(second)))),
         "comparison": _by_cell(first, comparison_table),
         "second": _by_cell(second, comparison_table)
@@ -365,41 +281,4 @@ def studies(results: Sequence[Result]) -> tuple[Study, Study]:
 
 def _by_cell(study: Study, table: Callable[[Cell], str], what: str = "") -> str:
     found = [(what + study.title(kl, number), table(cell)) for kl, number, cell in study]
-    return "\n\n".join(f"**{_capital(title)}**\n\n{text}" for title, text in found if text)
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
-def _mean(values: object) -> float:
-    found = list(values)  # type: ignore[call-overload]
-    return sum(found) / len(found) if found else math.nan
-
-
-def _number(value: float, form: str) -> str:
-    return "" if math.isnan(value) else format(value, form)
-
-
-def _rho(found: Prediction) -> str:
-    if found.rho is None or found.low is None or found.high is None:
-        return "" if found.rho is None else f"{found.rho:+.2f}"
-    return f"{found.rho:+.2f} ({found.low:+.2f}, {found.high:+.2f})"
-
-
-def _interval(found: Paired | None) -> str:
-    if found is None or not found.n:
-        return ""
-    if math.isnan(found.low):
-        return f"{found.mean:+.2f}"
-    return f"{found.mean:+.2f} ({found.low:+.2f}, {found.high:+.2f})"
-
-
-def _wins(found: Paired | None) -> str:
-    return "" if found is None or not found.n else f"{found.wins}/{found.n}"
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return "< .001" if value < 0.001 else f"{value:.3f}".lstrip("0")
+    return "\n\n".join(f"**{capital(title)}**\n\n{text}" for title, text in found if text)

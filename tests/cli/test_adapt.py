@@ -196,10 +196,29 @@ def test_a_method_from_outside_the_package(shiftrm, monkeypatch):
         ("metrm", "unknown method 'metrm'; did you mean 'metarm'?"),
         ("fixed", "keeps the reward model as it is"),
         ("fresh_labels", "needs new labels"),
+        ("active_labels", "needs new labels"),
+        ("gold", "is the gold world's own reward"),
     ],
 )
 def test_methods_that_cannot_adapt_are_refused(shiftrm, method, message):
     refused(shiftrm, [*GROUPS, "--method", method], message)
+
+
+@pytest.mark.parametrize(
+    ("method", "left"),
+    [
+        ("log_sigmoid", "give `shiftrm optimise ppo` reward_shaping=log_sigmoid"),
+        ("reference_reset", "the round's first policy as --reference"),
+        ("retrained", None),
+    ],
+)
+def test_what_a_method_leaves_to_the_policys_training_is_said(shiftrm, method, left):
+    status, output = shiftrm(
+        *BASE, "--groups", "many.jsonl", "--method", method, "max_steps=1", "learning_rate=1e-3"
+    )
+    assert status == 0, output.err
+    assert (left is not None) == ("also concerns the policy's training" in output.out)
+    assert left is None or left in output.out
 
 
 def test_the_policy_is_sampled(shiftrm):

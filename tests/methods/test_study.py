@@ -230,6 +230,45 @@ def test_sight_tests_are_ranked_against_accuracy():
     assert [row.split("|")[5].strip() for row in rows] == ["16", "8"]  # par shares retrained's
 
 
+def test_the_goal_is_read_clause_by_clause():
+    golds = {"retrained": 3.0, "fixed": 3.1, "gold": 5.0, "contrast_75_log_sigmoid": 4.0}
+    noise = (0.01, -0.01, 0.02, 0.0)
+    results = [
+        _result(
+            arm, s, gold + s + (noise[s] if arm.startswith("contrast") else 0.0), kl=12.0 + move
+        )
+        for arm, gold in golds.items()
+        for s in range(4)
+        for move in (s * 0.5 - 0.75 - (2.0 if arm.startswith("contrast") else 0.0),)
+    ]
+    results += [replace(r, round=3, kl=12.0) for r in results]
+    rows = [line.split(" | ") for line in pages(results)["goal"].splitlines()[2:]]
+    said = {row[0].removeprefix("| "): row[1:] for row in rows}
+    # Gold rises by 1 a seed and the KL by 0.5: a slope of about 2, so that two nats are worth 4.
+    assert said["KL 12: at least +0.8 over retrained"][1] == "yes |"
+    [above] = [row for name, row in said.items() if "nine of ten" in name]
+    assert above == ["4 of 4; worst +0.89", "no |"]  # four wins are not nine
+    half = said["KL 12: half of the distance to gold after three rounds"]
+    assert half == ["50 %; 50 % if its gain is taken at equal KL", "yes |"]
+    assert said["KL 6: half of the distance to gold after three rounds"] == ["not run", " |"]
+    low = [replace(r, gold=3.7 + r.seed) if r.arm.startswith("contrast") else r for r in results]
+    low = [replace(r, kl=12.0 + 0.5 * r.seed - 0.75) for r in low]
+    assert "| KL 12: at least +0.8 over retrained | +0.70" in pages(low)["goal"]
+    assert pages(low)["goal"].splitlines()[2].endswith("| no |")
+
+
+def test_how_true_made_pairs_are_is_what_gold_says_of_them():
+    results = [
+        _result(arm, s, 3.0, numbers={"sight_cut_before": share + 0.1 * s})
+        for arm, share in (("gold", 0.5), ("retrained", 0.9))
+        for s in range(3)
+    ]
+    [row] = pages(results)["truth"].splitlines()[2:]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "KL 12", "", "", "0.60 (0.50 to 0.70)", "", "3",
+    ]  # fmt: skip
+
+
 def test_the_picture_has_a_panel_per_cell():
     results = [_result(arm, s, 3.0, kl_target=kl) for arm in ("retrained", "contrast", "fixed")
                for s in range(3) for kl in (6.0, 12.0)]  # fmt: skip

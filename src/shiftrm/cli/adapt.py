@@ -109,6 +109,7 @@ class Options(RewardOptions):
 def run(options: Options) -> None:
     output = result_folder(options)  # before the slow imports
     from shiftrm.methods.adapt import Request, adapt
+    from shiftrm.methods.inputs import policy_note
     from shiftrm.report.adaptation import PAGE, write_before_after
 
     only_on_terminals()
@@ -119,6 +120,8 @@ def run(options: Options) -> None:
     if found is not None:
         show_tables(found.findings)
         print(f"{found.summary}\nPage: {output / PAGE}")
+        if note := policy_note(options.method):
+            print(note)
 
 
 def _samples(options: Options) -> Any:

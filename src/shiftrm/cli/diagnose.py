@@ -21,7 +21,7 @@ A file holds groups {"prompt", "responses", "finished"?}, as `shiftrm sample` wr
 labelled pairs {"prompt"?, "chosen", "rejected"}. The first file is the reference (such as samples
 of the SFT policy); the next ones are compared with it (such as samples of the current policy). Only
 labels can show that a model sees; without them the verdict is about spread. Sight tests need no
-labels: they ask how often the model prefers a response to one that is worse for certain, such as a
+labels: they ask how often the model prefers a response to one that is presumably worse, such as a
 response to another prompt.
 """
 
@@ -52,7 +52,7 @@ class Options:
     batch_size: int = option("N", default=64, least=1)
     sight_pairs: int = option(
         "N",
-        "pairs of each sight test: a response against one that is worse for certain; 0: no tests",
+        "pairs of each sight test: a response against one that is presumably worse; 0: no tests",
         default=500,
         least=0,
     )

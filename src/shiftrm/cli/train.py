@@ -52,4 +52,8 @@ class Options(RewardOptions):
 
 
 def run(options: Options) -> None:
+    from shiftrm.methods.inputs import policy_note
+
     run_job("TrainReward", options, adaptation=options.method)
+    if options.method is not None and (note := policy_note(options.method)):
+        print(note)

@@ -1,9 +1,11 @@
-"""Ways to make a response worse for certain, without labels.
+"""Ways to make a response that is presumably worse, without labels.
 
-Each way takes an answer of the policy and makes a response that is worse under the same prompt,
-whatever the labels would say: the answer to another prompt, or the answer itself with a fault.
-"For certain" holds for ordinary prompts and text, not for every one: measure it where a true reward
-is known. To add a way, register a `Negative` here, or give `package.module:attribute` as its name.
+Each way takes an answer of the policy and makes a response that should be worse under the same
+prompt: the answer to another prompt, or the answer itself with a fault. That holds for most prompts
+and texts, not for all. The better half of an answer that goes on too long may be the first one, so
+that cutting it is no fault. Measure it where a true reward is known (docs/methods.md).
+
+To add a way, register a `Negative` here, or give `package.module:attribute` as its name.
 
 Answers to other prompts are the "non-contextual" negatives of RRM (Liu et al., arXiv 2409.13156),
 who draw them from labelled pairs.
@@ -199,7 +201,8 @@ for _name, _negative in {
         "the response cut off in the middle",
         "finished responses of six words or more",
         "A number near or below 0.5 means that the reward does not see whether an answer is "
-        "complete; a policy can stop anywhere.",
+        "complete; a policy can stop anywhere. It may be right if the answers go on for too long: "
+        "read some.",
         cut,
         finished_only=True,
         matched=False,

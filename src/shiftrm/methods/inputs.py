@@ -14,6 +14,11 @@ R = TypeVar("R", bound=TrainingRequest)
 def adaptable(name: str) -> tuple[Method, Training]:
     """Return the method and its classes; refuse one that cannot adapt to unlabelled groups."""
     method = METHODS.get(name)
+    if "gold" in method.needs:
+        raise UserError(
+            f"--method {name}: is the gold world's own reward, for recipes; there is no model to "
+            "adapt"
+        )
     if method.training is None:
         raise UserError(f"--method {name}: keeps the reward model as it is; nothing to adapt")
     if "labels" in method.needs:
@@ -22,6 +27,20 @@ def adaptable(name: str) -> tuple[Method, Training]:
             "sheet` writes the questions), add them to --pairs and give --method retrained"
         )
     return method, method.classes()
+
+
+def policy_note(name: str) -> str | None:
+    """Return what training a reward model by this method leaves to the policy's training."""
+    method = METHODS.get(name)
+    settings = " ".join(f"{key}={value}" for key, value in method.policy_settings.items())
+    left = []
+    if settings:
+        left.append(f"give `shiftrm optimise ppo` {settings}")
+    if method.reference_reset:
+        left.append("give `shiftrm optimise` the round's first policy as --reference")
+    if not left:
+        return None
+    return f"Method {name} also concerns the policy's training: {', and '.join(left)}"
 
 
 def with_models(

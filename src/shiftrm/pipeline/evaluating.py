@@ -127,7 +127,7 @@ def _record_spread(recorder: Recorder, rewards: dict[str, list[list[float]]], ke
 def _record_sight(
     context: StageContext, reward_fn: RewardFunction, rows: list[Row], name: str
 ) -> None:
-    """Record how often rewards prefer responses to ones that are worse for certain.
+    """Record how often rewards prefer responses to ones that are presumably worse.
 
     Args:
         rows: responses. The draws are the same for all arms and rounds.

@@ -1,4 +1,4 @@
-"""Tables of sight tests: how often a model prefers a response to one that is worse for certain."""
+"""Tables of sight tests: how often a model prefers a response to one that is presumably worse."""
 
 from __future__ import annotations
 

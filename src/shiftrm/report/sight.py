@@ -46,7 +46,7 @@ def sight_sentences(m: Results) -> list[str]:
     """Say what the tests ask, and what each arm's reward model looks at least in the end."""
     texts = [
         "A sight test asks how often a reward model prefers a response of the policy to one that "
-        "is worse for certain. It needs no labels. A high share does not show that a model orders "
+        "is presumably worse. It needs no labels. A high share does not show that a model orders "
         "two good responses well; a low one shows what a policy can get away with."
     ]
     lowest = []

@@ -1,4 +1,4 @@
-"""Contrast: a response must be worth more than one that is worse for certain.
+"""Contrast: a response must be worth more than one that is presumably worse.
 
 The worse responses are made without labels (`data.negatives`): a response to another prompt, or the
 response with a fault. The rows hold whatever the labels say. `ContrastTrainer` adds them to the

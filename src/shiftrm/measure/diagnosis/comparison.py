@@ -229,7 +229,7 @@ def _spread(c: ModelChange, word: str) -> str:
 
 
 def _sight(c: ModelChange, before: Diagnosis, after: Diagnosis) -> str:
-    """Say how often each model prefers a response to one that is worse for certain."""
+    """Say how often each model prefers a response to one that is presumably worse."""
     old = {test.kind: test for test in before.sight}
     found = [
         f"{test.label} {old[test.kind].share} before, {test.share} after"

@@ -171,9 +171,10 @@ NOT_SIGHT = (
 _OTHER_KIND = ", whose labelled pairs may lie further apart than samples do"
 SMALL_MAY_BE_RIGHT = "The order of small differences may still be right; only labels would tell."
 _ADAPT = (
-    "Adapt the model to these responses (shiftrm adapt --method contrast --model DIR --pairs PAIRS "
-    "--groups FILE --output NEW), then diagnose both (--model DIR --model NEW) with about "
-    f"{ENOUGH_LABELS} labelled pairs of this policy: wider differences alone prove nothing."
+    "Adapt the model to these responses (shiftrm adapt --method contrast_all --model DIR --pairs "
+    "PAIRS --groups FILE --output NEW contrast_share=0.75), then diagnose both (--model DIR "
+    f"--model NEW) with about {ENOUGH_LABELS} labelled pairs of this policy: wider differences "
+    "alone prove nothing."
 )
 _RELABEL = (
     "Collect labels on this policy's responses, a few hundred at least, and train on them "

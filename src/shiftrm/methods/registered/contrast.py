@@ -1,4 +1,4 @@
-"""Contrast with responses that are worse for certain: added to the pairs, or as a meta objective.
+"""Contrast with responses that are presumably worse: added to the pairs, or as a meta objective.
 
 Costs: a share of 0.25 makes a step's pairs a third more, so an epoch takes a third more steps.
 `contrast_hard` scores 16 responses a contrast pair with the last round's reward model. A step of

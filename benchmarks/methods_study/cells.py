@@ -1,0 +1,103 @@
+"""The reported results by world, KL target and round, and how tables write their numbers."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from .arms import ARMS
+from .plan import START
+from .results import Result
+from .statistics import Paired, at_target, pooled_slope
+
+CHOOSING = (100, 101, 102, 103)
+"""Seeds on which settings were chosen; none of them is reported in the comparison."""
+
+WORLD_NAMES = {"": "", "adverts": "second world, "}
+"""How a world is called in headings."""
+
+Measure = Callable[[Result], float]
+
+
+class Study:
+    """The reported results of one world, by KL target and round."""
+
+    def __init__(self, results: Sequence[Result], world: str, *, chosen_on: bool = False) -> None:
+        self.world = world
+        self.results = [
+            r for r in results if r.world == world and (r.seed in CHOOSING) == chosen_on
+        ]
+
+    def cell(self, kl: float, number: int) -> "Cell":
+        return Cell([r for r in self.results if r.kl_target == kl and r.round == number], kl)
+
+    def __iter__(self) -> Iterator[tuple[float, int, "Cell"]]:
+        """Yield the cells that have at least two arms, in order of KL and round."""
+        for kl, number in sorted({(r.kl_target, r.round) for r in self.results}):
+            cell = self.cell(kl, number)
+            if len(cell.arms) > 1:
+                yield kl, number, cell
+
+    def title(self, kl: float, number: int) -> str:
+        return capital(f"{WORLD_NAMES.get(self.world, self.world)}KL {kl:g}, round {number}")
+
+
+class Cell:
+    """All arms and seeds at one KL target and round."""
+
+    def __init__(self, results: Sequence[Result], kl: float) -> None:
+        self.results, self.kl = list(results), kl
+        present = {r.arm for r in results}
+        self.arms = [name for name in ARMS if name in present]
+        self.arms += sorted(present - set(self.arms) - {START})
+        points = [(r.arm, r.kl, r.gold) for r in results if r.arm != "gold"]
+        self.slope = pooled_slope(points)
+
+    def values(self, arm: str, measure: Measure) -> dict[int, float]:
+        return {r.seed: measure(r) for r in self.results if r.arm == arm}
+
+    def gold(self, arm: str) -> dict[int, float]:
+        return self.values(arm, lambda r: r.gold)
+
+    def adjusted(self, arm: str) -> dict[int, float]:
+        return self.values(arm, lambda r: at_target(r.gold, r.kl, self.kl, self.slope))
+
+    def number(self, arm: str, name: str) -> float:
+        """Return the mean over seeds of a number of the evaluation; NaN if it is not there."""
+        found = [r.numbers[name] for r in self.results if r.arm == arm and name in r.numbers]
+        return sum(found) / len(found) if found else math.nan
+
+
+def capital(text: str) -> str:
+    """Return the text with a capital at its beginning."""
+    return text[0].upper() + text[1:]
+
+
+def mean(values: object) -> float:
+    """Return the mean; NaN of nothing."""
+    found = list(values)  # type: ignore[call-overload]
+    return sum(found) / len(found) if found else math.nan
+
+
+def number_text(value: float, form: str) -> str:
+    """Return a number as tables show it; empty for NaN."""
+    return "" if math.isnan(value) else format(value, form)
+
+
+def interval(found: Paired | None) -> str:
+    """Return a mean difference with its interval, as tables show it."""
+    if found is None or not found.n:
+        return ""
+    if math.isnan(found.low):
+        return f"{found.mean:+.2f}"
+    return f"{found.mean:+.2f} ({found.low:+.2f}, {found.high:+.2f})"
+
+
+def wins(found: Paired | None) -> str:
+    """Return the seeds above zero of all."""
+    return "" if found is None or not found.n else f"{found.wins}/{found.n}"
+
+
+def p_text(value: float) -> str:
+    """Return a p value as tables show it."""
+    if math.isnan(value):
+        return ""
+    return "< .001" if value < 0.001 else f"{value:.3f}".lstrip("0")

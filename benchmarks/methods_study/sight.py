@@ -1,0 +1,70 @@
+"""The tables of the sight tests: how well they rank reward models, and how true their pairs are."""
+
+from collections.abc import Sequence
+
+from shiftrm.measure.sight import Prediction, predicts
+from shiftrm.records import Record
+
+from .cells import WORLD_NAMES, Study, capital, mean
+from .plan import START
+
+SHARING = ("log_sigmoid", "par", "clip", "reference_reset")
+"""Arms whose reward model is that of `retrained`."""
+
+
+def sight_table(study: Study) -> str:
+    """Return how each sight test ranks the reward models, against what labels would say.
+
+    Every reward model (seed, arm, round, KL target) is one point; intervals resample seeds. Arms
+    that share a reward model count once. The second rows leave out arms that were trained on pairs
+    like those of the tests.
+    """
+    alone = [r for r in study.results if r.arm not in ("gold", START, *SHARING)]
+    lines = [
+        "| sight test | reward models | accuracy on policy pairs | rank correlation with gold "
+        "| models | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, results in (
+        ("all", alone),
+        ("not trained on such pairs", [r for r in alone if not r.arm.startswith("contrast")]),
+    ):
+        records = [
+            Record("evaluate", f"{r.arm} {r.kl_target:g}", r.round, name, value, seed=r.seed)
+            for r in results
+            for name, value in r.numbers.items()
+            if name.startswith(("sight_", "accuracy_policy_", "rank_policy_"))
+        ]
+        ranks = {p.kind: p for p in predicts(records, when="before", target="rank_policy")}
+        for one in predicts(records, when="before"):
+            cells = [one.kind, label, _rho(one), _rho(ranks[one.kind]), str(one.n), str(one.seeds)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def truth_table(studies: Sequence[Study]) -> str:
+    """Return how often gold itself prefers the response in the pairs of each sight test.
+
+    On the policy after the first round, which all arms of a seed share: mean over seeds, and the
+    lowest and highest.
+    """
+    kinds = ("other_prompt", "repeated", "cut", "shuffled")
+    lines = ["| policy | " + " | ".join(kinds) + " | seeds |", "|---" * (len(kinds) + 2) + "|"]
+    for study in studies:
+        for kl in sorted({r.kl_target for r in study.results}):
+            of_gold = [r.numbers for r in study.cell(kl, 2).results if r.arm == "gold"]
+            world = WORLD_NAMES.get(study.world, study.world)
+            row = [capital(f"{world}KL {kl:g}")]
+            for kind in kinds:
+                found = [n[f"sight_{kind}_before"] for n in of_gold if f"sight_{kind}_before" in n]
+                shown = f"{mean(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else ""
+                row.append(shown)
+            if any(row[1:]):
+                lines.append("| " + " | ".join([*row, str(len(of_gold))]) + " |")
+    return "\n".join(lines)
+
+
+def _rho(found: Prediction) -> str:
+    if found.rho is None or found.low is None or found.high is None:
+        return "" if found.rho is None else f"{found.rho:+.2f}"
+    return f"{found.rho:+.2f} ({found.low:+.2f}, {found.high:+.2f})"
