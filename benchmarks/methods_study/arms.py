@@ -266,6 +266,31 @@ CANDIDATES: dict[str, StudyArm] = {
 }
 """Settings tried beside those of `ARMS`, on the choosing seeds alone."""
 
+CHOSEN: dict[str, tuple[str, str, Kind]] = {
+    "laplace_10": ("laplace.10", "Laplace, r - 10 s", Kind.LABEL_FREE),
+    "laplace_log_sigmoid": ("laplace.ls", "Laplace + log-sigmoid", Kind.COMBINATION),
+    "fresh_labels_log_sigmoid": (
+        "fresh_labels.ls",
+        "300 random labels + log-sigmoid",
+        Kind.LABELS,
+    ),
+    "metarm_log_sigmoid": (
+        "metarm_by_effect.ls",
+        "MetaRM by effect + log-sigmoid",
+        Kind.COMBINATION,
+    ),
+    "metarm_length_1": ("metarm_scale_free.1", "MetaRM, step of length 1", Kind.LABEL_FREE),
+    "metarm_effect_1.2": ("metarm_by_effect.1.2", "MetaRM by effect 1.2", Kind.LABEL_FREE),
+    "grm_0.1": ("grm.0.1", "GRM, 0.1 of the text loss", Kind.LABEL_FREE),
+}
+"""Settings of other methods that had the most gold on the choosing seeds, where these are not the
+defaults, and their combinations with shaping: the candidate, the label, and the kind."""
+
+ARMS |= {
+    name: replace(CANDIDATES[tried], label=label, kind=kind)
+    for name, (tried, label, kind) in CHOSEN.items()
+}
+
 
 def arms_of(names: Sequence[str]) -> dict[str, StudyArm]:
     """Return arms by name; "all" stands for all of them.

@@ -108,7 +108,11 @@ ARMS: dict[str, Arm] = {
     "pooled_last": Arm(
         "pooled BT, last step", lambda s: s.rewards(bradley_terry(s.start, stop=False))
     ),
-    "regressed": Arm("regression on each source's own BT", lambda s: s.rewards(regressed(s.start))),
+    "regressed": Arm(
+        "regression on each source's own BT",
+        lambda s: s.rewards(regressed(s.start)),
+        ours=True,
+    ),
     "balanced": Arm(
         "pooled BT, domains balanced", lambda s: s.rewards(bradley_terry(s.start, balanced=True))
     ),

@@ -25,12 +25,14 @@ COMPARED = (
     ("oodpl_meta", "pooled_on"),
     ("oodpl", "plain"),
     ("oodpl", "regressed"),
+    ("regressed", "pooled"),
 )
 """Arms and what they are compared with: variants of OODPL that were named before the fresh seeds
 were run, and controls."""
 
-SEEN = {"signed": (0, 1)}
-"""Seeds on which an earlier form of a world had been seen when this one was made."""
+SEEN = {"tastes": (0, 1, 2), "signed": (0, 1)}
+"""Seeds that are not fresh: held-out results of an earlier study, or of an earlier form of the
+world, had been seen on them when the arms were named."""
 
 GOLD = {"best_of": "best_of", "weighted": "weighted_gold", "ppo": "ppo_gold"}
 """Way of guiding -> the column of its gold."""
@@ -147,13 +149,17 @@ def _by_seed(values: Sequence[float | None]) -> str:
     return " / ".join(shown) if set(shown) != {"-"} else ""
 
 
+def _label(name: str) -> str:
+    return f"{ARMS[name].label} (ours)" if ARMS[name].ours else ARMS[name].label
+
+
 def arms_table(rows: Sequence[Row]) -> str:
     """Return every arm in the held-out domains, a column for every way of guiding."""
     lines = []
-    for name, arm in ARMS.items():
+    for name in ARMS:
         some = [row for row in rows if row["name"] == name]
         if some:
-            label = f"{arm.label} (ours)" if arm.ours else arm.label
+            label = _label(name)
             keys = ("rank", "best_of", "weighted_gold", "weighted_kl", "ppo_gold", "ppo_kl")
             own = [_mean(some, k) for k in ("policy_gold", "policy_kl")]
             lines.append([label, *[_mean(some, k) for k in keys], *own, str(len(some))])
@@ -174,7 +180,7 @@ def differences_table(rows: Sequence[Row]) -> str:
             if found.n > 1:
                 interval = f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
                 wins = f"{found.wins} of {found.n}"
-                lines.append([ARMS[name].label, ARMS[other].label, WAYS[way], interval, wins])
+                lines.append([_label(name), _label(other), WAYS[way], interval, wins])
     return _table(["method", "minus", "way of guiding", "gold", "seeds above it"], lines)
 
 
@@ -186,7 +192,7 @@ def seeds_table(rows: Sequence[Row]) -> str:
         found = {r["seed"]: r[column] for r in rows if r["name"] == name and column in r}
         if found:
             cells = [f"{found[seed]:.2f}" if seed in found else "" for seed in seeds]
-            lines.append([ARMS[name].label, WAYS[way], *cells])
+            lines.append([_label(name), WAYS[way], *cells])
     return _table(["method", "way of guiding", *map(str, seeds)], lines)
 
 

@@ -1,6 +1,6 @@
 """The recipes for real data, from public files to a tested policy, with a real tokenizer.
 
-Questions of three topics stand for three subreddits or product categories: those of Anthropic's
+Questions of four topics stand for four subreddits or product categories: those of Anthropic's
 HH-RLHF where SHIFTRM_HH names a file of it (`harmless-base/test.jsonl.gz`, say), sorted by their
 words, else made-up ones. The tokenizer is SmolLM2's where that model is at hand (see
 tests/smollm2.py), else one of bytes; the models are tiny.
@@ -32,6 +32,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 TOPICS = {
     "cooking": ("bread", "soup", "rice", "tea", "cake", "pasta", "salad", "pie"),
     "health": ("a cold", "a headache", "a burn", "a cut", "stress", "a cough", "a rash", "sleep"),
+    "home": ("the sink", "my room", "the roof", "a door", "paint", "mice", "a lamp", "the garden"),
     "work": ("my boss", "a raise", "my resume", "an email", "a meeting", "a job", "a team", "pay"),
 }
 ASKED = ("How do I deal with {}?", "What should I know about {}?", "Can you help me with {} today?")
@@ -39,6 +40,7 @@ GOOD = "Sure. First, think about what you need for {}; then take your time and d
 BAD = "I don't know, and I don't really care about {} at all, so go away and ask someone else."
 WORDS = {
     "crime": "steal|rob|gun|weapon|kill|drug|cocaine|meth|weed|bomb|murder|poison|hack",
+    "places": "house|home|car|school|store|airport|hotel|restaurant|neighborhood",
     "people": "friend|girlfriend|boyfriend|wife|husband|neighbor|boss|mother|father|brother|sister",
     "words": "word|joke|insult|swear|racist|name|slur|say|language|call",
 }
@@ -168,11 +170,11 @@ def test_a_recipe_from_public_files_to_a_tested_policy(name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     found = list(dialogues())
     domains = read_domains(name, found)
-    assert len(domains) == 3
+    assert len(domains) == 4
     held_out = domains[0].name
     write_domains(name, domains, held_out=[held_out], validation=[domains[1].name])
     split = load_split(name)
-    assert [len(part) for part in (split.source, split.validation, split.held_out)] == [1, 1, 1]
+    assert [len(part) for part in (split.source, split.validation, split.held_out)] == [2, 1, 1]
     row = split.source[0].query[0]
     assert any(row["chosen"].endswith(better[-20:]) for _, _, better, _ in found)
     assert models.decode(models(row["prompt"])["input_ids"]).endswith(row["prompt"])
@@ -182,7 +184,7 @@ def test_a_recipe_from_public_files_to_a_tested_policy(name, tmp_path, monkeypat
         capsys, "meta-train", "--config", recipe, "--model", "sft", "--domains", name,
         "--output", "reward", *SMALL,
     )  # fmt: skip
-    assert "1 source domains, 2 outer steps of 1 tasks" in said
+    assert "2 source domains, 2 outer steps of 1 tasks" in said
     assert "A_PL on 1 validation domains" in said
     reward = Scorer.from_pretrained("reward")
     values = reward([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
@@ -201,18 +203,15 @@ def test_a_recipe_from_public_files_to_a_tested_policy(name, tmp_path, monkeypat
         "weighted": reward,
         "pooled": ["--policy", "sft", "--reward", "pooled"],
         "plain": ["--policy", "sft", "--way", "plain"],
+        "ppo": [*reward, "--way", "ppo", *(f"ppo.{setting}" for setting in OPTIMISED)],
+        "rloo": [*reward, "--way", "rloo", *(f"rloo.{setting}" for setting in OPTIMISED)],
+        "none": ["--policy", "dpo", "--reference", "sft", "--way", "none"],
     }
-    if name == "shp":  # its recipe names the other ways too
-        shiftrm(
-            capsys, "optimise", "dpo", "--policy", "sft", "--pairs", "pooled.jsonl",
-            "--output", "dpo", "max_steps=1", "per_device_train_batch_size=2",
-            "gradient_accumulation_steps=1", "save_strategy=no", "kl_samples=0", "bf16=false",
-        )  # fmt: skip
-        guides |= {
-            "ppo": [*reward, "--way", "ppo", *(f"ppo.{setting}" for setting in OPTIMISED)],
-            "rloo": [*reward, "--way", "rloo", *(f"rloo.{setting}" for setting in OPTIMISED)],
-            "none": ["--policy", "dpo", "--reference", "sft", "--way", "none"],
-        }
+    shiftrm(
+        capsys, "optimise", "dpo", "--policy", "sft", "--pairs", "pooled.jsonl",
+        "--output", "dpo", "max_steps=1", "per_device_train_batch_size=2",
+        "gradient_accumulation_steps=1", "save_strategy=no", "kl_samples=0", "bf16=false",
+    )  # fmt: skip
     for guided, guide in guides.items():
         output = f"test-{guided}"
         shiftrm(
