@@ -111,6 +111,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("rank_policy_after", "Rank correlation with gold, after", "", 3, _HIGH),
     Metric("sight_*_before", "Sight test, before", "share", 2, _HIGH),
     Metric("sight_*_after", "Sight test, after", "share", 2, _HIGH),
+    Metric("half_width_sight_*", "Half of a sight test's interval", "share", 2),
     Metric("gold_sight_*", "Sight test of gold, after", "share", 2, _HIGH),
     Metric("difference_variance", "Variance of reward differences"),
     Metric("difference_variance_*", "Variance of reward differences"),

@@ -110,6 +110,11 @@ def test_the_gold_world_judges_and_watches(world, tmp_path, here, capsys):
         for test in sight_tests(open_watch(judge), rows, count=400, seed=seed):
             measured = end.get(name.format(test.kind))
             assert measured == (test.share and pytest.approx(test.share.value)), test.kind
+            half = end.get(f"half_width_{name.format(test.kind)}")
+            if test.share is None or test.share.low is None or judge == "gold":
+                assert half is None
+            else:
+                assert half == pytest.approx((test.share.high - test.share.low) / 2, abs=1e-7)
     assert "sight_repeated_before" in end
     assert end["win_vs_sft"] + end["tie_vs_sft"] + end["lose_vs_sft"] == pytest.approx(1)
     bon = {(r.metric, r.step): r.value for r in records if r.stage == "best_of_n"}

@@ -54,6 +54,22 @@ def test_the_table_of_a_run():
     assert sft == ("not measured", "0.90", "not measured"), "SFT has no policy training"
 
 
+def test_shares_have_intervals_over_the_prompts_of_a_seed_or_over_seeds():
+    def cells(records):
+        return [row[2:] for row in sight_table(Results(records, DEMO)).rows]
+
+    alone = [
+        record("fixed", 1, f"{name}sight_cut_{when}", value)
+        for when, value, half in (("before", 0.5, 0.07), ("after", 0.75, 0.04))
+        for name, value in (("", value), ("half_width_", half))
+    ]
+    assert cells(alone) == [("0.50 ± 0.07 → 0.75 ± 0.04",)]
+    # Over three seeds: a standard error of .1 / sqrt 3, and the t quantile 4.303.
+    seeds = [record("fixed", 1, "sight_cut_after", 0.6 + 0.1 * s, s) for s in range(3)]
+    seeds += [record("fixed", 1, "half_width_sight_cut_after", 0.04, s) for s in range(3)]
+    assert cells(seeds) == [("0.70 ± 0.25",)]
+
+
 def test_the_sentences_name_what_each_arm_looks_at_least():
     *_, last = sight_sentences(Results(recorded(), DEMO))
     assert last.startswith("Lowest after the last round:")

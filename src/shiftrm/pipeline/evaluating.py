@@ -138,7 +138,12 @@ def _record_sight(
         return
     for test in sight_tests(reward_fn, rows, count=count, seed=context.random_seed("sight")):
         if test.share is not None:
-            context.recorder.add(name.format(test.kind), test.share.value, n=test.pairs)
+            metric = name.format(test.kind)
+            context.recorder.add(metric, test.share.value, n=test.pairs)
+            low, high = test.share.low, test.share.high
+            if low is not None and high is not None and metric.startswith("sight_"):
+                half = (high - low) / 2
+                context.recorder.add(f"half_width_{metric}", half, n=test.prompts)
 
 
 def _record_overoptimisation(context: StageContext) -> None:

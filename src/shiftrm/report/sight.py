@@ -5,10 +5,13 @@ from __future__ import annotations
 from shiftrm.data.negatives import NEGATIVES
 from shiftrm.measure.diagnosis.thresholds import SIGHT_LOW
 from shiftrm.report.results import SFT, Results
-from shiftrm.report.tables import NOT_MEASURED, Table, arrow, fixed_point
+from shiftrm.report.tables import NOT_MEASURED, Table, fixed_point
 
 _RANK = "rank_policy"
 _GOLD = "gold_sight_"
+
+FEWEST_SEEDS = 3
+"""An interval over two seeds is twelve times the half of their distance."""
 
 
 def sight_table(m: Results) -> Table:
@@ -37,7 +40,8 @@ def sight_table(m: Results) -> Table:
         tuple(rows),
         "Before and after the round's policy training, on responses of the policy at that time; "
         "shares of pairs, equal rewards counting one half, 0.5 is a coin. The response to another "
-        "prompt has about the same length. Gold: the lowest and highest share over all rounds.",
+        "prompt has about the same length. ±: half of a 95 % interval, over prompts for one "
+        "seed, over seeds for three or more. Gold: the lowest and highest share over all rounds.",
         text_columns=2,
     )
 
@@ -79,10 +83,23 @@ def _label(kind: str) -> str:
 
 
 def _cell(m: Results, arm: str, round_: int, metric: str) -> str:
-    before, after = (m.mean(arm, round_, f"{metric}_{when}") for when in ("before", "after"))
-    if arm == SFT or before is None:  # SFT has no policy training
-        return NOT_MEASURED if after is None else fixed_point(after)
-    return arrow(before, after)
+    before, after = (_share(m, arm, round_, f"{metric}_{when}") for when in ("before", "after"))
+    if arm == SFT or before == NOT_MEASURED:  # SFT has no policy training
+        return after
+    return f"{before} → {after}"
+
+
+def _share(m: Results, arm: str, round_: int, metric: str) -> str:
+    """Return a number with half its interval: over seeds, or over the prompts of a single seed."""
+    found = m.estimate("evaluate", arm, round_, metric)
+    if found is None:
+        return NOT_MEASURED
+    of_test = metric.startswith("sight_")
+    over_prompts = m.mean(arm, round_, f"half_width_{metric}") if of_test else None
+    over_seeds = found.half_width if found.count >= FEWEST_SEEDS else None
+    half = over_prompts if found.count == 1 else over_seeds
+    said = fixed_point(found.mean)
+    return said if half is None else f"{said} ± {fixed_point(half)}"
 
 
 def _of_gold(m: Results, kind: str) -> str:
