@@ -178,7 +178,8 @@ def differences_table(rows: Sequence[Row]) -> str:
         for way, column in GOLD.items():
             found = paired(values(name, column), values(other, column))
             if found.n > 1:
-                interval = f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+                ends = (round(v, 2) + 0.0 for v in (found.mean, found.low, found.high))
+                interval = "{:+.2f} ({:+.2f} to {:+.2f})".format(*ends)
                 wins = f"{found.wins} of {found.n}"
                 lines.append([_label(name), _label(other), WAYS[way], interval, wins])
     return _table(["method", "minus", "way of guiding", "gold", "seeds above it"], lines)
