@@ -8,8 +8,19 @@ from shiftrm.records import Record
 from .cells import WORLD_NAMES, Study, capital, mean
 from .plan import START
 
-SHARING = ("log_sigmoid", "par", "clip", "reference_reset")
-"""Arms whose reward model is that of `retrained`."""
+SHARING = {
+    **dict.fromkeys(("log_sigmoid", "par", "clip", "reference_reset"), "retrained"),
+    **dict.fromkeys(("contrast_log_sigmoid", "contrast_rounds"), "contrast"),
+    "contrast_all_25_log_sigmoid": "contrast_all",
+    "contrast_75_reset": "contrast_75_log_sigmoid",
+    "laplace_log_sigmoid": "laplace",
+    "fresh_labels_log_sigmoid": "fresh_labels",
+    "metarm_log_sigmoid": "metarm_by_effect",
+}
+"""Arms whose reward model is another arm's in the second round: they differ in PPO alone."""
+
+FIRST_ADAPTED = 2
+"""The first round with adapted reward models; all arms share the first."""
 
 
 def sight_table(study: Study) -> str:
@@ -19,7 +30,13 @@ def sight_table(study: Study) -> str:
     that share a reward model count once. The second rows leave out arms that were trained on pairs
     like those of the tests.
     """
-    alone = [r for r in study.results if r.arm not in ("gold", START, *SHARING)]
+    made = {(r.seed, r.kl_target, r.arm) for r in study.results if r.round == FIRST_ADAPTED}
+    alone = [
+        r
+        for r in study.results
+        if r.arm not in ("gold", START)
+        and not (r.round == FIRST_ADAPTED and (r.seed, r.kl_target, SHARING.get(r.arm)) in made)
+    ]
     lines = [
         "| sight test | reward models | accuracy on policy pairs | rank correlation with gold "
         "| models | seeds |",

@@ -197,7 +197,7 @@ def test_a_method_from_outside_the_package(shiftrm, monkeypatch):
         ("fixed", "keeps the reward model as it is"),
         ("fresh_labels", "needs new labels"),
         ("active_labels", "needs new labels"),
-        ("gold", "is the gold world's own reward"),
+        ("gold", "there is no model to adapt"),
     ],
 )
 def test_methods_that_cannot_adapt_are_refused(shiftrm, method, message):
@@ -219,6 +219,11 @@ def test_what_a_method_leaves_to_the_policys_training_is_said(shiftrm, method, l
     assert status == 0, output.err
     assert (left is not None) == ("also concerns the policy's training" in output.out)
     assert left is None or left in output.out
+    train = ["train", "--model", "rm", "--pairs", "pairs.jsonl", "--output", "trained"]
+    status, output = shiftrm(*train, "--method", method, "max_steps=1")
+    assert status == 0, output.err
+    assert left is None or left in output.out
+    assert (left is not None) == ("also concerns the policy's training" in output.out)
 
 
 def test_the_policy_is_sampled(shiftrm):
@@ -348,6 +353,11 @@ def test_killed_while_sampling_in_a_real_process(files, shiftrm):
     process.wait()
     left = partial.read_bytes().split(b"\n")[1:5]
     assert not Path("out").exists()
+    template = Path("policy/chat_template.jinja")
+    written = template.read_text()
+    template.write_text(written + " ")  # the rest would be another policy's
+    assert main(command) == 2
+    template.write_text(written)
     assert main(command) == 0
     rows = Path("out/groups.jsonl").read_bytes().split(b"\n")
     assert (rows[:4], len(rows)) == (left, 61)

@@ -178,8 +178,19 @@ def test_a_checkpoints_fingerprint_is_of_weights_configuration_and_tokenizer(tmp
         (tmp_path / "a" / name).write_text(name)
         seen.add(checkpoint_fingerprint(tmp_path / "a"))
     assert len(seen) == 8
-    (tmp_path / "a" / "training_log.jsonl").write_text("{}")
-    assert checkpoint_fingerprint(tmp_path / "a") in seen
+    before = checkpoint_fingerprint(tmp_path / "a")
+    for name in ("training_log.jsonl", "training_args.bin"):
+        (tmp_path / "a" / name).write_text("{}")
+    (tmp_path / "a" / "tokenizer").mkdir()
+    assert checkpoint_fingerprint(tmp_path / "a") == before
+    adapter = {"base_model_name_or_path": str(tmp_path / "b"), "lora_alpha": 8}
+    (tmp_path / "c" / "adapter_config.json").write_text(json.dumps(adapter))
+    found = [checkpoint_fingerprint(tmp_path / "c")]
+    (tmp_path / "c" / "adapter_config.json").write_text(json.dumps({**adapter, "lora_alpha": 800}))
+    found.append(checkpoint_fingerprint(tmp_path / "c"))
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"another base")
+    found.append(checkpoint_fingerprint(tmp_path / "c"))
+    assert len({*found}) == 3
     assert checkpoint_fingerprint("owner/name") == ""
 
 

@@ -14,7 +14,14 @@ from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models import sampling
 from shiftrm.models.group_files import SAMPLING
 from shiftrm.models.rendering import encode_prompt
-from shiftrm.models.sampling import Draws, SamplingConfig, generate, sample_groups, sample_rows
+from shiftrm.models.sampling import (
+    Draws,
+    PolicySampler,
+    SamplingConfig,
+    generate,
+    sample_groups,
+    sample_rows,
+)
 
 PROMPTS = ["the red", "a", "the small green", "a dog", "the fish"]
 CONFIG = SamplingConfig(max_new_tokens=6)
@@ -274,6 +281,42 @@ def test_groups_of_another_policy_are_neither_continued_nor_taken_for_todays(
     write_jsonl(path, [{k: v for k, v in row.items() if k != SAMPLING} for row in rows])
     sample_groups(moved, tokenizer, PROMPTS, path, draws)  # from elsewhere: nothing says whose
     assert SAMPLING not in read_jsonl(path)[0]
+
+
+def test_what_a_policy_samples_by_is_in_its_key(policy, tokenizer):
+    """Every change that changes draws, and a layer without values, which must not fail."""
+
+    def key(model):
+        return PolicySampler(model, tokenizer).settings(Draws(CONFIG, 2))
+
+    seen = [key(policy)]
+    assert key(copy.deepcopy(policy)) == seen[0]
+    seen.append(key(copy.deepcopy(policy).bfloat16()))
+    ends = copy.deepcopy(policy)
+    ends.generation_config.eos_token_id = [2, 5]
+    seen.append(key(ends))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(copy.deepcopy(policy), lora)
+    seen.append(key(adapted))
+    adapted.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    seen.append(key(adapted))
+    with adapted.disable_adapter():
+        seen.append(key(adapted))
+    elsewhere = copy.deepcopy(policy)
+    elsewhere.lm_head.to("meta")
+    seen.append(key(elsewhere))
+    assert all(one != other for i, one in enumerate(seen) for other in seen[:i])
+
+
+@pytest.mark.parametrize("other", [{"temperature": 1}, None, ["x"], 3])
+def test_a_column_of_the_same_name_from_elsewhere_is_no_key(policy, tokenizer, tmp_path, other):
+    path = sample_groups(policy, tokenizer, PROMPTS, tmp_path / "g.jsonl", Draws(CONFIG, 2))
+    rows = read_jsonl(path)
+    write_jsonl(path, [{**row, SAMPLING: other} for row in rows])
+    sample_groups(policy, tokenizer, PROMPTS, path, Draws(CONFIG, 2, seed=1))
+    write_jsonl(path, [rows[0], *({**row, SAMPLING: other} for row in rows[1:])])
+    with pytest.raises(UserError, match="groups of another policy"):
+        sample_groups(policy, tokenizer, PROMPTS, path, Draws(CONFIG, 2))
 
 
 def test_a_group_file_that_is_there(policy, tokenizer, tmp_path):

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from shiftrm.cli import main
 from shiftrm.data.groups import read_groups
@@ -419,6 +420,33 @@ def test_the_command(folder, fake, capsys, program, tokenizer, how):
     if how == "started":
         assert recorded(program)["words"][-2:] == ["--dtype", "float32"]
         assert not alive(recorded(program)["pid"])
+
+
+@pytest.mark.parametrize("how", ["running", "started"])
+def test_a_repeated_command_asks_nothing_and_a_moved_policy_is_refused(
+    folder, fake, capsys, program, how
+):
+    words = [*SAMPLE, *DRAWING, "--vllm", "--vllm-arguments=--served-model-name x"]
+    if how == "running":
+        words = [*SAMPLE, *DRAWING, "--server", fake.url]
+    assert main(words if how == "running" else [*words[:-1]]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    made = Path("g.jsonl").read_bytes()
+    if how == "running":
+        words[-1] = "http://127.0.0.1:1/v1"  # nothing answers there
+    else:
+        (program / "words.json").unlink(missing_ok=True)
+    words[2] = "./policy"
+    assert main(words) == 0, capsys.readouterr().err
+    assert "g.jsonl: already there, 5 groups" in capsys.readouterr().out
+    weights = load_file("policy/model.safetensors")
+    weights["model.norm.weight"] += 0.01
+    save_file(weights, "policy/model.safetensors", {"format": "pt"})
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "already there with groups of another policy" in error
+    assert error.count("\n") == 1
+    assert Path("g.jsonl").read_bytes() == made
 
 
 def test_the_commands_mistakes_are_one_line(folder, fake, capsys, monkeypatch):

@@ -1,7 +1,8 @@
 """Bad recipes and changed ones: one line that names the setting, before anything is written."""
 
+import json
 import os
-from pathlib import Path
+import shutil
 
 import pytest
 import yaml
@@ -153,23 +154,73 @@ def test_anything_else_may_not(claimed, word, said):
         claimed(word)
 
 
-def test_what_it_reads_may_not_change(claimed, world):
-    """Finished stages were made from the old pairs, so going on would mix two data sets."""
-    with pytest.raises(_Stopped):
-        claimed()
-    [pairs] = {s["source"] for k, s in recipe(world)["data"].items() if k == "pairs"}
-    before = Path(pairs).read_bytes()
-    Path(pairs).write_bytes(before + before.splitlines(keepends=True)[-1])
-    try:
-        with pytest.raises(engine.UserError, match=r"made from has changed since \(data\.pairs\)"):
-            claimed()
-    finally:
-        Path(pairs).write_bytes(before)
-    with pytest.raises(_Stopped):
-        claimed()
-    Path("out/inputs.json").unlink()  # as earlier versions left it
-    with pytest.raises(_Stopped):
-        claimed()
+@pytest.fixture
+def own(world, tmp_path, monkeypatch):
+    """The gold world copied, so that a test may change it, and how to run it from there."""
+    shutil.copytree(world, tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shiftrm.pipeline.run.run_stages", _stop)
+
+    def run(output="out", **sections):
+        path = write_recipe(tmp_path / "mine.yaml", tmp_path / "own", **sections)
+        with pytest.raises(_Stopped):
+            run_recipe(read_recipe(path), tmp_path / output)
+
+    return run
+
+
+def _longer(path):
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda own: _longer(own / "pairs.jsonl"), "data.pairs"),
+        (lambda own: _longer(own / "base_model" / "tokenizer.json"), "model"),
+        (lambda own: (own / "base_model" / "chat_template.jinja").write_text("{{ x }}"), "model"),
+    ],
+)
+def test_what_it_reads_may_not_change(own, tmp_path, change, said):
+    """Finished stages were made from the old contents, so going on would mix two data sets."""
+    own()
+    own()
+    change(tmp_path / "own")
+    path = tmp_path / "mine.yaml"
+    with pytest.raises(engine.UserError, match=rf"made from has changed since \({said}\)"):
+        run_recipe(read_recipe(path), tmp_path / "out")
+    (tmp_path / "out" / "inputs.json").unlink()  # as earlier versions left it
+    own()
+    assert said in json.loads((tmp_path / "out" / "inputs.json").read_text())
+    (tmp_path / "out" / "inputs.json").write_text("[1]")
+    with pytest.raises(engine.UserError, match=r"inputs\.json: broken"):
+        run_recipe(read_recipe(path), tmp_path / "out")
+
+
+def test_what_it_does_not_read_may_change(own, tmp_path):
+    own(sft=None)
+    _longer(tmp_path / "own" / "sft.jsonl")
+    (tmp_path / "own" / "base_model" / "README.md").write_text("new")
+    own(sft=None)
+    assert "data.demonstrations" not in json.loads((tmp_path / "out" / "inputs.json").read_text())
+
+
+def test_of_a_data_folder_every_file_counts_but_hidden_ones_and_the_runs_own(own, tmp_path):
+    data = tmp_path / "pairs"
+    data.mkdir()
+    shutil.copy(tmp_path / "own" / "pairs.jsonl", data / "train.jsonl")
+    (data / "config.json").write_text("{}")  # as beside many data sets: it is no checkpoint
+    sections = recipe(tmp_path / "own")["data"]
+    sections["pairs"]["source"] = str(data)
+    own(data=sections)
+    (data / ".DS_Store").write_text("x")
+    own(data=sections)
+    _longer(data / "train.jsonl")
+    with pytest.raises(engine.UserError, match=r"changed since \(data\.pairs\)"):
+        run_recipe(read_recipe(tmp_path / "mine.yaml"), tmp_path / "out")
+    own(data=sections, output="pairs/out")
+    assert "data.pairs" not in json.loads((data / "out" / "inputs.json").read_text())
+    own(data=sections, output="pairs/out")
 
 
 def test_another_folder_is_not_taken(world, tmp_path, capsys):

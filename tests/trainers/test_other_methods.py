@@ -15,6 +15,7 @@ from shiftrm.files import write_jsonl
 from shiftrm.models.rendering import encode
 from shiftrm.models.scoring import Scorer
 from shiftrm.trainers.bsr import BSRConfig, BSRTrainer
+from shiftrm.trainers.contrast import ContrastConfig, ContrastTrainer
 from shiftrm.trainers.grm import GRMConfig, GRMTrainer, LanguageHead
 from shiftrm.trainers.ocrm import OCRMConfig, OCRMTrainer, pair_weights
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
@@ -358,3 +359,21 @@ def test_self_labelled_moves_the_head_alone_by_its_own_labels(
     with pytest.raises(UserError, match="sees no difference"):
         SelfLabelledTrainer(start, args, meta_dataset=[GROUPS[1]], train_dataset=data)
     assert SelfLabelledConfig(output_dir=str(tmp_path)).learning_rate == 1e-6
+
+
+# -- contrast ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "made"), [(0.25, 2), (0.5, 6), (0.75, 18), (0.01, 1)])
+def test_the_share_of_contrast_is_of_all_pairs(
+    reward_model, pairs, groups, options, tokenizer, share, made
+):
+    """6 pairs beside 2, 6 and 18 made ones: a quarter, a half and three quarters of all."""
+    trainer = ContrastTrainer(
+        copy.deepcopy(reward_model),
+        ContrastConfig(**{**options, "contrast_share": share, "max_length": None}),
+        train_dataset=Dataset.from_list(pairs[:6]),
+        meta_dataset=Dataset.from_list(groups),
+        processing_class=tokenizer,
+    )
+    assert len(trainer.train_dataset) == 6 + made

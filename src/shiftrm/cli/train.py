@@ -54,6 +54,5 @@ class Options(RewardOptions):
 def run(options: Options) -> None:
     from shiftrm.methods.inputs import policy_note
 
-    run_job("TrainReward", options, adaptation=options.method)
-    if options.method is not None and (note := policy_note(options.method)):
-        print(note)
+    note = None if options.method is None else policy_note(options.method)
+    run_job("TrainReward", options, note=note, adaptation=options.method)

@@ -64,12 +64,13 @@ def result_folder(options: TrainingOptions) -> Path:
     return output_folder(options.output, apart_from=inputs(options), beside=[WORK])
 
 
-def run_job(kind: str, options: TrainingOptions, **more: Any) -> None:
+def run_job(kind: str, options: TrainingOptions, *, note: str | None = None, **more: Any) -> None:
     """Run a job of `pipeline.jobs` and print its summary.
 
     Args:
         kind: the name of the job's class.
         options: the job's fields are taken from here.
+        note: is printed after the summary.
         more: further fields.
     """
     output = result_folder(options)  # before the slow import
@@ -78,4 +79,4 @@ def run_job(kind: str, options: TrainingOptions, **more: Any) -> None:
     only_on_terminals()
     summary = build(getattr(jobs, kind), options, told=command_line(), **more).run(output)
     if summary is not None:
-        print(summary)
+        print(summary if note is None else f"{summary}\n{note}")

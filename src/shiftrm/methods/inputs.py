@@ -16,8 +16,8 @@ def adaptable(name: str) -> tuple[Method, Training]:
     method = METHODS.get(name)
     if "gold" in method.needs:
         raise UserError(
-            f"--method {name}: is the gold world's own reward, for recipes; there is no model to "
-            "adapt"
+            f"--method {name}: there is no model to adapt; in recipes it stands for the gold "
+            "world's own reward"
         )
     if method.training is None:
         raise UserError(f"--method {name}: keeps the reward model as it is; nothing to adapt")

@@ -15,7 +15,7 @@ from shiftrm.files import Row, atomic_write_text, iterate_jsonl, json_line, writ
 from shiftrm.models.rendering import Text
 from shiftrm.models.responses import check_group
 
-SAMPLING = "sampling"
+SAMPLING = "sampling_key"
 """The column with the `sampling_key` that a row was sampled with."""
 
 
@@ -25,11 +25,14 @@ def sampling_key(settings: list[Any]) -> str:
 
 
 def holds_groups(
-    path: str | Path, prompts: Sequence[Text], *, num_responses: int, key: str
+    path: str | Path, prompts: Sequence[Text], *, num_responses: int, key: str | None = None
 ) -> bool:
     """Return whether the file exists and holds groups of these prompts, this size and this key.
 
-    Rows without a key, which other programs and earlier versions write, fit every key.
+    A file without keys, which other programs and earlier versions write, fits every key.
+
+    Args:
+        key: None does not compare it.
 
     Raises:
         UserError: the path holds something else.
@@ -49,11 +52,16 @@ def holds_groups(
         found = f"groups of {min(sizes - {num_responses})} responses, not {num_responses}"
     elif [row["prompt"] for row in rows] != list(prompts):
         found = "groups of other prompts"
-    elif {row.get(SAMPLING, key) for row in rows} != {key}:
+    elif key is not None and {_key_of(row) for row in rows} not in ({key}, {None}):
         found = "groups of another policy, or sampled with other settings"
     else:
         return True
     raise UserError(f"{path}: already there with {found}; delete it or choose another output")
+
+
+def _key_of(row: Row) -> str | None:
+    found = row.get(SAMPLING)
+    return found if isinstance(found, str) else None
 
 
 def write_groups(

@@ -1,10 +1,12 @@
 """Loading models: library errors in one line, checks of the files, and new reward heads."""
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,36 +70,68 @@ def is_ensemble(path: str | Path) -> bool:
 CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
+    "adapter_config.json",
     "laplace.json",
     "*.safetensors",
     "*.bin",
+    "*.py",
     "tokenizer*",
-    "chat_template.jinja",
+    "chat_template.*",
+    "additional_chat_templates/*",
     "added_tokens.json",
     "special_tokens_map.json",
     "vocab.*",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
+    "tekken.json",
 )
-"""What decides how a checkpoint reads a text and answers it: weights, settings and tokenizer."""
+"""What decides how a checkpoint reads a text and answers it: weights, settings, code, tokenizer."""
+
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 def checkpoint_fingerprint(path: str | Path) -> str:
-    """Return a SHA-256 of a checkpoint folder's `CHECKPOINT_FILES`; "" for a hub name."""
+    """Return a SHA-256 of a checkpoint folder's `CHECKPOINT_FILES`; "" for a hub name.
+
+    That of an adapter includes its base's, if that is a folder here.
+    """
     folder = Path(path)
     ends = list(CHECKPOINT_FILES)
     if is_ensemble(path):
         ends = [ENSEMBLE, *(f"*/{end}" for end in ends)]
-    names = [name for end in ends for name in folder.glob(end)]
+    names = {name for end in ends for name in folder.glob(end) if name.is_file()}
+    names = {name for name in names if name.name not in NO_WEIGHTS}
     if not names:
         return ""
     digest = hashlib.sha256()
     for name in sorted(names):
-        with open(name, "rb") as handle:
-            digest.update(
-                f"{name.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}".encode()
-            )
+        digest.update(f"{name.name} {file_hash(name)}".encode())
+    if (base := _base_folder(folder)) is not None:
+        digest.update(checkpoint_fingerprint(base).encode())
     return digest.hexdigest()
+
+
+def _base_folder(adapter: Path) -> Path | None:
+    """Return the local folder of the model that an adapter belongs to."""
+    try:
+        about = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        base = Path(about["base_model_name_or_path"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return base if base.is_dir() and base.resolve() != adapter.resolve() else None
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file; a file that has not changed is read once in a process."""
+    found = path.stat()
+    return _hash_of(str(path.resolve()), found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _hash_of(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 VALUES_COMPARED = 64
@@ -105,11 +139,18 @@ VALUES_COMPARED = 64
 
 
 def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a SHA-256 of names, shapes and `VALUES_COMPARED` leading values of parameters."""
+    """Return a SHA-256 of names, shapes and `VALUES_COMPARED` leading values of parameters.
+
+    Of parameters whose values lie elsewhere (the meta device) only name and shape are read.
+    """
     digest = hashlib.sha256()
     for name, parameter in named:
-        head = parameter.detach().flatten()[:VALUES_COMPARED].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + head.numpy().tobytes())
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            values = parameter.detach()
+            values = values.full_tensor() if hasattr(values, "full_tensor") else values
+            head = values.flatten()[:VALUES_COMPARED].double().cpu()
+            digest.update(head.numpy().tobytes())
     return digest.hexdigest()
 
 

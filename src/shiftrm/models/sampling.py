@@ -210,7 +210,10 @@ class PolicySampler(Sampler):
     """
 
     def settings(self, draws: Draws) -> list[Any]:
-        policy = weights_digest(self.model.named_parameters())
+        model = self.model
+        weights = weights_digest([*model.named_parameters(), *model.named_buffers()])
+        ends = stop_token_ids(self.tokenizer, generation_config(model))
+        policy = [weights, str(model.dtype), list(ends), _adapters(model)]
         K = draws.num_responses
         return [policy, asdict(draws.config), K, draws.batch_size, draws.seed]
 
@@ -232,6 +235,15 @@ class PolicySampler(Sampler):
                 group_row(self.tokenizer, prompt, samples[i * K : (i + 1) * K])
                 for i, prompt in enumerate(prompts[batch])
             ]
+
+
+def _adapters(model: Any) -> list[str]:
+    """Return which adapters of PEFT's the layers use, and how strongly."""
+    layers = [m for m in model.modules() if hasattr(m, "disable_adapters")]
+    used = {
+        repr((m.disable_adapters, m.active_adapters, getattr(m, "scaling", None))) for m in layers
+    }
+    return sorted(used)
 
 
 def sample_rows(model: Any, tokenizer: Any, prompts: Sequence[Text], draws: Draws) -> list[Row]:

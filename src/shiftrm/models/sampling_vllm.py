@@ -38,6 +38,7 @@ class VllmServer:
     """A running server and the model to request from it.
 
     Attributes:
+        served: the server's name of the model, if it was asked for by that.
         max_model_len: maximum tokens of prompt and response together; None if not reported.
         generation_config: the policy's own, which may list more stop tokens.
     """
@@ -46,6 +47,7 @@ class VllmServer:
     model: str
     max_model_len: int | None = None
     generation_config: Any = None
+    served: str | None = None
 
     @property
     def config(self) -> Any:
@@ -81,7 +83,7 @@ def connect(url: str, model: str, *, served: str | None = None) -> VllmServer:
         )
     limit = found[0].get("max_model_len")
     limit = limit if isinstance(limit, int) else None
-    return VllmServer(endpoint, found[0]["id"], limit, _generation_config(model))
+    return VllmServer(endpoint, found[0]["id"], limit, _generation_config(model), served)
 
 
 def _generation_config(path: str) -> Any:
@@ -113,7 +115,7 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def policy_limits(path: str | Path) -> Any:
+def policy_limits(path: str | Path, served: str | None = None) -> Any:
     """Return what `encode_prompts` and `Sampler.holds` need of the policy, without its weights, so
     that lengths and the output are checked before a server is started.
 
@@ -123,7 +125,7 @@ def policy_limits(path: str | Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return SimpleNamespace(config=AutoConfig.from_pretrained(str(path)), model=str(path))
+        return SimpleNamespace(config=AutoConfig.from_pretrained(str(path)), served=served)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a model folder ({str(error).splitlines()[0]})") from None
 
@@ -163,9 +165,10 @@ class ServerSampler(Sampler):
         return 1
 
     def settings(self, draws: Draws) -> list[Any]:
-        policy = checkpoint_fingerprint(self.tokenizer.name_or_path or "unknown")
-        config, K = asdict(draws.config), draws.num_responses
-        return ["vllm", self.model.model, policy, config, K, draws.seed]
+        """Return the settings; of what a server calls `--served-model` only the name is known."""
+        name = self.tokenizer.name_or_path or "unknown"
+        policy = [checkpoint_fingerprint(name) or name, self.model.served]
+        return ["vllm", policy, asdict(draws.config), draws.num_responses, draws.seed]
 
 
 def sample_rows_vllm(

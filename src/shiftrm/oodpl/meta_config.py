@@ -13,7 +13,7 @@ from shiftrm.errors import UserError, suggest
 __all__ = ["IDLE", "OODPLConfig"]
 
 IDLE = {
-    "num_train_epochs": "training takes max_steps steps; set those",
+    "num_train_epochs": "training takes max_steps steps; set max_steps",
     "label_names": "tasks have no label columns; leave it out",
     "parallelism_config": "OODPL trains under DDP or on one process; leave it out",
 }

@@ -55,24 +55,29 @@ def claim(
                 f"{output}: made with another configuration ({'; '.join(changed[:3])}{more}); "
                 "choose another --output, or delete this folder"
             )
-        _check_inputs(output, inputs or {})
+        if inputs is not None:
+            _check_inputs(output, inputs)
         return
     if output.exists() and (not output.is_dir() or any(map(_is_foreign, output.iterdir()))):
         raise UserError(f"{output}: not empty and not a run's folder; choose another --output")
     atomic_write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))  # first: it claims
-    if inputs:
+    if inputs is not None:
         atomic_write_text(output / INPUTS_FILE, json.dumps(inputs, indent=1))
     atomic_write_text(output / "README.txt", readme)
 
 
 def _check_inputs(output: Path, inputs: Mapping[str, str]) -> None:
+    """Compare with what the run was made from, or write that where it was not known."""
+    path = output / INPUTS_FILE
     try:
-        old = json.loads((output / INPUTS_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        old = dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:  # of an earlier version, or killed before it was written
+        atomic_write_text(path, json.dumps(inputs, indent=1))
         return
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{output / INPUTS_FILE}: broken; choose another --output") from None
-    if changed := [name for name, found in inputs.items() if old.get(name, found) != found]:
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: broken; choose another --output") from None
+    names = [*old, *(name for name in inputs if name not in old)]
+    if changed := [name for name in names if old.get(name) != inputs.get(name)]:
         raise UserError(
             f"{output}: what it was made from has changed since ({', '.join(changed)}); choose "
             "another --output, or delete this folder"

@@ -7,7 +7,7 @@ from pathlib import Path
 from shiftrm.config import from_mapping
 from shiftrm.data.named import COMMON, FORMATS
 from shiftrm.errors import UserError, suggest
-from shiftrm.models.loading import checkpoint_fingerprint
+from shiftrm.models.loading import checkpoint_fingerprint, file_hash
 from shiftrm.pipeline.data_sets import place_of
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.sections import Source
@@ -108,32 +108,32 @@ def input_hashes(recipe: Experiment, output: Path) -> dict[str, str]:
     A repeated run compares them: its finished stages were made from these contents. A folder that
     also holds the run's output is left out.
     """
-    named = {
-        "model": recipe.model,
-        "chat_template": recipe.chat_template,
-        "evaluation.gold": recipe.evaluation.gold,
-        "judge.model": recipe.judge.model if recipe.judge.kind == "reward-model" else None,
-    }
+    judge, models = recipe.judge, {"model": recipe.model, "evaluation.gold": recipe.evaluation.gold}
+    if judge.kind == "reward-model":
+        models["judge.model"] = judge.model
+    files = {"chat_template": recipe.chat_template}
+    if judge.kind == "endpoint":
+        files["judge.template"] = judge.template
+    data = {}
     for name in KINDS if recipe.data is not None else ():
         source = getattr(recipe.data, name)
-        if source is not None:
-            named[f"data.{name}"] = place_of(asdict(source)).partition(":")[0]
-    paths = {setting: Path(value) for setting, value in named.items() if value is not None}
-    return {
-        setting: _content_hash(path)
-        for setting, path in paths.items()
-        if path.is_file() or (path.is_dir() and path.resolve() not in output.resolve().parents)
-    }
+        if source is not None and not (name == "demonstrations" and recipe.sft is None):
+            data[f"data.{name}"] = place_of(asdict(source)).partition(":")[0]
+    found = {name: checkpoint_fingerprint(path)[:16] for name, path in models.items() if path}
+    for name, place in {**files, **data}.items():
+        path = Path(place) if place is not None else None
+        if path is None or (name in files and not path.is_file()):
+            continue
+        if output.resolve() != path.resolve() and path.resolve() not in output.resolve().parents:
+            found[name] = _hash_of_files(path)
+    return {name: value for name, value in found.items() if value}
 
 
-def _content_hash(path: Path) -> str:
-    """Return 16 digits of a hash of a file, of a checkpoint, or of all files of a folder."""
-    if path.is_dir() and (found := checkpoint_fingerprint(path)):
-        return found[:16]
-    digest = hashlib.sha256()
+def _hash_of_files(path: Path) -> str:
+    """Return 16 digits of a hash of a file, or of a folder's files; "" if there is none."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        with open(file, "rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(path.parent)} {found}".encode())
-    return digest.hexdigest()[:16]
+    shown = [p for p in files if not any(n.startswith(".") for n in p.relative_to(path).parts)]
+    digest = hashlib.sha256()
+    for file in shown:
+        digest.update(f"{file.relative_to(path)} {file_hash(file)}".encode())
+    return digest.hexdigest()[:16] if shown else ""

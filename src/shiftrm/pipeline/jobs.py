@@ -219,9 +219,10 @@ class Sample:
 
     def run(self, output: Path, *, bar: Bar = task) -> str:
         from shiftrm.data.prompts import read_prompts
+        from shiftrm.models.group_files import holds_groups
 
         names, prompts = read_prompts(str(self.prompts))
-        there = output.exists()
+        there = holds_groups(output, prompts, num_responses=self.responses)
         if self.server or self.vllm:
             self._by_vllm(output, names, prompts, bar)
         else:
@@ -255,12 +256,14 @@ class Sample:
         tokenizer = sampling_vllm.load_tokenizer(policy)
         warn_of_joined_ends(tokenizer, prompts, source=str(self.prompts))
         serving: AbstractContextManager[Any]
+        if output.exists():
+            limits = sampling_vllm.policy_limits(policy, self.served_model)
+            if sampling_vllm.ServerSampler(limits, tokenizer).holds(prompts, output, self._draws()):
+                return
         if self.vllm:  # before the minutes that a server takes to start
             find_vllm()
             limits = sampling_vllm.policy_limits(policy)
             encode_prompts(limits, tokenizer, prompts, room=room, names=names)
-            if sampling_vllm.ServerSampler(limits, tokenizer).holds(prompts, output, self._draws()):
-                return
             log = output.with_name(output.name + ".vllm.log")
             serving = vllm_server(policy, log=log, arguments=list(self.vllm_arguments))
         else:
