@@ -10,7 +10,6 @@ setting of real_model_study/plan.py. See docs/real-model.md.
 """
 
 import argparse
-import hashlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from real_model_study.plan import Plan, StudyConfig, needed_for
     from real_model_study.results import add_rows, seed_rows
     from shiftrm.config import apply_overrides, from_mapping
+    from shiftrm.files import file_hash
     from shiftrm.models.loading import checkpoint_fingerprint
     from shiftrm.pipeline.engine import run_stages
     from shiftrm.pipeline.run import check_settings
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.pairs}: no such file; give HH-RLHF's harmless-base test file")
     fingerprints = {
         "model_sha256": checkpoint_fingerprint(model)[:16],
-        "hh_sha256": hashlib.sha256(args.pairs.read_bytes()).hexdigest()[:16],
+        "hh_sha256": file_hash(args.pairs)[:16],
     }
     plan = Plan(config, 0, str(model), args.pairs, fingerprints, ppo=args.ppo)
     for seed in dict.fromkeys(args.seeds):

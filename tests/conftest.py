@@ -1,12 +1,14 @@
 """Small real models and tokenizers, built here: there is no model hub on a test machine."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -50,6 +52,14 @@ LLAMA_SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+def move_weights(folder) -> None:
+    """Change one tensor of a checkpoint in place, as a training into the same folder would."""
+    path = Path(folder) / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] += 0.01
+    save_file(weights, path, {"format": "pt"})
 
 
 def llama_config(vocabulary: int = 32, **options) -> LlamaConfig:

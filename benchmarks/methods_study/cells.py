@@ -1,12 +1,12 @@
 """The reported results by world, KL target and round, and how tables write their numbers."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from .arms import ARMS
 from .plan import START
 from .results import Result
-from .statistics import Paired, at_target, pooled_slope
+from .statistics import Paired, at_target, holm, paired, pooled_slope
 
 CHOOSING = (100, 101, 102, 103)
 """Seeds on which settings were chosen; none of them is reported in the comparison."""
@@ -60,10 +60,34 @@ class Cell:
     def adjusted(self, arm: str) -> dict[int, float]:
         return self.values(arm, lambda r: at_target(r.gold, r.kl, self.kl, self.slope))
 
+    def differences(self, arm: str, other: str) -> tuple[Paired, Paired]:
+        """Return the difference in gold from another arm, as it is and at equal KL."""
+        raw = paired(self.gold(arm), self.gold(other))
+        return raw, paired(self.adjusted(arm), self.adjusted(other))
+
+    def from_retrained(self) -> "tuple[Corrected, Corrected]":
+        """Return every arm's difference from retraining, as it is and at equal KL.
+
+        Gold as the reward has none at equal KL: the slope is that of arms that over-optimise.
+        """
+        found = {a: self.differences(a, "retrained") for a in self.arms if a != "retrained"}
+        raw = corrected({arm: one for arm, (one, _) in found.items()})
+        return raw, corrected({arm: one for arm, (_, one) in found.items() if arm != "gold"})
+
     def number(self, arm: str, name: str) -> float:
         """Return the mean over seeds of a number of the evaluation; NaN if it is not there."""
         found = [r.numbers[name] for r in self.results if r.arm == arm and name in r.numbers]
         return sum(found) / len(found) if found else math.nan
+
+
+Corrected = dict[str, tuple[Paired, float]]
+"""Differences by arm, each with its p value after Holm's correction for all of them."""
+
+
+def corrected(found: Mapping[str, Paired]) -> Corrected:
+    """Add Holm's p values to comparisons that are read together."""
+    p = holm([one.p for one in found.values()])
+    return {arm: (one, value) for (arm, one), value in zip(found.items(), p, strict=True)}
 
 
 def capital(text: str) -> str:
@@ -71,9 +95,9 @@ def capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def mean(values: object) -> float:
+def mean(values: Iterable[float]) -> float:
     """Return the mean; NaN of nothing."""
-    found = list(values)  # type: ignore[call-overload]
+    found = list(values)
     return sum(found) / len(found) if found else math.nan
 
 

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from .cells import Cell, Study, interval, p_text
-from .statistics import holm, paired
+from .cells import Study, interval, p_text
+from .statistics import paired
 
 BEST = "contrast_75_log_sigmoid"
 """The method that was chosen on the seeds for choosing."""
@@ -24,8 +24,7 @@ def goal_table(first: Study, second: Study) -> str:
     rows += _after_three_rounds(first)
     cell = second.cell(12.0, 2)
     if BEST in cell.arms:
-        gain = paired(cell.gold(BEST), cell.gold("retrained"))
-        equal = paired(cell.adjusted(BEST), cell.adjusted("retrained"))
+        gain, equal = cell.differences(BEST, "retrained")
         shown = f"{interval(gain)}; {interval(equal)} at equal KL"
         rows.append(("second world: above retrained", shown, _said(gain.low > 0, equal.low > 0)))
     lines = ["| the goal asks for | measured | reached |", "|---|---|---|"]
@@ -43,18 +42,15 @@ def _at(study: Study, kl: float) -> Iterator[Row]:
     cell = study.cell(kl, 2)
     if BEST not in cell.arms:
         return
-    others = [arm for arm in cell.arms if arm != "retrained"]
-    found = {arm: paired(cell.gold(arm), cell.gold("retrained")) for arm in others}
-    gain, equal = found[BEST], paired(cell.adjusted(BEST), cell.adjusted("retrained"))
+    against, at_equal = cell.from_retrained()
+    (gain, p), (equal, equal_p) = against[BEST], at_equal[BEST]
     place = f"KL {kl:g}: "
     yield (
         f"{place}at least {LEAST[kl]:+.1f} over retrained",
         f"{interval(gain)}; {interval(equal)} at equal KL (mean {equal.mean:+.3f})",
         _said(gain.mean >= LEAST[kl], equal.mean >= LEAST[kl]),
     )
-    p = dict(zip(others, holm([found[arm].p for arm in others]), strict=True))[BEST]
-    equal_p = _equal_p(cell)
-    said = f"p {p_text(p)}, of {len(others)} comparisons; {p_text(equal_p)} at equal KL"
+    said = f"p {p_text(p)}, of {len(against)} comparisons; {p_text(equal_p)} at equal KL"
     yield f"{place}p < .001 after correction", said, _said(p < P, equal_p < P)
     fixed = paired(cell.gold(BEST), cell.gold("fixed"))
     yield (
@@ -63,17 +59,9 @@ def _at(study: Study, kl: float) -> Iterator[Row]:
         "yes" if fixed.wins >= SEEDS_ABOVE * fixed.n and fixed.worst >= WORST else "no",
     )
     if "fresh_labels" in cell.arms:
-        labels = paired(cell.gold(BEST), cell.gold("fresh_labels"))
-        same = paired(cell.adjusted(BEST), cell.adjusted("fresh_labels"))
+        labels, same = cell.differences(BEST, "fresh_labels")
         shown = f"{interval(labels)}; {interval(same)} at equal KL"
         yield f"{place}better than 300 random labels", shown, _said(labels.low > 0, same.low > 0)
-
-
-def _equal_p(cell: Cell) -> float:
-    """Return the corrected p value of the gain at equal KL."""
-    others = [arm for arm in cell.arms if arm not in ("retrained", "gold")]
-    found = [paired(cell.adjusted(arm), cell.adjusted("retrained")).p for arm in others]
-    return dict(zip(others, holm(found), strict=True))[BEST]
 
 
 def _after_three_rounds(study: Study) -> Iterator[Row]:
@@ -83,10 +71,8 @@ def _after_three_rounds(study: Study) -> Iterator[Row]:
             yield f"KL {kl:g}: half of the distance to gold after three rounds", "not run", ""
             continue
         room = paired(cell.gold("gold"), cell.gold("retrained")).mean
-        raw, equal = (
-            paired(values(BEST), values("retrained")).mean / room if room > 0 else math.nan
-            for values in (cell.gold, cell.adjusted)
-        )
+        gains = cell.differences(BEST, "retrained")
+        raw, equal = (gain.mean / room if room > 0 else math.nan for gain in gains)
         yield (
             f"KL {kl:g}: half of the distance to gold after three rounds",
             f"{100 * raw:.0f} %; {100 * equal:.0f} % if its gain is taken at equal KL",

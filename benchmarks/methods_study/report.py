@@ -10,7 +10,7 @@ from .cells import Cell, Study, capital, interval, mean, number_text, p_text, wi
 from .goal import goal_table
 from .results import SECONDS, Result
 from .sight import sight_table, truth_table
-from .statistics import Paired, holm, paired
+from .statistics import Paired, paired
 
 AFTERWARDS = {("adverts", "contrast_both_75_log_sigmoid")}
 """World and arm: run only after the other arms of that world had been seen."""
@@ -42,15 +42,8 @@ COLUMNS = 2
 
 def comparison_table(cell: Cell) -> str:
     """Return the table of one KL target and round: every arm against retrained and fixed."""
-    others = [arm for arm in cell.arms if arm != "retrained"]
-    against = {arm: paired(cell.gold(arm), cell.gold("retrained")) for arm in others}
-    equal = {
-        arm: paired(cell.adjusted(arm), cell.adjusted("retrained"))
-        for arm in others
-        if arm != "gold"  # the slope is that of arms that over-optimise, which gold does not
-    }
-    p_of = dict(zip(others, holm([against[arm].p for arm in others]), strict=True))
-    equal_p = dict(zip(equal, holm([found.p for found in equal.values()]), strict=True))
+    against, equal = cell.from_retrained()
+    nothing = (None, math.nan)
     last = cell.values("retrained", lambda r: r.gold_evaluated)
     lines = [
         "| arm | seeds | gold | KL | minus retrained (95 %) | Holm p | wins | at equal KL | Holm p "
@@ -61,7 +54,8 @@ def comparison_table(cell: Cell) -> str:
         gold = cell.gold(arm)
         about = ARMS.get(arm)
         fixed = paired(gold, cell.gold("fixed"))
-        own = against.get(arm)
+        own, p = against.get(arm, nothing)
+        at_equal, equal_p = equal.get(arm, nothing)
         evaluated = paired(cell.values(arm, lambda r: r.gold_evaluated), last)
         lines.append(
             "| "
@@ -72,10 +66,10 @@ def comparison_table(cell: Cell) -> str:
                     f"{mean(gold.values()):.2f}",
                     f"{mean(cell.values(arm, lambda r: r.kl).values()):.1f}",
                     interval(own),
-                    p_text(p_of.get(arm, math.nan)),
+                    p_text(p),
                     wins(own),
-                    interval(equal.get(arm)),
-                    p_text(equal_p.get(arm, math.nan)),
+                    interval(at_equal),
+                    p_text(equal_p),
                     interval(evaluated if own else None),
                     interval(fixed if arm != "fixed" else None),
                     wins(fixed if arm != "fixed" else None),
@@ -96,8 +90,7 @@ def closer_table(cell: Cell) -> str:
     lines = []
     for one, other in CLOSER:
         if one in cell.arms and other in cell.arms:
-            raw = paired(cell.gold(one), cell.gold(other))
-            equal = paired(cell.adjusted(one), cell.adjusted(other))
+            raw, equal = cell.differences(one, other)
             cells = [ARMS[one].label, ARMS[other].label, interval(raw), wins(raw)]
             lines.append("| " + " | ".join([*cells, interval(equal)]) + " |")
     head = ["| arm | minus | gold (95 %) | wins | at equal KL |", "|---|---|---|---|---|"]

@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -133,6 +134,12 @@ def _unpacked(path: Path, packed: gzip.GzipFile) -> Iterator[bytes]:
         raise UserError(
             f"{path}: not a whole gzip file after line {number} ({error}); fetch it again"
         ) from None
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def encodable(value: Any) -> Any:

@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaForSequenceClassification,
@@ -13,7 +12,7 @@ from transformers import (
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.scoring import Scorer
 from tests.cli.conftest import refused
-from tests.conftest import llama_config
+from tests.conftest import llama_config, move_weights
 
 TRAIN = "train --model policy --pairs pairs.jsonl --output out"
 QUICK = ["max_steps=2", "logging_steps=1", "disable_tqdm=true"]
@@ -267,9 +266,7 @@ def test_a_group_file_that_is_there(scoring, shiftrm):
     assert (status, "o.jsonl: already there, 2 groups" in output.out) == (0, True)
     assert "left as it is" in output.out
     shutil.copytree("policy", "moved")
-    weights = load_file("moved/model.safetensors")
-    weights["model.norm.weight"] += 0.01
-    save_file(weights, "moved/model.safetensors", {"format": "pt"})
+    move_weights("moved")
     for other in (["--policy", "moved"], ["--temperature", "0.5"], ["--seed", "1"]):
         status, output = shiftrm(*SAMPLE, *options, *other)
         assert status == 2

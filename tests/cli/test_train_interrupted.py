@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Trainer
 
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.trainers import work_folder
+from tests.conftest import move_weights
 
 SETTINGS = [
     *("preset=adaptive", "meta_learning_rate=0.1", "learning_rate=1e-2", "warmup_steps=2"),
@@ -89,9 +90,7 @@ def test_a_base_model_that_changed_in_place_is_refused(shiftrm, stopping):
     stopping(None)
     template = Path("policy/chat_template.jinja")
     before, written = weights("policy"), template.read_text()
-    moved = load_file("policy/model.safetensors")
-    moved["model.norm.weight"] += 0.01
-    save_file(moved, "policy/model.safetensors", {"format": "pt"})
+    move_weights("policy")
     status, output = shiftrm(*TRAIN, "--output", "out", *SETTINGS, *lora)
     assert (status, "other settings or data (model_files: " in output.err) == (2, True), output.err
     Path("policy/model.safetensors").write_bytes(before)

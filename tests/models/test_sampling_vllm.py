@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from shiftrm.cli import main
 from shiftrm.data.groups import read_groups
@@ -27,6 +26,7 @@ from shiftrm.models.sampling_vllm import (
     sample_rows_vllm,
 )
 from shiftrm.models.vllm_server import vllm_server
+from tests.conftest import move_weights
 from tests.fake_endpoint import Drop, Fail, FakeEndpoint, Nonsense, Say, Stall
 from tests.fake_vllm import continued, make_program
 
@@ -439,9 +439,7 @@ def test_a_repeated_command_asks_nothing_and_a_moved_policy_is_refused(
     words[2] = "./policy"
     assert main(words) == 0, capsys.readouterr().err
     assert "g.jsonl: already there, 5 groups" in capsys.readouterr().out
-    weights = load_file("policy/model.safetensors")
-    weights["model.norm.weight"] += 0.01
-    save_file(weights, "policy/model.safetensors", {"format": "pt"})
+    move_weights("policy")
     assert main(words) == 2
     error = capsys.readouterr().err
     assert "already there with groups of another policy" in error

@@ -17,7 +17,7 @@ from typing import Any
 
 from shiftrm.data.folders import SUFFIXES, files_of, is_saved
 from shiftrm.errors import UserError
-from shiftrm.files import BEYOND_JSON, Row, iterate_jsonl, require_columns
+from shiftrm.files import BEYOND_JSON, Row, file_hash, iterate_jsonl, require_columns
 
 SOURCE_HELP = """
 Data is a .jsonl (or .jsonl.gz), .json, .parquet or .csv file, a folder of such files, or
@@ -381,8 +381,7 @@ def _line(error: BaseException) -> str:
 def fingerprint(source: str | Path, rows: list[Row]) -> str:
     """Return a SHA-256 that identifies a data set, from the file's bytes or else from the rows."""
     if Path(source).is_file():
-        with open(source, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return file_hash(source)
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode())

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftrm.errors import UserError
+from shiftrm.files import file_hash
 from shiftrm.models.rewards import find_head, score_head
 
 FEW_WORDS = 3
@@ -120,18 +120,6 @@ def _base_folder(adapter: Path) -> Path | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return base if base.is_dir() and base.resolve() != adapter.resolve() else None
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file; a file that has not changed is read once in a process."""
-    found = path.stat()
-    return _hash_of(str(path.resolve()), found.st_size, found.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _hash_of(path: str, size: int, changed: int) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 VALUES_COMPARED = 64

@@ -1,13 +1,15 @@
 """Checks, before anything runs, of the files and models that a recipe names."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from shiftrm.config import from_mapping
 from shiftrm.data.named import COMMON, FORMATS
 from shiftrm.errors import UserError, suggest
-from shiftrm.models.loading import checkpoint_fingerprint, file_hash
+from shiftrm.files import file_hash
+from shiftrm.models.loading import checkpoint_fingerprint
 from shiftrm.pipeline.data_sets import place_of
 from shiftrm.pipeline.experiment import Experiment
 from shiftrm.pipeline.sections import Source
@@ -29,14 +31,19 @@ FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
 
 def check_data(recipe: Experiment) -> None:
     """Refuse unknown formats and options, and local files that are not there."""
-    for name, kind in KINDS.items() if recipe.data is not None else ():
-        source = getattr(recipe.data, name)
-        if source is None or (name == "demonstrations" and recipe.sft is None):
-            continue
+    for name, source in _sources(recipe):
         try:
-            _check_source(source, kind)
+            _check_source(source, KINDS[name])
         except UserError as error:
             raise UserError(f"data.{name}: {error}") from None
+
+
+def _sources(recipe: Experiment) -> Iterator[tuple[str, Source]]:
+    """Yield the data sets that the run reads, by name."""
+    for name in KINDS if recipe.data is not None else ():
+        source = getattr(recipe.data, name)
+        if source is not None and not (name == "demonstrations" and recipe.sft is None):
+            yield name, source
 
 
 def _check_source(source: Source, kind: str) -> None:
@@ -114,11 +121,10 @@ def input_hashes(recipe: Experiment, output: Path) -> dict[str, str]:
     files = {"chat_template": recipe.chat_template}
     if judge.kind == "endpoint":
         files["judge.template"] = judge.template
-    data = {}
-    for name in KINDS if recipe.data is not None else ():
-        source = getattr(recipe.data, name)
-        if source is not None and not (name == "demonstrations" and recipe.sft is None):
-            data[f"data.{name}"] = place_of(asdict(source)).partition(":")[0]
+    data = {
+        f"data.{name}": place_of(asdict(source)).partition(":")[0]
+        for name, source in _sources(recipe)
+    }
     found = {name: checkpoint_fingerprint(path)[:16] for name, path in models.items() if path}
     for name, place in {**files, **data}.items():
         path = Path(place) if place is not None else None

@@ -1,7 +1,6 @@
 """The implementation of `shiftrm meta-test`: resumable stages, two for each domain."""
 
 import copy
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from shiftrm.config import from_mapping
 from shiftrm.data.domains import Domain, load_domain
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError, printable
-from shiftrm.files import write_jsonl
+from shiftrm.files import file_hash, write_jsonl
 from shiftrm.models.finite import require_finite_weights
 from shiftrm.models.loading import checkpoint_fingerprint
 from shiftrm.models.sampling import load_policy
@@ -163,7 +162,7 @@ def _contents(path: Input | None) -> str:
     if path is None:
         return ""
     if Path(str(path)).is_file():
-        return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest()
+        return file_hash(str(path))
     return checkpoint_fingerprint(str(path))
 
 

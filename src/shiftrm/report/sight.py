@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shiftrm.data.negatives import NEGATIVES
 from shiftrm.measure.diagnosis.thresholds import SIGHT_LOW
 from shiftrm.report.results import SFT, Results
-from shiftrm.report.tables import NOT_MEASURED, Table, fixed_point
+from shiftrm.report.tables import NOT_MEASURED, Table, fixed_point, number
 
 _RANK = "rank_policy"
 _GOLD = "gold_sight_"
@@ -98,8 +100,7 @@ def _share(m: Results, arm: str, round_: int, metric: str) -> str:
     over_prompts = m.mean(arm, round_, f"half_width_{metric}") if of_test else None
     over_seeds = found.half_width if found.count >= FEWEST_SEEDS else None
     half = over_prompts if found.count == 1 else over_seeds
-    said = fixed_point(found.mean)
-    return said if half is None else f"{said} ± {fixed_point(half)}"
+    return number(replace(found, half_width=half))
 
 
 def _of_gold(m: Results, kind: str) -> str:
