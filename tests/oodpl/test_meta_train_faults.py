@@ -115,12 +115,13 @@ def test_an_interrupted_run_continues_only_with_the_same_inputs(run, folder, mon
 
 
 @pytest.mark.parametrize("names", [("reference",), ("a", "a_reference")])
-def test_names_that_would_give_two_metrics_one_name_are_refused(names):
+def test_names_that_would_give_two_metrics_one_name_are_refused(names, tmp_path):
     domains = tuple(Domain(name, (), eval_pairs=({},)) for name in names)
+    args = OODPLConfig(str(tmp_path / "out"), use_cpu=True)
     for split in (make_split(validation=domains), DomainSplit(domains, domains[:1])):
         with pytest.raises(UserError, match=r"_accuracy' would be that of .* rename the domain's"):
-            OODPLTrainer(None, None, OODPLConfig("out", use_cpu=True), split=split)
-    assert not os.path.exists("out")
+            OODPLTrainer(None, None, args, split=split)
+    assert not (tmp_path / "out").exists()
 
 
 def long_pair():

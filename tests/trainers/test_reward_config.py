@@ -51,7 +51,9 @@ def test_defaults_with_an_accelerator(tmp_path, monkeypatch, has_bf16):
     assert (Args.use_cpu, Args.bf16) == (False, has_bf16)
 
 
-def test_the_learning_rate_is_that_of_the_way_of_training(reward_model, tokenizer, pairs, groups):
+def test_the_learning_rate_is_that_of_the_way_of_training(
+    reward_model, tokenizer, pairs, groups, tmp_path
+):
     data = {"train_dataset": Dataset.from_list(pairs), "processing_class": tokenizer}
     lora = {"peft_config": LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])}
     trainers = [
@@ -62,14 +64,14 @@ def test_the_learning_rate_is_that_of_the_way_of_training(reward_model, tokenize
     for trainer, config, given, rate in trainers:
         for options in ({}, lora):
             meta = {"meta_dataset": groups} if trainer is MetaRMTrainer else {}
-            made = trainer(reward_model, config("out", **given), **data, **meta, **options)
+            made = trainer(reward_model, config(str(tmp_path), **given), **data, **meta, **options)
             expected = 1e-4 if options and not given else rate
             assert made.args.learning_rate == expected
             if meta:
                 assert made.args.meta_learning_rate == expected, "the paper: eta = alpha"
             reward_model = made.accelerator.unwrap_model(made.model)
             reward_model = reward_model.unload() if options else reward_model
-    args = MetaRMConfig("out", meta_learning_rate=0.5)
+    args = MetaRMConfig(str(tmp_path), meta_learning_rate=0.5)
     args.fit_lora()
     assert (args.learning_rate, args.meta_learning_rate) == (1e-4, 0.5)
 
