@@ -41,48 +41,54 @@ COLUMNS = 2
 
 
 def comparison_table(cell: Cell) -> str:
-    """Return the table of one KL target and round: every arm against retrained and fixed."""
+    """Return the table of one KL target and round: every arm against retrained."""
     against, equal = cell.from_retrained()
     nothing = (None, math.nan)
-    last = cell.values("retrained", lambda r: r.gold_evaluated)
-    lines = [
-        "| arm | seeds | gold | KL | minus retrained (95 %) | Holm p | wins | at equal KL | Holm p "
-        "| last policy | minus fixed (95 %) | wins | worst | accuracy | rank | labels | seconds |",
-        "|" + "---|" * 17,
-    ]
+    lines = []
     for arm in cell.arms:
-        gold = cell.gold(arm)
-        about = ARMS.get(arm)
-        fixed = paired(gold, cell.gold("fixed"))
         own, p = against.get(arm, nothing)
         at_equal, equal_p = equal.get(arm, nothing)
+        reached = mean(cell.values(arm, lambda r: r.kl).values())
+        found = [f"{mean(cell.gold(arm).values()):.2f}", f"{reached:.1f}", interval(own)]
+        lines.append([*found, p_text(p), wins(own), interval(at_equal), p_text(equal_p)])
+    head = ["gold", "KL", "minus retrained (95 %)", "Holm p", "wins", "at equal KL", "Holm p"]
+    return _arm_rows(cell, head, lines)
+
+
+def details_table(cell: Cell) -> str:
+    """Return the rest of one KL target and round: against fixed, the last policy, and costs."""
+    last = cell.values("retrained", lambda r: r.gold_evaluated)
+    lines = []
+    for arm in cell.arms:
+        fixed = paired(cell.gold(arm), cell.gold("fixed")) if arm != "fixed" else None
         evaluated = paired(cell.values(arm, lambda r: r.gold_evaluated), last)
         lines.append(
-            "| "
-            + " | ".join(
-                [
-                    about.label if about else arm,
-                    str(len(gold)),
-                    f"{mean(gold.values()):.2f}",
-                    f"{mean(cell.values(arm, lambda r: r.kl).values()):.1f}",
-                    interval(own),
-                    p_text(p),
-                    wins(own),
-                    interval(at_equal),
-                    p_text(equal_p),
-                    interval(evaluated if own else None),
-                    interval(fixed if arm != "fixed" else None),
-                    wins(fixed if arm != "fixed" else None),
-                    number_text(fixed.worst if arm != "fixed" else math.nan, "+.2f"),
-                    number_text(cell.number(arm, "accuracy_policy_before"), ".3f"),
-                    number_text(cell.number(arm, "rank_policy_before"), ".2f"),
-                    str(about.labels or "") if about else "",
-                    number_text(cell.number(arm, SECONDS), ".0f"),
-                ]
-            )
-            + " |"
+            [
+                str(len(cell.gold(arm))),
+                interval(fixed),
+                wins(fixed),
+                number_text(fixed.worst if fixed else math.nan, "+.2f"),
+                interval(evaluated if arm != "retrained" else None),
+                number_text(cell.number(arm, "accuracy_policy_before"), ".3f"),
+                number_text(cell.number(arm, "rank_policy_before"), ".2f"),
+                str(ARMS[arm].labels or "") if arm in ARMS else "",
+                number_text(cell.number(arm, SECONDS), ".0f"),
+            ]
         )
-    return "\n".join(lines)
+    head = ["seeds", "minus fixed (95 %)", "wins", "worst", "last policy", "accuracy", "rank"]
+    return _arm_rows(cell, [*head, "labels", "seconds"], lines)
+
+
+def _arm_rows(cell: Cell, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table with a line for each of the cell's arms."""
+    shown = [["arm", *head], ["---"] * (len(head) + 1)]
+    shown += [[_label(arm), *line] for arm, line in zip(cell.arms, lines, strict=True)]
+    return "\n".join("| " + " | ".join(words) + " |" for words in shown)
+
+
+def _label(arm: str) -> str:
+    """Return an arm's name in tables and pictures."""
+    return ARMS[arm].label if arm in ARMS else arm
 
 
 def closer_table(cell: Cell) -> str:
@@ -100,26 +106,23 @@ def closer_table(cell: Cell) -> str:
 def seeds_table(cell: Cell) -> str:
     """Return gold of every arm and seed."""
     seeds = sorted({r.seed for r in cell.results})
-    lines = ["| arm | " + " | ".join(map(str, seeds)) + " |", "|---" * (len(seeds) + 1) + "|"]
-    for arm in cell.arms:
-        gold = cell.gold(arm)
-        shown = [f"{gold[seed]:.2f}" if seed in gold else "" for seed in seeds]
-        label = ARMS[arm].label if arm in ARMS else arm
-        lines.append(f"| {label} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    golds = [cell.gold(arm) for arm in cell.arms]
+    lines = [[f"{gold[s]:.2f}" if s in gold else "" for s in seeds] for gold in golds]
+    return _arm_rows(cell, [str(seed) for seed in seeds], lines)
 
 
 def picture(studies: Sequence[Study]) -> Figure:
     """One panel per world, KL target and round: difference to retrained with its interval."""
     cells = [(study.title(kl, number), cell) for study in studies for kl, number, cell in study]
+    cells.sort(key=lambda one: -len(one[1].arms))  # panels of like height beside each other
     columns = min(COLUMNS, max(1, len(cells)))
     rows = -(-max(1, len(cells)) // columns)
     arms_of_row = [
         max((len(cell.arms) for _, cell in cells[start : start + columns]), default=1)
         for start in range(0, rows * columns, columns)
     ]
-    heights = [0.24 * most + 1.1 for most in arms_of_row]
-    figure = Figure(figsize=(5.2 * columns, sum(heights)), layout="constrained")
+    heights = [0.2 * most + 1.1 for most in arms_of_row]
+    figure = Figure(figsize=(7.0 * columns, sum(heights)), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
     for axes in panels[len(cells) :]:
         axes.set_visible(False)
@@ -134,10 +137,9 @@ def picture(studies: Sequence[Study]) -> Figure:
                 axes.plot([one.low, one.high], [place, place], color=colour, linewidth=1.8)
             axes.plot(one.mean, place, "o", color=colour, markersize=5)
         axes.axvline(0.0, color="#333333", linewidth=0.8)
-        axes.set_yticks(
-            range(len(arms)), [ARMS[arm].label if arm in ARMS else arm for arm in arms], fontsize=8
-        )
+        axes.set_yticks(range(len(arms)), [_label(arm) for arm in arms], fontsize=8)
         axes.set_title(title, fontsize=10)
+        axes.set_ylim(-0.8, max(len(arms), 1) - 0.2)
         axes.set_xlabel("gold, difference from retrained", fontsize=9)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -239,8 +241,7 @@ def means_table(cell: Cell, beginning: str, ending: str = "", form: str = ".2f")
     for arm in cell.arms:
         values = [number_text(cell.number(arm, name), form) for name in names]
         if any(values):
-            label = ARMS[arm].label if arm in ARMS else arm
-            lines.append(f"| {label} | " + " | ".join(values) + " |")
+            lines.append(f"| {_label(arm)} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 
@@ -252,7 +253,10 @@ def pages(results: Sequence[Result]) -> dict[str, str]:
         "truth": truth_table((first, second)),
         "answer": "\n".join(filter(None, (answer(first), answer(second)))),
         "comparison": _by_cell(first, comparison_table),
+        "details": _by_cell(first, details_table),
         "second": _by_cell(second, comparison_table)
+        + "\n\n"
+        + _by_cell(second, details_table)
         + "\n\n"
         + _by_cell(second, lambda cell: means_table(cell, "overpays_"), "what is paid for, "),
         "closer": _by_cell(first, closer_table) + "\n\n" + _by_cell(second, closer_table),

@@ -1,4 +1,4 @@
-"""Reward models that keep telling responses apart after the policy has moved.
+"""Measures whether a reward model still works after RLHF has moved the policy, and adapts it.
 
 The names below load on first use, so that `import shiftrm` and the command line stay fast.
 """

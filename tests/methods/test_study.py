@@ -164,23 +164,30 @@ def _result(arm: str, seed: int, gold: float, **more: Any) -> Result:
     return Result(arm=arm, seed=seed, gold=gold, **{**values, **more})
 
 
+def _cells(table: str, label: str) -> list[str]:
+    """Return the cells of the first line of an arm."""
+    row = next(line for line in table.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in row.split("|")[1:-1]]
+
+
 def test_the_page_compares_arms_by_seed_and_keeps_choosing_seeds_apart():
     results = [_result("retrained", seed, 3.0 + seed) for seed in range(3)]
     results += [_result("contrast", seed, 3.5 + seed + 0.1 * seed) for seed in range(3)]
     results += [_result("fixed", seed, 3.2 + seed) for seed in range(3)]
     results += [_result("retrained", 100, 1.0), _result("contrast.share10", 100, 9.0)]
     made = pages(results)
-    row = next(line for line in made["comparison"].splitlines() if line.startswith("| contrast |"))
-    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    cells = _cells(made["comparison"], "contrast")
     # Differences .5, .6, .7: mean .6, standard error .1 / sqrt 3, t quantile 4.303.
     half = 4.303 * 0.1 / math.sqrt(3)
-    assert cells[1:3] == ["3", "4.60"]
-    assert cells[4] == f"+0.60 ({0.6 - half:+.2f}, {0.6 + half:+.2f})"
-    assert cells[6] == "3/3"
-    assert cells[7] == cells[9] == cells[4]  # all at the target, and evaluated as in training
-    assert cells[10].startswith("+0.40")
+    difference = f"+0.60 ({0.6 - half:+.2f}, {0.6 + half:+.2f})"
+    assert cells[:4] == ["contrast", "4.60", "12.0", difference]
+    assert cells[5:7] == ["3/3", difference]  # all at the target
+    details = _cells(made["details"], "contrast")
+    assert details[1] == "3"
+    assert details[2].startswith("+0.40")
+    assert details[3:6] == ["3/3", "+0.30", difference]  # evaluated as in training
     assert "KL 12, round 2, 3 seeds" in made["answer"]
-    said = f"*contrast* ends highest, {cells[4]} gold above retraining ({cells[4]} at equal KL)"
+    said = f"*contrast* ends highest, {difference} gold above retraining ({difference} at equal KL)"
     assert said in made["answer"]
     assert "9.00" not in made["comparison"]
     assert "9.00" not in made["seeds"]
@@ -200,8 +207,7 @@ def test_arms_that_differ_in_less_are_compared_and_gold_has_no_equal_kl():
     made = pages(results)
     [row] = [line for line in made["closer"].splitlines() if "retraining's steps" in line]
     assert "| log-sigmoid shaping | +0.75 | 2/2 | +0.75 |" in row
-    [gold] = [line for line in made["comparison"].splitlines() if line.startswith("| gold ")]
-    assert [cell.strip() for cell in gold.split("|")][8:10] == ["", ""]
+    assert _cells(made["comparison"], "gold as reward")[6:] == ["", ""]
     later = [replace(r, world="adverts") for r in results]
     later += [_result("contrast_both_75_log_sigmoid", s, 9.0, world="adverts") for s in range(2)]
     assert "log-sigmoid* (run after the others were seen) ends" in pages(later)["answer"]
@@ -288,11 +294,11 @@ def test_worlds_are_kept_apart_and_seconds_are_means():
         for s in range(2)
     ]
     made = pages(results)
-    for block, change in (("comparison", "+1.00"), ("second", "+0.50")):
-        [row] = [line for line in made[block].splitlines() if line.startswith("| contrast |")]
-        cells = [cell.strip() for cell in row.split("|")[1:-1]]
-        assert cells[4] == change
-        assert cells[-1] == "11"
+    assert _cells(made["comparison"], "contrast")[3] == "+1.00"
+    assert _cells(made["details"], "contrast")[-1] == "11"
+    differences, details = made["second"].split("\n\n")[1:4:2]
+    assert _cells(differences, "contrast")[3] == "+0.50"
+    assert _cells(details, "contrast")[-1] == "11"
     first, second = made["answer"].splitlines()
     assert "50 % of the distance from retraining to gold" in first
     assert second.startswith("- **Second world, KL 12, round 2, 2 seeds**")

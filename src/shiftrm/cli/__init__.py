@@ -134,7 +134,8 @@ def build_parser() -> Parser:
     """Return the parser with all commands."""
     parser = Parser(
         prog="shiftrm",
-        description="Reward models that keep telling responses apart after the policy has moved.",
+        description="Measures whether a reward model still works after RLHF has moved the policy, "
+        "and adapts it to unlabelled responses.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,17 +6,18 @@ from typing import Any
 from shiftrm.cli.diagnose import show_tables
 from shiftrm.cli.options import About, build, command_line, option, optional
 from shiftrm.cli.progress import bar, only_on_terminals
-from shiftrm.cli.training import REWARD_HELP, RewardOptions, result_folder
+from shiftrm.cli.training import REWARD_HELP, RewardOptions, methods_help, result_folder
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
 
 EPILOG = """examples:
   shiftrm adapt --model models/reward --pairs pairs.jsonl --groups groups.jsonl \\
-      --eval-pairs heldout.jsonl --output models/reward-2 preset=by_effect learning_rate=5e-6
+      --eval-pairs heldout.jsonl --method contrast_all contrast_share=0.75 --output models/reward-2
   shiftrm adapt --model models/reward --pairs pairs.jsonl --policy models/ppo-1 \\
-      --prompts prompts.jsonl --responses 5 --temperature 0.8 --output models/reward-2
+      --prompts prompts.jsonl --responses 5 --temperature 0.8 --method contrast \\
+      --output models/reward-2
   shiftrm adapt --model models/reward --pairs pairs.jsonl --groups groups.jsonl \\
-      --method contrast --output models/reward-2
+      --eval-pairs heldout.jsonl --output models/reward-2 preset=by_effect learning_rate=5e-6
   shiftrm adapt --config adapt.yaml --eval-groups other=groups-of-other-prompts.jsonl
 
 This runs `shiftrm train --method`, starting from a trained reward model, and the diagnosis of
@@ -38,8 +39,8 @@ interrupted, killed or stopped by a full disk continues from there when it is gi
 ABOUT = About(
     help="adapt a reward model to responses of the current policy; before and after",
     description="Adapts a trained reward model to unlabelled responses of the current policy "
-    "(MetaRM, or another --method), and says whether it became sharper or only louder.",
-    epilog=EPILOG + REWARD_HELP + FILES + SOURCE_HELP,
+    "(by --method), and says whether it became sharper or only louder.",
+    epilog=EPILOG + methods_help() + REWARD_HELP + FILES + SOURCE_HELP,
     again="to continue: samples and checkpoints are kept",
 )
 
@@ -50,7 +51,7 @@ SAMPLING = "sampling, with --policy"
 class Options(RewardOptions):
     method: str = option(
         "NAME",
-        "contrast, retrained, another registered method, or package.module:attribute",
+        "one of the methods below, or package.module:attribute",
         default="metarm",
     )
     groups: str | None = optional("DATA", "response groups of the current policy", reads=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from shiftrm.cli.options import About, optional
-from shiftrm.cli.training import REWARD_HELP, RewardOptions, run_job
+from shiftrm.cli.training import REWARD_HELP, RewardOptions, methods_help, run_job
 from shiftrm.data.sources import SOURCE_HELP
 
 EPILOG = """examples:
@@ -31,7 +31,7 @@ ABOUT = About(
     help="train a reward model on preference pairs, and adapt it to unlabelled responses",
     description="Trains a reward model. With --groups, unlabelled responses of the current policy, "
     "it takes a MetaRM step in every optimizer step; without, it is plain Bradley-Terry training.",
-    epilog=EPILOG + REWARD_HELP + FILES + SOURCE_HELP,
+    epilog=EPILOG + methods_help() + REWARD_HELP + FILES + SOURCE_HELP,
     again="to continue from the last checkpoint, if there is one",
 )
 
@@ -41,7 +41,7 @@ class Options(RewardOptions):
     groups: str | None = optional("DATA", "response groups of the policy", reads=True)
     method: str | None = optional(
         "NAME",
-        "a method of `shiftrm adapt`, or package.module:attribute; default: metarm with --groups, "
+        "one of the methods below, or package.module:attribute; default: metarm with --groups, "
         "and plain Bradley-Terry training without",
     )
     policy: str | None = optional("DIR", "today's policy, for methods that use it", reads=True)

@@ -7,9 +7,11 @@ from typing import Any
 from shiftrm.cli.checks import WORK, output_folder
 from shiftrm.cli.options import build, command_line, inputs, option, optional
 from shiftrm.cli.progress import only_on_terminals
+from shiftrm.methods.method import METHODS
 
 __all__ = [
-    "POLICY_HELP", "REWARD_HELP", "RewardOptions", "TrainingOptions", "result_folder", "run_job",
+    "POLICY_HELP", "REWARD_HELP", "RewardOptions", "TrainingOptions", "methods_help",
+    "result_folder", "run_job",
 ]  # fmt: skip
 
 POLICY_HELP = """Settings: every option of {configs}, and of
@@ -26,12 +28,21 @@ or stopped by a full disk or lack of memory continues from the last one when it 
 """Help text of the commands that train policies."""
 
 REWARD_HELP = """Settings: every option of trl.RewardConfig (and so of TrainingArguments), with
-groups also of MetaRMConfig (preset, meta_step, meta_learning_rate, meta_batch_size, deploy), and of
+groups also of MetaRMConfig (preset, meta_step, meta_learning_rate, meta_batch_size, deploy) or of
+the method's own configuration (ContrastConfig: contrast_share, contrast_negatives, ...), and of
 trl.ModelConfig (dtype, attn_implementation, use_peft, lora_r, lora_alpha, ...), as key=value, as
 --key value (--learning-rate 5e-6, --bf16, --no-bf16) or in the file. Code that comes with a model
 is only run with --trust-remote-code.
 """
 """Help text of the commands that train reward models."""
+
+
+def methods_help() -> str:
+    """List the values of --method with their labels."""
+    methods = {name: METHODS.get(name) for name in METHODS.names()}
+    lines = [f"  {name:27}{m.label}" for name, m in methods.items() if m.adapts]
+    about = "Methods (docs/methods.md says what each does and compares them):"
+    return "\n".join([about, *lines]) + "\n\n"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,11 @@ class Method:
     def trains(self) -> bool:
         return self.training is not None
 
+    @property
+    def adapts(self) -> bool:
+        """Whether it trains a reward model without new labels, as `shiftrm adapt` does."""
+        return self.trains and not self.needs & {"labels", "gold"}
+
     def classes(self) -> Training:
         """Return what `training` returns, with the members; importing it takes seconds."""
         assert self.training is not None
