@@ -17,7 +17,8 @@ itself states a coin toss."""
 RATIO_BLIND, RATIO_DIM = 0.15, 0.5
 """Variance of reward differences over the reference's. In the gold world, where the truth is known
 (an earlier run of docs/demo.md, means over three seeds), the accuracy on a policy's own pairs was
-0.44 to 0.58 at ratios up to 0.13, 0.64 at 0.30 (DPO) and 0.79 for SFT. This is evidence from one small world."""
+0.44 to 0.58 at ratios up to 0.13, 0.64 at 0.30 (DPO) and 0.79 for SFT. This is evidence from one
+small world."""
 WITHIN_DIM = 0.05
 """Dim if less than this share of the variance is within prompts: the reward then hardly depends on
 the response."""
