@@ -88,7 +88,7 @@ def _mean_pooling(path: str, batch_size: int) -> Embedder:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from shiftrm.models.loading import quiet_loading
+    from shiftrm.models.filled import quiet_loading
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shiftrm.errors import UserError
+from shiftrm.models.filled import load_filled
 from shiftrm.models.finite import broken_weight
 from shiftrm.models.loading import check_vocabulary, explain_loading
 from shiftrm.models.rendering import pin_template, stop_token_ids
@@ -80,14 +81,15 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
 
     with explain_loading(path, "a causal language model with its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path), output_loading_info=True, **{"dtype": torch.float32, **model_options}
+        model, missing, _ = load_filled(
+            AutoModelForCausalLM, path, quiet=False, **{"dtype": torch.float32, **model_options}
         )
-    if info["missing_keys"]:
+    if missing:
         raise UserError(
-            f"{path}: not a causal language model ({sorted(info['missing_keys'])[0]} is missing); "
-            "give a policy, not a reward model"
+            f"{path}: not a causal language model ({missing[0]} is missing); give a policy, not a "
+            "reward model"
         )
+    _require_causal(path, model)
     check_vocabulary(model, tokenizer, path)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token; set one and save it again")
@@ -95,6 +97,20 @@ def load_policy(path: str | Path, **model_options: Any) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     pin_template(tokenizer)
     return model.eval(), tokenizer
+
+
+def _require_causal(path: str | Path, model: Any) -> None:
+    """Refuse an encoder, whose tokens see those that come later, and a reward model's adapter."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder:
+        raise UserError(
+            f"{path}: is an encoder ({model.config.model_type}), whose tokens see the later ones; "
+            "give a causal language model"
+        )
+    for adapter in getattr(model, "peft_config", {}).values():
+        if adapter.task_type == "SEQ_CLS":
+            raise UserError(f"{path}: is the adapter of a reward model; give a policy")
 
 
 def _generated(

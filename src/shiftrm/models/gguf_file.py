@@ -23,7 +23,8 @@ from typing import Any
 
 from shiftrm.errors import UserError, shortened
 from shiftrm.files import new_folder
-from shiftrm.models.loading import explain_loading, keep_pad_apart, quiet_loading
+from shiftrm.models.filled import quiet_loading
+from shiftrm.models.loading import explain_loading, keep_pad_apart
 
 __all__ = ["Converted", "convert_gguf", "read_gguf", "split_digits"]
 

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from shiftrm.errors import UserError
 from shiftrm.files import file_hash
+from shiftrm.models.filled import load_filled
 from shiftrm.models.rewards import find_head, score_head
 
 FEW_WORDS = 3
@@ -204,18 +204,6 @@ def refuse_adapter(
         )
 
 
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silence transformers' report on missing and unused weights."""
-    noisy = logging.getLogger("transformers.modeling_utils")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        noisy.setLevel(level)
-
-
 def check_vocabulary(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Refuse a tokenizer whose vocabulary has tokens that the model lacks.
 
@@ -303,15 +291,21 @@ def load_classifier(path: str | Path, *, quiet: bool, **options: Any) -> tuple[A
     Returns:
         The model; a weight of its head that the checkpoint lacks, or ""; and the weights of the
         checkpoint that look like a head and are not read (`unread_heads`).
+
+    Raises:
+        UserError: as `filled.load_filled`; or it classifies tokens.
     """
     from transformers import AutoModelForSequenceClassification
 
-    with quiet_loading() if quiet else nullcontext():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            str(path), output_loading_info=True, **options
-        )
-    missing = [key for key in info["missing_keys"] if "score" in key or "classifier" in key]
-    return model, next(iter(missing), ""), unread_heads(info["unexpected_keys"])
+    found = load_filled(AutoModelForSequenceClassification, path, quiet=quiet, **options)
+    for name in getattr(found.model.config, "architectures", None) or ():
+        if name.endswith("ForTokenClassification"):
+            raise UserError(
+                f"{path}: is a {name}, which rates every token; a reward model has one reward for "
+                "a response (a sequence classifier)"
+            )
+    missing = [key for key in found.missing if "score" in key or "classifier" in key]
+    return found.model, next(iter(missing), ""), unread_heads(found.unexpected)
 
 
 def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> Any:

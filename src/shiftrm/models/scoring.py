@@ -127,8 +127,6 @@ class Scorer:
                 # fp32, as in training: a base saved in bf16 would round the scores.
                 model_options = {"num_labels": 1, "dtype": torch.float32, **model_options}
             model, missing, lost = load_classifier(path, quiet=adapter, **model_options)
-        if adapter and any("modules_to_save" in name for name, _ in model.named_parameters()):
-            missing = ""  # the adapter has the head that its base lacks
         if missing:
             other = f", and its {lost[0]} is not read" if lost else ""
             raise UserError(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from shiftrm.core.losses import response_log_likelihood, text_regularisation
 from shiftrm.errors import UserError
+from shiftrm.models.filled import load_filled
 from shiftrm.models.likelihoods import encode_side
-from shiftrm.models.loading import explain_loading, quiet_loading
+from shiftrm.models.loading import explain_loading
 from shiftrm.models.prefix import separate
 from shiftrm.models.rewards import rewards_and_states
 from shiftrm.progress import task
@@ -80,15 +81,15 @@ class LanguageHead:
         """
         from transformers import AutoModelForCausalLM
 
-        with explain_loading(path, "a causal language model"), quiet_loading():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, output_loading_info=True, dtype=torch.float32, **options
+        with explain_loading(path, "a causal language model"):
+            model, missing, _ = load_filled(
+                AutoModelForCausalLM, path, quiet=True, dtype=torch.float32, **options
             )
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise UserError(f"{path}: has no language-model head of one linear layer")
         name = next(name for name, module in model.named_modules() if module is head)
-        if f"{name}.weight" in info["missing_keys"]:
+        if f"{name}.weight" in missing:
             raise UserError(
                 f"{path}: has no language-model head ({name}.weight); the method grm needs one, so "
                 "start from a policy"
