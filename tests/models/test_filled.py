@@ -115,7 +115,9 @@ def test_another_number_of_layers_than_the_files_hold(reward_model, policy, toke
     policy = saved(policy, tokenizer, tmp_path / "policy")
     for load, path in ((Scorer.from_pretrained, reward), (load_policy, policy)):
         with_layers(path, 1)
-        with pytest.raises(UserError, match=r"hold model\.layers\.1\.\S+, a layer that config.json"):
+        with pytest.raises(
+            UserError, match=r"hold model\.layers\.1\.\S+, a layer that config.json"
+        ):
             load(path)
         with_layers(path, 3)
         with pytest.raises(UserError, match=r"lack the weight model\.layers\.2\."):

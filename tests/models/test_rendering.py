@@ -1,9 +1,22 @@
 """What a row becomes, token by token."""
 
+import inspect
+
 import pytest
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shiftrm.errors import UserError
-from shiftrm.models.rendering import decode_response, encode, encode_prompt, pin_template
+from shiftrm.models.rendering import (
+    NOT_FOR_TEMPLATES,
+    check_template_options,
+    check_text,
+    decode_response,
+    encode,
+    encode_prompt,
+    pin_template,
+    stop_token_ids,
+)
+from tests.byte_level import byte_level
 
 
 def tokens(tokenizer, ids):
@@ -73,6 +86,56 @@ def test_messages_need_role_and_content(tokenizer):
         encode(tokenizer, None, [{"role": "assistant"}])
     with pytest.raises(UserError, match="prompt, message 2 has no 'role'"):
         encode(tokenizer, [{"role": "user", "content": "the"}, {"content": "a"}], "cat")
+
+
+@pytest.mark.parametrize("content", [True, 7, 0, {"type": "text", "text": "a"}])
+def test_content_is_text_also_beside_calls_of_tools(tokenizer, content):
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+    for more in ({}, {"tool_calls": calls}):
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content, **more}]
+        kind = type(content).__name__
+        with pytest.raises(UserError, match=f"message 2 has 'content' of type {kind}; expected"):
+            check_text(chat, "prompt")
+
+
+def test_arguments_of_the_tokenizer_are_no_options_of_a_template():
+    """A row, which a server gets from anyone, could otherwise replace the template."""
+    known = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    own = known - {"self", "kwargs", "tools", "documents"}
+    assert own == NOT_FOR_TEMPLATES
+    for name in own:
+        with pytest.raises(UserError, match=f"row 3: 'chat_template_kwargs' has {name!r}"):
+            check_template_options({"chat_template_kwargs": {name: "x", "thinking": 1}}, "row 3")
+    check_template_options({"chat_template_kwargs": {"enable_thinking": False}}, "row 3")
+
+
+def test_a_turn_that_two_tokens_close():
+    """`<|im_end|><eos>`: neither is part of the answer, and both are read with it again."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{{ '<|im_end|>' }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = byte_level(template)
+    prompt = [{"role": "user", "content": "hi"}]
+    opening = encode_prompt(tokenizer, prompt)
+    whole = encode(tokenizer, prompt, [{"role": "assistant", "content": "ok"}])
+    assert whole[: len(opening)] == opening
+    ended = whole[len(opening) :]
+    assert tokenizer.convert_ids_to_tokens(ended[-2:]) == ["<|im_end|>", tokenizer.eos_token]
+    assert decode_response(tokenizer, opening, ended) == "ok"
+    assert encode(tokenizer, prompt, "ok") == whole
+    assert decode_response(tokenizer, opening, [*ended[:-2], ended[-1]]) == "ok"  # EOS alone
+    assert decode_response(tokenizer, opening, ended[:-1], finished=False) == "ok<|im_end|>"
+
+
+@pytest.mark.parametrize("wrong", ["x", 2.0, [[2]], [2, "x"]])
+def test_a_generation_config_whose_end_is_no_token(tokenizer, wrong):
+    config = GenerationConfig()
+    config.eos_token_id = wrong
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id is .* expected the"):
+        stop_token_ids(tokenizer, config)
 
 
 def test_a_template_with_todays_date_is_pinned(tokenizer, tmp_path):

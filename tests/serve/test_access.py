@@ -309,6 +309,31 @@ def test_a_client_that_leaves_is_not_read(serving, model, monkeypatch):
     assert len(read) == 2
 
 
+def test_a_request_that_is_read_without_an_end_shows(serving, model, monkeypatch):
+    from shiftrm.serve import app
+
+    server = serving(model, timeout=0.5)
+    plain, go_on = app.parsed, threading.Event()
+
+    def endless(raw):
+        assert go_on.wait(30)
+        return plain(raw)
+
+    monkeypatch.setattr(app, "parsed", endless)
+    try:
+        error = server.post("/score", ROW, status=504)
+        assert error["error"] == "not done within 0.5 s"
+        while (health := server.http.get("/health")).status_code == 200:
+            time.sleep(0.05)
+        assert health.status_code == 503
+        assert "read without an end" in health.json()["error"]
+    finally:
+        go_on.set()
+    while server.http.get("/health").status_code == 503:
+        time.sleep(0.01)
+    server.post("/score", ROW)
+
+
 def test_one_bad_sequence_fails_alone(serving, model, monkeypatch):
     """A pass that fails is tried in halves, as running out of memory is."""
     from shiftrm.serve import batching

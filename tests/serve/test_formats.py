@@ -218,6 +218,24 @@ def test_embeddings_as_the_openai_client_reads_them(server):
         ("/score", {"prompt_ids": ["a"], "response_ids": [[5]]}, "'prompt_ids' must be"),
         ("/score", {"response_ids": 3}, "'response_ids' must be"),
         ("/score", {"prompt": "a", "responses": ["b"], "tools": 3}, "'tools' is 3"),
+        (
+            "/score",
+            {"prompt": "a", "response": "b", "chat_template_kwargs": {"chat_template": "x"}},
+            "request: 'chat_template_kwargs' has 'chat_template'",
+        ),
+        (
+            "/classify",
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "chat_template_kwargs": {"tokenize": True},
+            },
+            "'chat_template_kwargs' has 'tokenize'",
+        ),
+        (
+            "/classify",
+            {"messages": [{"role": "assistant", "content": True, "tool_calls": [{}]}]},
+            "message 1 has 'content' of type bool",
+        ),
         ("/get_reward", {"prompts": ["a"]}, "'query' must be"),
         ("/get_reward", {"query": [None]}, "query 0: is NoneType"),
         ("/get_reward", {"query": [""]}, "query 0: has no tokens"),

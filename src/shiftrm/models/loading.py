@@ -230,11 +230,16 @@ def check_vocabulary(model: Any, tokenizer: Any, path: str | Path) -> None:
 
 
 def require_words(tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer that knows no words.
+    """Refuse a tokenizer that knows no words, or has a length that is no number.
 
     Raises:
-        UserError: it has only special tokens.
+        UserError: it has only special tokens; or `model_max_length`, with which transformers
+            compares every text, is no number.
     """
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise UserError(
+            f"{name}: tokenizer_config.json: model_max_length is {longest!r:.40}; expected a number"
+        )
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     if len(words) <= FEW_WORDS:
         raise UserError(

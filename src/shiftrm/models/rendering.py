@@ -14,7 +14,8 @@ can hold but tokenizers reject, is read as "?".
 import datetime
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -85,7 +86,7 @@ def check_text(text: Any, what: str) -> None:
             )
         if not isinstance(message.get("role"), str):
             raise UserError(f"{what}, message {number} has no 'role'; expected a name, as 'user'")
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+        if message.get("content") is None and not message.get("tool_calls"):
             raise UserError(f"{what}, message {number} has no 'content'; expected text")
         try:
             text_of(message, number)
@@ -93,12 +94,23 @@ def check_text(text: Any, what: str) -> None:
             raise UserError(f"{what}, {error}") from None
 
 
+NOT_FOR_TEMPLATES = frozenset(
+    {
+        "conversation", "chat_template", "add_generation_prompt", "continue_final_message",
+        "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+        "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    }
+)  # fmt: skip
+"""Arguments of `apply_chat_template` that are not handed to the template: they would replace it, or
+change what is returned."""
+
+
 def check_template_options(row: dict[str, Any], where: str) -> None:
-    """Check the types of a row's columns for the chat template.
+    """Check a row's columns for the chat template.
 
     Raises:
-        UserError: `tools` is not a list (or the JSON of one), or `chat_template_kwargs` is not an
-            object.
+        UserError: `tools` is not a list (or the JSON of one); `chat_template_kwargs` is not an
+            object, or has one of `NOT_FOR_TEMPLATES`, such as another template.
     """
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):
@@ -110,6 +122,11 @@ def check_template_options(row: dict[str, Any], where: str) -> None:
         if value is not None and not isinstance(value, kind):
             expected = "a list" if kind is list else "an object"
             raise UserError(f"{where}: column {column!r} is {value!r:.40}; expected {expected}")
+    if taken := NOT_FOR_TEMPLATES & set(options or ()):
+        raise UserError(
+            f"{where}: 'chat_template_kwargs' has {min(taken)!r}, which is not an option of a "
+            "template; leave it out"
+        )
 
 
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
@@ -188,15 +205,22 @@ def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> tuple[int, 
         generation_config: the policy's, or None.
 
     Raises:
-        UserError: the tokenizer has no EOS token.
+        UserError: the tokenizer has no EOS token, or the configuration names no token.
     """
     configured = getattr(generation_config, "eos_token_id", None)
-    if configured is None or isinstance(configured, int):
+    if isinstance(configured, str) or not isinstance(configured, Iterable):
         configured = [configured]
+    try:
+        configured = [index(token) for token in configured if token is not None]
+    except TypeError:
+        raise UserError(
+            f"generation_config.json: eos_token_id is {generation_config.eos_token_id!r:.40}; "
+            "expected the number of a token, or a list of them"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token: set tokenizer.eos_token, then sample")
     named = [tokenizer.eos_token_id, turn(tokenizer).stop_id, *configured]
-    found = {int(token) for token in named if token is not None}
+    found = {token for token in named if token is not None}
     return tuple(sorted(token for token in found if token >= 0))  # some configs use -1 for none
 
 
@@ -209,8 +233,9 @@ def decode_response(
 ) -> str:
     """Return the response's text, such that `prompt + text` reads as the sampled sequence.
 
-    Special tokens inside the answer are kept; the one that ended it is removed. The response is
-    decoded together with its prompt, since most tokenizers lose the space between them otherwise.
+    Special tokens inside the answer are kept. The one that ended it is removed, with those that the
+    template writes before it. The response is decoded together with its prompt, since most
+    tokenizers lose the space between them otherwise.
 
     Args:
         finished: whether the last token ended the response. None: if it is one of
@@ -219,13 +244,17 @@ def decode_response(
     response_ids = list(response_ids)
     if finished is None:
         finished = bool(response_ids) and response_ids[-1] in stop_token_ids(tokenizer)
-    if finished:
-        response_ids = response_ids[:-1]
+    last = response_ids.pop() if finished else None
     whole = _decode(tokenizer, [*prompt_ids, *response_ids])
     opening = _last(_decode, tokenizer, list(prompt_ids))
+    words = _decode(tokenizer, response_ids)
     if whole.startswith(opening):
-        return whole[len(opening) :]
-    return _decode(tokenizer, response_ids)
+        words = whole[len(opening) :]
+    ends = turn(tokenizer)
+    if last is None or last != ends.stop_id or len(ends.closing) < 2:
+        return words
+    before = "".join(ends.closing[:-1])  # such as `<|im_end|>` where `<|im_end|><eos>` ends a turn
+    return words.removesuffix(before).removesuffix(before.removeprefix(ends.lead))
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

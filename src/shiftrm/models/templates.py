@@ -189,11 +189,16 @@ def text_of(message: dict[str, Any], number: int) -> str:
     """Return a message's content as text, with parts joined; "" if it only calls tools.
 
     Raises:
-        UserError: a part is not text, such as an image.
+        UserError: the content is neither text nor a list of parts, or a part is not text, such as
+            an image.
     """
     content = message.get("content")
     if isinstance(content, str):
         return str(encodable(content))
+    if content is not None and not isinstance(content, list):
+        raise UserError(
+            f"message {number} has 'content' of type {type(content).__name__}; expected text"
+        )
     return "".join(str(encodable(part["text"])) for part in _text_parts(content, number))
 
 

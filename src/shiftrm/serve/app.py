@@ -82,13 +82,14 @@ class Service:
         self.batcher = Batcher(budget=budget, observe=metrics.observe_pass)
         # One thread reads, as tokenizers and templates are cached for one.
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="reading")
+        self.reading_since: float | None = None
         self.running = self.answered = 0
         metrics.running.set_function(lambda: self.running)
         metrics.waiting.set_function(lambda: self.batcher.waiting)
 
     def close(self) -> None:
         """End the threads; jobs that wait are scored first."""
-        self.reader.shutdown(wait=True, cancel_futures=True)
+        self.reader.shutdown(wait=not self._stuck(), cancel_futures=True)
         self.batcher.close()
 
     def _not_logged(self, reason: str) -> None:
@@ -211,8 +212,19 @@ class Service:
 
     def _read(self, raw: bytes, form: Format) -> tuple[Job, Question]:
         served = self.models.current  # once: read and scored by one model
-        question = form.read(parsed(raw), served)
+        self.reading_since = time.monotonic()
+        try:
+            question = form.read(parsed(raw), served)
+        finally:
+            self.reading_since = None
         return Job(served, question.sequences), question
+
+    def _stuck(self) -> str:
+        """Return what is wrong if one request, which others wait for, is read without an end."""
+        since = self.reading_since
+        if since is None or time.monotonic() - since < 2 * self.settings.timeout:
+            return ""
+        return "a request is being read without an end; start the server anew"
 
     # -- the other routes --------------------------------------------------------------------
 
@@ -231,9 +243,11 @@ class Service:
         )
 
     def health(self) -> Response:
-        """Return 200 if the server scores; 503 with the reason if its last pass failed."""
+        """Return 200 if the server scores; 503 with the reason if its last pass failed or a request
+        is read without an end."""
         served = self.models.current
         trouble = self.batcher.trouble if self.batcher.is_alive else "the scoring thread has ended"
+        trouble = trouble or self._stuck()
         said = {"model": served.name, "version": served.version}
         if trouble:
             return json_response(503, {"status": "failing", "error": printable(trouble), **said})
