@@ -21,6 +21,7 @@ from shiftrm.models.rendering import (
     stop_token_ids,
 )
 from shiftrm.models.responses import Response, encode_response, group_responses
+from shiftrm.models.rope import LengthLimit
 from shiftrm.models.sampling import Sample, as_samples, generation_config, group_row, load_policy
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies.text_rewards import TextReward
@@ -31,6 +32,7 @@ from tests.conftest import llama_config
 USER = {"role": "user", "content": "hi"}
 HI = [USER]
 EOS, CLOSED = 2, 4
+NO_LIMIT = LengthLimit(None, "", "")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
@@ -331,7 +333,7 @@ def test_tokens_that_a_reader_does_not_know_are_read_as_text():
     assert small.encode_response(response) == encode(tok, HI, "ok", finished=False)
     assert large.encode_response(response) == encode_prompt(tok, HI) + beyond.response_ids
     row = group_row(tok, HI, [beyond, mine])
-    groups = MetaGroups([row], tok, max_length=None, seed=0, vocabulary=len(tok)).groups
+    groups = MetaGroups([row], tok, limit=NO_LIMIT, seed=0, vocabulary=len(tok)).groups
     assert groups[0][0] == encode(tok, HI, "ok", finished=False)
 
 

@@ -382,7 +382,7 @@ def test_bad_settings_are_refused(options, message, tmp_path):
         ({"meta": [{"prompt": "a"}]}, "meta_dataset, row 0: column 'responses' is missing"),
         (
             {"meta": [{"prompt": "a", "responses": [" red" * 30] * 2}], "max_length": 20},
-            "no group with two different responses within max_length",
+            "no group of two different responses that are not longer than max_length",
         ),
         (
             {"meta": [{"prompt": "", "responses": ["", " a"], "finished": [False, True]}]},

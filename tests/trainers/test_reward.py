@@ -10,15 +10,22 @@ import torch.nn.functional as F
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import BloomConfig, BloomForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    BloomForSequenceClassification,
+)
 from trl import RewardTrainer as TRLRewardTrainer
 
 from shiftrm.errors import UserError
 from shiftrm.models.loading import load_reward_model
+from shiftrm.trainers.metarm import MetaRMTrainer
 from shiftrm.trainers.reward import RewardTrainer
 from tests.trainers.conftest import logs_of, same_weights
 
 FROM_FOLDER = {"processing_class": None}
+META = {RewardTrainer: {}, MetaRMTrainer: {"meta_batch_size": 4}}
 
 CHAT = [
     {
@@ -106,8 +113,50 @@ def test_bad_pairs_are_dropped_and_counted(make_trainer, reward_model, pairs, ca
 
 
 def test_nothing_left_is_an_error(make_trainer, reward_model, pairs):
-    with pytest.raises(UserError, match="no pair of the train data is left"):
+    with pytest.raises(UserError, match=r"no pair of the train data is left .*; raise max_length"):
         make_trainer(reward_model, RewardTrainer, train=pairs, max_length=2)
+
+
+TINY = {
+    "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 32, "num_labels": 1, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def with_context(name):
+    """A reward model for texts of at most 12 tokens; RoBERTa's first position is the second."""
+    positions = 13 if name == "roberta" else 12
+    config = AutoConfig.for_model(name, **TINY, max_position_embeddings=positions)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize("trainer", [RewardTrainer, MetaRMTrainer])
+@pytest.mark.parametrize("max_length", [None, 500])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama"])
+def test_texts_beyond_the_context_are_dropped(
+    make_trainer, pairs, groups, name, max_length, trainer, caplog
+):
+    """The last text that is kept fills the context, and the model can read it."""
+    fits = {"prompt": "the", "chosen": " red" * 10, "rejected": " blue"}  # with EOS 12 tokens
+    long = {**fits, "rejected": " blue" * 11}
+    meta = [*groups, {"prompt": "the", "responses": [" red" * 10, " cat", " red" * 11]}]
+    trained = make_trainer(
+        with_context(name), trainer, train=[*pairs, fits, long], meta=meta,
+        max_length=max_length, max_steps=4, per_device_train_batch_size=13,
+        gradient_accumulation_steps=1, **META[trainer],
+    )  # fmt: skip
+    context = "longer than the model's context of 12 tokens"
+    assert trained.dropped_pairs["train"][context] == 1
+    assert len(trained.train_dataset) == len(pairs) + 1
+    assert max(map(len, trained.train_dataset["chosen_ids"])) == 12
+    if trainer is MetaRMTrainer:
+        assert f"dropped 1 responses {context}" in caplog.text
+    trained.train()
+    for rows in ([long], [long, long]):
+        with pytest.raises(
+            UserError, match=rf"after dropping {len(rows)} {context}.*; shorten the"
+        ):
+            make_trainer(with_context(name), trainer, train=rows, max_length=max_length)
 
 
 def test_equal_sides_are_refused_with_the_row(make_trainer, reward_model):

@@ -5,18 +5,45 @@ batch, so its reward would depend on the other rows.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from shiftrm.errors import UserError
 
+COUNT_FROM_PAD = frozenset(
+    {"camembert", "data2vec-text", "ibert", "mpnet", "roberta", "roberta-prelayernorm",
+     "xlm-roberta", "xlm-roberta-xl"}
+)  # fmt: skip
+"""Encoders that number positions from the pad token's id on, so that the first ones stay unused."""
+
 
 def context_limit(config: Any) -> int | None:
     """Return the maximum sequence length of a model's configuration, in tokens; None if not set."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and text.model_type in COUNT_FROM_PAD:
+        positions -= text.pad_token_id + 1
+    return positions
+
+
+class LengthLimit(NamedTuple):
+    """The most tokens of a text, whose limit that is, and what to do if no text is short enough."""
+
+    tokens: int | None
+    reason: str
+    advice: str
+
+
+def length_limit(config: Any, max_length: int | None) -> LengthLimit:
+    """Return the smaller one of a model's context and `max_length`."""
+    context = context_limit(config)
+    if context is not None and (max_length is None or max_length > context):
+        reason = f"longer than the model's context of {context} tokens"
+        return LengthLimit(context, reason, "shorten the texts")
+    reason = f"longer than max_length={max_length} tokens"
+    return LengthLimit(max_length, reason, "raise max_length")
 
 
 def frequency_limit(config: Any) -> int | None:

@@ -21,7 +21,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_gradient
 from shiftrm.models.rendering import encode_prompt, pin_template
-from shiftrm.models.rope import context_limit
+from shiftrm.models.rope import LengthLimit, length_limit
 from shiftrm.models.sampling import Sample, remember_stop_tokens
 from shiftrm.policies.ppo_math import kl_and_entropy
 from shiftrm.policies.ppo_passes import vocabulary_of
@@ -63,7 +63,7 @@ class SFTTrainer(_Guarded, trl.SFTTrainer):
     """
 
     def __init__(self, model: Any, args: Any, **rest: Any) -> None:
-        self.dropped, self._context = {}, context_limit(model.config)
+        self.dropped, self._limit = {}, length_limit(model.config, args.max_length)
         if args.completion_only_loss is None:
             args.completion_only_loss = True  # not TRL's default for rows of messages
         super().__init__(model, args, **rest)
@@ -78,7 +78,7 @@ class SFTTrainer(_Guarded, trl.SFTTrainer):
             lambda row: len(row["input_ids"]),
             ("in which nothing is to be learnt", lambda row: any(row["completion_mask"])),
         )
-        dataset, self.dropped = rows.encoded(dataset, processing_class, args, self._context)
+        dataset, self.dropped = rows.encoded(dataset, processing_class, args, self._limit)
         return super()._prepare_dataset(dataset, processing_class, args, *rest)
 
 
@@ -90,7 +90,7 @@ class DPOTrainer(_Guarded, trl.DPOTrainer):
     """
 
     def __init__(self, model: Any, reference: Any, args: Any, **rest: Any) -> None:
-        self.dropped, self._context = {}, context_limit(model.config)
+        self.dropped, self._limit = {}, length_limit(model.config, args.max_length)
         super().__init__(model, reference, args, **rest)
         remember_stop_tokens(self.model, self.processing_class)
         if args.disable_dropout:
@@ -112,7 +112,7 @@ class DPOTrainer(_Guarded, trl.DPOTrainer):
                 lambda row: row["chosen_ids"] != row["rejected_ids"],
             ),
         )
-        dataset, self.dropped = rows.encoded(dataset, processing_class, args, self._context)
+        dataset, self.dropped = rows.encoded(dataset, processing_class, args, self._limit)
         return dataset
 
 
@@ -132,17 +132,14 @@ class _Rows:
     keep: tuple[str, Callable[[dict[str, Any]], bool]]
 
     def encoded(
-        self, dataset: Dataset, tokenizer: Any, args: Any, context: int | None
+        self, dataset: Dataset, tokenizer: Any, args: Any, limit: LengthLimit
     ) -> tuple[Dataset, dict[str, int]]:
         """Encode rows and drop those that are too long; return the number dropped by reason."""
         pin_template(tokenizer)
-        length, limit = self.length, args.max_length
+        length, most = self.length, limit.tokens
         filters: dict[str, Any] = {}
-        if limit is not None:
-            filters[f"longer than max_length={limit} tokens"] = lambda row: length(row) <= limit
-        if context is not None and (limit is None or limit > context):
-            reason = f"longer than the model's context of {context} tokens"
-            filters[reason] = lambda row: length(row) <= context
+        if most is not None:
+            filters[limit.reason] = lambda row: length(row) <= most
         with PartialState().main_process_first():
             dataset = dataset.map(
                 _encode_row,
@@ -153,7 +150,7 @@ class _Rows:
                 desc=f"Tokenising {self.name}",
             )
             filters |= dict([self.keep])
-            return drop(dataset, self.name, filters, advice="raise max_length")
+            return drop(dataset, self.name, filters, advice=limit.advice)
 
 
 def _encode_row(

@@ -9,6 +9,7 @@ from typing import Any
 from shiftrm.data.groups import check_group
 from shiftrm.errors import UserError
 from shiftrm.models.responses import encode_response, group_responses
+from shiftrm.models.rope import LengthLimit
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,13 @@ class MetaGroups:
         groups: Iterable[dict[str, Any]] | None,
         tokenizer: Any,
         *,
-        max_length: int | None,
+        limit: LengthLimit,
         seed: int,
         vocabulary: int | None = None,
     ) -> None:
         if groups is None:
             raise UserError("meta_dataset is None; MetaRM needs groups of unlabelled responses")
-        self.groups = _encode_groups(groups, tokenizer, max_length, vocabulary)
+        self.groups = _encode_groups(groups, tokenizer, limit, vocabulary)
         self._seed = seed
 
     def batch(self, step: int, size: int) -> list[TokenGroup]:
@@ -57,7 +58,7 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
 def _encode_groups(
     groups: Iterable[dict[str, Any]],
     tokenizer: Any,
-    max_length: int | None,
+    limit: LengthLimit,
     vocabulary: int | None,
 ) -> list[TokenGroup]:
     """Return the token ids of every response of every group.
@@ -78,7 +79,7 @@ def _encode_groups(
             raise UserError(f"meta_dataset, row {index}: {error}") from None
         if not all(sequences):
             raise UserError(f"meta_dataset, row {index}: a response has no tokens; remove it")
-        kept = [s for s in sequences if max_length is None or len(s) <= max_length]
+        kept = [s for s in sequences if limit.tokens is None or len(s) <= limit.tokens]
         long += len(sequences) - len(kept)
         if len(kept) < 2:
             small += 1
@@ -88,17 +89,17 @@ def _encode_groups(
             encoded.append(kept)
     if long or alike:
         logger.warning(
-            "meta data: dropped %d responses longer than max_length=%s tokens, %d groups left with "
-            "fewer than two, and %d groups of equal responses; %d groups left",
+            "meta data: dropped %d responses %s, %d groups left with fewer than two, and %d groups "
+            "of equal responses; %d groups left",
             long,
-            max_length,
+            limit.reason,
             small,
             alike,
             len(encoded),
         )
     if not encoded:
         raise UserError(
-            "meta_dataset has no group with two different responses within max_length: "
+            f"meta_dataset has no group of two different responses that are not {limit.reason}: "
             f"{small} groups were left with fewer than two, {alike} hold equal ones"
         )
     return encoded

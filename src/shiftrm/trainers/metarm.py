@@ -26,6 +26,7 @@ from shiftrm.core.meta_layers import per_layer, random_directions
 from shiftrm.core.objectives import OBJECTIVES, recorded_signs
 from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
+from shiftrm.models.rope import length_limit
 from shiftrm.trainers.meta_effect import EFFECTS, MetaEffect
 from shiftrm.trainers.meta_groups import MetaGroups
 from shiftrm.trainers.meta_state import META_STATE_FILE, MetaStepState, meta_state, read_meta_state
@@ -77,7 +78,7 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
         self._groups = MetaGroups(
             meta_dataset,
             self.processing_class,
-            max_length=args.max_length,
+            limit=length_limit(self.model.config, args.max_length),
             seed=args.seed,
             vocabulary=getattr(self.model.config.get_text_config(), "vocab_size", None),
         )

@@ -16,6 +16,7 @@ from shiftrm.files import Row, encodable
 from shiftrm.measure.diagnosis.findings import prompt_key
 from shiftrm.models.prefix import SharedRows, pack
 from shiftrm.models.rendering import encode, is_conversational, template_options
+from shiftrm.models.rope import LengthLimit
 
 if TYPE_CHECKING:
     from trl import RewardTrainer as _Base
@@ -88,12 +89,12 @@ def encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> d
     return {**sides, ROW: index, PROMPT: prompt}
 
 
-def length_filters(max_length: int | None) -> dict[str, Any]:
+def length_filters(limit: LengthLimit) -> dict[str, Any]:
     """Return the conditions for keeping a pair, by the reason for dropping the others."""
     filters = {}
-    if max_length is not None:
-        filters[f"longer than max_length={max_length} tokens"] = lambda row: (
-            max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
+    if (most := limit.tokens) is not None:
+        filters[limit.reason] = lambda row: (
+            max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= most
         )
     filters["whose two sides are the same tokens"] = lambda row: (
         row["chosen_ids"] != row["rejected_ids"]

@@ -26,6 +26,7 @@ from shiftrm.models.loading import (
 )
 from shiftrm.models.rendering import end_at_closing, pin_template
 from shiftrm.models.rewards import model_config, sequence_rewards
+from shiftrm.models.rope import length_limit
 from shiftrm.trainers.first_batch import inspect_model, switch_off_dropout
 from shiftrm.trainers.machine import FitsMemory
 from shiftrm.trainers.pair_batches import (
@@ -111,6 +112,7 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
         for name in ("train_dataset", "eval_dataset"):
             keywords |= {name: read_dataset(keywords[name])} if name in keywords else {}
         self._embeddings = known_tokens(model)
+        self._limit = length_limit(model_config(model), args.max_length)
         before = trained_weights(model, lora=lora)
         super().__init__(model, args, data_collator, *rest, **keywords)
         restore_(self.model, before, sharded=self.is_fsdp_enabled)
@@ -319,11 +321,12 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
                 )
             self._require_known_ids(dataset, dataset_name, in_memory=in_memory)
             counts = {}
-            for reason, keep in length_filters(args.max_length).items():
+            for reason, keep in length_filters(self._limit).items():
                 before = len(dataset) if in_memory else 0
                 dataset = dataset.filter(keep, **options("Filtering"))
                 counts[reason] = before - len(dataset) if in_memory else 0
-        self._report_dropped(dataset_name, counts, len(dataset) if in_memory else None)
+        left = len(dataset) if in_memory else None
+        self._report_dropped(dataset_name, counts, left)
         return dataset
 
     def _require_known_ids(self, dataset: Any, name: str, *, in_memory: bool) -> None:
@@ -343,7 +346,7 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
         if left == 0:
             raise UserError(
                 f"no pair of the {name} data is left after dropping "
-                f"{', '.join(f'{c} {r}' for r, c in counts.items())}; raise max_length"
+                f"{', '.join(f'{c} {r}' for r, c in counts.items())}; {self._limit.advice}"
             )
 
 

@@ -11,7 +11,7 @@ from shiftrm.core.losses import bradley_terry_loss
 from shiftrm.files import Row
 from shiftrm.models.laplace import PairTokens
 from shiftrm.models.rendering import encode_prompt, template_options
-from shiftrm.models.rope import context_limit
+from shiftrm.models.rope import length_limit
 from shiftrm.models.scoring import Scorer
 from shiftrm.trainers.pair_batches import PROMPT, encode_pair, length_filters
 from shiftrm.trainers.pair_metrics import PairStatistics
@@ -37,9 +37,7 @@ def tokens_of_pairs(
     Args:
         name: of the pairs, for errors.
     """
-    context = context_limit(scorer.model.config)
-    limits = [limit for limit in (max_length, context) if limit is not None]
-    keeps = length_filters(min(limits, default=None)).values()
+    keeps = length_filters(length_limit(scorer.model.config, max_length)).values()
     found = []
     for index, row in enumerate(rows):
         given = {key: value for key, value in row.items() if value is not None}
