@@ -143,6 +143,14 @@ def test_without_any_admissible_length_there_is_no_step():
     assert len(calls) == 8
 
 
+@pytest.mark.parametrize("growth", [1.0, 0.5, 1 + 1e-7])
+def test_differences_that_answer_to_no_length_get_no_step(growth):
+    """The length would grow with every trial, and from step to step until it overflows."""
+    effect, calls = counted(lambda length: StepEffect(growth, 0.0))
+    found = length_by_effect(effect, guess=1.0, target=1.5, loss_rise=0.1)
+    assert (found.length, found.effect, len(calls)) == (0.0, StepEffect(1.0, 0.0), 8)
+
+
 def test_when_trials_run_out_it_is_the_longest_admissible_one():
     effect, calls = counted(lambda length: StepEffect(1 + 0.01 * math.tanh(length), 0.0))
     found = length_by_effect(effect, guess=1.0, target=1.5, loss_rise=0.1, most_trials=3)

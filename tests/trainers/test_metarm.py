@@ -480,5 +480,5 @@ def test_groups_of_equal_responses_are_dropped_and_counted(make_trainer, reward_
     trainer = make_trainer(reward_model, meta=[same, mixed, same])
     assert len(trainer._groups.groups) == 1
     assert "2 groups of equal responses" in caplog.text
-    with pytest.raises(UserError, match="no group with two different responses"):
+    with pytest.raises(UserError, match="no group of two different responses"):
         make_trainer(reward_model, meta=[same])

@@ -12,6 +12,7 @@ from transformers import LlamaForSequenceClassification
 
 from shiftrm.errors import UserError
 from shiftrm.trainers.metarm import MetaRMConfig
+from shiftrm.trainers.reward import RewardTrainer
 from tests.conftest import llama_config
 from tests.trainers.conftest import encoded, logs_of, same_weights
 from tests.trainers.test_metarm import algorithm_1, plain_reward, preference_loss
@@ -225,6 +226,20 @@ def test_the_adapted_model_has_the_effect_too(make_trainer, reward_model, groups
     [log] = logs_of(trainer, "deploy_rho")
     assert log["deploy_growth"] == pytest.approx(after / before, rel=1e-3)
     assert log["deploy_objective_after"] > log["deploy_objective_before"]
+
+
+@pytest.mark.parametrize("head", [0.0, 1e6])
+def test_where_spread_answers_to_no_length_it_is_plain_training(make_trainer, reward_model, head):
+    """Equal rewards, and rewards so far apart that grad J is 0 in fp32, have no direction."""
+    with torch.no_grad():
+        reward_model.score.weight.mul_(head)
+    plain, found = copy.deepcopy(reward_model), copy.deepcopy(reward_model)
+    steps = {"max_steps": 1 if head == 0 else 10, "learning_rate": 1e-4}
+    make_trainer(plain, RewardTrainer, **steps).train()
+    trainer = make_trainer(found, deploy="base", **BY_EFFECT, **steps)
+    trainer.train()
+    assert all(log["meta_rho"] == 0.0 for log in logs_of(trainer, "meta_rho"))
+    same_weights(plain, found)
 
 
 def test_the_length_of_the_last_step_is_in_the_checkpoint(make_trainer, reward_model, tmp_path):

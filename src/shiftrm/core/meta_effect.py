@@ -130,7 +130,8 @@ def length_by_effect(
         loss_rise: the largest rise of the loss, as a share of it, above 0.
 
     Returns:
-        The accepted length; if none was found, the longest tried one within the limits, or 0.
+        The accepted length; if none was found, the longest tried one within the limits. It is 0 if
+        there was none, or if even that one did next to nothing (`NOTHING`): then no length helps.
     """
     low, high = _Tried(0.0, 0.0, StepEffect(1.0, 0.0)), None
     length = guess
@@ -147,6 +148,8 @@ def length_by_effect(
         else:
             high = _Tried(length, used, found)
         length = _next_length(low, high)
+    if low.used <= NOTHING:
+        low = _Tried(0.0, 0.0, StepEffect(1.0, 0.0))
     return ChosenLength(low.length, low.effect, most_trials)
 
 
@@ -155,6 +158,10 @@ class _Tried(NamedTuple):
     used: float
     effect: StepEffect
 
+
+NOTHING = 1e-3
+"""A step that uses no more than this share of its allowance after all trials is not taken. With
+equal rewards, or rewards so far apart that grad J is 0 in fp32, differences answer to no length."""
 
 LONGER, SHORTER = 4.0, 100.0
 """By how much one trial may at most differ from the last, where nothing bounds it."""

@@ -29,8 +29,10 @@ class Objective(Protocol):
 
 OBJECTIVES = Registry[Objective]("meta objective")
 
-ORDERED = ("ordered", "ordered_difference")
-"""The objectives that read the order of the responses, and so are not about the spread alone."""
+SPREAD = ("difference",)
+"""Objectives that rise when all differences are multiplied by a number above 1. Others may know an
+order and shrink differences first, so a step by its effect is measured by their change
+(`core.meta_effect.growth`)."""
 
 
 @OBJECTIVES.register("difference")

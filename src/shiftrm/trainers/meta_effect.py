@@ -19,7 +19,7 @@ from shiftrm.core.meta_effect import (
     scaling_derivative,
     squared_differences,
 )
-from shiftrm.core.objectives import ORDERED
+from shiftrm.core.objectives import SPREAD
 from shiftrm.errors import UserError
 from shiftrm.trainers.meta_passes import MetaPasses
 from shiftrm.trainers.sharding import reshard
@@ -76,7 +76,7 @@ class MetaEffect(MetaPasses):
                 loss = self._loss_only(model, inputs)
                 reshard(model)  # so that theta comes back into the shards
             return StepEffect(
-                growth(squares, by_change=self.args.meta_objective in ORDERED),
+                growth(squares, by_change=self.args.meta_objective not in SPREAD),
                 (loss - before) / before if before > 0 else loss,
             )
 
