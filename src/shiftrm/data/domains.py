@@ -34,6 +34,7 @@ from shiftrm.files import (
     write_jsonl,
 )
 from shiftrm.models.rendering import Text, check_text
+from shiftrm.models.templates import text_of
 
 FINETUNE, PAIRS = "finetune.jsonl", "pairs.jsonl"
 EVAL_PAIRS, PROMPTS = "eval_pairs.jsonl", "prompts.jsonl"
@@ -405,10 +406,18 @@ def _trained_prompts(domains: Iterable[Domain]) -> dict[str, str]:
 
 
 def prompt_key(prompt: Text) -> str:
-    """Return the prompt's key for leak checks: text with normalised spaces, or a chat as JSON."""
+    """Return a key of a prompt: text with normalised spaces, or a chat of such texts as JSON.
+
+    Prompts that differ in spaces only, in how a message is divided into parts, or in fields that
+    are null have one key.
+    """
     if isinstance(prompt, str):
         return " ".join(prompt.split())
-    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+    plain = []
+    for number, message in enumerate(prompt, start=1):
+        given = {field: value for field, value in message.items() if value is not None}
+        plain.append(given | {"content": " ".join(text_of(message, number).split())})
+    return json.dumps(plain, sort_keys=True, ensure_ascii=False)
 
 
 def hashed_uniform(seed: int, *parts: str) -> float:
