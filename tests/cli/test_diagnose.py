@@ -179,7 +179,7 @@ def test_sight_tests_are_those_of_the_rewards(here, capsys, tmp_path):
     said = " ".join(output.out.split())
     assert "Sight tests: how often the response is preferred" in said
     assert "! Sight test: the response beats a response to another prompt in" in said
-    assert "> Train it on such pairs, which need no labels" in said
+    assert "> Adapt the model to these responses (shiftrm adapt --method contrast_all" in said
     # The same, by the library.
     scorer = Scorer.from_pretrained("length")
     again = sight_tests(scorer, read_jsonl("groups.jsonl"), count=80)

@@ -44,6 +44,8 @@ class Negative:
         matched: whether a matching chooses among several. If not, one is drawn whatever the
             matching: of a text cut at 16 places, the nearest in length is always the latest cut.
         low: what a reward model does not see that prefers the answer in few of the pairs.
+        warns: whether a low share is a warning. In the gold world reward models that did not see
+            cut or shuffled responses were the more accurate ones (docs/methods.md).
     """
 
     label: str
@@ -52,6 +54,7 @@ class Negative:
     worse: Callable[[Answer, Sequence[Answer], random.Random], Answer | None]
     matched: bool = True
     low: str = "A number near 0.5 means that the reward does not see this change."
+    warns: bool = True
 
 
 NEGATIVES = Registry[Negative]("way to make a worse response", Negative)
@@ -175,6 +178,7 @@ def _edited(
     *,
     finished_only: bool = False,
     matched: bool = True,
+    warns: bool = True,
 ) -> Negative:
     """Return the way that changes the words of an answer with a function of `edits`."""
 
@@ -186,7 +190,7 @@ def _edited(
         words = edit(reply(answer.text), rng)
         return None if words is None else answer._replace(text=with_reply(answer.text, words))
 
-    return Negative(label, needs, usable, worse, matched, low)
+    return Negative(label, needs, usable, worse, matched, low, warns)
 
 
 for _name, _negative in {
@@ -206,6 +210,7 @@ for _name, _negative in {
         cut,
         finished_only=True,
         matched=False,
+        warns=False,
     ),
     "shuffled": _edited(
         "the response in another order of words",
@@ -213,6 +218,7 @@ for _name, _negative in {
         "A number near 0.5 means that the reward looks at which words occur and not at their "
         "order; a policy can raise it by listing words that score well.",
         shuffled,
+        warns=False,
     ),
 }.items():
     NEGATIVES.register(_name)(_negative)

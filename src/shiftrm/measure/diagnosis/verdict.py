@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shiftrm.core.intervals import Measured
+from shiftrm.data.negatives import NEGATIVES
 from shiftrm.measure.diagnosis.diagnosis import Diagnosis, Labels
 from shiftrm.measure.diagnosis.spread import Spread
 from shiftrm.measure.diagnosis.thresholds import (
@@ -137,19 +138,13 @@ def _shift_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
 
 
 def _sight_signs(diagnosis: Diagnosis) -> Iterator[Sign]:
-    low = [test for test in diagnosis.sight if is_low(test)]
-    advice = (
-        "Train it on such pairs, which need no labels (shiftrm adapt --method contrast --model DIR "
-        "--pairs PAIRS --groups FILE --output NEW "
-        f"contrast_negatives=[{','.join(test.kind for test in low)}]), then diagnose both (--model "
-        "DIR --model NEW)."
-    )
-    for test in low:
-        yield (
-            f"Sight test: the response beats {test.label} in {test.share} of {test.pairs} pairs "
-            f"(a coin: 0.5). {test.meaning}",
-            advice,
-        )
+    for test in diagnosis.sight:
+        if is_low(test) and NEGATIVES.get(test.kind).warns:
+            yield (
+                f"Sight test: the response beats {test.label} in {test.share} of {test.pairs} "
+                f"pairs (a coin: 0.5). {test.meaning}",
+                _ADAPT,
+            )
 
 
 def is_low(test: SightTest) -> bool:
