@@ -133,8 +133,9 @@ TRAIN_ON_LABELS = (
 )
 KEEP_THE_OLD = "Keep the model from before."
 TRY_CONTRAST = (
-    "Meta steps widen differences and rarely correct their order. Without labels, prompt contrast "
-    "(--method contrast) teaches the model something true: to look at the prompt."
+    "Meta steps widen differences and rarely correct their order. Without labels, contrast "
+    "(--method contrast_all contrast_share=0.75) can correct it, as far as the pairs that it makes "
+    "are true of your policy's responses."
 )
 
 
