@@ -7,7 +7,7 @@ import pytest
 
 from shiftrm.data.languages import SENTENCES, language_of
 from shiftrm.data.matching import CANDIDATES, style
-from shiftrm.data.negatives import NEGATIVES, negative_pairs, possible
+from shiftrm.data.negatives import NEGATIVES, lacking, negative_pairs
 from shiftrm.data.pairs import check_pair
 from shiftrm.data.replies import reply
 from shiftrm.errors import UserError
@@ -133,16 +133,16 @@ def test_odd_responses_never_stop_it(kind):
 )
 def test_what_cannot_be_made_worse_is_one_error(kind, responses, message):
     groups = [{"prompt": "describe the garden :", "responses": responses}]
-    assert not possible(groups, kind)
-    assert possible(GROUPS, kind)
+    assert lacking(groups, kind) == NEGATIVES.get(kind).needs
+    assert lacking(GROUPS, kind) is None
     with pytest.raises(UserError, match=message):
         negative_pairs(groups, kind, 5)
 
 
 def test_responses_that_were_cut_off_cannot_be_cut():
     groups = [{"prompt": "p", "responses": ["one two three four five six"], "finished": [False]}]
-    assert not possible(groups, "cut")
-    assert possible(groups, "shuffled")
+    assert lacking(groups, "cut") == NEGATIVES.get("cut").needs
+    assert lacking(groups, "shuffled") is None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from shiftrm.pipeline.jobs import TrainReward
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.prepare import join_groups
 from shiftrm.pipeline.run import read_recipe
-from shiftrm.trainers.contrast import as_groups, contrast_rows
+from shiftrm.trainers.contrast_rows import as_groups, contrast_rows
 from shiftrm.trainers.pair_batches import encode_pair, table
 from shiftrm.trainers.settings import resolve
 from shiftrm.world.build import WorldConfig, label_pairs, write_base_model
@@ -159,7 +159,10 @@ def test_a_way_that_can_do_nothing_is_left_out(tmp_path, caplog):
     args = config(tmp_path, contrast_negatives=["language", "other_prompt", "cut"])
     made = contrast_rows(args, [], GROUPS, None, count=30)
     assert made == negative_pairs(GROUPS, "other_prompt", 30, seed=3)
-    assert "contrast leaves out cut, which needs finished responses of six" in caplog.text
+    assert (
+        "contrast leaves out cut of the groups, which needs finished responses of six"
+        in caplog.text
+    )
 
 
 def test_the_default_is_other_prompts_of_the_policys_responses(tmp_path):

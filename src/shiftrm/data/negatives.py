@@ -19,13 +19,16 @@ from shiftrm.data.edits import cut, repeated, shuffled, words_of
 from shiftrm.data.languages import SENTENCES, language_of
 from shiftrm.data.loaded import no_text
 from shiftrm.data.matching import CANDIDATES, MATCHINGS, Drawn, Score, check_matching, match
-from shiftrm.data.replies import Answer, answers_of, reply, with_reply
+from shiftrm.data.replies import Answer, answers_of, has_prompt, reply, with_reply
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text
 from shiftrm.registry import Registry
 
-__all__ = ["MATCHINGS", "NEGATIVES", "Negative", "Score", "negative_pairs", "possible"]
+__all__ = ["MATCHINGS", "NEGATIVES", "Fits", "Negative", "Score", "lacking", "negative_pairs"]
+
+Fits = Callable[[Answer], bool]
+"""Whether a response can be read with its prompt, such as within a length limit."""
 
 MISSES = 100_000
 """Draws in a row without a worse response after which a way is given up."""
@@ -65,6 +68,7 @@ def negative_pairs(
     matching: str = "random",
     seed: int = 0,
     score: Score | None = None,
+    fits: Fits | None = None,
 ) -> list[Row]:
     """Return `count` pairs of a response (chosen) and one that is worse (rejected).
 
@@ -79,6 +83,7 @@ def negative_pairs(
             draws one.
         score: for hard: `score(prompts, responses, finished=...)` returns rewards. Up to
             `CANDIDATES * count` responses are scored.
+        fits: responses for which it is false are neither taken nor made; by default all fit.
 
     Returns:
         Preference rows with `prompt`, `chosen`, `rejected`, `chosen_finished` and
@@ -92,10 +97,10 @@ def negative_pairs(
     check_matching(matching, setting="matching")
     if matching == "hard" and score is None:
         raise UserError("matching is 'hard', which needs a reward model to choose by; give score")
-    answers = answers_of(groups)
+    answers = _fitting(answers_of(groups), fits)
     usable = negative.usable(answers)
     if not usable:
-        raise UserError(f"{kind}: {negative.label} needs {negative.needs}")
+        raise UserError(f"{kind}: {negative.label} needs {_needs(negative, groups)}")
     matching = matching if negative.matched else "random"
     size = 1 if matching == "random" else CANDIDATES
     rng = random.Random(f"contrast/{seed}" if kind == OTHER_PROMPT else f"{kind}/{seed}")
@@ -104,7 +109,13 @@ def negative_pairs(
     while len(drawn) < count:
         answer = rng.choice(usable)
         found = [negative.worse(answer, answers, rng) for _ in range(size)]
-        others = [worse for worse in found if worse is not None and _differs(worse.text, answer)]
+        others = [
+            worse
+            for worse in found
+            if worse is not None
+            and _differs(worse.text, answer)
+            and (fits is None or fits(worse._replace(prompt=answer.prompt)))
+        ]
         if others:
             drawn.append((answer, others))
         misses = 0 if others else misses + 1
@@ -114,9 +125,24 @@ def negative_pairs(
     return [_pair(answer, worse) for (answer, _), worse in zip(drawn, chosen, strict=True)]
 
 
-def possible(groups: Sequence[Row], kind: str) -> bool:
-    """Whether `negative_pairs` can make pairs of this kind from these groups."""
-    return bool(NEGATIVES.get(kind).usable(answers_of(groups)))
+def lacking(groups: Sequence[Row], kind: str, *, fits: Fits | None = None) -> str | None:
+    """Return what `negative_pairs` needs to make this kind and these groups lack; else None."""
+    negative = NEGATIVES.get(kind)
+    usable = negative.usable(_fitting(answers_of(groups), fits))
+    return None if usable else _needs(negative, groups)
+
+
+def _fitting(answers: list[Answer], fits: Fits | None) -> list[Answer]:
+    return answers if fits is None else [answer for answer in answers if fits(answer)]
+
+
+def _needs(negative: Negative, groups: Sequence[Row]) -> str:
+    """Return what groups that are not usable lack: prompts, text, or what the kind needs."""
+    if groups and not any(has_prompt(row) for row in groups):
+        return "responses with a prompt of their own (column 'prompt')"
+    if groups and not answers_of(groups):
+        return "responses that are not blank"
+    return negative.needs
 
 
 def _differs(text: Text, answer: Answer) -> bool:

@@ -75,7 +75,7 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
         if isinstance(meta_dataset, str | Path):
             meta_dataset = read_groups(meta_dataset)
         self._groups = MetaGroups(
-            meta_dataset,
+            self._groups_to_read(meta_dataset),
             self.processing_class,
             max_length=args.max_length,
             seed=args.seed,
@@ -99,6 +99,10 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
                 f"meta_batch_size is {self.meta_batch_size} on {world} processes; "
                 "each process needs a group"
             )
+
+    def _groups_to_read(self, meta_dataset: Any) -> Any:
+        """Return the groups of the meta step; a subclass may make its own."""
+        return meta_dataset
 
     def _largest_pass(self) -> tuple[int, int, int]:
         sequences, longest, copies = super()._largest_pass()

@@ -26,6 +26,7 @@ from shiftrm.models.loading import (
 )
 from shiftrm.models.rendering import end_at_closing, pin_template
 from shiftrm.models.rewards import model_config, sequence_rewards
+from shiftrm.models.rope import context_limit
 from shiftrm.trainers.first_batch import inspect_model, switch_off_dropout
 from shiftrm.trainers.machine import FitsMemory
 from shiftrm.trainers.pair_batches import (
@@ -111,6 +112,7 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
         for name in ("train_dataset", "eval_dataset"):
             keywords |= {name: read_dataset(keywords[name])} if name in keywords else {}
         self._embeddings = known_tokens(model)
+        self._context = context_limit(model_config(model))
         before = trained_weights(model, lora=lora)
         super().__init__(model, args, data_collator, *rest, **keywords)
         restore_(self.model, before, sharded=self.is_fsdp_enabled)
