@@ -11,6 +11,7 @@ Answers to other prompts are the "non-contextual" negatives of RRM (Liu et al., 
 who draw them from labelled pairs.
 """
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,32 @@ from dataclasses import dataclass
 from shiftrm.data.edits import cut, repeated, shuffled, words_of
 from shiftrm.data.languages import SENTENCES, language_of
 from shiftrm.data.loaded import no_text
-from shiftrm.data.matching import CANDIDATES, MATCHINGS, Drawn, Score, check_matching, match
+from shiftrm.data.matching import (
+    CANDIDATES,
+    MATCHINGS,
+    NEAR,
+    Drawn,
+    Score,
+    check_matching,
+    match,
+    near_in_length,
+)
 from shiftrm.data.replies import Answer, answers_of, has_prompt, reply, with_reply
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text
 from shiftrm.registry import Registry
 
-__all__ = ["MATCHINGS", "NEGATIVES", "Fits", "Negative", "Score", "lacking", "negative_pairs"]
+__all__ = [
+    "MATCHINGS",
+    "NEGATIVES",
+    "Fits",
+    "Negative",
+    "Score",
+    "lacking",
+    "negative_pairs",
+    "two_way_pairs",
+]
 
 Fits = Callable[[Answer], bool]
 """Whether a response can be read with its prompt, such as within a length limit."""
@@ -80,7 +99,9 @@ def negative_pairs(
             repeat. Responses without a prompt, and blank ones, are left out.
         kind: a name in `NEGATIVES`.
         matching: which of `CANDIDATES` worse responses is taken; see `matching.match`. "random"
-            draws one.
+            draws one. Where responses to other prompts are matched by length or style, each of the
+            two is preferred under its own prompt once: a reward that does not look at the prompt
+            is right in one half of the pairs, whatever the lengths.
         score: for hard: `score(prompts, responses, finished=...)` returns rewards. Up to
             `CANDIDATES * count` responses are scored.
         fits: responses for which it is false are neither taken nor made; by default all fit.
@@ -93,6 +114,53 @@ def negative_pairs(
         UserError: an unknown kind or matching, hard without `score`, or no answer that this kind
             can make worse.
     """
+    two_way = _is_two_way(kind, matching)
+    size = -(-count // 2) if two_way else count
+    drawn = _drawn(groups, kind, size, matching=matching, seed=seed, score=score, fits=fits)
+    if two_way:
+        return [pair for couple in drawn for pair in _both_ways(*couple)][:count]
+    return [_pair(answer, worse) for answer, worse in drawn]
+
+
+def two_way_pairs(groups: Sequence[Row], count: int, *, seed: int = 0) -> list[tuple[Row, Row]]:
+    """Return `count` couples of answers to two prompts of about one length, each as two pairs.
+
+    A reward that does not look at the prompt, such as the length, is right in exactly one pair of a
+    couple or ties in both. No pair comes twice. There are fewer couples if some of those drawn are
+    not of about one length (`matching.near_in_length`), or come again.
+
+    Raises:
+        UserError: as `negative_pairs` for other_prompt; or no couple is of about one length.
+    """
+    drawn = _drawn(groups, OTHER_PROMPT, count, matching="length", seed=seed, score=None, fits=None)
+    near = [couple for couple in drawn if near_in_length(*couple)]
+    if not near:
+        raise UserError(
+            f"{OTHER_PROMPT}: no response has about the length of one to another prompt (within a "
+            f"factor of {NEAR:g}), so length would be a cue"
+        )
+    found: set[str] = set()
+    couples = []
+    for one, other in near:
+        pairs = _both_ways(one, other)
+        names = [json.dumps(pair, sort_keys=True) for pair in pairs]
+        if found.isdisjoint(names):
+            couples.append(pairs)
+            found.update(names)
+    return couples
+
+
+def _drawn(
+    groups: Sequence[Row],
+    kind: str,
+    count: int,
+    *,
+    matching: str,
+    seed: int,
+    score: Score | None,
+    fits: Fits | None,
+) -> list[tuple[Answer, Answer]]:
+    """Return answers, each with one that is worse; see `negative_pairs`."""
     negative = NEGATIVES.get(kind)
     check_matching(matching, setting="matching")
     if matching == "hard" and score is None:
@@ -103,6 +171,7 @@ def negative_pairs(
         raise UserError(f"{kind}: {negative.label} needs {_needs(negative, groups)}")
     matching = matching if negative.matched else "random"
     size = 1 if matching == "random" else CANDIDATES
+    ways = 2 if _is_two_way(kind, matching) else 1
     rng = random.Random(f"contrast/{seed}" if kind == OTHER_PROMPT else f"{kind}/{seed}")
     drawn: list[Drawn] = []
     misses = 0
@@ -114,7 +183,7 @@ def negative_pairs(
             for worse in found
             if worse is not None
             and _differs(worse.text, answer)
-            and (fits is None or fits(worse._replace(prompt=answer.prompt)))
+            and (fits is None or all(map(fits, _exchanged(answer, worse)[:ways])))
         ]
         if others:
             drawn.append((answer, others))
@@ -122,7 +191,7 @@ def negative_pairs(
         if misses >= MISSES:
             raise UserError(f"{kind}: {negative.label} needs {negative.needs}; hardly any has")
     chosen = match(drawn, matching, score=score)
-    return [_pair(answer, worse) for (answer, _), worse in zip(drawn, chosen, strict=True)]
+    return [(answer, worse) for (answer, _), worse in zip(drawn, chosen, strict=True)]
 
 
 def lacking(groups: Sequence[Row], kind: str, *, fits: Fits | None = None) -> str | None:
@@ -147,6 +216,19 @@ def _needs(negative: Negative, groups: Sequence[Row]) -> str:
 
 def _differs(text: Text, answer: Answer) -> bool:
     return text != answer.text and not no_text(text)
+
+
+def _is_two_way(kind: str, matching: str) -> bool:
+    return kind == OTHER_PROMPT and matching in ("length", "style")
+
+
+def _exchanged(answer: Answer, worse: Answer) -> tuple[Answer, Answer]:
+    """Each of the two under the other one's prompt."""
+    return worse._replace(prompt=answer.prompt), answer._replace(prompt=worse.prompt)
+
+
+def _both_ways(one: Answer, other: Answer) -> tuple[Row, Row]:
+    return _pair(one, other), _pair(other, one)
 
 
 def _pair(answer: Answer, worse: Answer) -> Row:
