@@ -19,7 +19,7 @@ from shiftrm.data.replies import Answer, answers_of
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.measure.score_once import score_fitting
-from shiftrm.models.rendering import encode
+from shiftrm.models.rendering import Text, encode
 from shiftrm.models.responses import Response
 from shiftrm.models.scoring import Scorer
 
@@ -44,9 +44,12 @@ class LengthLimit:
         self._known: dict[str, bool] = {}
 
     def __call__(self, answer: Answer) -> bool:
-        name = repr(answer[1:])
+        return self.holds(answer.prompt, answer.text, finished=answer.finished)
+
+    def holds(self, prompt: Text | None, text: Text, *, finished: bool) -> bool:
+        name = repr((prompt, text, finished))
         if name not in self._known:
-            ids = encode(self._tokenizer, answer.prompt, answer.text, finished=answer.finished)
+            ids = encode(self._tokenizer, prompt, text, finished=finished)
             self._known[name] = len(ids) <= self._tokens
         return self._known[name]
 
