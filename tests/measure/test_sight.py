@@ -236,6 +236,18 @@ def test_another_language():
     assert test.prompts > 10
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rewards_that_are_not_finite_are_an_error_that_names_the_response(value):
+    def reward(prompts, responses, *, finished):
+        return [value if "bad" in r else 1.0 for r in responses]
+
+    groups = [{"prompt": p, "responses": [f"{p} one two three"]} for p in ("x", "bad")]
+    with pytest.raises(UserError, match=f"reward_fn gave {value} for the response 'bad") as error:
+        sight_tests(reward, groups, count=20)
+    assert "it must give finite numbers" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_an_unknown_kind_is_an_error():
     with pytest.raises(UserError, match="did you mean 'repeated'"):
         sight_tests(constant, own_words(), kinds=["repeatd"])

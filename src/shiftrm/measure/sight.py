@@ -17,9 +17,9 @@ from shiftrm.core.intervals import Measured, measured, measured_mean
 from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT, negative_pairs, two_way_pairs
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.measure.score_once import score_fitting
+from shiftrm.measure.score_once import function_rewards, score_fitting
 from shiftrm.models.responses import Response
-from shiftrm.models.scoring import Scorer, rewards_of, row_responses
+from shiftrm.models.scoring import Scorer, row_responses
 from shiftrm.progress import Advance
 from shiftrm.records import Record
 
@@ -84,7 +84,7 @@ def sight_tests(
         applicable and has a reason.
 
     Raises:
-        UserError: an unknown kind, or rewards that cannot be computed.
+        UserError: an unknown kind, or rewards that cannot be computed or are not finite.
     """
     made = {
         kind: _pairs(groups, kind, count, seed)
@@ -131,7 +131,7 @@ def _rewards(
 ) -> dict[str, float]:
     """Return the reward of every side, without those longer than a model's context."""
     if not isinstance(reward_fn, Scorer):
-        return dict(zip(sides, rewards_of(reward_fn, list(sides.values())), strict=True))
+        return dict(zip(sides, function_rewards(reward_fn, list(sides.values())), strict=True))
     rewards = score_fitting(
         reward_fn,
         list(sides.values()),
