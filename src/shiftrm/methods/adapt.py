@@ -156,8 +156,9 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
     _check_choices(request)
     samples, model = request.samples, request.model
     sampled = None if samples is None else samples.policy
-    request = with_models(request, request.method, method, training, sampled=sampled)
     settings = {**method.settings, **request.settings}
+    training = training.settled(settings)
+    request = with_models(request, request.method, method, training, sampled=sampled)
     job = prepare(replace(request, settings=settings), training, command_name="adapt")
     eval_pairs, eval_groups = request.eval_pairs or {}, request.eval_groups or {}
     share = HOLDOUT if request.holdout is None else request.holdout
