@@ -174,6 +174,22 @@ def test_a_method_without_a_meta_step_does_not_speak_of_one(shiftrm):
         assert "meta step" not in words.lower()
 
 
+def test_a_users_own_way_to_make_worse_responses_is_tested(shiftrm, monkeypatch):
+    Path("own_worse.py").write_text(
+        "from shiftrm.data.negatives import Negative\n"
+        "CAT = Negative('a cat', 'responses', list, lambda a, _, rng: a._replace(text=' cat'))\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    kinds = "contrast_negatives=[other_prompt,own_worse:CAT]"
+    words = ["--groups", "many.jsonl", "max_steps=1", "--method", "contrast", kinds]
+    status, output = shiftrm(*BASE, *words, "--sight-pairs", "20")
+    assert status == 0
+    files_ = json.loads(Path("out/before_after.json").read_text())["files"]
+    for file in files_:
+        assert [test["kind"] for test in file["sight"]][-1] == "own_worse:CAT"
+    assert "a cat" in output.out
+
+
 @pytest.mark.parametrize(
     ("method", "source", "uses"),
     [

@@ -7,7 +7,7 @@ import pytest
 
 from shiftrm.data.languages import SENTENCES, language_of
 from shiftrm.data.matching import CANDIDATES, match, near_in_length, style
-from shiftrm.data.negatives import NEGATIVES, lacking, negative_pairs, two_way_pairs
+from shiftrm.data.negatives import NEGATIVES, lacking, negative_pairs, two_way_pairs, with_own
 from shiftrm.data.pairs import check_pair
 from shiftrm.data.replies import Answer, reply
 from shiftrm.errors import UserError
@@ -137,6 +137,21 @@ def test_what_cannot_be_made_worse_is_one_error(kind, responses, message):
     assert lacking(GROUPS, kind) is None
     with pytest.raises(UserError, match=message):
         negative_pairs(groups, kind, 5)
+
+
+@pytest.mark.parametrize(
+    ("names", "own"),
+    [
+        (None, []),
+        ("cut", []),
+        (["cut", "other_prompt"], []),
+        ("mine:WORSE", ["mine:WORSE"]),
+        ("[cut, mine:WORSE, b.c:D]", ["mine:WORSE", "b.c:D"]),
+        (["mine:WORSE", "cut", "mine:WORSE"], ["mine:WORSE"]),
+    ],
+)
+def test_a_users_own_kinds_come_after_the_registered_ones(names, own):
+    assert with_own(names) == [*NEGATIVES.names(), *own]
 
 
 def test_responses_that_were_cut_off_cannot_be_cut():

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from shiftrm.config import parse_yaml
 from shiftrm.data.edits import cut, repeated, shuffled, words_of
 from shiftrm.data.languages import SENTENCES, language_of
 from shiftrm.data.loaded import no_text
@@ -44,6 +45,7 @@ __all__ = [
     "lacking",
     "negative_pairs",
     "two_way_pairs",
+    "with_own",
 ]
 
 Fits = Callable[[Answer], bool]
@@ -192,6 +194,14 @@ def _drawn(
             raise UserError(f"{kind}: {negative.label} needs {negative.needs}; hardly any has")
     chosen = match(drawn, matching, score=score)
     return [(answer, worse) for (answer, _), worse in zip(drawn, chosen, strict=True)]
+
+
+def with_own(names: str | Sequence[str] | None) -> list[str]:
+    """Return the registered kinds, and those of the names that are import paths."""
+    given = parse_yaml(names, "contrast_negatives", word=True) if isinstance(names, str) else names
+    given = [given] if isinstance(given, str) else given or []
+    own = dict.fromkeys(name for name in given if isinstance(name, str) and ":" in name)
+    return [*NEGATIVES.names(), *own]
 
 
 def lacking(groups: Sequence[Row], kind: str, *, fits: Fits | None = None) -> str | None:
