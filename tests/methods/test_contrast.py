@@ -81,11 +81,23 @@ def test_one_prompt_or_one_response_cannot_be_contrasted(groups):
         ({"contrast_source": "pair"}, "contrast_source is 'pair'; did you mean 'pairs'"),
         ({"contrast_negatives": ["cut", "shufled"]}, "did you mean 'shuffled'"),
         ({"contrast_negatives": []}, "contrast_negatives is empty"),
+        ({"contrast_negatives": ["cut", "other_prompt", "cut"]}, "cut, other_prompt, cut.; name"),
+        ({"contrast_negatives": ["cut"], "contrast_matching": "hard"}, "but cut is made without"),
     ],
 )
 def test_bad_settings_are_named(settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
         METHODS.get("contrast").training().config(output_dir=str(tmp_path), **settings)
+
+
+def test_a_meta_objective_must_read_which_response_is_better(tmp_path):
+    config_of = METHODS.get("contrast_meta").training().config
+    with pytest.raises(UserError, match="meta_objective is 'difference', which does not read"):
+        config_of(output_dir=str(tmp_path), meta_objective="difference")
+    for name in ("ordered", "ordered_difference"):
+        assert config_of(output_dir=str(tmp_path), meta_objective=name).meta_objective == name
+    mixed = {"contrast_negatives": ["cut", "other_prompt"], "contrast_matching": "hard"}
+    assert config_of(output_dir=str(tmp_path), **mixed).contrast_matching == "hard"
 
 
 def pair_rows(count=6, **more):

@@ -75,8 +75,18 @@ class ContrastSettings(_Base):
         self.contrast_negatives = [names] if isinstance(names, str) else list(names)
         if not self.contrast_negatives:
             raise UserError("contrast_negatives is empty; name at least one, such as other_prompt")
-        for name in self.contrast_negatives:
-            NEGATIVES.get(str(name))
+        names = [str(name) for name in self.contrast_negatives]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"contrast_negatives is [{', '.join(names)}]; name each once (each makes as many)"
+            )
+        matched = [NEGATIVES.get(name).matched for name in names]
+        if self.contrast_matching != "random" and not any(matched):
+            raise UserError(
+                f"contrast_matching is {self.contrast_matching!r}, but {', '.join(names)} is made "
+                "without a choice among several; add another to contrast_negatives, or set "
+                "contrast_matching to random (with a method such as contrast)"
+            )
 
 
 @dataclass
@@ -165,6 +175,11 @@ class ContrastMetaConfig(ContrastSettings, MetaRMConfig):
         super().__post_init__()
         if self.contrast_groups is not None and self.contrast_groups < 1:
             raise UserError(f"contrast_groups is {self.contrast_groups}; give at least 1")
+        if self.meta_objective == "difference":
+            raise UserError(
+                "meta_objective is 'difference', which does not read which response is the better "
+                "one; give ordered or ordered_difference, or method metarm"
+            )
 
 
 class ContrastMetaTrainer(MetaRMTrainer):
