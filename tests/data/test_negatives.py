@@ -93,6 +93,18 @@ def test_pairs_of_every_kind(kind, form, matching):
     assert pairs != negative_pairs(groups, kind, 60, seed=4, **keywords)
 
 
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_answers_that_differ_in_white_space_only_are_equal(form):
+    stock = ["I cannot help.", "I cannot help. ", " I  cannot\nhelp."]
+    groups = FORMS[form]([{"prompt": f"question {n}?", "responses": stock} for n in range(5)])
+    assert lacking(groups, "other_prompt") == NEGATIVES.get("other_prompt").needs
+    more = FORMS[form]([{"prompt": "last?", "responses": ["Yes, of course."]}])
+    pairs = negative_pairs([*groups, *more], "other_prompt", 50)
+    for pair in pairs:
+        sides = {" ".join(reply(pair[side]).split()) for side in ("chosen", "rejected")}
+        assert sides == {"I cannot help.", "Yes, of course."}
+
+
 def test_only_the_last_answer_of_a_conversation_changes():
     turns = [
         {"role": "assistant", "content": "first answer of some words here"},

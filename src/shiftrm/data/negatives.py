@@ -30,7 +30,7 @@ from shiftrm.data.matching import (
     match,
     near_in_length,
 )
-from shiftrm.data.replies import Answer, answers_of, has_prompt, reply, with_reply
+from shiftrm.data.replies import Answer, answers_of, has_prompt, normal_spaces, reply, with_reply
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text
@@ -225,7 +225,7 @@ def _needs(negative: Negative, groups: Sequence[Row]) -> str:
 
 
 def _differs(text: Text, answer: Answer) -> bool:
-    return text != answer.text and not no_text(text)
+    return normal_spaces(text) != normal_spaces(answer.text) and not no_text(text)
 
 
 def _is_two_way(kind: str, matching: str) -> bool:
@@ -257,7 +257,9 @@ OTHER_PROMPT = "other_prompt"
 
 
 def _all_or_none(answers: Sequence[Answer]) -> list[Answer]:
-    several = len({a.key for a in answers}) > 1 and len({str(a.text) for a in answers}) > 1
+    several = (
+        len({a.key for a in answers}) > 1 and len({str(normal_spaces(a.text)) for a in answers}) > 1
+    )
     return list(answers) if several else []
 
 
@@ -265,7 +267,7 @@ def _to_another_prompt(
     answer: Answer, answers: Sequence[Answer], rng: random.Random
 ) -> Answer | None:
     other = rng.choice(answers)
-    return other if other.key != answer.key and other.text != answer.text else None
+    return other if other.key != answer.key and _differs(other.text, answer) else None
 
 
 NEGATIVES.register(OTHER_PROMPT)(

@@ -58,6 +58,14 @@ def reply(text: Text) -> str:
         return ""
 
 
+def normal_spaces(text: Text) -> Text:
+    """Return the response with single spaces between words, to compare it with others."""
+    if isinstance(text, str):
+        return " ".join(text.split())
+    words = " ".join(reply(text).split())
+    return with_reply(text, words) if words else text
+
+
 def with_reply(text: Text, words: str) -> Text:
     """Return the response with `words` in place of `reply(text)`."""
     if isinstance(text, str):
