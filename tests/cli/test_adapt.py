@@ -174,6 +174,66 @@ def test_a_method_without_a_meta_step_does_not_speak_of_one(shiftrm):
         assert "meta step" not in words.lower()
 
 
+def test_a_users_own_way_to_make_worse_responses_is_tested(shiftrm, monkeypatch):
+    Path("own_worse.py").write_text(
+        "from shiftrm.data.negatives import Negative\n"
+        "CAT = Negative('a cat', 'responses', list, lambda a, _, rng: a._replace(text=' cat'))\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    kinds = "contrast_negatives=[other_prompt,own_worse:CAT]"
+    words = ["--groups", "many.jsonl", "max_steps=1", "--method", "contrast", kinds]
+    status, output = shiftrm(*BASE, *words, "--sight-pairs", "20")
+    assert status == 0
+    files_ = json.loads(Path("out/before_after.json").read_text())["files"]
+    for file in files_:
+        assert [test["kind"] for test in file["sight"]][-1] == "own_worse:CAT"
+    assert "a cat" in output.out
+
+
+@pytest.mark.parametrize(
+    ("method", "source", "uses"),
+    [
+        ("contrast", "pairs", False),
+        ("contrast_meta", "pairs", False),
+        ("contrast_pairs", "policy", True),
+        ("contrast_pairs", None, False),
+    ],
+)
+def test_the_settings_say_whether_the_groups_are_used(shiftrm, method, source, uses):
+    words = ["--groups", "many.jsonl", "max_steps=1", "--method", method, "--sight-pairs", "0"]
+    setting = [] if source is None else [f"contrast_source={source}"]
+    status, output = shiftrm(*BASE, *words, *setting)
+    assert status == 0
+    used = f"Adapted to {50 - len(read_jsonl('out/heldout-groups.jsonl'))} groups of many.jsonl"
+    alone = "Trained on the pairs alone, not on the groups of many.jsonl"
+    for text in (output.out, Path("out/README.md").read_text()):
+        assert (used in text, alone in text) == (uses, not uses)
+
+
+def test_training_needs_groups_only_if_the_settings_use_them(shiftrm, caplog):
+    words = ["train", "--model", "rm", "--pairs", "pairs.jsonl", "max_steps=1", "--output"]
+    pairs_only = ["--method", "contrast", "contrast_source=pairs"]
+    assert shiftrm(*words, "alone", *pairs_only)[0] == 0
+    assert shiftrm(*words, "named", "--method", "contrast_pairs")[0] == 0
+    assert weights("alone") == weights("named")
+    assert shiftrm(*words, "given", *pairs_only, "--groups", "many.jsonl")[0] == 0
+    assert "many.jsonl: the settings make no use of the groups" in caplog.text
+    assert weights("given") == weights("named")
+    refusals = {
+        ("contrast", ""): "method contrast: needs groups; give --groups",
+        ("contrast_pairs", "contrast_source=both"): "contrast_pairs: needs groups; give --groups",
+    }
+    for (method, setting), message in refusals.items():
+        status, output = shiftrm(*words, "no", "--method", method, *filter(None, [setting]))
+        assert status == 2
+        assert message in output.err
+    policy = ["--method", "contrast_pairs", "contrast_source=policy", "--groups", "many.jsonl"]
+    status, output = shiftrm(*words, "own", *policy)
+    assert status == 0, output.err
+    assert shiftrm(*words, "contrast", "--method", "contrast", "--groups", "many.jsonl")[0] == 0
+    assert weights("own") == weights("contrast")
+
+
 def test_a_method_from_outside_the_package(shiftrm, monkeypatch):
     Path("own_methods.py").write_text(
         "from shiftrm.methods.method import Method\n"

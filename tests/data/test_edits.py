@@ -128,3 +128,21 @@ def test_odd_text_is_changed_or_refused(edit, text):
         assert new is None or isinstance(new, str)
         if new is not None and edit is shuffled:
             assert Counter(new.split()) == Counter(text.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("「魚です。」と言った。「肉です。」", ["「魚です。」", "と言った。", "「肉です。」"]),
+        ("（小さい。）大きい！』そう。", ["（小さい。）", "大きい！』", "そう。"]),  # noqa: RUF001
+        ('他说。"你好。"是的。', ["他说。", '"你好。', '"是的。']),  # a straight mark may open
+        ('"One." Two. (Three.) Four', ['"One."', "Two.", "(Three.)", "Four"]),
+    ],
+)
+def test_marks_that_close_a_sentence_stay_with_it(text, sentences):
+    assert sentences_of(text).parts == sentences
+    assert sentences_of(text).text() == text
+
+
+def test_a_word_that_ends_in_a_closed_sentence_is_no_place_to_cut():
+    assert cut("「a。」 「b。」 「c。」 「d。」 「e。」 「f。」", random.Random(0)) is None

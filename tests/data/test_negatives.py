@@ -6,10 +6,10 @@ import random
 import pytest
 
 from shiftrm.data.languages import SENTENCES, language_of
-from shiftrm.data.matching import CANDIDATES, style
-from shiftrm.data.negatives import NEGATIVES, negative_pairs, possible
+from shiftrm.data.matching import CANDIDATES, match, near_in_length, style
+from shiftrm.data.negatives import NEGATIVES, lacking, negative_pairs, two_way_pairs, with_own
 from shiftrm.data.pairs import check_pair
-from shiftrm.data.replies import reply
+from shiftrm.data.replies import Answer, reply
 from shiftrm.errors import UserError
 
 GROUPS = [
@@ -93,6 +93,18 @@ def test_pairs_of_every_kind(kind, form, matching):
     assert pairs != negative_pairs(groups, kind, 60, seed=4, **keywords)
 
 
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_answers_that_differ_in_white_space_only_are_equal(form):
+    stock = ["I cannot help.", "I cannot help. ", " I  cannot\nhelp."]
+    groups = FORMS[form]([{"prompt": f"question {n}?", "responses": stock} for n in range(5)])
+    assert lacking(groups, "other_prompt") == NEGATIVES.get("other_prompt").needs
+    more = FORMS[form]([{"prompt": "last?", "responses": ["Yes, of course."]}])
+    pairs = negative_pairs([*groups, *more], "other_prompt", 50)
+    for pair in pairs:
+        sides = {" ".join(reply(pair[side]).split()) for side in ("chosen", "rejected")}
+        assert sides == {"I cannot help.", "Yes, of course."}
+
+
 def test_only_the_last_answer_of_a_conversation_changes():
     turns = [
         {"role": "assistant", "content": "first answer of some words here"},
@@ -133,16 +145,31 @@ def test_odd_responses_never_stop_it(kind):
 )
 def test_what_cannot_be_made_worse_is_one_error(kind, responses, message):
     groups = [{"prompt": "describe the garden :", "responses": responses}]
-    assert not possible(groups, kind)
-    assert possible(GROUPS, kind)
+    assert lacking(groups, kind) == NEGATIVES.get(kind).needs
+    assert lacking(GROUPS, kind) is None
     with pytest.raises(UserError, match=message):
         negative_pairs(groups, kind, 5)
 
 
+@pytest.mark.parametrize(
+    ("names", "own"),
+    [
+        (None, []),
+        ("cut", []),
+        (["cut", "other_prompt"], []),
+        ("mine:WORSE", ["mine:WORSE"]),
+        ("[cut, mine:WORSE, b.c:D]", ["mine:WORSE", "b.c:D"]),
+        (["mine:WORSE", "cut", "mine:WORSE"], ["mine:WORSE"]),
+    ],
+)
+def test_a_users_own_kinds_come_after_the_registered_ones(names, own):
+    assert with_own(names) == [*NEGATIVES.names(), *own]
+
+
 def test_responses_that_were_cut_off_cannot_be_cut():
     groups = [{"prompt": "p", "responses": ["one two three four five six"], "finished": [False]}]
-    assert not possible(groups, "cut")
-    assert possible(groups, "shuffled")
+    assert lacking(groups, "cut") == NEGATIVES.get("cut").needs
+    assert lacking(groups, "shuffled") is None
 
 
 @pytest.mark.parametrize(
@@ -187,6 +214,80 @@ def test_matching_by_length_and_style_takes_near_ones():
         return style(text)[4]
 
     assert gap(pairs["style"], word_length) < 0.6 * gap(pairs["length"], word_length)
+
+
+SKEWED = {
+    "log-normal": lambda rng: max(3, int(rng.lognormvariate(5, 1))),
+    "exponential": lambda rng: 3 + int(rng.expovariate(1 / 150)),
+    "many at a limit": lambda rng: min(200, max(3, int(rng.lognormvariate(5, 0.7)))),
+    "two sizes": lambda rng: int(rng.gauss(*rng.choice([(50, 10), (50, 10), (400, 40)]))),
+}
+
+
+def skewed_groups(lengths, *, of_first=4):
+    rng = random.Random(0)
+    return [
+        {
+            "prompt": f"p{n}",
+            "responses": [
+                "".join(rng.choice("abcdefgh ") for _ in range(SKEWED[lengths](rng) - 2)) + "ab"
+                for _ in range(4 if n else of_first)
+            ],
+        }
+        for n in range(60)
+    ]
+
+
+def share_longer(pairs):
+    signs = [len(p["chosen"]) - len(p["rejected"]) for p in pairs]
+    return sum(0.5 if d == 0 else d > 0 for d in signs) / len(signs)
+
+
+@pytest.mark.parametrize("of_first", [4, 1000])
+@pytest.mark.parametrize("lengths", SKEWED)
+def test_matched_by_length_or_style_no_reward_of_the_text_alone_is_a_cue(lengths, of_first):
+    """Exactly one half, also where one prompt has most of the responses."""
+    groups = skewed_groups(lengths, of_first=of_first)
+    for matching in ("length", "style"):
+        pairs = negative_pairs(groups, "other_prompt", 300, matching=matching)
+        assert len(pairs) == 300
+        assert share_longer(pairs) == 0.5
+        for one, other in zip(pairs[::2], pairs[1::2], strict=True):
+            assert (one["chosen"], one["rejected"]) == (other["rejected"], other["chosen"])
+            assert one["prompt"] != other["prompt"]
+    assert len(negative_pairs(groups, "other_prompt", 7, matching="length")) == 7
+
+
+def test_the_nearest_length_is_a_ratio():
+    """To 100 letters 40 are nearer in number, 190 in ratio."""
+    texts = {"a": "x" * 100, "b": "y" * 40, "c": "z" * 190}
+    answers = {k: Answer(k, k, text, True) for k, text in texts.items()}
+    [found] = match([(answers["a"], [answers["b"], answers["c"]])], "length")
+    assert found == answers["c"]
+    assert near_in_length(answers["a"], answers["a"]._replace(text="x" * 150))
+    assert not near_in_length(answers["a"], answers["a"]._replace(text="x" * 152))
+
+
+def test_couples_of_one_length_are_each_preferred_once():
+    groups = skewed_groups("log-normal")
+    own = {(g["prompt"], text) for g in groups for text in g["responses"]}
+    couples = two_way_pairs(groups, 200, seed=3)
+    assert 150 < len(couples) <= 200
+    for one, other in couples:
+        for pair in (one, other):
+            assert (pair["prompt"], pair["chosen"]) in own
+            assert (pair["prompt"], pair["rejected"]) not in own
+        assert (one["chosen"], one["rejected"]) == (other["rejected"], other["chosen"])
+        short, long = sorted(map(len, (one["chosen"], one["rejected"])))
+        assert long + 1 <= 1.5 * (short + 1)
+    rows = [str(pair) for couple in couples for pair in couple]
+    assert len(set(rows)) == len(rows)
+
+
+def test_without_a_response_of_about_the_length_there_are_no_couples():
+    groups = [{"prompt": p, "responses": [p * n, p * n + "b"]} for p, n in (("x", 10), ("y", 100))]
+    with pytest.raises(UserError, match=r"within a factor of 1\.5"):
+        two_way_pairs(groups, 50)
 
 
 def test_repeated_matched_by_length_replaces():

@@ -128,6 +128,51 @@ def test_the_response_to_another_prompt_has_about_the_same_length():
     assert gaps[len(gaps) // 2] < 60  # of 30 to 360 letters
 
 
+@pytest.mark.parametrize("of_first", [3, 600])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_reward_that_is_the_length_is_a_coin_on_other_prompts(sign, of_first):
+    """Lengths are log-normal, and one prompt may have most of the responses."""
+    rng = random.Random(1)
+    groups = [
+        {
+            "prompt": f"p{i}",
+            "responses": [
+                " ".join(words(rng, max(2, int(rng.lognormvariate(3, 1)))))
+                for _ in range(3 if i else of_first)
+            ],
+        }
+        for i in range(100)
+    ]
+
+    def length(prompts, responses, *, finished):
+        return [sign * float(len(r)) for r in responses]
+
+    [test] = sight_tests(length, groups, kinds=["other_prompt"], count=300)
+    assert test.share.value == 0.5
+    assert test.share.low < 0.5 < test.share.high
+    assert 200 < test.pairs <= 300
+
+
+def test_a_couple_is_left_out_as_a_whole(reward_model, tokenizer):
+    """Of two answers one does not fit under the other one's longer prompt: neither pair counts."""
+    scorer = Scorer(reward_model, tokenizer)
+    groups = [
+        {"prompt": "the " * 40, "responses": [" cat" * 20]},
+        {"prompt": "a", "responses": [" dog" * 20, " fish" * 24]},
+    ]
+    room = reward_model.config.max_position_embeddings
+    assert len(scorer.encode("the " * 40, " dog" * 20)) <= room < 40 + 24 + 1
+    [test] = sight_tests(scorer, groups, kinds=["other_prompt"], count=60)
+    assert (test.pairs, test.left_out) == (2, 2)  # those with dogs, and those with fish
+
+
+def test_lengths_that_no_other_prompt_has_do_not_apply():
+    groups = [{"prompt": p, "responses": [p * n, p * n + "b"]} for p, n in (("x", 10), ("y", 100))]
+    [test] = sight_tests(constant, groups, kinds=["other_prompt"])
+    assert (test.share, test.pairs) == (None, 0)
+    assert "within a factor of 1.5" in test.reason
+
+
 def test_the_interval_draws_prompts_with_all_their_pairs():
     """Two prompts, one always right and one always wrong: every share from 0 to 1 is drawn."""
     groups = [
@@ -189,6 +234,18 @@ def test_another_language():
     [test] = sight_tests(english, groups, kinds=["language"], count=40)
     assert test.share.value == 1.0
     assert test.prompts > 10
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rewards_that_are_not_finite_are_an_error_that_names_the_response(value):
+    def reward(prompts, responses, *, finished):
+        return [value if "bad" in r else 1.0 for r in responses]
+
+    groups = [{"prompt": p, "responses": [f"{p} one two three"]} for p in ("x", "bad")]
+    with pytest.raises(UserError, match=f"reward_fn gave {value} for the response 'bad") as error:
+        sight_tests(reward, groups, count=20)
+    assert "it must give finite numbers" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_an_unknown_kind_is_an_error():

@@ -16,7 +16,7 @@ from shiftrm.pipeline.jobs import TrainReward
 from shiftrm.pipeline.plan import plan
 from shiftrm.pipeline.prepare import join_groups
 from shiftrm.pipeline.run import read_recipe
-from shiftrm.trainers.contrast import as_groups, contrast_rows
+from shiftrm.trainers.contrast_rows import as_groups, contrast_rows
 from shiftrm.trainers.pair_batches import encode_pair, table
 from shiftrm.trainers.settings import resolve
 from shiftrm.world.build import WorldConfig, label_pairs, write_base_model
@@ -81,11 +81,23 @@ def test_one_prompt_or_one_response_cannot_be_contrasted(groups):
         ({"contrast_source": "pair"}, "contrast_source is 'pair'; did you mean 'pairs'"),
         ({"contrast_negatives": ["cut", "shufled"]}, "did you mean 'shuffled'"),
         ({"contrast_negatives": []}, "contrast_negatives is empty"),
+        ({"contrast_negatives": ["cut", "other_prompt", "cut"]}, "cut, other_prompt, cut.; name"),
+        ({"contrast_negatives": ["cut"], "contrast_matching": "hard"}, "but cut is made without"),
     ],
 )
 def test_bad_settings_are_named(settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
         METHODS.get("contrast").training().config(output_dir=str(tmp_path), **settings)
+
+
+def test_a_meta_objective_must_read_which_response_is_better(tmp_path):
+    config_of = METHODS.get("contrast_meta").training().config
+    with pytest.raises(UserError, match="meta_objective is 'difference', which does not read"):
+        config_of(output_dir=str(tmp_path), meta_objective="difference")
+    for name in ("ordered", "ordered_difference"):
+        assert config_of(output_dir=str(tmp_path), meta_objective=name).meta_objective == name
+    mixed = {"contrast_negatives": ["cut", "other_prompt"], "contrast_matching": "hard"}
+    assert config_of(output_dir=str(tmp_path), **mixed).contrast_matching == "hard"
 
 
 def pair_rows(count=6, **more):
@@ -159,7 +171,10 @@ def test_a_way_that_can_do_nothing_is_left_out(tmp_path, caplog):
     args = config(tmp_path, contrast_negatives=["language", "other_prompt", "cut"])
     made = contrast_rows(args, [], GROUPS, None, count=30)
     assert made == negative_pairs(GROUPS, "other_prompt", 30, seed=3)
-    assert "contrast leaves out cut, which needs finished responses of six" in caplog.text
+    assert (
+        "contrast leaves out cut of the groups, which needs finished responses of six"
+        in caplog.text
+    )
 
 
 def test_the_default_is_other_prompts_of_the_policys_responses(tmp_path):

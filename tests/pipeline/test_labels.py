@@ -1,6 +1,7 @@
 """Labels that an arm buys: how many, which ones, and that random ones stay as they were."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from shiftrm.cli import main
 from shiftrm.core.acquisition import information_gain
 from shiftrm.errors import UserError
-from shiftrm.files import read_jsonl
+from shiftrm.files import read_jsonl, write_jsonl
 from shiftrm.models.laplace import PairTokens, fit_posterior
 from shiftrm.models.scoring import Scorer
 from shiftrm.pipeline.active_labels import informative_pairs
@@ -17,8 +18,9 @@ from shiftrm.pipeline.estimate import Sizes, disk_of
 from shiftrm.pipeline.job_checks import job_of
 from shiftrm.pipeline.jobs import TrainReward
 from shiftrm.pipeline.plan import plan
+from shiftrm.pipeline.prepare import label_samples
 from shiftrm.pipeline.run import read_recipe
-from shiftrm.records import Record, read_records
+from shiftrm.records import Record, Recorder, read_records
 from shiftrm.report.results import Results
 from tests.conftest import WORDS
 from tests.demo.conftest import TINY
@@ -142,6 +144,61 @@ def test_the_chosen_pairs_are_those_of_most_information(tmp_path, reward_model, 
     assert best in several
     everything = informative_pairs(str(tmp_path), pairs, samples, count=99)
     assert everything == [i for i in range(20) if i not in (3, 5)]
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.fixture
+def reward(tmp_path, reward_model, tokenizer):
+    reward_model.save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    return tmp_path / "reward"
+
+
+PAIRS = [{"prompt": "the red cat", "chosen": " runs", "rejected": " sits the fish"}]
+CHAT = [{"role": "user", "content": "the red cat"}]
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [],
+        [{"prompt": "the", "responses": [" cat", " cat"]}] * 3,
+        [{"prompt": "the", "responses": [" cat", " "]}] * 3,
+        [{"prompt": CHAT, "responses": [said(" \n"), said("a fish")]}],
+        [{"prompt": "the", "responses": [" cat", " dog" * 70]}],  # beyond the context of 64
+    ],
+)
+def test_without_a_pair_to_label_none_is_chosen(samples, reward):
+    assert informative_pairs(str(reward), PAIRS, samples, count=2) == []
+    good = [{"prompt": CHAT, "responses": [said("runs"), said("a fish")]}]
+    assert informative_pairs(str(reward), PAIRS, [*samples, *good], count=2) == [len(samples)]
+
+
+def test_fewer_labels_are_bought_of_a_policy_that_collapsed(tmp_path, reward, caplog):
+    prompt = "describe the garden :"
+    samples = [{"prompt": prompt, "responses": ["a rose", "a rose"], "finished": [True, True]}] * 3
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    write_jsonl(tmp_path / "samples.jsonl", samples)
+    files = {"samples": str(tmp_path / "samples.jsonl"), "role": "labels/1"}
+    settings = {
+        "choice": {"count": 2, "reward": str(reward)},
+        "files": {"pairs": {**files, "after": [str(tmp_path / "pairs.jsonl")], "metric": "labels"}},
+    }
+    (tmp_path / "out").mkdir()
+    stage = SimpleNamespace(settings=settings)
+    recorder = Recorder(stage="labels", method="active", round=1, seed=0)
+    label_samples(
+        SimpleNamespace(
+            stage=stage, root=tmp_path, out=tmp_path / "out", recorder=recorder,
+            random_seed=lambda role: 0,
+        )
+    )  # fmt: skip
+    assert read_jsonl(tmp_path / "out" / "pairs.jsonl") == PAIRS
+    assert [(r.metric, r.value) for r in recorder.records] == [("labels", 0.0)]
+    assert "pairs: 0 of 2 labels are bought" in caplog.text
 
 
 def _state(scorer, ids):

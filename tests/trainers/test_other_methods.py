@@ -330,6 +330,11 @@ def test_best_and_worst_by_hand():
         },
     ]  # fmt: skip
     assert best_and_worst(GROUPS[:1], [[1.0, 1.0, 1.0]]) == []
+    [row] = best_and_worst(GROUPS[2:], [[3.0, -9.0, 1.0]])  # the worst is blank
+    assert (row["chosen"], row["rejected"]) == (" cat sits", " blue")
+    [row] = best_and_worst(GROUPS[:1], [[None, 1.0, 2.0]])
+    assert (row["chosen"], row["rejected"]) == (" fish", " dog runs")
+    assert best_and_worst(GROUPS[:1], [[None, 1.0, None]]) == []
 
 
 def test_self_labelled_moves_the_head_alone_by_its_own_labels(
@@ -356,9 +361,47 @@ def test_self_labelled_moves_the_head_alone_by_its_own_labels(
     assert moved == {"score.weight"}
     with pytest.raises(UserError, match="score head"):
         SelfLabelledTrainer(policies[0], args, meta_dataset=GROUPS, train_dataset=data)
-    with pytest.raises(UserError, match="sees no difference"):
+    with pytest.raises(UserError, match="none of the 1 groups gives a pair: 1 hold equal resp"):
         SelfLabelledTrainer(start, args, meta_dataset=[GROUPS[1]], train_dataset=data)
     assert SelfLabelledConfig(output_dir=str(tmp_path)).learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("max_length", "words"), [(8, "max_length=8 tokens"), (None, "context of")]
+)
+def test_self_labelled_leaves_out_what_is_blank_or_too_long(
+    tmp_path, reward_model, tokenizer, options, pairs, caplog, max_length, words
+):
+    start, data = str(tmp_path / "rm"), Dataset.from_list(pairs)
+    reward_model.save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    args = SelfLabelledConfig(**{**options, "max_length": max_length})
+    long = " flies" * 70
+
+    def made(groups):
+        return SelfLabelledTrainer(start, args, meta_dataset=groups, train_dataset=data)
+
+    groups = [{"prompt": "the", "responses": [long, " cat", "  ", " dog runs", long + " a"]}]
+    [row] = made(groups).train_dataset.to_list()
+    assert {row["chosen"], row["rejected"]} == {" cat", " dog runs"}
+    assert "left out 1 blank responses and 2 responses longer than" in caplog.text
+    assert words in caplog.text
+    none = [
+        {"prompt": "the", "responses": [long, " cat"]},
+        {"prompt": "red", "responses": [" ", "", " cat"]},
+        {"prompt": "a", "responses": [" bird", " bird"]},
+    ]
+    with pytest.raises(UserError, match="none of the 3 groups gives a pair: 2 have fewer") as error:
+        made(none)
+    text = str(error.value)
+    assert "2 blank responses and 1 responses longer than" in text
+    assert "1 hold equal responses" in text
+    assert "sees no difference" not in text
+    assert "\n" not in text
+    reward_model.score.weight.data.zero_()  # all rewards are 0
+    reward_model.save_pretrained(start)
+    with pytest.raises(UserError, match="in 1 the reward model sees no difference"):
+        made([{"prompt": "the", "responses": [" cat", " dog"]}])
 
 
 # -- contrast ------------------------------------------------------------------------------------

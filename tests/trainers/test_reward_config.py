@@ -193,3 +193,10 @@ def test_margins_that_are_no_numbers(make_trainer, reward_model, pairs, margin):
     ids = {"chosen_ids": [1, 2], "rejected_ids": [1, 3], "margin": margin}
     with pytest.raises(UserError, match="column 'margin' is"):
         make_trainer(reward_model, RewardTrainer, train=[ids, ids]).train()
+
+
+@pytest.mark.parametrize("name", ["meta_learning_rate", "meta_effect", "meta_loss_rise"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_lengths_of_a_meta_step_must_be_finite(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}; it must be a finite number"):
+        MetaRMConfig(str(tmp_path), preset="by_effect", **{name: value})

@@ -8,7 +8,13 @@ import random
 import re
 from dataclasses import dataclass
 
-SENTENCE_END = re.compile(r"(?:[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+|\n)\s*")  # noqa: RUF001
+CLOSED = "”’»)]」』）】》〉］"  # noqa: RUF001
+CLOSING = "\"'" + CLOSED
+"""Marks that may follow a full stop and belong to its sentence."""
+
+# Behind a stop without a space, a straight quotation mark may as well open the next sentence.
+_SPACED, _WIDE = rf"[.!?…]+[{re.escape(CLOSING)}]*(?=\s)", rf"[。！？]+[{re.escape(CLOSED)}]*"  # noqa: RUF001
+SENTENCE_END = re.compile(rf"(?:{_SPACED}|{_WIDE}|\n)\s*")
 STOPS = tuple(".!?…。！？:;")  # noqa: RUF001
 
 SPAN = (2, 5)
@@ -117,7 +123,7 @@ def cut(text: str, rng: random.Random) -> str | None:
 
 def _ends(found: Parts, at: int) -> bool:
     """Whether a sentence or line may end behind this word."""
-    return found.parts[at].rstrip("\"'”’»)]").endswith(STOPS) or "\n" in found.gaps[at]  # noqa: RUF001
+    return found.parts[at].rstrip(CLOSING).endswith(STOPS) or "\n" in found.gaps[at]
 
 
 def shuffled(text: str, rng: random.Random) -> str | None:

@@ -12,6 +12,8 @@ MATCHINGS = ("random", "length", "style", "hard")
 CANDIDATES = 16
 """Worse responses that are drawn for one pair, of which a matching takes one (random draws one)."""
 
+NEAR = 1.5
+
 Score = Callable[..., Sequence[float]]
 """`score(prompts, responses, finished=finished)` returns a reward each, as a `Scorer` does."""
 
@@ -32,7 +34,8 @@ def match(drawn: Sequence[Drawn], matching: str, *, score: Score | None = None) 
 
     Args:
         drawn: each with one or more candidates.
-        matching: random: the first candidate. length: the one of nearest length in characters.
+        matching: random: the first candidate. length: the one of nearest length in characters,
+            as a ratio.
             style: the nearest in length and style (`style`), each standardised over all texts.
             hard: the one of highest reward under the prompt.
         score: rewards, for hard.
@@ -75,7 +78,14 @@ def _nearest(answer: Answer, others: Sequence[Answer], gap: Gap) -> Answer:
 
 
 def _length_gap(a: str, b: str) -> float:
-    return abs(len(a) - len(b))
+    """In log length: texts' lengths are skewed, and of two candidates as far away in characters,
+    the shorter is the commoner, so that the worse response would be the shorter one too often."""
+    return abs(math.log1p(len(a)) - math.log1p(len(b)))
+
+
+def near_in_length(a: Answer, b: Answer) -> bool:
+    """Whether the lengths of two answers differ by at most a factor of `NEAR`."""
+    return _length_gap(reply(a.text), reply(b.text)) <= math.log(NEAR)
 
 
 def _style_gap(styles: dict[str, tuple[float, ...]]) -> Gap:

@@ -11,21 +11,45 @@ Answers to other prompts are the "non-contextual" negatives of RRM (Liu et al., 
 who draw them from labelled pairs.
 """
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from shiftrm.config import parse_yaml
 from shiftrm.data.edits import cut, repeated, shuffled, words_of
 from shiftrm.data.languages import SENTENCES, language_of
 from shiftrm.data.loaded import no_text
-from shiftrm.data.matching import CANDIDATES, MATCHINGS, Drawn, Score, check_matching, match
-from shiftrm.data.replies import Answer, answers_of, reply, with_reply
+from shiftrm.data.matching import (
+    CANDIDATES,
+    MATCHINGS,
+    NEAR,
+    Drawn,
+    Score,
+    check_matching,
+    match,
+    near_in_length,
+)
+from shiftrm.data.replies import Answer, answers_of, has_prompt, normal_spaces, reply, with_reply
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text
 from shiftrm.registry import Registry
 
-__all__ = ["MATCHINGS", "NEGATIVES", "Negative", "Score", "negative_pairs", "possible"]
+__all__ = [
+    "MATCHINGS",
+    "NEGATIVES",
+    "Fits",
+    "Negative",
+    "Score",
+    "lacking",
+    "negative_pairs",
+    "two_way_pairs",
+    "with_own",
+]
+
+Fits = Callable[[Answer], bool]
+"""Whether a response can be read with its prompt, such as within a length limit."""
 
 MISSES = 100_000
 """Draws in a row without a worse response after which a way is given up."""
@@ -68,6 +92,7 @@ def negative_pairs(
     matching: str = "random",
     seed: int = 0,
     score: Score | None = None,
+    fits: Fits | None = None,
 ) -> list[Row]:
     """Return `count` pairs of a response (chosen) and one that is worse (rejected).
 
@@ -79,9 +104,12 @@ def negative_pairs(
             repeat. Responses without a prompt, and blank ones, are left out.
         kind: a name in `NEGATIVES`.
         matching: which of `CANDIDATES` worse responses is taken; see `matching.match`. "random"
-            draws one.
+            draws one. Where responses to other prompts are matched by length or style, each of the
+            two is preferred under its own prompt once: a reward that does not look at the prompt
+            is right in one half of the pairs, whatever the lengths.
         score: for hard: `score(prompts, responses, finished=...)` returns rewards. Up to
             `CANDIDATES * count` responses are scored.
+        fits: responses for which it is false are neither taken nor made; by default all fit.
 
     Returns:
         Preference rows with `prompt`, `chosen`, `rejected`, `chosen_finished` and
@@ -91,39 +119,129 @@ def negative_pairs(
         UserError: an unknown kind or matching, hard without `score`, or no answer that this kind
             can make worse.
     """
+    two_way = _is_two_way(kind, matching)
+    size = -(-count // 2) if two_way else count
+    drawn = _drawn(groups, kind, size, matching=matching, seed=seed, score=score, fits=fits)
+    if two_way:
+        return [pair for couple in drawn for pair in _both_ways(*couple)][:count]
+    return [_pair(answer, worse) for answer, worse in drawn]
+
+
+def two_way_pairs(groups: Sequence[Row], count: int, *, seed: int = 0) -> list[tuple[Row, Row]]:
+    """Return `count` couples of answers to two prompts of about one length, each as two pairs.
+
+    A reward that does not look at the prompt, such as the length, is right in exactly one pair of a
+    couple or ties in both. No pair comes twice. There are fewer couples if some of those drawn are
+    not of about one length (`matching.near_in_length`), or come again.
+
+    Raises:
+        UserError: as `negative_pairs` for other_prompt; or no couple is of about one length.
+    """
+    drawn = _drawn(groups, OTHER_PROMPT, count, matching="length", seed=seed, score=None, fits=None)
+    near = [couple for couple in drawn if near_in_length(*couple)]
+    if not near:
+        raise UserError(
+            f"{OTHER_PROMPT}: no response has about the length of one to another prompt (within a "
+            f"factor of {NEAR:g}), so length would be a cue"
+        )
+    found: set[str] = set()
+    couples = []
+    for one, other in near:
+        pairs = _both_ways(one, other)
+        names = [json.dumps(pair, sort_keys=True) for pair in pairs]
+        if found.isdisjoint(names):
+            couples.append(pairs)
+            found.update(names)
+    return couples
+
+
+def _drawn(
+    groups: Sequence[Row],
+    kind: str,
+    count: int,
+    *,
+    matching: str,
+    seed: int,
+    score: Score | None,
+    fits: Fits | None,
+) -> list[tuple[Answer, Answer]]:
+    """Return answers, each with one that is worse; see `negative_pairs`."""
     negative = NEGATIVES.get(kind)
     check_matching(matching, setting="matching")
     if matching == "hard" and score is None:
         raise UserError("matching is 'hard', which needs a reward model to choose by; give score")
-    answers = answers_of(groups)
+    answers = _fitting(answers_of(groups), fits)
     usable = negative.usable(answers)
     if not usable:
-        raise UserError(f"{kind}: {negative.label} needs {negative.needs}")
+        raise UserError(f"{kind}: {negative.label} needs {_needs(negative, groups)}")
     matching = matching if negative.matched else "random"
     size = 1 if matching == "random" else CANDIDATES
+    ways = 2 if _is_two_way(kind, matching) else 1
     rng = random.Random(f"contrast/{seed}" if kind == OTHER_PROMPT else f"{kind}/{seed}")
     drawn: list[Drawn] = []
     misses = 0
     while len(drawn) < count:
         answer = rng.choice(usable)
         found = [negative.worse(answer, answers, rng) for _ in range(size)]
-        others = [worse for worse in found if worse is not None and _differs(worse.text, answer)]
+        others = [
+            worse
+            for worse in found
+            if worse is not None
+            and _differs(worse.text, answer)
+            and (fits is None or all(map(fits, _exchanged(answer, worse)[:ways])))
+        ]
         if others:
             drawn.append((answer, others))
         misses = 0 if others else misses + 1
         if misses >= MISSES:
             raise UserError(f"{kind}: {negative.label} needs {negative.needs}; hardly any has")
     chosen = match(drawn, matching, score=score)
-    return [_pair(answer, worse) for (answer, _), worse in zip(drawn, chosen, strict=True)]
+    return [(answer, worse) for (answer, _), worse in zip(drawn, chosen, strict=True)]
 
 
-def possible(groups: Sequence[Row], kind: str) -> bool:
-    """Whether `negative_pairs` can make pairs of this kind from these groups."""
-    return bool(NEGATIVES.get(kind).usable(answers_of(groups)))
+def with_own(names: str | Sequence[str] | None) -> list[str]:
+    """Return the registered kinds, and those of the names that are import paths."""
+    given = parse_yaml(names, "contrast_negatives", word=True) if isinstance(names, str) else names
+    given = [given] if isinstance(given, str) else given or []
+    own = dict.fromkeys(name for name in given if isinstance(name, str) and ":" in name)
+    return [*NEGATIVES.names(), *own]
+
+
+def lacking(groups: Sequence[Row], kind: str, *, fits: Fits | None = None) -> str | None:
+    """Return what `negative_pairs` needs to make this kind and these groups lack; else None."""
+    negative = NEGATIVES.get(kind)
+    usable = negative.usable(_fitting(answers_of(groups), fits))
+    return None if usable else _needs(negative, groups)
+
+
+def _fitting(answers: list[Answer], fits: Fits | None) -> list[Answer]:
+    return answers if fits is None else [answer for answer in answers if fits(answer)]
+
+
+def _needs(negative: Negative, groups: Sequence[Row]) -> str:
+    """Return what groups that are not usable lack: prompts, text, or what the kind needs."""
+    if groups and not any(has_prompt(row) for row in groups):
+        return "responses with a prompt of their own (column 'prompt')"
+    if groups and not answers_of(groups):
+        return "responses that are not blank"
+    return negative.needs
 
 
 def _differs(text: Text, answer: Answer) -> bool:
-    return text != answer.text and not no_text(text)
+    return normal_spaces(text) != normal_spaces(answer.text) and not no_text(text)
+
+
+def _is_two_way(kind: str, matching: str) -> bool:
+    return kind == OTHER_PROMPT and matching in ("length", "style")
+
+
+def _exchanged(answer: Answer, worse: Answer) -> tuple[Answer, Answer]:
+    """Each of the two under the other one's prompt."""
+    return worse._replace(prompt=answer.prompt), answer._replace(prompt=worse.prompt)
+
+
+def _both_ways(one: Answer, other: Answer) -> tuple[Row, Row]:
+    return _pair(one, other), _pair(other, one)
 
 
 def _pair(answer: Answer, worse: Answer) -> Row:
@@ -142,7 +260,9 @@ OTHER_PROMPT = "other_prompt"
 
 
 def _all_or_none(answers: Sequence[Answer]) -> list[Answer]:
-    several = len({a.key for a in answers}) > 1 and len({str(a.text) for a in answers}) > 1
+    several = (
+        len({a.key for a in answers}) > 1 and len({str(normal_spaces(a.text)) for a in answers}) > 1
+    )
     return list(answers) if several else []
 
 
@@ -150,7 +270,7 @@ def _to_another_prompt(
     answer: Answer, answers: Sequence[Answer], rng: random.Random
 ) -> Answer | None:
     other = rng.choice(answers)
-    return other if other.key != answer.key and other.text != answer.text else None
+    return other if other.key != answer.key and _differs(other.text, answer) else None
 
 
 NEGATIVES.register(OTHER_PROMPT)(

@@ -28,12 +28,17 @@ class Answer(NamedTuple):
     finished: bool
 
 
+def has_prompt(row: Row) -> bool:
+    """Whether a row's prompt is apart from its responses."""
+    return row.get("prompt") is not None and row["prompt"] != []
+
+
 def answers_of(groups: Sequence[Row]) -> list[Answer]:
     """Return every response that has a prompt of its own and is not blank, in order."""
     found = [
         Answer(prompt_key(row["prompt"]), row["prompt"], response.text, response.finished)
         for row in groups
-        if row.get("prompt") is not None and row["prompt"] != []
+        if has_prompt(row)
         for response in group_responses(row)
     ]
     return [answer for answer in found if not no_text(answer.text)]
@@ -51,6 +56,14 @@ def reply(text: Text) -> str:
         return text_of(text[place], place + 1)
     except UserError:
         return ""
+
+
+def normal_spaces(text: Text) -> Text:
+    """Return the response with single spaces between words, to compare it with others."""
+    if isinstance(text, str):
+        return " ".join(text.split())
+    words = " ".join(reply(text).split())
+    return with_reply(text, words) if words else text
 
 
 def with_reply(text: Text, words: str) -> Text:

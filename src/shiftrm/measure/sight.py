@@ -14,12 +14,12 @@ import numpy as np
 
 from shiftrm.core.discrimination import rank_correlation
 from shiftrm.core.intervals import Measured, measured, measured_mean
-from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT, negative_pairs
+from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT, negative_pairs, two_way_pairs
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.measure.score_once import score_fitting
+from shiftrm.measure.score_once import function_rewards, score_fitting
 from shiftrm.models.responses import Response
-from shiftrm.models.scoring import Scorer, rewards_of, row_responses
+from shiftrm.models.scoring import Scorer, row_responses
 from shiftrm.progress import Advance
 from shiftrm.records import Record
 
@@ -64,7 +64,8 @@ def sight_tests(
 ) -> list[SightTest]:
     """Run sight tests of a reward model on a policy's responses.
 
-    The other prompt's response has about the length of the original, so that length is no cue.
+    The other prompt's response has about the length of the original, and each of the two is the
+    original once, so that length is no cue: it is right in one half of the pairs.
     Equal texts are scored once. Intervals resample prompts with all their pairs; that a response to
     another prompt may occur in several pairs is ignored.
 
@@ -72,7 +73,8 @@ def sight_tests(
         reward_fn: a `Scorer`, or a function with its signature.
         groups: `{"prompt", "responses", "finished"?}`.
         kinds: names in `data.negatives.NEGATIVES`; by default all.
-        count: at most so many pairs of each kind; equal pairs count once.
+        count: at most so many pairs of each kind, but of other prompts at least two; equal pairs
+            count once.
         seed: seed of the pairs and of the bootstrap.
         batch_size: rows per forward pass of a `Scorer`; by default its own.
         progress: counts the sequences that a `Scorer` reads.
@@ -82,7 +84,7 @@ def sight_tests(
         applicable and has a reason.
 
     Raises:
-        UserError: an unknown kind, or rewards that cannot be computed.
+        UserError: an unknown kind, or rewards that cannot be computed or are not finite.
     """
     made = {
         kind: _pairs(groups, kind, count, seed)
@@ -92,23 +94,28 @@ def sight_tests(
         _key(side): side
         for found in made.values()
         if not isinstance(found, str)
-        for pair in found
+        for pairs in found
+        for pair in pairs
         for side in row_responses(pair, "sight test")
     }
     rewards = _rewards(reward_fn, sides, batch_size=batch_size, progress=progress)
     return [_test(kind, found, rewards, seed) for kind, found in made.items()]
 
 
-def _pairs(groups: Sequence[Row], kind: str, count: int, seed: int) -> list[Row] | str:
-    """Return different pairs of a kind, or why there are none."""
+def _pairs(groups: Sequence[Row], kind: str, count: int, seed: int) -> list[tuple[Row, ...]] | str:
+    """Return different pairs of a kind, in tuples that are used as a whole, or why there are none.
+
+    Those of other prompts come by twos, see `two_way_pairs`.
+    """
     NEGATIVES.get(kind)  # an unknown kind is an error, not a test that does not apply
-    matching = "length" if kind == OTHER_PROMPT else "random"
     try:
-        found = negative_pairs(groups, kind, count, matching=matching, seed=seed)
+        if kind == OTHER_PROMPT:
+            return [*two_way_pairs(groups, max(1, count // 2), seed=seed)]
+        found = negative_pairs(groups, kind, count, seed=seed)
     except UserError as error:
         return str(error)
     different = {json.dumps(pair, sort_keys=True): pair for pair in found}
-    return list(different.values())
+    return [(pair,) for pair in different.values()]
 
 
 def _key(response: Response) -> str:
@@ -124,7 +131,7 @@ def _rewards(
 ) -> dict[str, float]:
     """Return the reward of every side, without those longer than a model's context."""
     if not isinstance(reward_fn, Scorer):
-        return dict(zip(sides, rewards_of(reward_fn, list(sides.values())), strict=True))
+        return dict(zip(sides, function_rewards(reward_fn, list(sides.values())), strict=True))
     rewards = score_fitting(
         reward_fn,
         list(sides.values()),
@@ -137,19 +144,23 @@ def _rewards(
     return {key: reward for key, reward in found if reward is not None}
 
 
-def _test(kind: str, found: list[Row] | str, rewards: Mapping[str, float], seed: int) -> SightTest:
+def _test(
+    kind: str, found: list[tuple[Row, ...]] | str, rewards: Mapping[str, float], seed: int
+) -> SightTest:
     negative = NEGATIVES.get(kind)
     label, meaning = negative.label, negative.low
     if isinstance(found, str):
         return SightTest(kind, label, None, 0, 0, 0, meaning, found)
-    right, prompts = [], []
-    for pair in found:
-        better, worse = map(_key, row_responses(pair, "sight test"))
-        if better in rewards and worse in rewards:
+    right, prompts, left_out = [], [], 0
+    for pairs in found:
+        keys = [tuple(map(_key, row_responses(pair, "sight test"))) for pair in pairs]
+        if any(side not in rewards for sides in keys for side in sides):
+            left_out += len(pairs)
+            continue
+        for pair, (better, worse) in zip(pairs, keys, strict=True):
             difference = rewards[better] - rewards[worse]
             right.append(0.5 if difference == 0 else float(difference > 0))
             prompts.append(json.dumps(pair.get("prompt"), sort_keys=True))
-    left_out = len(found) - len(right)
     if not right:
         reason = f"{kind}: every pair is longer than the model's context"
         return SightTest(kind, label, None, 0, 0, left_out, meaning, reason)

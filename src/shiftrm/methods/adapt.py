@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from shiftrm.data.negatives import with_own
 from shiftrm.data.prompts import read_prompts, warn_of_joined_ends
 from shiftrm.data.splits import held_out
 from shiftrm.errors import UserError
@@ -156,8 +157,9 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
     _check_choices(request)
     samples, model = request.samples, request.model
     sampled = None if samples is None else samples.policy
-    request = with_models(request, request.method, method, training, sampled=sampled)
     settings = {**method.settings, **request.settings}
+    training = training.settled(settings)
+    request = with_models(request, request.method, method, training, sampled=sampled)
     job = prepare(replace(request, settings=settings), training, command_name="adapt")
     eval_pairs, eval_groups = request.eval_pairs or {}, request.eval_groups or {}
     share = HOLDOUT if request.holdout is None else request.holdout
@@ -342,8 +344,10 @@ def _measure(
         return scorer
 
     models = {"before": before, "after": str(job.finished)}
+    kinds = with_own(getattr(job.chosen.args, "contrast_negatives", None))
+    sight: dict[str, Any] = {"sight_pairs": sight_pairs, "sight_kinds": kinds}
     size = job.chosen.args.per_device_eval_batch_size
-    found = find(models, files, load=load, batch_size=size, sight_pairs=sight_pairs, bar=bar)
+    found = find(models, files, load=load, batch_size=size, bar=bar, **sight)
     meta_steps = hasattr(job.chosen.args, "meta_step")
     change = adaptation_verdict(found.comparisons, found.diagnoses, meta_steps=meta_steps)
     return replace(found, change=change)

@@ -136,7 +136,9 @@ def _record_sight(
     count = context.stage.settings["sight_pairs"]
     if not count:
         return
-    for test in sight_tests(reward_fn, rows, count=count, seed=context.random_seed("sight")):
+    kinds = context.stage.settings.get("sight_kinds")
+    seed = context.random_seed("sight")
+    for test in sight_tests(reward_fn, rows, kinds=kinds, count=count, seed=seed):
         if test.share is not None:
             metric = name.format(test.kind)
             context.recorder.add(metric, test.share.value, n=test.pairs)

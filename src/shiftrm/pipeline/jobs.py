@@ -100,7 +100,7 @@ class TrainReward(Training):
             method, name = METHODS.get(self.adaptation), self.adaptation
             if not method.trains:
                 raise UserError(f"method {name}: trains nothing")
-            found = method.classes()
+            found = method.classes().settled({**method.settings, **self.settings})
         found.check(name, {"groups": self.groups, **self._models()})
         return found
 

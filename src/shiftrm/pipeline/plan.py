@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from shiftrm.data.negatives import NEGATIVES, with_own
 from shiftrm.pipeline.domain_plan import domain_stages
 from shiftrm.pipeline.engine import Stage, random_seed
 from shiftrm.pipeline.experiment import DPO, Arm, Experiment
@@ -27,7 +28,13 @@ from shiftrm.pipeline.plan_data import (
     record_as,
     sources,
 )
-from shiftrm.pipeline.plan_rewards import Before, adapted_model, reward_model, sample_job
+from shiftrm.pipeline.plan_rewards import (
+    Before,
+    adapted_model,
+    reward_model,
+    sample_job,
+    settings_of,
+)
 
 RUN_JOB = "shiftrm.pipeline.launch:run_job"
 EVALUATING = "shiftrm.pipeline.evaluating"
@@ -250,6 +257,10 @@ class Planner:
             "inputs": {name: plain_input(value) for name, value in read.items() if value},
             "policy_stage": policy,
         }
+        arm = recipe.methods.get(name)
+        given = None if arm is None else settings_of(recipe, arm).get("contrast_negatives")
+        if (kinds := with_own(given)) != NEGATIVES.names():  # others began without this
+            settings["sight_kinds"] = kinds
         needs = [value.stage for value in read.values() if isinstance(value, Made)]
         return Stage(
             here,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shiftrm.pipeline.engine import Stage, random_seed
-from shiftrm.pipeline.experiment import Arm
+from shiftrm.pipeline.experiment import Arm, Experiment
 from shiftrm.pipeline.jobs import Input, Made, Sample, TrainReward, plain_input
 from shiftrm.pipeline.plan_data import PREPARE, RESPONSES, label_prompts, label_stage, record_as
 from shiftrm.trainers.kinds import pairs_only, with_groups
@@ -12,7 +12,7 @@ from shiftrm.trainers.kinds import pairs_only, with_groups
 if TYPE_CHECKING:
     from shiftrm.pipeline.plan import Planner
 
-__all__ = ["Before", "adapted_model", "reward_model", "sample_job"]
+__all__ = ["Before", "adapted_model", "reward_model", "sample_job", "settings_of"]
 
 GROUPS = "groups.jsonl"
 
@@ -124,15 +124,10 @@ def reward_model(
     models of a round differ only in what they were trained on. The first reward model, which an arm
     may keep, shares those of round 1.
     """
-    section = planner.recipe.reward
-    settings: dict[str, Any] = dict(section.settings)
+    settings = settings_of(planner.recipe, arm)
     own = None
-    if arm is not None:
-        if arm.method.training is with_groups:
-            settings |= {"preset": planner.recipe.preset, **section.meta}
-        elif arm.method.training is not pairs_only:
-            own = arm.reward
-        settings |= {**arm.method.settings, **arm.settings}
+    if arm is not None and arm.method.training not in (with_groups, pairs_only):
+        own = arm.reward
     job = replace(
         job,
         eval_pairs={"": planner.inputs.heldout},
@@ -141,3 +136,14 @@ def reward_model(
     )
     record = record_as("reward_model", name, number)
     return planner.training(here, job, record, "reward")
+
+
+def settings_of(recipe: Experiment, arm: Arm | None) -> dict[str, Any]:
+    """Return the settings of an arm's reward models, or of the first one."""
+    section = recipe.reward
+    settings: dict[str, Any] = dict(section.settings)
+    if arm is not None:
+        if arm.method.training is with_groups:
+            settings |= {"preset": recipe.preset, **section.meta}
+        settings |= {**arm.method.settings, **arm.settings}
+    return settings

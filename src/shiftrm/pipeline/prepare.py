@@ -1,5 +1,6 @@
 """The stages that make a run's data: read data sets, or write the gold world; label pairs."""
 
+import logging
 import random
 from typing import Any
 
@@ -27,6 +28,8 @@ __all__ = [
     "prepare_domains",
     "prepare_world",
 ]
+
+logger = logging.getLogger(__name__)
 
 WORLD = "world"
 """Folder of the gold world's files in the stage "data"."""
@@ -141,6 +144,14 @@ def label_samples(context: StageContext) -> None:
         if choice is not None:
             reward = place(choice["reward"], context.root)
             kept = informative_pairs(reward, rows, samples, count=choice["count"])
+            if len(kept) < choice["count"]:
+                logger.warning(
+                    "%s: %d of %d labels are bought, since the policy gave only so many pairs of "
+                    "different responses that are not blank",
+                    name,
+                    len(kept),
+                    choice["count"],
+                )
             samples = [samples[i] for i in kept]
         labelled = _labelled(
             world,

@@ -12,25 +12,20 @@ Only theta' takes a step along that gradient. Theta descends L(theta'), to first
 `L + eta <grad L, grad J>`, which does not raise the contrast at theta itself.
 """
 
-import logging
-import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shiftrm.data.groups import read_groups
-from shiftrm.data.matching import Score, check_matching
-from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT, negative_pairs, possible
-from shiftrm.data.pairs import COLUMNS, FINISHED, read_pairs
-from shiftrm.data.replies import answers_of
+from datasets import Dataset, concatenate_datasets
+
+from shiftrm.data.matching import check_matching
+from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT
+from shiftrm.data.pairs import COLUMNS, FINISHED, WEIGHT, read_pairs
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
-from shiftrm.measure.score_once import score_fitting
-from shiftrm.models.responses import Response
-from shiftrm.models.scoring import Scorer
+from shiftrm.trainers.contrast_rows import Fits, as_groups, contrast_rows, rows_of
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
-from shiftrm.trainers.pair_batches import table
+from shiftrm.trainers.pair_batches import PROMPT, ROW, encode_pair, table
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 
 if TYPE_CHECKING:
@@ -39,8 +34,6 @@ else:
     _Base = object
 
 __all__ = ["ContrastConfig", "ContrastMetaConfig", "ContrastMetaTrainer", "ContrastTrainer"]
-
-logger = logging.getLogger(__name__)
 
 SOURCES = ("policy", "pairs", "both")
 
@@ -82,8 +75,18 @@ class ContrastSettings(_Base):
         self.contrast_negatives = [names] if isinstance(names, str) else list(names)
         if not self.contrast_negatives:
             raise UserError("contrast_negatives is empty; name at least one, such as other_prompt")
-        for name in self.contrast_negatives:
-            NEGATIVES.get(str(name))
+        names = [str(name) for name in self.contrast_negatives]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"contrast_negatives is [{', '.join(names)}]; name each once (each makes as many)"
+            )
+        matched = [NEGATIVES.get(name).matched for name in names]
+        if self.contrast_matching != "random" and not any(matched):
+            raise UserError(
+                f"contrast_matching is {self.contrast_matching!r}, but {', '.join(names)} is made "
+                "without a choice among several; add another to contrast_negatives, or set "
+                "contrast_matching to random (with a method such as contrast)"
+            )
 
 
 @dataclass
@@ -118,17 +121,38 @@ class ContrastTrainer(RewardTrainer):
         reward: str | Path | None = None,
         **keywords: Any,
     ) -> None:
-        pairs = _rows(keywords.pop("train_dataset"), read_pairs)
+        pairs = rows_of(keywords.pop("train_dataset"), read_pairs)
         if any(pair.get("prompt") is None for pair in pairs):
             raise UserError("contrast needs pairs with a prompt of their own")
-        share = args.contrast_share
-        count = max(1, round(len(pairs) * share / (1 - share)))
-        made = contrast_rows(args, pairs, meta_dataset, reward, count=count)
-        if any(pair.get("margin") is not None for pair in pairs):
-            made = [{**row, "margin": 0.0} for row in made]
+        self._contrast: _Contrast | None = _Contrast(pairs, meta_dataset, reward)
         rows = [{**dict.fromkeys(FINISHED, True), **_given(pair)} for pair in pairs]
-        whole = table("pairs and contrast", [*rows, *made], COLUMNS)
-        super().__init__(model, args, train_dataset=whole, **keywords)
+        super().__init__(model, args, train_dataset=table("pairs", rows, COLUMNS), **keywords)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        """Also make the contrast pairs, as many as the share of the pairs that are kept asks."""
+        found = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        given, self._contrast = self._contrast, None
+        if given is None:  # the training pairs come first
+            return found
+        count = max(1, round(len(found) * args.contrast_share / (1 - args.contrast_share)))
+        fits = Fits(processing_class, self._limit)
+        made = contrast_rows(args, *given, count=count, fits=fits)
+        encoded = [encode_pair(row, n, processing_class, "contrast") for n, row in enumerate(made)]
+        kept = [row for row in encoded if row["chosen_ids"] != row["rejected_ids"]]
+        if len(kept) < len(made):
+            counts = {"whose two sides are the same tokens": len(made) - len(kept)}
+            self._report_dropped("contrast", counts, len(kept))
+        more = [{**row, ROW: len(dataset) + row[ROW], "margin": 0, WEIGHT: 1} for row in kept]
+        columns = ("chosen_ids", "rejected_ids", ROW, PROMPT, "margin", WEIGHT)
+        found = found.select_columns([name for name in columns if name in found.column_names])
+        of_contrast = Dataset.from_list(
+            [{name: row[name] for name in found.column_names} for row in more],
+            features=found.features,
+        )
+        self._require_known_ids(of_contrast, "contrast", in_memory=True)
+        return concatenate_datasets([found, of_contrast])
 
 
 @dataclass
@@ -151,6 +175,11 @@ class ContrastMetaConfig(ContrastSettings, MetaRMConfig):
         super().__post_init__()
         if self.contrast_groups is not None and self.contrast_groups < 1:
             raise UserError(f"contrast_groups is {self.contrast_groups}; give at least 1")
+        if self.meta_objective == "difference":
+            raise UserError(
+                "meta_objective is 'difference', which does not read which response is the better "
+                "one; give ordered or ordered_difference, or method metarm"
+            )
 
 
 class ContrastMetaTrainer(MetaRMTrainer):
@@ -170,102 +199,22 @@ class ContrastMetaTrainer(MetaRMTrainer):
         **keywords: Any,
     ) -> None:
         used = args.contrast_source != "policy"  # a stream of pairs can be read only once
-        pairs = _rows(keywords["train_dataset"], read_pairs) if used else []
-        made = contrast_rows(args, pairs, meta_dataset, reward, count=args.contrast_groups)
-        super().__init__(model, args, meta_dataset=as_groups(made), **keywords)
+        pairs = rows_of(keywords["train_dataset"], read_pairs) if used else []
+        self._contrast = _Contrast(pairs, meta_dataset, reward)
+        super().__init__(model, args, meta_dataset=meta_dataset, **keywords)
+
+    def _groups_to_read(self, meta_dataset: Any) -> list[Row]:
+        fits = Fits(self.processing_class, self._limit)
+        count = self.args.contrast_groups
+        return as_groups(contrast_rows(self.args, *self._contrast, count=count, fits=fits))
 
 
-def contrast_rows(
-    args: ContrastSettings,
-    pairs: Sequence[Row],
-    groups: Any,
-    reward: str | Path | None,
-    *,
-    count: int | None,
-) -> list[Row]:
-    """Return contrast rows as the settings say, as many of each way and source (give or take one).
+class _Contrast(NamedTuple):
+    """What the contrast is made from: pairs, groups or their file, and a reward model."""
 
-    A way that can make nothing worse is left out with a warning, unless all are such.
-
-    Args:
-        pairs, groups: the labelled pairs, and the groups of the policy's responses or their file.
-        reward: folder of a reward model, for hard.
-        count: of rows; None: one for each response of the sources.
-
-    Raises:
-        UserError: the source or the reward model is missing, or no way can make anything worse.
-    """
-    sources = []
-    if args.contrast_source != "pairs":
-        if groups is None:
-            raise UserError(
-                f"contrast_source is {args.contrast_source!r}, which needs groups of the policy's "
-                "responses; give them, or set contrast_source to pairs"
-            )
-        sources.append(_rows(groups, read_groups))
-    if args.contrast_source != "policy":
-        sources.append(as_groups(pairs))
-    score = None
-    if args.contrast_matching == "hard":
-        if reward is None:
-            raise UserError(
-                "contrast_matching is 'hard', which needs the last round's reward model; use a "
-                "method that is given it, such as contrast_hard"
-            )
-        score = scoring(reward)
-    if count is None:
-        count = sum(len(answers_of(source)) for source in sources)
-    cells = _usable(sources, args.contrast_negatives)
-    made: list[Row] = []
-    for number, (source, kind) in enumerate(cells):
-        part = count // len(cells) + (number < count % len(cells))
-        matching, seed = args.contrast_matching, args.seed
-        made += negative_pairs(source, kind, part, matching=matching, seed=seed, score=score)
-    return made
-
-
-def _usable(sources: list[list[Row]], kinds: Sequence[str]) -> list[tuple[list[Row], str]]:
-    """Return the sources with the ways that can make something worse of them; else the first."""
-    found: list[tuple[list[Row], str]] = []
-    without: list[tuple[list[Row], str]] = []
-    for source in sources:
-        for kind in kinds:
-            (found if possible(source, kind) else without).append((source, kind))
-    for _, kind in without if found else ():
-        logger.warning("contrast leaves out %s, which needs %s", kind, NEGATIVES.get(kind).needs)
-    return found or without[:1]  # whose error says what is missing
-
-
-def as_groups(pairs: Iterable[Row]) -> list[Row]:
-    """Return pairs as groups of two, the chosen response first."""
-    return [
-        {
-            "prompt": pair.get("prompt"),
-            "responses": [pair["chosen"], pair["rejected"]],
-            "finished": [True if pair.get(name) is None else pair[name] for name in FINISHED],
-        }
-        for pair in pairs
-    ]
-
-
-def scoring(reward: str | Path) -> Score:
-    """Return the rewards of a checkpoint as a function; text beyond its context gets -inf."""
-    scorer = Scorer.from_pretrained(reward).to_accelerator()
-
-    def score(
-        prompts: Sequence[Any], responses: Sequence[Any], *, finished: Sequence[bool]
-    ) -> list[float]:
-        rows = [Response(*row) for row in zip(prompts, responses, finished, strict=True)]
-        places = [f"contrast, row {i}" for i in range(len(rows))]
-        rewards = score_fitting(scorer, rows, places, name=str(reward))
-        return [-math.inf if one is None else one for one in rewards]
-
-    return score
-
-
-def _rows(source: Any, read: Any) -> list[Row]:
-    """Return rows that are given as such or as the name of a file or hub data set."""
-    return list(read(source) if isinstance(source, str | Path) else source)
+    pairs: list[Row]
+    groups: Any
+    reward: str | Path | None
 
 
 def _given(pair: Row) -> Row:

@@ -1,6 +1,6 @@
 """The two ways to train a reward model: on pairs, and on pairs with a meta step on groups."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class Training:
         takes: what `data` includes besides the pairs. "groups": `meta_dataset`, a list of rows.
             "policy": `policy` and `reference`, "reward": `reward`, each a folder or hub name.
         members, combine: as in `methods.method.Method`.
+        spared: what of `takes`' kinds may be given although it is not used.
+        by_settings: returns the training for given settings, if these say what it takes.
 
     Raises:
         UserError: members that are not combined, or an unknown way to combine.
@@ -48,6 +50,8 @@ class Training:
     takes: frozenset[Data] = frozenset()
     members: int = 1
     combine: str | None = None
+    spared: frozenset[Data] = frozenset()
+    by_settings: "Callable[[Training, Mapping[str, Any]], Training] | None" = None
 
     def __post_init__(self) -> None:
         if self.combine is not None and self.combine not in COMBINE:
@@ -61,6 +65,10 @@ class Training:
     @property
     def takes_groups(self) -> bool:
         return "groups" in self.takes
+
+    def settled(self, settings: Mapping[str, Any]) -> "Training":
+        """Return the training with what it takes under these settings."""
+        return self if self.by_settings is None else self.by_settings(self, settings)
 
     def check(self, method: str, given: Mapping[str, Any]) -> None:
         """Check that there are exactly the inputs that the trainer takes.
@@ -77,7 +85,7 @@ class Training:
                 is_given = given.get(name) is not None
                 if data in self.takes and not is_given:
                     raise UserError(f"method {method}: needs {what}; give --{name}")
-                if data not in self.takes and is_given:
+                if data not in self.takes | self.spared and is_given:
                     raise UserError(f"method {method}: uses no {name}; leave out --{name}")
 
 

@@ -26,7 +26,6 @@ from shiftrm.core.meta_layers import per_layer, random_directions
 from shiftrm.core.objectives import OBJECTIVES, recorded_signs
 from shiftrm.data.groups import read_groups
 from shiftrm.errors import UserError
-from shiftrm.models.rope import length_limit
 from shiftrm.trainers.meta_effect import EFFECTS, MetaEffect
 from shiftrm.trainers.meta_groups import MetaGroups
 from shiftrm.trainers.meta_state import META_STATE_FILE, MetaStepState, meta_state, read_meta_state
@@ -76,9 +75,9 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
         if isinstance(meta_dataset, str | Path):
             meta_dataset = read_groups(meta_dataset)
         self._groups = MetaGroups(
-            meta_dataset,
+            self._groups_to_read(meta_dataset),
             self.processing_class,
-            limit=length_limit(self.model.config, args.max_length),
+            limit=self._limit,
             seed=args.seed,
             vocabulary=getattr(self.model.config.get_text_config(), "vocab_size", None),
         )
@@ -100,6 +99,10 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
                 f"meta_batch_size is {self.meta_batch_size} on {world} processes; "
                 "each process needs a group"
             )
+
+    def _groups_to_read(self, meta_dataset: Any) -> Any:
+        """Return the groups of the meta step; a subclass may make its own."""
+        return meta_dataset
 
     def _largest_pass(self) -> tuple[int, int, int]:
         sequences, longest, copies = super()._largest_pass()

@@ -1,5 +1,6 @@
 """Settings of reward-model and MetaRM training that TRL lacks or sets to other defaults."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -217,6 +218,10 @@ class MetaRMConfig(RewardConfig):
         if self.meta_curvature is not None:
             _require_choice("meta_curvature", self.meta_curvature, list(get_args(Curvature)))
         _require_choice("deploy", self.deploy, ["base", "adapted"])
+        for name in ("meta_learning_rate", "meta_effect", "meta_loss_rise"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"{name} is {value}; it must be a finite number")
         if self.meta_learning_rate is not None and self.meta_learning_rate < 0:
             raise UserError(f"meta_learning_rate is {self.meta_learning_rate}; it must be >= 0")
         if self.meta_batch_size is not None and self.meta_batch_size < 1:

@@ -136,7 +136,9 @@ def train(request: TrainingRequest, training: Training) -> str | None:
     """
     job = prepare(request, training)
     rows = None
-    if request.groups is not None:
+    if request.groups is not None and not training.takes_groups:
+        logger.warning("%s: the settings make no use of the groups", request.groups)
+    elif request.groups is not None:
         rows = read_groups(request.groups)
         job.add_data("groups", request.groups, rows)
     processes = PartialState()

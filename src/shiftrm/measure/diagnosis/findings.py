@@ -213,6 +213,7 @@ def find(
     batch_size: int = 64,
     seed: int = 0,
     sight_pairs: int = PAIRS,
+    sight_kinds: Sequence[str] | None = None,
     bar: Bar = no_bar,
 ) -> Findings:
     """Score every file under every model, one model in memory at a time, and judge the rewards.
@@ -224,6 +225,7 @@ def find(
         batch_size: rows per forward pass.
         seed: seed of the bootstrap and of the pairs of sight tests.
         sight_pairs: pairs of each sight test on groups; 0 makes none.
+        sight_kinds: the sight tests; by default all that are registered.
         bar: shows progress, in token sequences of a file.
 
     Raises:
@@ -246,6 +248,7 @@ def find(
                     tests = sight_tests(
                         scorer,
                         behind,
+                        kinds=sight_kinds,
                         count=sight_pairs,
                         seed=seed,
                         batch_size=batch_size,

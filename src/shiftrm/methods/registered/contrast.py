@@ -7,16 +7,31 @@ times. `contrast_all_log_sigmoid` has the share that was best in the gold world 
 and PPO gets the log-sigmoid of the reward (arXiv 2402.00742).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from shiftrm.methods.method import METHODS, Method, Need
 from shiftrm.trainers.kinds import Data, Training
 
 
+def by_contrast_source(training: Training, settings: Mapping[str, Any]) -> Training:
+    """Return the training without the groups if only pairs are contrasted, else with them.
+
+    Groups may then still be given: `shiftrm adapt` and recipes measure on them.
+    """
+    groups: frozenset[Data] = frozenset({"groups"})
+    if settings.get("contrast_source") == "pairs":
+        return replace(training, takes=training.takes - groups, spared=groups & training.takes)
+    return replace(training, takes=training.takes | groups)
+
+
 def _pairs(*takes: Data) -> Training:
     from shiftrm.trainers.contrast import ContrastConfig, ContrastTrainer
 
-    return Training(ContrastConfig, ContrastTrainer, frozenset(takes))
+    return Training(
+        ContrastConfig, ContrastTrainer, frozenset(takes), by_settings=by_contrast_source
+    )
 
 
 def on_pairs() -> Training:
@@ -38,7 +53,12 @@ def with_reward() -> Training:
 def meta() -> Training:
     from shiftrm.trainers.contrast import ContrastMetaConfig, ContrastMetaTrainer
 
-    return Training(ContrastMetaConfig, ContrastMetaTrainer, frozenset({"groups"}))
+    return Training(
+        ContrastMetaConfig,
+        ContrastMetaTrainer,
+        frozenset({"groups"}),
+        by_settings=by_contrast_source,
+    )
 
 
 GROUPS: frozenset[Need] = frozenset({"pairs", "groups"})
