@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError
-from shiftrm.files import TEMPORARY
+from shiftrm.files import TEMPORARY, remove_unfinished
 from shiftrm.locks import hold
 
 LONGEST = 255
@@ -43,6 +43,7 @@ def output_file(
         _require_kind(other, str(other), folder=False)
     _require_folder_above(path, option)
     hold(path)
+    remove_unfinished(path)
     if not may_exist and os.path.lexists(path):  # now that no other command can be writing it
         raise UserError(f"{option}: already there; choose another file, or delete it first")
     return Path(option)
