@@ -259,3 +259,18 @@ def test_what_the_card_says_can_be_repeated(shiftrm, files, monkeypatch):
     assert "shiftrm train --model policy --pairs pairs.jsonl --output out max_steps=1" in card
     assert "'run_name=a b'" in card
     assert json.loads((files / "out" / "config.json").read_text())["id2label"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_type=cosine_with_min_lr: One of"),
+        ("lr_scheduler_kwargs={x: 1}", "lr_scheduler_kwargs: "),
+        ("optim_args=x", "optim_args is 'x'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_refused_before_anything_is_read(
+    shiftrm, files, word, message
+):
+    (files / "pairs.jsonl").write_text("{broken")
+    refused(shiftrm, [*TRAIN, "max_steps=1", word], message)

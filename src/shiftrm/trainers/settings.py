@@ -23,6 +23,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from shiftrm.config import check_seed, parse_yaml
 from shiftrm.errors import UserError, shortened, suggest
 from shiftrm.models.loading import accelerator
+from shiftrm.trainers.late_settings import check_late_settings
 from shiftrm.trainers.quantised import check_adapters
 from shiftrm.trainers.work_folder import is_disk_full
 
@@ -32,6 +33,7 @@ REFUSED = {
     "push_to_hub": "this command writes a folder; `hf upload` uploads it",
     "model_name_or_path": "give the model as an option",
     "lora_task_type": "this command sets it",
+    "parallelism_config": "`accelerate launch --config_file` sets it",
 }
 """Fields that the user cannot set in any command, and what to do instead."""
 
@@ -227,11 +229,14 @@ def resolve(
         ours["bf16"] = False
     chosen = {key: value for key, value in values.items() if key not in model_fields}
     try:
-        return Settings(config(**(ours | chosen)), ModelConfig(**model), values, ours, task_type)
+        found = Settings(config(**(ours | chosen)), ModelConfig(**model), values, ours, task_type)
     except UserError:
         raise
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training settings: {error}") from None
+    if isinstance(found.args, TrainingArguments):
+        check_late_settings(found.args, values)
+    return found
 
 
 def command_defaults(work: Path) -> dict[str, Any]:
