@@ -6,6 +6,7 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -239,6 +240,16 @@ def encodable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: encodable(item) for key, item in value.items()}
     return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number that floating point can hold; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of many digits
+        return False
 
 
 def require_columns(row: Row, columns: tuple[str, ...], where: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from shiftrm.errors import UserError
-from shiftrm.files import Row, require_columns
+from shiftrm.files import Row, is_number, require_columns
 from shiftrm.models.rendering import Text
 from shiftrm.models.templates import text_of as message_text
 
@@ -180,9 +180,9 @@ def text_of(row: Row, column: str, where: str) -> str:
 
 
 def number_of(row: Row, column: str, where: str, expected: str = "a number") -> float:
-    """Return the number in a required column; raise `UserError` if there is none."""
+    """Return the number in a required column; raise `UserError` if there is none, or not finite."""
     require_columns(row, (column,), where)
-    if isinstance(row[column], bool) or not isinstance(row[column], int | float):
+    if not is_number(row[column]):
         raise wrong(row, column, where, expected)
     return row[column]
 

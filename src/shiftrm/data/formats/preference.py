@@ -7,7 +7,6 @@ side is rated higher are dropped. Prompts and demonstrations may also be given a
 `{"prompt", "completion"}` and `{"messages"}`.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +80,8 @@ def demonstration(row: Row, where: str) -> Outcome:
             check_text(row[column] or "", f"{where}: column {column!r}")
         return demonstration_of(*(spoken(row[c]) for c in ("prompt", "completion")))
     if "messages" in row:
+        if not isinstance(row["messages"], list):
+            raise wrong(row, "messages", where, "a list of messages")
         check_text(row["messages"], f"{where}: column 'messages'")
         messages = _plain(spoken(row["messages"]))
         outcome = messages if isinstance(messages, str) else last_answer(messages)
@@ -150,9 +151,6 @@ def _ratings(row: Row, where: str) -> str | None:
     if row.get(SCORES[0]) is None or row.get(SCORES[1]) is None:
         return None
     chosen, rejected = (number_of(row, column, where) for column in SCORES)
-    for column in SCORES:
-        if not math.isfinite(row[column]):
-            raise wrong(row, column, where, "a number")
     if chosen == rejected:
         return "equal_ratings"
     return "rating_against_choice" if chosen < rejected else None
