@@ -51,6 +51,12 @@ def test_round_trip():
         ("sft=null", "the gold world's base model needs it"),
         ("world=null", "neither data nor world"),
         ("reward.settings.seed=1", "reward.settings.seed: the run sets it"),
+        ("rounds=999999999", "rounds is 999999999; it must be at most 1000"),
+        (
+            "methods={a: {reward: fixed, rounds: 1001}}",
+            "methods.a.rounds is 1001; it must be at most 1000",
+        ),
+        ("world.layers=999999999", "layers is 999999999; give at most 1000"),
         ("rounds", "write key=value"),
         ("rounds=[", "not valid YAML"),
     ],
