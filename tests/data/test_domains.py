@@ -1,6 +1,8 @@
 """Domains on disk: read as written, and refused in one line where none can learn from them."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -216,3 +218,29 @@ def test_hashed_draws_are_uniform_and_fixed():
     assert 0.0 <= min(draws) < 0.01 < 0.99 < max(draws) < 1.0
     assert hashed_uniform(1, "x", "0") != draws[0] == hashed_uniform(0, "x", "0")
     assert hashed_uniform(0, "\ud83d") < 1.0  # a lone surrogate, as JSON may hold it
+
+
+def test_splits_with_a_byte_order_mark(folder):
+    """As editors on Windows write it; JSON lines and YAML may have one too."""
+    path = folder / "splits.json"
+    path.write_text('{"source": ["b"], "held_out": ["d"]}', encoding="utf-8-sig")
+    split = load_split(folder)
+    assert ([d.name for d in split.source], [d.name for d in split.held_out]) == (["b"], ["d"])
+
+
+def test_a_full_disk_leaves_no_domain(tmp_path, monkeypatch):
+    plain, calls = os.fsync, iter(range(9))
+
+    def full(descriptor):
+        if next(calls) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    domains = [_domain(name) for name in ("a", "b", "d")]
+    with pytest.raises(OSError, match="No space left"):
+        write_domains(tmp_path / "all", domains, held_out=["d"])
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    write_domains(tmp_path / "all", domains, held_out=["d"])
+    assert [d.name for d in load_split(tmp_path / "all").all] == ["a", "b", "d"]

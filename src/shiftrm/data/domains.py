@@ -352,7 +352,7 @@ def _read_splits(path: Path) -> dict[str, list[str]]:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; make it a file with the names of domains")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise UserError(f"{path}: {BEYOND_JSON}") from None
     except ValueError as error:
