@@ -12,6 +12,7 @@ import sys
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from types import NoneType
 from typing import Any
 
@@ -160,6 +161,11 @@ class Settings:
     def explain(self, model: str, error: Exception) -> Exception:
         """Return a one-line error if a library rejected the model or settings, else the error."""
         words = first_line(error)
+        if isinstance(error, UnpicklingError | EOFError) or "PytorchStreamReader" in words:
+            return UserError(
+                f"{model}: cannot be loaded (its pytorch_model.bin is cut off, or holds other "
+                "things than weights); fetch it again, or save it as safetensors"
+            )
         if isinstance(error, OSError | SafetensorError) and not is_disk_full(error):
             return UserError(f"{model}: cannot be loaded ({words})")
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
