@@ -85,10 +85,21 @@ def output_folder(
             reads it, something in one of `beside`, or a folder that contains it; or another
             command is writing it.
     """
+    hold(check_folder(option, apart_from=apart_from, beside=beside))
+    return Path(option)
+
+
+def check_folder(
+    option: str, *, apart_from: Iterable[Any] = (), beside: Sequence[str] = ()
+) -> Path:
+    """Return the absolute path of an output folder that nothing is written to yet.
+
+    Raises:
+        UserError: as `output_folder`, but another command may be writing it.
+    """
     path = _place(option, apart_from, beside, folder=True)
     _require_folder_above(path, option)
-    hold(path)
-    return Path(option)
+    return path
 
 
 def _place(option: str, apart_from: Iterable[Any], beside: Sequence[str], *, folder: bool) -> Path:
