@@ -180,11 +180,16 @@ def text_of(row: Row, column: str, where: str) -> str:
 
 
 def number_of(row: Row, column: str, where: str, expected: str = "a number") -> float:
-    """Return the number in a required column; raise `UserError` if there is none, or not finite."""
+    """Return the number in a required column, which may be NaN or infinite.
+
+    Raises:
+        UserError: there is none, or an integer that floating point cannot hold.
+    """
     require_columns(row, (column,), where)
-    if not is_number(row[column]):
+    value = row[column]
+    if not is_number(value) and not isinstance(value, float):
         raise wrong(row, column, where, expected)
-    return row[column]
+    return value
 
 
 def bit_of(row: Row, column: str, where: str, expected: str = "0 or 1") -> int:

@@ -26,7 +26,7 @@ from shiftrm.data.loaded import (
 from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.pairs import COLUMNS as PAIR_COLUMNS
 from shiftrm.errors import UserError
-from shiftrm.files import Row, require_columns
+from shiftrm.files import Row, is_number, require_columns
 from shiftrm.models.rendering import Text, check_text, is_conversational
 
 SCORES = ("score_chosen", "score_rejected")
@@ -151,6 +151,9 @@ def _ratings(row: Row, where: str) -> str | None:
     if row.get(SCORES[0]) is None or row.get(SCORES[1]) is None:
         return None
     chosen, rejected = (number_of(row, column, where) for column in SCORES)
+    for column in SCORES:
+        if not is_number(row[column]):
+            raise wrong(row, column, where, "a number")
     if chosen == rejected:
         return "equal_ratings"
     return "rating_against_choice" if chosen < rejected else None
