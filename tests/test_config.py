@@ -51,6 +51,13 @@ def test_round_trip():
         ("sft=null", "the gold world's base model needs it"),
         ("world=null", "neither data nor world"),
         ("reward.settings.seed=1", "reward.settings.seed: the run sets it"),
+        ("rounds=999999999", "rounds is 999999999; it must be at most 1000"),
+        (
+            "methods={a: {reward: fixed, rounds: 1001}}",
+            "methods.a.rounds is 1001; it must be at most 1000",
+        ),
+        ("world.layers=999999999", "layers is 999999999; give at most 1000"),
+        ("policy.settings={steps: 1, steps: 2}", "'steps' is given twice; keep one"),
         ("rounds", "write key=value"),
         ("rounds=[", "not valid YAML"),
     ],
@@ -67,7 +74,14 @@ def test_differences_name_the_setting():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("a: [", "not valid YAML"), ("- 1", "expected settings")]
+    ("content", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "expected settings"),
+        ("a: 1\nb: 2\na: 3\n", r"c\.yaml: 'a' is given twice, in lines 1 and 3; keep one"),
+        ("a: {b: 1, 'b': 2}", "'b' is given twice, in lines 1 and 1"),
+        ("x:\n  - {1: 2}\n  - a: 1\n    a: 1", "'a' is given twice, in lines 3 and 4"),
+    ],
 )
 def test_bad_yaml(tmp_path, content, message):
     (tmp_path / "c.yaml").write_text(content)
@@ -88,3 +102,17 @@ def test_the_home_folder_in_files_and_words(tmp_path, monkeypatch):
         "/home/me/x", "--pairs=/home/me/x", "--eval-pairs=chat=/home/me/x",
         "data.source=/home/me/x", "~", "a ~/b",
     ]  # fmt: skip
+
+
+def test_keys_that_are_not_given_twice(tmp_path):
+    """What a merge adds may be given again, and one mapping may stand at several places."""
+    (tmp_path / "c.yaml").write_text(
+        "base: &b {x: 1, y: 2}\nown: &o\n  <<: *b\n  x: 3\nother: {<<: *o, y: 4}\n'1': a\n1: b\n"
+    )
+    assert read_yaml(tmp_path / "c.yaml") == {
+        "base": {"x": 1, "y": 2},
+        "own": {"x": 3, "y": 2},
+        "other": {"x": 3, "y": 4},
+        "1": "a",
+        1: "b",
+    }

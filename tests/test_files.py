@@ -1,6 +1,8 @@
 """Files are whole or absent, and errors name file and line."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,9 @@ from shiftrm.files import (
     atomic_write_text,
     encodable,
     read_jsonl,
+    remove_unfinished,
     replace_directory,
+    together,
     write_jsonl,
 )
 
@@ -100,3 +104,75 @@ def test_json_beyond_all_measure_is_one_line(tmp_path, line, name):
 def test_errors_cannot_rule_the_terminal():
     assert str(UserError("a\x1b[2J\nb \u202e \ud800")) == r"a\x1b[2J b \u202e \ud800"
     assert str(UserError("שלום 👩 é")) == "שלום 👩 é"
+
+
+def write_three(folder):
+    with together():
+        for name in ("second", "third", "main"):
+            atomic_write_text(folder / "new" / name, name)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_files_that_are_written_together_appear_together(tmp_path):
+    with together():
+        first = atomic_write_text(tmp_path / "new" / "first", "1")
+        atomic_write_text(tmp_path / "new" / "second", "2")
+        assert not first.exists()
+    assert {p.name: p.read_text() for p in first.parent.iterdir()} == {"first": "1", "second": "2"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "link"])
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_of_files_that_are_written_together_an_error_leaves_none(
+    tmp_path, monkeypatch, call, which
+):
+    plain, calls = getattr(os, call), iter((*[None] * (which - 1), full, *[None] * 9))
+    monkeypatch.setattr(os, call, lambda *given: (next(calls) or plain)(*given))
+    with pytest.raises(OSError, match="No space left") as error:
+        write_three(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    if call == "fsync":
+        assert Path(error.value.filename).name == ("second", "third", "main")[which - 1]
+
+
+def test_a_file_that_may_be_rewritten_is_replaced_together(tmp_path):
+    old = atomic_write_text(tmp_path / "old", "before")
+    with pytest.raises(ValueError, match="not JSON compliant"), together():
+        write_jsonl(old, [{"a": 1}, {"a": float("nan")}])
+    assert old.read_text() == "before"
+    with together():
+        atomic_write_text(old, "after")
+    assert old.read_text() == "after"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_without_hard_links_files_are_renamed(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    write_three(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["main", "new", "second", "third"]
+
+
+@pytest.mark.parametrize(("call", "which"), [("link", 1), ("link", 2), ("link", 3), ("unlink", 1)])
+def test_a_file_that_a_killed_process_named_is_unfinished(tmp_path, call, which):
+    """All that have a name are deleted, and no file that has only a similar name."""
+    other = atomic_write_text(tmp_path / "new" / ".main.12345678.tmp", "precious")
+    child = os.fork()
+    if not child:
+        plain, calls = getattr(os, call), iter(range(1, 10))
+        setattr(os, call, lambda *x: os._exit(9) if next(calls) == which else plain(*x))
+        write_three(tmp_path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    names = {"second", "third", "main"}
+    there = {p.name for p in other.parent.iterdir()} & names
+    assert len(there) == (3 if call == "unlink" else which - 1)
+    for name in names:
+        remove_unfinished(tmp_path / "new" / name)
+    assert {p.name for p in other.parent.iterdir()} & names == set()
+    assert other.read_text() == "precious"

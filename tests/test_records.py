@@ -78,3 +78,26 @@ def test_a_metric_is_declared_from_outside(monkeypatch):
             declare(Metric("politeness_*", "Manners"))
     finally:
         metric.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"value": "0.5"}, "field 'value' is '0.5'; expected a finite number, or a list of them"),
+        ({"value": 10**400}, "field 'value' is 10*...; expected a finite number"),
+        ({"value": [1, None]}, r"field 'value' is \[1, None\]; expected"),
+        ({"value": True}, "field 'value' is True; expected"),
+        ({"round": "1"}, "field 'round' is '1'; expected a whole number from 0"),
+        ({"round": None}, "field 'round' is None; expected a whole number from 0"),
+        ({"seed": 10**30}, "field 'seed' is 10*; expected a whole number"),
+        ({"n": 1.5}, "field 'n' is 1.5; expected a whole number"),
+        ({"method": 3}, "field 'method' is 3; expected text"),
+    ],
+)
+def test_a_value_of_another_type_is_named_by_line_and_field(tmp_path, changes, message):
+    row = {"stage": "s", "method": "m", "round": 1, "metric": "kl", "value": 1, "step": None}
+    write_jsonl(tmp_path / "r.jsonl", [row, row | changes])
+    with pytest.raises(UserError, match=rf"r\.jsonl:2: {message}"):
+        read_records(tmp_path / "r.jsonl")
+    write_jsonl(tmp_path / "r.jsonl", [row, row | {"value": [1, 2.5]}])
+    assert [record.value for record in read_records(tmp_path / "r.jsonl")] == [1, [1, 2.5]]

@@ -97,6 +97,30 @@ def at_home(value: Any) -> Any:
     return value
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
+class _GivenTwice(Exception):
+    def __init__(self, key: str, first: int, second: int) -> None:
+        self.key, self.first, self.second = key, first, second
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice; YAML's own loader silently takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise _GivenTwice(shortened(key.value), lines[name], line)
+            lines[name] = line
+        return node
+
+
 def parse_yaml(text: str, where: str, *, word: bool = False) -> Any:
     """Parse YAML text into plain data.
 
@@ -104,12 +128,16 @@ def parse_yaml(text: str, where: str, *, word: bool = False) -> Any:
         word: the text is one value of a command line, so the message omits lines and columns.
 
     Raises:
-        UserError: not valid YAML, a value that cannot be (the 40th of a month), or data beyond
-            measure: nested more than `DEEPEST`, of more than `MOST` values (which a few aliases can
-            stand for), or with numbers of more than `LONGEST` digits.
+        UserError: not valid YAML, a key that is given twice in one mapping, a value that cannot be
+            (the 40th of a month), or data beyond measure: nested more than `DEEPEST`, of more than
+            `MOST` values (which a few aliases can stand for), or with numbers of more than
+            `LONGEST` digits.
     """
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
+    except _GivenTwice as error:
+        lines = "" if word else f", in lines {error.first} and {error.second}"
+        raise UserError(f"{where}: {error.key!r} is given twice{lines}; keep one") from None
     except (yaml.YAMLError, ValueError) as error:
         said = "the value is not valid YAML" if word else f"not valid YAML: {error}"
         raise UserError(f"{where}: {said}") from None

@@ -1,15 +1,19 @@
 """Read and write files: writes are atomic, and errors name the line."""
 
 import codecs
+import errno
+import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,15 @@ Row = dict[str, Any]
 
 TEMPORARY = ".{name}.{unique:8}.tmp"
 """Name of a file while it is being written; `unique` has eight characters."""
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Errors of file systems without hard links."""
+
+_Waiting = list[tuple[Path, Path, list[Path]]]
+"""Files that wait for their names: the temporary name, the name, the folders made for the file."""
+
+_waiting: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
+"""The files written so far inside `together`."""
 
 BEYOND_JSON = "valid JSON, but nested too deep or with a number too long to read; correct it"
 
@@ -33,19 +46,95 @@ def atomic_write_text(path: str | Path, text: str) -> Path:
 
 
 def atomic_write_bytes(path: str | Path, content: bytes) -> Path:
-    """Write a file atomically, as `atomic_write_text`."""
+    """Write a file atomically, as `atomic_write_text`. Inside `together` it appears at the end.
+
+    After an error nothing is left, and an error of the file system names this file, also if the
+    disk is full.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    waiting = _waiting.get()
     temporary = path.with_name(TEMPORARY.format(name=path.name, unique=uuid.uuid4().hex[:8]))
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if waiting is None:
+            os.replace(temporary, path)
+    except BaseException as error:
+        _discard(temporary, made)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
+    if waiting is not None:
+        waiting.append((temporary, path, made))
     return path
+
+
+def _discard(temporary: Path, made: list[Path]) -> None:
+    """Delete what was written of a file and the folders made for it, after an error."""
+    with suppress(OSError):  # the first error says what is wrong
+        temporary.unlink(missing_ok=True)
+    for folder in made:
+        with suppress(OSError):  # not made yet, or another file is in it
+            folder.rmdir()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Give the files that are written in the block their names at its end; after an error, none.
+
+    A process that is killed while it names them leaves files that still have their temporary names
+    too, from which `remove_unfinished` knows them. The last file written is the last to be named
+    and the first to lose its temporary name: while it is unfinished, or not there, so are the
+    others. A command should write its main output last, and call `remove_unfinished` for it first.
+    """
+    waiting: _Waiting = []
+    token = _waiting.set(waiting)
+    try:
+        yield
+        _name(waiting)
+    except BaseException:
+        for temporary, _, made in reversed(waiting):
+            _discard(temporary, made)
+        raise
+    finally:
+        _waiting.reset(token)
+    for temporary, _, _ in reversed(waiting):
+        temporary.unlink(missing_ok=True)
+
+
+def _name(waiting: _Waiting) -> None:
+    """Give finished files their names; after an error, take back the names that were new."""
+    named: list[Path] = []
+    try:
+        for temporary, path, _ in waiting:
+            if os.path.lexists(path):  # the command may rewrite it
+                os.replace(temporary, path)
+                continue
+            try:
+                os.link(temporary, path)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                os.replace(temporary, path)
+            named.append(path)
+    except BaseException:
+        for path in named:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete a file that a process which was killed inside `together` left under this name."""
+    pattern = TEMPORARY.format(name=glob.escape(path.name), unique="?" * 8)
+    for temporary in path.parent.glob(pattern):
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.lstat(), temporary.lstat()):
+                path.unlink()
+                temporary.unlink()
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> Path:
@@ -151,6 +240,16 @@ def encodable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: encodable(item) for key, item in value.items()}
     return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number that floating point can hold; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of many digits
+        return False
 
 
 def require_columns(row: Row, columns: tuple[str, ...], where: str) -> None:

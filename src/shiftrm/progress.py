@@ -235,6 +235,8 @@ def quieten_libraries() -> None:
     # TRL's and PEFT's own use of the old name.
     old_names = "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
     warnings.filterwarnings("ignore", old_names, FutureWarning)
+    # torch, of a broken pytorch_model.bin, before the error that is reported.
+    warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
     # PEFT imports bitsandbytes, which says on some CPUs that a kernel of the hub is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

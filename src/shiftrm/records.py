@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from shiftrm.errors import UserError
-from shiftrm.files import iterate_jsonl, write_jsonl
+from shiftrm.errors import UserError, shortened
+from shiftrm.files import Row, is_number, iterate_jsonl, write_jsonl
 from shiftrm.metrics import UndeclaredMetric
 from shiftrm.metrics import metric as declared
 
@@ -50,7 +50,7 @@ class Record:
 
     def __post_init__(self) -> None:
         values = self.value if isinstance(self.value, list) else [self.value]
-        if not all(math.isfinite(v) for v in values):
+        if not all(map(is_number, values)):
             raise ValueError(
                 f"record {self.stage}/{self.method}/{self.metric}: value is not finite"
             )
@@ -103,6 +103,7 @@ def read_records(path: str | Path) -> list[Record]:
         unknown = set(row) - set(names)
         if unknown:
             raise UserError(f"{where}: unknown field {sorted(unknown)[0]!r} in a record")
+        _check_types(row, where)
         try:
             records.append(Record(**row))
         except UndeclaredMetric:
@@ -113,6 +114,23 @@ def read_records(path: str | Path) -> list[Record]:
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: {error}") from None
     return records
+
+
+def _check_types(row: Row, where: str) -> None:
+    """Raise `UserError` for a field of another type, or a number that no record can have."""
+    for name, value in row.items():
+        if name == "value":
+            values = value if isinstance(value, list) else [value]
+            good, expected = all(map(is_number, values)), "a finite number, or a list of them"
+        elif name in ("round", "step", "n", "seed"):
+            optional = name in ("step", "n")
+            whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+            good, expected = whole or (optional and value is None), "a whole number from 0"
+        else:
+            good, expected = isinstance(value, str), "text"
+        if not good:
+            shown = shortened(repr(value))
+            raise UserError(f"{where}: field {name!r} is {shown}; expected {expected}")
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Checkpoints and data files, as a user would have them."""
 
 import os
+import subprocess
 
 import pytest
 from transformers import Trainer
@@ -41,6 +42,29 @@ def shiftrm(files, capsys, monkeypatch):
         return status, capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk("60k"): a file system of this size, where one may be mounted; again: resized."""
+    folder = tmp_path / "disk"
+
+    def mount(size):
+        again = folder.exists()
+        folder.mkdir(exist_ok=True)
+        option = f"remount,size={size}" if again else f"size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(folder)]
+        if (
+            os.geteuid() != 0
+            or subprocess.run(command, capture_output=True, check=False).returncode
+        ):
+            folder.rmdir()
+            pytest.skip("no file system can be mounted here")
+        return folder
+
+    yield mount
+    if folder.exists():
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

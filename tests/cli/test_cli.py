@@ -132,6 +132,15 @@ def test_a_broken_records_file_is_named(tmp_path, capsys):
     assert "records.jsonl:1: not valid JSON" in capsys.readouterr().err
 
 
+def test_a_run_without_measurements(tmp_path, capsys):
+    (tmp_path / "records.jsonl").write_text("")
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "records.jsonl: holds no measurements; repeat the run" in error
+    assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
+
+
 def test_demo_below_a_file(tmp_path, capsys):
     (tmp_path / "afile").write_text("precious")
     for output in ("afile", "afile/sub", "afile/sub/run"):

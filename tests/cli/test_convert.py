@@ -227,3 +227,48 @@ def test_help_lists_the_formats_with_their_options(capsys):
         for hub in form.hub:
             assert hub in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+THREE = (
+    "convert preference pairs.jsonl --kind pairs --output disk/o.jsonl --dropped disk/d.jsonl "
+    "--eval-output disk/e.jsonl"
+)
+
+
+def write_many(count):
+    rows = [{"prompt": f"p{n}", "chosen": f"yes {n}", "rejected": "no"} for n in range(count)]
+    write_jsonl("pairs.jsonl", [*rows, rows[0]])
+
+
+def test_a_full_disk_leaves_none_of_the_files_and_the_command_works_afterwards(shiftrm, disk):
+    write_many(2000)  # the rows to evaluate on and those dropped fit, the others do not
+    folder = disk("60k")
+    status, output = shiftrm(THREE)
+    assert (status, output.err) == (
+        2,
+        "shiftrm: error: disk/o.jsonl: No space left on device; free space, or choose another "
+        "output, then give the same command again\n",
+    )
+    assert os.listdir(folder) == []
+    disk("1m")
+    assert shiftrm(THREE)[0] == 0
+    assert sorted(os.listdir(folder)) == ["d.jsonl", "e.jsonl", "o.jsonl"]
+    assert [len(read_jsonl(folder / f"{n}.jsonl")) for n in "deo"] == [1, 205, 1795]
+
+
+@pytest.mark.parametrize("call", ["link", "unlink"])
+@pytest.mark.parametrize("which", [1, 2, 3, 4])
+def test_killed_while_the_files_get_their_names(shiftrm, tmp_path, call, which):
+    """Afterwards the command works, unless all files are complete."""
+    write_many(20)
+    (tmp_path / "disk").mkdir()
+    child = os.fork()
+    if not child:
+        plain, calls = getattr(os, call), iter(range(1, 99))
+        setattr(os, call, lambda *x, **y: os._exit(9) if next(calls) == which else plain(*x, **y))
+        main(THREE.split())
+        os._exit(0)
+    os.waitpid(child, 0)
+    status, output = shiftrm(THREE)
+    assert status == 0 or "o.jsonl: already there" in output.err
+    assert [len(read_jsonl(f"disk/{n}.jsonl")) for n in "deo"] == [1, 1, 19]

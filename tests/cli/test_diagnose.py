@@ -342,3 +342,16 @@ def test_names_are_shown_as_they_are(here, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     status, output = run(capsys, "--model", "[/b]=zero", "--data", "[red]=groups.jsonl")
     assert (status, "[red]: blind" in output.out) == (0, True)
+
+
+def test_a_full_disk_leaves_neither_page_nor_numbers(folder, tmp_path, monkeypatch, capsys, disk):
+    monkeypatch.chdir(tmp_path)
+    command = ["diagnose", "--model", folder / "sharp", "--data", folder / "pairs.jsonl"]
+    command = [str(word) for word in [*command, "--output", "disk/x", "--sight-pairs", 0]]
+    mounted = disk("60k")
+    assert main(command) == 2
+    assert "disk/x/diagnosis.html: No space left on device" in capsys.readouterr().err
+    assert list(mounted.iterdir()) == []
+    disk("9m")
+    assert main(command) == 0
+    assert sorted(p.name for p in (mounted / "x").iterdir()) == ["diagnosis.html", "diagnosis.json"]

@@ -135,6 +135,6 @@ def test_half_a_sheet_does_not_stay(shiftrm, responses, monkeypatch):
     monkeypatch.setattr("shiftrm.cli.evaluate.sheet.atomic_write_text", full)
     status, output = shiftrm(*MAKE)
     assert (status, "No space left on device" in output.err) == (2, True)
-    assert list((responses / "out").iterdir()) == []
+    assert not (responses / "out").exists()
     monkeypatch.setattr("shiftrm.cli.evaluate.sheet.atomic_write_text", plain)
     assert shiftrm(*MAKE, "--question", "better \udcff?")[0] == 0  # a byte that is no UTF-8

@@ -2,7 +2,10 @@
 
 import json
 import os
+import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -259,3 +262,41 @@ def test_what_the_card_says_can_be_repeated(shiftrm, files, monkeypatch):
     assert "shiftrm train --model policy --pairs pairs.jsonl --output out max_steps=1" in card
     assert "'run_name=a b'" in card
     assert json.loads((files / "out" / "config.json").read_text())["id2label"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_type=cosine_with_min_lr: One of"),
+        ("lr_scheduler_kwargs={x: 1}", "lr_scheduler_kwargs: "),
+        ("optim_args=x", "optim_args is 'x'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_refused_before_anything_is_read(
+    shiftrm, files, word, message
+):
+    (files / "pairs.jsonl").write_text("{broken")
+    refused(shiftrm, [*TRAIN, "max_steps=1", word], message)
+
+
+BROKEN_BIN = {
+    "pickle": pickle.dumps({"weights": [1, 2]}, protocol=4),
+    "words": b"garbage garbage",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN_BIN)
+def test_a_broken_pytorch_model_is_one_line(shiftrm, files, content):
+    """In a process of its own, since torch also warns, and pytest catches warnings."""
+    os.remove("policy/model.safetensors")
+    (files / "policy" / "pytorch_model.bin").write_bytes(BROKEN_BIN[content])
+    done = subprocess.run(
+        [sys.executable, "-m", "shiftrm", *TRAIN, "max_steps=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "policy: cannot be loaded (its pytorch_model.bin is cut off" in done.stderr
+    assert not (files / "out").exists()

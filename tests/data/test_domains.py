@@ -1,6 +1,8 @@
 """Domains on disk: read as written, and refused in one line where none can learn from them."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -240,3 +242,29 @@ def test_prompts_that_differ_in_form_alone_have_one_key():
         asked("What is a cat?", name="ann"),
     ]
     assert len({prompt_key(prompt) for prompt in [*same, *others]}) == 5
+
+
+def test_splits_with_a_byte_order_mark(folder):
+    """As editors on Windows write it; JSON lines and YAML may have one too."""
+    path = folder / "splits.json"
+    path.write_text('{"source": ["b"], "held_out": ["d"]}', encoding="utf-8-sig")
+    split = load_split(folder)
+    assert ([d.name for d in split.source], [d.name for d in split.held_out]) == (["b"], ["d"])
+
+
+def test_a_full_disk_leaves_no_domain(tmp_path, monkeypatch):
+    plain, calls = os.fsync, iter(range(9))
+
+    def full(descriptor):
+        if next(calls) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    domains = [_domain(name) for name in ("a", "b", "d")]
+    with pytest.raises(OSError, match="No space left"):
+        write_domains(tmp_path / "all", domains, held_out=["d"])
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    write_domains(tmp_path / "all", domains, held_out=["d"])
+    assert [d.name for d in load_split(tmp_path / "all").all] == ["a", "b", "d"]

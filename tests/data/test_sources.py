@@ -276,3 +276,40 @@ def test_the_lists_inside_one_row_are_no_rows(tmp_path, column):
     row = {"id": 1, column: [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "one.json").write_text(json.dumps(row))
     assert [found for _, found in iterate_rows(tmp_path / "one.json")] == [row]
+
+
+def bad_text(rows=1030, at=1025):
+    """A table with a text that is no UTF-8, in the second batch that is read."""
+    texts = [b"fine"] * rows
+    texts[at - 1] = b"\xff\xfe"
+    column = pyarrow.array(texts, type=pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    return pyarrow.table({"prompt": ["the"] * rows, "response": column})
+
+
+def test_parquet_text_that_is_no_utf8_is_named_by_row_and_column(tmp_path):
+    pyarrow.parquet.write_table(bad_text(), tmp_path / "x.parquet")
+    rows = iterate_rows(tmp_path / "x.parquet")
+    assert next(rows)[1] == {"prompt": "the", "response": "fine"}
+    message = r"x\.parquet: row 1025: column 'response': text that is not valid UTF-8; write it"
+    with pytest.raises(UserError, match=message):
+        list(rows)
+
+
+def test_saved_text_that_is_no_utf8_is_named_by_row(tmp_path):
+    datasets.Dataset(bad_text()).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"saved\[train\] row 1025: text that is not valid UTF-8"):
+        list(iterate_rows(tmp_path / "saved"))
+
+
+def test_a_parquet_date_that_python_cannot_hold_is_named(tmp_path):
+    dates = pyarrow.array([0, 2**40], type=pyarrow.int64()).cast(pyarrow.timestamp("s"))
+    table = pyarrow.table({"prompt": ["a", "b"], "at": dates})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"row 2: column 'at': a value cannot be read"):
+        list(iterate_rows(tmp_path / "x.parquet"))
+
+
+def test_a_csv_number_of_too_many_digits_is_named(tmp_path):
+    (tmp_path / "x.csv").write_text(f"prompt,responses\nthe,[{'9' * 5000}]\n")
+    with pytest.raises(UserError, match=r"x\.csv:2: column 'responses' is .*number too long"):
+        list(iterate_rows(tmp_path / "x.csv"))

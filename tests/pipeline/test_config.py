@@ -229,6 +229,18 @@ def test_another_folder_is_not_taken(world, tmp_path, capsys):
     assert "not empty and not a run's folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_a_file_is_no_output(world, tmp_path, capsys, words):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe(world)))
+    (tmp_path / "out").write_text("precious")
+    command = ["run", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "out"), *words]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "out: is not a folder; choose another --output" in said.err
+    assert (said.err.count("\n"), said.out) == (1, "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.yaml", "out"]
+
+
 @pytest.mark.parametrize("name", ["shp", "amazon"])
 def test_other_commands_recipes_are_not_taken(name, capsys):
     assert main(["run", str(RECIPES / f"{name}.yaml"), "model=x/y"]) == 2

@@ -279,7 +279,17 @@ def test_broken_text_is_written(tmp_path: Path, undrawn):
     records = [Record("evaluate", "m", 1, "kl", 1.0)]
     samples = [SamplePrompt("p", (Answer("m", 1, "a\ud800b", "1.00"),))]
     path = write_report(records, tmp_path / "x.html", samples=samples)
-    assert "a?b" in path.read_text(encoding="utf-8")
+    assert "a\ufffdb" in path.read_text(encoding="utf-8")
+
+
+def test_control_characters_are_replaced(undrawn):
+    """Models can write them, and no HTML may hold them."""
+    records = [Record("evaluate", "m", 1, "kl", 1.0)]
+    samples = [SamplePrompt("a\x1b[31mb", (Answer("m", 1, "c\x00d\x08e\n\tf", "1.00"),))]
+    html = render_page(records, samples=samples, notes=["n\x7f"])
+    assert re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", html) is None
+    for shown in ("a\ufffd[31mb", "c\ufffdd\ufffde\n\tf", "n\ufffd"):
+        assert shown in html
 
 
 # -- `shiftrm report DIR...` ---------------------------------------------------------------------

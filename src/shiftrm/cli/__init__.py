@@ -90,10 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"shiftrm: interrupted; give the same command again {again}", file=sys.stderr)
         return 130
     except OSError as error:
-        advice = _output_advice(error, getattr(options, "output", None))
+        output = getattr(options, "output", None)
+        advice = _output_advice(error, output)
         if advice is None:
             raise
-        what = UserError(f"{shortened(str(error.filename or 'output'))}: {error.strerror}")
+        where = str(error.filename or output or "output")
+        what = UserError(f"{shortened(where)}: {error.strerror}")
         print(f"shiftrm: error: {what}; {advice}", file=sys.stderr)
         return 2
     except IndexError as error:

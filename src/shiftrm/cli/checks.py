@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError
-from shiftrm.files import TEMPORARY
+from shiftrm.files import TEMPORARY, remove_unfinished
 from shiftrm.locks import hold
 
 LONGEST = 255
@@ -43,6 +43,7 @@ def output_file(
         _require_kind(other, str(other), folder=False)
     _require_folder_above(path, option)
     hold(path)
+    remove_unfinished(path)
     if not may_exist and os.path.lexists(path):  # now that no other command can be writing it
         raise UserError(f"{option}: already there; choose another file, or delete it first")
     return Path(option)
@@ -84,10 +85,21 @@ def output_folder(
             reads it, something in one of `beside`, or a folder that contains it; or another
             command is writing it.
     """
+    hold(check_folder(option, apart_from=apart_from, beside=beside))
+    return Path(option)
+
+
+def check_folder(
+    option: str, *, apart_from: Iterable[Any] = (), beside: Sequence[str] = ()
+) -> Path:
+    """Return the absolute path of an output folder that nothing is written to yet.
+
+    Raises:
+        UserError: as `output_folder`, but another command may be writing it.
+    """
     path = _place(option, apart_from, beside, folder=True)
     _require_folder_above(path, option)
-    hold(path)
-    return Path(option)
+    return path
 
 
 def _place(option: str, apart_from: Iterable[Any], beside: Sequence[str], *, folder: bool) -> Path:

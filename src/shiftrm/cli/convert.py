@@ -14,7 +14,7 @@ from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.named import COMMON, FORMATS, KINDS, Loaded
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
-from shiftrm.files import write_jsonl
+from shiftrm.files import together, write_jsonl
 
 EPILOG = """examples:
   shiftrm convert hh_rlhf Anthropic/hh-rlhf --kind pairs --output pairs.jsonl subset=helpful
@@ -135,10 +135,12 @@ def _convert_data(options: Options, kind: str) -> None:
     if options.eval_output is not None:
         share = 0.1 if options.eval_share is None else options.eval_share
         loaded, held_out = split_by_prompt(loaded, share=share, seed=chosen.get("seed", 0))
-        write_jsonl(files["eval_output"], held_out.rows)
-    if options.dropped is not None:
-        write_jsonl(files["dropped"], loaded.dropped)
-    write_jsonl(files["output"], loaded.rows)
+    with together():
+        if held_out is not None:
+            write_jsonl(files["eval_output"], held_out.rows)
+        if options.dropped is not None:
+            write_jsonl(files["dropped"], loaded.dropped)
+        write_jsonl(files["output"], loaded.rows)
     print(summary(loaded, kind, options.output))
     if held_out is not None:
         print(f"{len(held_out.rows)} {kind} to evaluate on: {options.eval_output}")

@@ -9,6 +9,7 @@ from shiftrm.cli.options import About, option, optional
 from shiftrm.cli.output import print_tables
 from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.sources import SOURCE_HELP
+from shiftrm.files import together
 
 EPILOG = """examples:
   shiftrm diagnose --model models/reward --data sft.jsonl policy.jsonl
@@ -79,10 +80,11 @@ def run(options: Options) -> None:
         sight_pairs=options.sight_pairs,
         bar=bar,
     )
-    for file in json_files:
-        write_numbers(found, file)
-    if page is not None:
-        write_page(found, page)
+    with together():
+        for file in reversed(json_files):
+            write_numbers(found, file)
+        if page is not None:
+            write_page(found, page)
     show(found)
     for path in (page, *json_files):
         if path is not None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shiftrm.cli.checks import output_folder
+from shiftrm.cli.checks import check_folder, output_folder
 from shiftrm.cli.options import About, option, optional
 from shiftrm.config import to_mapping
 
@@ -51,15 +51,16 @@ def run(options: Options) -> None:
     from shiftrm.pipeline.run import dry_run, read_recipe
 
     recipe = read_recipe(options.recipe, options.settings)
-    if options.dry_run:
-        dry_run(recipe)
-        return
     inputs = [options.recipe, recipe.model, recipe.judge.model, recipe.evaluation.gold]
     if recipe.data is not None:
         sources = vars(recipe.data).values()
         inputs += [source.source for source in sources if hasattr(source, "source")]
-    output = output_folder(options.output or str(Path("runs") / recipe.name), apart_from=inputs)
-    run_to_page(recipe, output)
+    output = options.output or str(Path("runs") / recipe.name)
+    if options.dry_run:
+        check_folder(output, apart_from=inputs)
+        dry_run(recipe)
+    else:
+        run_to_page(recipe, output_folder(output, apart_from=inputs))
 
 
 def run_to_page(recipe: "Experiment", output: Path) -> None:

@@ -31,6 +31,7 @@ from shiftrm.files import (
     atomic_write_text,
     json_line,
     require_columns,
+    together,
     write_jsonl,
 )
 from shiftrm.models.rendering import Text, check_text
@@ -275,12 +276,13 @@ def write_domains(
     for path in (folder / SPLITS, *(folder / domain.name for domain in split.all)):
         if path.exists():
             raise UserError(f"{path}: already exists; choose an empty folder for the domains")
-    for domain in split.all:
-        for name, rows in _files(domain).items():
-            if rows:
-                write_jsonl(folder / domain.name / name, rows)
     names = {"source": list(source), "held_out": list(held_out), "validation": list(validation)}
-    atomic_write_text(folder / SPLITS, json.dumps(names, ensure_ascii=False, indent=2) + "\n")
+    with together():
+        for domain in split.all:
+            for name, rows in _files(domain).items():
+                if rows:
+                    write_jsonl(folder / domain.name / name, rows)
+        atomic_write_text(folder / SPLITS, json.dumps(names, ensure_ascii=False, indent=2) + "\n")
     return folder
 
 
@@ -351,7 +353,7 @@ def _read_splits(path: Path) -> dict[str, list[str]]:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; make it a file with the names of domains")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise UserError(f"{path}: {BEYOND_JSON}") from None
     except ValueError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from shiftrm.errors import UserError
-from shiftrm.files import Row, require_columns
+from shiftrm.files import Row, is_number, require_columns
 from shiftrm.models.rendering import Text
 from shiftrm.models.templates import text_of as message_text
 
@@ -180,11 +180,16 @@ def text_of(row: Row, column: str, where: str) -> str:
 
 
 def number_of(row: Row, column: str, where: str, expected: str = "a number") -> float:
-    """Return the number in a required column; raise `UserError` if there is none."""
+    """Return the number in a required column, which may be NaN or infinite.
+
+    Raises:
+        UserError: there is none, or an integer that floating point cannot hold.
+    """
     require_columns(row, (column,), where)
-    if isinstance(row[column], bool) or not isinstance(row[column], int | float):
+    value = row[column]
+    if not is_number(value) and not isinstance(value, float):
         raise wrong(row, column, where, expected)
-    return row[column]
+    return value
 
 
 def bit_of(row: Row, column: str, where: str, expected: str = "0 or 1") -> int:

@@ -266,13 +266,13 @@ def _cell(column: str, text: str, where: str) -> Any:
             text = text.strip().lower()
         try:
             return json.loads(text)
-        except RecursionError:
-            raise UserError(f"{where}: column {column!r} is {BEYOND_JSON}") from None
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: column {column!r} is not valid JSON at column {error.colno} of the cell "
                 f"({error.msg}); write it as JSON, with double quotes"
             ) from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: column {column!r} is {BEYOND_JSON}") from None
     if column == "prompt" and not text:
         return None
     if column in TEXT_COLUMNS and text.lstrip().startswith("["):
@@ -295,7 +295,7 @@ def _iterate_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            for row in _plain_rows(batch, path, number):
                 number += 1
                 yield f"{path}: row {number}", _without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
@@ -304,14 +304,45 @@ def _iterate_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         ) from None
 
 
+def _plain_rows(batch: Any, path: Path, before: int) -> list[Row]:
+    """Return the rows of an Arrow batch; a value that Python cannot hold is named by its place."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+        return rows
+    except (ValueError, OverflowError):
+        for number in range(batch.num_rows):
+            for column in batch.schema.names:
+                try:
+                    batch.column(column)[number].as_py()
+                except (ValueError, OverflowError) as error:
+                    where = f"{path}: row {before + number + 1}: column {column!r}"
+                    raise _unreadable(where, error) from None
+        raise
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{where}: text that is not valid UTF-8; write it as UTF-8")
+    return UserError(f"{where}: a value cannot be read ({_line(error)}); correct it")
+
+
 def _iterate_datasets(
     name: str, config: str | None, split: str, parts: dict[str, str]
 ) -> Iterator[tuple[str, Row]]:
     """Yield rows through `datasets`: a folder of data files or of `save_to_disk`, or a hub name."""
     table = _load(name, config, split, parts)
     called = "/".join((name, *parts.values()))
-    for number, row in enumerate(table, start=1):
-        yield f"{called}[{split}] row {number}", _without_nulls(row)
+    rows, number = iter(table), 0
+    while True:
+        number += 1
+        where = f"{called}[{split}] row {number}"
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (ValueError, OverflowError) as error:
+            raise _unreadable(where, error) from None
+        yield where, _without_nulls(row)
 
 
 def _load(name: str, config: str | None, split: str, parts: dict[str, str]) -> Any:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from shiftrm.core.discrimination import Floats, Numbers
+from shiftrm.files import is_number
 
 Form = Literal["bon", "rl"]
 
@@ -86,9 +87,8 @@ def path_from_rows(
     kept = []
     for row in rows:
         values = [row.get(name) for name in (kl, proxy, gold)]
-        numbers = [float(v) for v in values if isinstance(v, int | float)]
-        if len(numbers) == 3 and all(map(math.isfinite, numbers)):
-            kept.append(numbers)
+        if all(map(is_number, values)):
+            kept.append([float(v) for v in values])  # type: ignore[arg-type]
     columns = zip(*kept, strict=True) if kept else ((), (), ())
     return Path(*(tuple(column) for column in columns))
 

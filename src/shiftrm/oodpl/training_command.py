@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import PrinterCallback
-from transformers.training_args import trainer_log_levels
 from trl import ModelConfig
 
 from shiftrm.data.domains import EVAL_PAIRS, FINETUNE, PAIRS, Domain, DomainSplit, load_split
@@ -19,9 +18,10 @@ from shiftrm.models.loading import checkpoint_fingerprint
 from shiftrm.oodpl.meta_config import IDLE, OODPLConfig
 from shiftrm.oodpl.trainer import OODPLTrainer
 from shiftrm.trainers import work_folder
+from shiftrm.trainers.late_settings import check_late_settings
 from shiftrm.trainers.one_model import write_model
 from shiftrm.trainers.progress import ProgressInWords
-from shiftrm.trainers.settings import REFUSED, Settings, command_defaults, first_line, value_of
+from shiftrm.trainers.settings import REFUSED, Settings, command_defaults, value_of
 from shiftrm.trainers.training import require_checkpoint
 from shiftrm.trainers.training_log import write_training_log
 
@@ -112,29 +112,22 @@ def _resolve(given: Mapping[str, Any], *, work: Path) -> Settings:
     known = [f.name for f in dataclasses.fields(OODPLConfig) if f.init and f.name not in REFUSED]
     values = {}
     for key, value in given.items():
-        if key in REFUSED:
-            raise UserError(f"unknown setting {key!r}; {REFUSED[key]}")
         if key in IDLE:
             raise UserError(f"{key}: {IDLE[key]}")
+        if key in REFUSED:
+            raise UserError(f"unknown setting {key!r}; {REFUSED[key]}")
         if key not in known:
             raise UserError(f"unknown setting {key!r}{suggest(key, known)}")
         values[key] = value_of(key, value, hints[key])
-        _check_late(key, values[key])
     ours = command_defaults(work)
     try:
-        return Settings(OODPLConfig(**(ours | values)), ModelConfig(), values, ours)
+        found = Settings(OODPLConfig(**(ours | values)), ModelConfig(), values, ours)
     except UserError:
         raise
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"meta-training settings: {error}") from None
-
-
-def _check_late(key: str, value: Any) -> None:
-    """Refuse values that transformers would reject with an error of its own insides."""
-    if key in ("log_level", "log_level_replica") and value not in trainer_log_levels:
-        raise UserError(f"{key} is {value!r}{suggest(str(value), list(trainer_log_levels))}")
-    if key == "optim_args" and value and not all("=" in part for part in value.split(",")):
-        raise UserError(f"optim_args is {value!r}; give NAME=VALUE,NAME=VALUE")
+    check_late_settings(found.args, values)
+    return found
 
 
 @contextmanager
@@ -146,10 +139,6 @@ def _explained(chosen: Settings, model: str) -> Iterator[None]:
         raise
     except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:
         raise chosen.explain(model, error) from error
-    except TypeError as error:
-        if not chosen.given.get("lr_scheduler_kwargs"):
-            raise
-        raise UserError(f"lr_scheduler_kwargs: {first_line(error)}") from error
     except KeyError as error:
         if "metric_for_best_model" not in str(error):
             raise

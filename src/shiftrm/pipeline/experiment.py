@@ -107,6 +107,17 @@ def arms_by_name(names: list[str], known: Mapping[str, Any]) -> dict[str, Any]:
     return {name: known.get(name) or default.get(name) or {"reward": name} for name in names}
 
 
+MOST_ROUNDS = 1000
+"""Every round is planned, so that many more would take hours before anything runs."""
+
+
+def _check_rounds(name: str, rounds: int) -> None:
+    if rounds < 1:
+        raise UserError(f"{name} is {rounds}; it must be at least 1")
+    if rounds > MOST_ROUNDS:
+        raise UserError(f"{name} is {rounds}; it must be at most {MOST_ROUNDS}")
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A whole run of iterative RLHF on data sets or in the gold world, or a run over domains.
@@ -156,8 +167,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self._check_source()
-        if self.rounds < 1:
-            raise UserError(f"rounds is {self.rounds}; it must be at least 1")
+        _check_rounds("rounds", self.rounds)
         if self.preset not in PRESETS:
             raise UserError(f"preset is {self.preset!r}{suggest(self.preset, list(PRESETS))}")
         if self.sampler not in ("transformers", "vllm") and "://" not in self.sampler:
@@ -235,8 +245,8 @@ class Experiment:
             raise UserError(
                 f"methods.{name}.policy is {arm.policy!r}{suggest(arm.policy, list(OPTIMISERS))}"
             )
-        if arm.rounds is not None and arm.rounds < 1:
-            raise UserError(f"methods.{name}.rounds is {arm.rounds}; it must be at least 1")
+        if arm.rounds is not None:
+            _check_rounds(f"methods.{name}.rounds", arm.rounds)
         if arm.labels is not None and "labels" not in arm.method.needs:
             raise UserError(f"methods.{name}.labels: {arm.reward!r} buys no labels; leave it out")
         if arm.labels is not None and arm.labels < 1:

@@ -159,7 +159,10 @@ def _load(job: TrainingJob, inputs: Inputs, config: PPOConfig, prompts: Sequence
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            policy = get_peft_model(policy, adapter).eval()
+            try:
+                policy = get_peft_model(policy, adapter).eval()
+            except ValueError as error:  # PEFT does not know where this architecture takes them
+                raise job.chosen.explain(job.model, error) from error
     device = PartialState().device
     beside = None
     if adapter is None or not same_model(reference, job.model):

@@ -35,6 +35,9 @@ def make_critic(policy: Any, *, seed: int = 0) -> Any:
 
     Args:
         seed: for the random factors of the new adapter.
+
+    Raises:
+        UserError: transformers has no sequence classifier that takes the policy's weights.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -45,10 +48,19 @@ def make_critic(policy: Any, *, seed: int = 0) -> Any:
     if config.pad_token_id is None:  # required by its pooling, which we do not use
         config.pad_token_id = 0
     weight = next(policy.parameters())
-    with torch.random.fork_rng(devices=[]):
-        critic = AutoModelForSequenceClassification.from_config(config)
-    critic.to(device=weight.device, dtype=weight.dtype)
-    critic.base_model.load_state_dict(policy.base_model.state_dict())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            critic = AutoModelForSequenceClassification.from_config(config)
+        critic.to(device=weight.device, dtype=weight.dtype)
+        critic.base_model.load_state_dict(policy.base_model.state_dict())
+    except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{policy.name_or_path or 'the policy'}: PPO's critic begins as a copy of the policy, "
+            f"and transformers has no sequence classifier of a {config.model_type} policy that "
+            "takes its weights; give a decoder such as Llama, or optimise it by rloo or dpo"
+        ) from error
     for parameter in score_head(critic).parameters():
         nn.init.zeros_(parameter)
     return critic.eval()

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from shiftrm.files import atomic_write_text
+from shiftrm.measure.people.blinding import UNSHOWABLE
 from shiftrm.records import Record
 from shiftrm.report import blindness, paying, setup_tables, sight, tables, win_tables
 from shiftrm.report.headline import headline, kl_sentences, why_no_wins
@@ -132,8 +134,12 @@ def _known(m: Results, sample: SamplePrompt) -> list[tuple[Any, Any]]:
 
 
 def page_template(name: str) -> Template:
-    """Return a template of this package. Values are escaped; a missing value is an error."""
+    """Return a template of this package. Values are escaped; a missing value is an error.
+
+    Characters that no page may hold, which models can write, are replaced.
+    """
     environment = Environment(
+        finalize=_showable,
         loader=PackageLoader("shiftrm.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
@@ -141,3 +147,11 @@ def page_template(name: str) -> Template:
         lstrip_blocks=True,
     )
     return environment.get_template(name)
+
+
+def _showable(value: Any) -> Any:
+    """Replace control characters in text, also in text that is escaped already."""
+    if not isinstance(value, str):
+        return value
+    shown = UNSHOWABLE.sub("\ufffd", value)
+    return Markup(shown) if isinstance(value, Markup) else shown

@@ -57,6 +57,8 @@ def write_page(runs: list[Path], output: Path) -> Path:
                 f"{run}: no {RECORDS_FILE}; expected the output folder of a finished run"
             )
         found = read_records(run / RECORDS_FILE)
+        if not found:
+            raise UserError(f"{run / RECORDS_FILE}: holds no measurements; repeat the run")
         for seed in {record.seed for record in found}:
             if seed in seeds:
                 raise UserError(f"{run} and {seeds[seed]} are both of seed {seed}; give one")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.errors import UserError
-from shiftrm.files import Row, iterate_jsonl
+from shiftrm.files import Row, is_number, iterate_jsonl
 from shiftrm.report.results import SFT
 from shiftrm.report.tables import NOT_MEASURED, fixed_point
 
@@ -94,7 +94,7 @@ def _answer(arm: str, number: int, row: Row) -> Answer:
         return value[0] if isinstance(value, list) and value else None
 
     def rounded(value: Any) -> str | None:
-        return fixed_point(float(value)) if isinstance(value, int | float) else None
+        return fixed_point(float(value)) if is_number(value) else None
 
     return Answer(
         arm=arm,

@@ -12,6 +12,7 @@ import sys
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from types import NoneType
 from typing import Any
 
@@ -23,6 +24,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from shiftrm.config import check_seed, parse_yaml
 from shiftrm.errors import UserError, shortened, suggest
 from shiftrm.models.loading import accelerator
+from shiftrm.trainers.late_settings import check_late_settings
 from shiftrm.trainers.quantised import check_adapters
 from shiftrm.trainers.work_folder import is_disk_full
 
@@ -32,6 +34,7 @@ REFUSED = {
     "push_to_hub": "this command writes a folder; `hf upload` uploads it",
     "model_name_or_path": "give the model as an option",
     "lora_task_type": "this command sets it",
+    "parallelism_config": "`accelerate launch --config_file` sets it",
 }
 """Fields that the user cannot set in any command, and what to do instead."""
 
@@ -158,6 +161,11 @@ class Settings:
     def explain(self, model: str, error: Exception) -> Exception:
         """Return a one-line error if a library rejected the model or settings, else the error."""
         words = first_line(error)
+        if isinstance(error, UnpicklingError | EOFError) or "PytorchStreamReader" in words:
+            return UserError(
+                f"{model}: cannot be loaded (its pytorch_model.bin is cut off, or holds other "
+                "things than weights); fetch it again, or save it as safetensors"
+            )
         if isinstance(error, OSError | SafetensorError) and not is_disk_full(error):
             return UserError(f"{model}: cannot be loaded ({words})")
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
@@ -227,11 +235,14 @@ def resolve(
         ours["bf16"] = False
     chosen = {key: value for key, value in values.items() if key not in model_fields}
     try:
-        return Settings(config(**(ours | chosen)), ModelConfig(**model), values, ours, task_type)
+        found = Settings(config(**(ours | chosen)), ModelConfig(**model), values, ours, task_type)
     except UserError:
         raise
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training settings: {error}") from None
+    if isinstance(found.args, TrainingArguments):
+        check_late_settings(found.args, values)
+    return found
 
 
 def command_defaults(work: Path) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """Write `training_log.jsonl`, the logged metrics by step, into every published folder."""
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shiftrm.files import Row, write_jsonl
+from shiftrm.files import Row, is_number, write_jsonl
 
 TRAINING_LOG = "training_log.jsonl"
 
@@ -24,14 +23,10 @@ def training_log(history: Iterable[Mapping[str, Any]]) -> list[Row]:
         if ONCE in entry:
             continue
         row = rows.setdefault(int(entry["step"]), {"step": int(entry["step"])})
-        row |= {key: value for key, value in entry.items() if key != "step" and _is_number(value)}
+        row |= {key: value for key, value in entry.items() if key != "step" and is_number(value)}
     return [rows[step] for step in sorted(rows)]
 
 
 def write_training_log(folder: Path, history: Iterable[Mapping[str, Any]]) -> None:
     """Write `training_log` into a folder; the file is empty if nothing was logged."""
     write_jsonl(folder / TRAINING_LOG, training_log(history))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -19,6 +19,10 @@ PROMPTS_EVAL = "prompts_eval.jsonl"
 README = "README.txt"
 
 
+MOST_LAYERS = 1000
+"""Every layer is made, so that many more would take hours."""
+
+
 @dataclass(frozen=True)
 class WorldConfig:
     """Everything that determines the files of a world.
@@ -53,6 +57,10 @@ class WorldConfig:
                     f"world configuration: {field.name} is {value!r}; "
                     f"give a whole number of at least {least}"
                 )
+        if self.layers > MOST_LAYERS:
+            raise UserError(
+                f"world configuration: layers is {self.layers}; give at most {MOST_LAYERS}"
+            )
         # Rotary position embeddings rotate pairs of dimensions of a head.
         if self.hidden_size % (2 * self.heads):
             raise UserError(

@@ -10,7 +10,7 @@ from shiftrm.cli.output import print_tables, write_numbers
 from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
-from shiftrm.files import atomic_write_bytes
+from shiftrm.files import atomic_write_bytes, together
 
 EPILOG = """examples:
   shiftrm evaluate best-of-n --samples samples.jsonl --proxy models/reward \\
@@ -130,8 +130,9 @@ def _write(output: Path, picture: Path, curve: Any, options: Options, *, left_ou
         "summary": describe(curve),
     }
     image = render(best_of_n_figure(curve), format="png")  # before anything is written
-    write_numbers(output, content)
-    atomic_write_bytes(picture, image)
+    with together():
+        atomic_write_bytes(picture, image)
+        write_numbers(output, content)
 
 
 def _fit(curve: Any) -> dict[str, Any] | None:

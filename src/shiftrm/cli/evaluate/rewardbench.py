@@ -8,7 +8,7 @@ from shiftrm.cli.options import About, inputs, option, optional
 from shiftrm.cli.output import print_tables, write_numbers
 from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.data.sources import SOURCE_HELP
-from shiftrm.files import write_jsonl
+from shiftrm.files import together, write_jsonl
 
 EPILOG = """examples:
   shiftrm evaluate rewardbench --model models/reward --data allenai/reward-bench-2
@@ -69,19 +69,7 @@ def run(options: Options) -> None:
             progress=progress,
         )
     found: Any = (rewardbench_1 if data.version == 1 else rewardbench_2)(scores.rows)
-    if output is not None:
-        content = {
-            "benchmark": f"RewardBench {data.version}",
-            "model": options.model,
-            "data": options.data,
-            **asdict(found),
-            "responses": scores.responses,
-            "truncated": scores.truncated,
-            "max_length": scores.limit,
-        }
-        write_numbers(output, content)
-    if rows_file is not None:
-        write_jsonl(rows_file, (row._asdict() for row in scores.rows))
+    _write(options, output, rows_file, found, scores, data.version)
     lines = [*describe(found)]
     if scores.truncated:
         cut = f"{scores.truncated} of {scores.responses} responses were cut"
@@ -90,6 +78,25 @@ def run(options: Options) -> None:
     for name, path in (("Numbers", output), ("Scores", rows_file)):
         if path is not None:
             print(f"{name}: {path}")
+
+
+def _write(
+    options: Options, output: Any, rows_file: Any, found: Any, scores: Any, version: int
+) -> None:
+    content = {
+        "benchmark": f"RewardBench {version}",
+        "model": options.model,
+        "data": options.data,
+        **asdict(found),
+        "responses": scores.responses,
+        "truncated": scores.truncated,
+        "max_length": scores.limit,
+    }
+    with together():
+        if rows_file is not None:
+            write_jsonl(rows_file, (row._asdict() for row in scores.rows))
+        if output is not None:
+            write_numbers(output, content)
 
 
 def _table(version: int, found: Any) -> Any:

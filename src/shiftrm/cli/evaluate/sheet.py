@@ -8,7 +8,7 @@ from shiftrm.cli.checks import output_folder
 from shiftrm.cli.options import About, inputs, option
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
-from shiftrm.files import atomic_write_text
+from shiftrm.files import atomic_write_text, remove_unfinished, together
 
 EPILOG = """examples:
   shiftrm evaluate sheet --ours metarm.jsonl --theirs sft.jsonl --output sheet
@@ -33,6 +33,9 @@ ABOUT = About(
     epilog=EPILOG + SOURCE_HELP,
     again="to start anew",
 )
+
+
+KEY = "key.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +71,12 @@ def run(options: Options) -> None:
     names = ("ours", "theirs", "limit", "seed")
     settings = {name: getattr(options, name) for name in names}
     key = key_text(pairs, sheets, placements, settings={**settings, "secret": secret})
-    files = {"key.json": key}
+    files = {}
     for number, sheet in enumerate(sheets, start=1):
         name = "sheet" if len(sheets) == 1 else f"sheet-{number}"
         files[f"{name}.csv"] = sheet_csv(sheet)
         files[f"{name}.html"] = sheet_page(sheet, question=options.question)
-    _write(output, files)
+    _write(output, {**files, KEY: key})  # the key last: see `together`
     if len(drawn) < len(matched):
         print(f"{len(drawn)} of {len(matched)} prompts, drawn with seed {options.seed}.")
     if len(pairs) < len(drawn):
@@ -81,21 +84,14 @@ def run(options: Options) -> None:
     if long := too_long_for_cells(sheets[0]):
         print(f"{long} items are too long for a spreadsheet's cells: use the page for those.")
     which = "sheet.html or sheet.csv" if len(sheets) == 1 else "one sheet-N.html or .csv each"
-    print(
-        f"{len(pairs)} items: {output}. Give raters {which}; keep {output / 'key.json'} from them."
-    )
+    print(f"{len(pairs)} items: {output}. Give raters {which}; keep {output / KEY} from them.")
 
 
 def _write(output: Path, files: dict[str, str]) -> None:
-    """Write all files; if one fails, remove the others, which would block the next try."""
-
-    try:
-        for name, text in files.items():  # the key first: a sheet is useless without it
+    """Write all files or none: some of them would block the next try."""
+    with together():
+        for name, text in files.items():
             atomic_write_text(output / name, text)
-    except BaseException:
-        for name in files:
-            (output / name).unlink(missing_ok=True)
-        raise
 
 
 def sheet_folder(option: str, inputs: Iterable[str]) -> Path:
@@ -106,8 +102,12 @@ def sheet_folder(option: str, inputs: Iterable[str]) -> Path:
     """
 
     output = output_folder(option, apart_from=inputs)
-    names = ["key.json", "sheet*.csv", "sheet*.html"]
-    if any(path for name in names for path in output.glob(name)):
+    remove_unfinished(output / KEY)
+    found = [path for name in ("sheet*.csv", "sheet*.html") for path in output.glob(name)]
+    if not (output / KEY).exists():  # with a key they are finished
+        for path in found:
+            remove_unfinished(path)
+    if (output / KEY).exists() or any(path.exists() for path in found):
         raise UserError(
             f"{output}: holds a sheet already, and its answers can only be read with its key; "
             "choose another --output"

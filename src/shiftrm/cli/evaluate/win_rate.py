@@ -13,7 +13,7 @@ from shiftrm.cli.progress import bar, only_on_terminals
 from shiftrm.config import apply_overrides
 from shiftrm.data.sources import SOURCE_HELP
 from shiftrm.errors import UserError
-from shiftrm.files import iterate_jsonl, write_jsonl
+from shiftrm.files import iterate_jsonl, together, write_jsonl
 from shiftrm.measure.judges.kinds import JudgeOptions, check_kind, open_judge
 from shiftrm.models.endpoint import EndpointConfig
 from shiftrm.world.world import gold_world
@@ -146,9 +146,9 @@ def run(options: Options) -> None:
         return
     with bar("judging", len(chosen)) as advance:
         verdicts = _judge(judge, chosen, advance)
-    write_jsonl(folder / VERDICTS, verdict_rows(verdicts))
     rate = summarise(verdicts, judge=judge.name, seed=options.seed)
     if rate is None:
+        write_jsonl(folder / VERDICTS, verdict_rows(verdicts))
         reasons = ", ".join(f"{word} ({n})" for word, n in problems(verdicts).items())
         raise UserError(
             f"not one of {len(verdicts)} comparisons has a verdict that can be read: {reasons}; "
@@ -162,8 +162,10 @@ def run(options: Options) -> None:
         **asdict(rate),
         "settings": settings,
     }
-    write_numbers(folder / NUMBERS, content, ensure_ascii=True, allow_nan=False)
-    write_page(rate, verdicts, settings, folder / PAGE)
+    with together():
+        write_jsonl(folder / VERDICTS, verdict_rows(verdicts))
+        write_page(rate, verdicts, settings, folder / PAGE)
+        write_numbers(folder / NUMBERS, content, ensure_ascii=True, allow_nan=False)
     _show(content, several=sum(len(row.get("responses", ())) > 1 for side in sides for row in side))
     if len(chosen) < len(comparisons):
         print(

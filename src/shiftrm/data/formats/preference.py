@@ -7,7 +7,6 @@ side is rated higher are dropped. Prompts and demonstrations may also be given a
 `{"prompt", "completion"}` and `{"messages"}`.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ from shiftrm.data.loaded import (
 from shiftrm.data.named import FORMATS, Format
 from shiftrm.data.pairs import COLUMNS as PAIR_COLUMNS
 from shiftrm.errors import UserError
-from shiftrm.files import Row, require_columns
+from shiftrm.files import Row, is_number, require_columns
 from shiftrm.models.rendering import Text, check_text, is_conversational
 
 SCORES = ("score_chosen", "score_rejected")
@@ -81,6 +80,8 @@ def demonstration(row: Row, where: str) -> Outcome:
             check_text(row[column] or "", f"{where}: column {column!r}")
         return demonstration_of(*(spoken(row[c]) for c in ("prompt", "completion")))
     if "messages" in row:
+        if not isinstance(row["messages"], list):
+            raise wrong(row, "messages", where, "a list of messages")
         check_text(row["messages"], f"{where}: column 'messages'")
         messages = _plain(spoken(row["messages"]))
         outcome = messages if isinstance(messages, str) else last_answer(messages)
@@ -151,7 +152,7 @@ def _ratings(row: Row, where: str) -> str | None:
         return None
     chosen, rejected = (number_of(row, column, where) for column in SCORES)
     for column in SCORES:
-        if not math.isfinite(row[column]):
+        if not is_number(row[column]):
             raise wrong(row, column, where, "a number")
     if chosen == rejected:
         return "equal_ratings"

@@ -114,7 +114,7 @@ def load_template(option: str) -> Template:
     if not path.is_file():
         raise UserError(f"{option}: no such template or file{suggest(option, list(CRITERIA))}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not valid UTF-8; save the file as UTF-8") from None
     jinja = path.suffix.lower() in (".j2", ".jinja", ".jinja2")

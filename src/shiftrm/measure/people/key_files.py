@@ -106,7 +106,7 @@ def read_key(path: str | Path) -> Key:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the key.json that the sheet was written with")
     try:
-        return _key(json.loads(path.read_text(encoding="utf-8")))
+        return _key(json.loads(path.read_text(encoding="utf-8-sig")))
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path}: is not the key of a sheet; give the key.json that `shiftrm evaluate sheet` "
