@@ -396,6 +396,19 @@ def test_long_prompts_are_dropped_and_said(run, files):
     assert "1 that leave less than 6 of the 64 tokens of the context" in output.out
 
 
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_fewer_prompts_than_one_generation_takes(run, files, method):
+    """TRL makes no step of them, and the policy would be written as it was."""
+    write_jsonl(files / PROMPTS, [{"prompt": text} for text in ("the red", "a dog", "a cat")])
+    status, output = run(method, "per_device_train_batch_size=8", "num_generations=2")
+    assert (status, output.err.count("\n")) == (2, 1)
+    assert "3 prompts are fewer than the 4 that one generation takes" in output.err
+    assert not (files / "out").exists()
+    status, output = run(method, "per_device_train_batch_size=6", "max_steps=1")
+    assert status == 0, output.err
+    assert "for 1 steps" in output.out
+
+
 @pytest.mark.parametrize("method", ["rloo", "ppo"])
 def test_tensorboard_files_are_in_the_output(run, method):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,12 +1,12 @@
 """Tokens and rewards of responses for every evaluation; equal tokens are scored once."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from shiftrm.errors import UserError, shortened
+from shiftrm.errors import UserError
 from shiftrm.models.responses import Response, encode_response
 from shiftrm.models.rope import context_limit
-from shiftrm.models.scoring import Scorer, rewards_of
+from shiftrm.models.scoring import Scorer
 from shiftrm.progress import Advance
 
 Tokens = tuple[int, ...]
@@ -67,26 +67,6 @@ def score_once(
                 "or overflows in its precision (try float32)"
             )
     return dict(zip(places, rewards, strict=True))
-
-
-def function_rewards(
-    reward_fn: Callable[..., Sequence[float]], responses: Sequence[Response]
-) -> list[float]:
-    """Return what a function gives for responses (`rewards_of`), which must be finite.
-
-    A comparison with NaN is false without a word, so a number that is none looks like a bad reward.
-
-    Raises:
-        UserError: a reward that is not finite, with its response; or as `rewards_of`.
-    """
-    rewards = rewards_of(reward_fn, responses)
-    for response, reward in zip(responses, rewards, strict=True):
-        if not math.isfinite(reward):
-            raise UserError(
-                f"reward_fn gave {reward} for the response {shortened(str(response.text))!r} to "
-                f"{shortened(str(response.prompt))!r}; it must give finite numbers"
-            )
-    return rewards
 
 
 def score_fitting(

@@ -17,9 +17,9 @@ from shiftrm.core.intervals import Measured, measured, measured_mean
 from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT, negative_pairs, two_way_pairs
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.measure.score_once import function_rewards, score_fitting
+from shiftrm.measure.score_once import score_fitting
 from shiftrm.models.responses import Response
-from shiftrm.models.scoring import Scorer, row_responses
+from shiftrm.models.scoring import Scorer, function_rewards, row_responses
 from shiftrm.progress import Advance
 from shiftrm.records import Record
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, shortened
 from shiftrm.files import Row
 from shiftrm.models.finite import broken_weight
 from shiftrm.models.loading import (
@@ -309,13 +309,36 @@ def rewards_of(
     return rewards
 
 
+def function_rewards(
+    reward_fn: Callable[..., Sequence[float]], responses: Sequence[Response]
+) -> list[float]:
+    """Return what a function gives for responses (`rewards_of`), which must be finite.
+
+    A comparison with NaN is false without a word, so a number that is none looks like a bad reward.
+
+    Raises:
+        UserError: a reward that is not finite, with its response; or as `rewards_of`.
+    """
+    rewards = rewards_of(reward_fn, responses)
+    for response, reward in zip(responses, rewards, strict=True):
+        if not math.isfinite(reward):
+            raise UserError(
+                f"reward_fn gave {reward} for the response {shortened(str(response.text))!r} to "
+                f"{shortened(str(response.prompt))!r}; it must give finite numbers"
+            )
+    return rewards
+
+
 def score_rows(scorer: Callable[..., Sequence[float]], rows: Sequence[Row]) -> list[list[float]]:
     """Return the rewards of all responses of each row, `{"prompt", "responses", "finished"}`.
 
     Args:
         scorer: a `Scorer`, or any callable with its signature.
+
+    Raises:
+        UserError: as `function_rewards`.
     """
-    flat = iter(rewards_of(scorer, [r for row in rows for r in group_responses(row)]))
+    flat = iter(function_rewards(scorer, [r for row in rows for r in group_responses(row)]))
     return [[next(flat) for _ in row["responses"]] for row in rows]
 
 

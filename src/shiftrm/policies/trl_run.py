@@ -127,6 +127,7 @@ def _made(job: TrainingJob, plan: Plan) -> Any:
 
 
 def _fit(job: TrainingJob, trainer: Any, checkpoint: Path | None) -> None:
+    _require_prompts(trainer)
     if checkpoint is not None and trainer.accelerator.is_main_process:
         print(f"Continuing from {checkpoint}", flush=True)
     try:
@@ -140,6 +141,19 @@ def _fit(job: TrainingJob, trainer: Any, checkpoint: Path | None) -> None:
             f"step {trainer.state.global_step + 1}: the policy's probabilities are not finite "
             f"({first_line(error)}); lower learning_rate"
         ) from None
+
+
+def _require_prompts(trainer: Any) -> None:
+    """Refuse fewer prompts than one generation takes: TRL would make no step and say nothing."""
+    args, prompts = trainer.args, len(trainer.train_dataset)
+    size = getattr(args, "generation_batch_size", None)
+    if size is not None and prompts < (needed := size // args.num_generations):
+        raise UserError(
+            f"{prompts} prompts are fewer than the {needed} that one generation takes "
+            f"(generation_batch_size {size} / num_generations {args.num_generations}), so no step "
+            "would be made; give more prompts, or a smaller per_device_train_batch_size or "
+            "steps_per_generation"
+        )
 
 
 def _final_kl(job: TrainingJob, plan: Plan, trainer: Any) -> MeasuredKL | None:
