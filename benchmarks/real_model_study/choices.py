@@ -4,8 +4,8 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 
-from shiftrm.data.domains import hashed_uniform, prompt_key
 from shiftrm.data.loaded import no_text
+from shiftrm.data.prompt_keys import hashed_uniform, prompt_key
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Messages

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from shiftrm.core.discrimination import correlation, pair_accuracy
-from shiftrm.data.domains import hashed_uniform
+from shiftrm.data.prompt_keys import hashed_uniform
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
 from shiftrm.models.rendering import Text

@@ -22,7 +22,7 @@ from real_model_study.model import checkpoint
 from real_model_study.plan import Plan, StudyConfig, needed_for
 from real_model_study.report import write_page
 from real_model_study.results import add_rows
-from shiftrm.data.domains import prompt_key
+from shiftrm.data.prompt_keys import prompt_key
 from shiftrm.errors import UserError
 from shiftrm.files import read_jsonl
 from shiftrm.pipeline.engine import stage_keys

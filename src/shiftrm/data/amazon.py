@@ -32,8 +32,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from shiftrm.data.domains import Domain, drop_leaks, hashed_uniform
+from shiftrm.data.domains import Domain, drop_leaks
 from shiftrm.data.loaded import bit_of, each, number_of, text_of, usable
+from shiftrm.data.prompt_keys import hashed_uniform
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row

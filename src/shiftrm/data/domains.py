@@ -18,10 +18,10 @@ not domains. The columns `margin` and `weight` of pairs are not used: every pair
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 
 from shiftrm.data.pairs import check_pair, read_pairs
+from shiftrm.data.prompt_keys import prompt_key
 from shiftrm.data.prompts import read_prompts
 from shiftrm.data.sources import read_rows
 from shiftrm.errors import UserError, suggest
@@ -35,7 +35,6 @@ from shiftrm.files import (
     write_jsonl,
 )
 from shiftrm.models.rendering import Text, check_text
-from shiftrm.models.templates import text_of
 
 FINETUNE, PAIRS = "finetune.jsonl", "pairs.jsonl"
 EVAL_PAIRS, PROMPTS = "eval_pairs.jsonl", "prompts.jsonl"
@@ -405,27 +404,6 @@ def _trained_prompts(domains: Iterable[Domain]) -> dict[str, str]:
         for row in (*domain.support, *domain.query):
             trained.setdefault(prompt_key(row["prompt"]), domain.name)
     return trained
-
-
-def prompt_key(prompt: Text) -> str:
-    """Return a key of a prompt: text with normalised spaces, or a chat of such texts as JSON.
-
-    Prompts that differ in spaces only, in how a message is divided into parts, or in fields that
-    are null have one key.
-    """
-    if isinstance(prompt, str):
-        return " ".join(prompt.split())
-    plain = []
-    for number, message in enumerate(prompt, start=1):
-        given = {field: value for field, value in message.items() if value is not None}
-        plain.append(given | {"content": " ".join(text_of(message, number).split())})
-    return json.dumps(plain, sort_keys=True, ensure_ascii=False)
-
-
-def hashed_uniform(seed: int, *parts: str) -> float:
-    """Return a number in [0, 1) that depends only on the seed and the texts."""
-    digest = sha256("\0".join((str(seed), *parts)).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
 def _short(prompt: Text) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shiftrm.data.domains import prompt_key
 from shiftrm.data.loaded import no_text
+from shiftrm.data.prompt_keys import prompt_key
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text
@@ -18,7 +18,7 @@ class Answer(NamedTuple):
     """One response of a group.
 
     Attributes:
-        key: the prompt, equal for equal prompts (`domains.prompt_key`).
+        key: the prompt, equal for equal prompts (`prompt_keys.prompt_key`).
         prompt, text, finished: as in a group.
     """
 

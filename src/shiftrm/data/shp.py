@@ -22,8 +22,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from shiftrm.data.domains import Domain, hashed_uniform, prompt_key
+from shiftrm.data.domains import Domain
 from shiftrm.data.loaded import bit_of, each, number_of, text_of, usable
+from shiftrm.data.prompt_keys import hashed_uniform, prompt_key
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row, require_columns

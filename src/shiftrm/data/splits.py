@@ -2,9 +2,9 @@
 
 Functions here move rows from `Loaded.rows` to `Loaded.dropped` or to another `Loaded`; no row is
 lost. A row's unit is what must not appear on both sides: its column `tree` if it has one (OASST1),
-otherwise its prompt as normalised by `domains.prompt_key`; of a dialogue, the messages up to the
-user's first. HH-RLHF's dialogues continue one another: an evaluation prompt with its answer may be
-the beginning of a longer prompt.
+otherwise its prompt as normalised by `prompt_keys.prompt_key`; of a dialogue, the messages up to
+the user's first. HH-RLHF's dialogues continue one another: an evaluation prompt with its answer may
+be the beginning of a longer prompt.
 """
 
 import json
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from hashlib import sha256
 
-from shiftrm.data.domains import hashed_uniform, prompt_key
 from shiftrm.data.loaded import Loaded
+from shiftrm.data.prompt_keys import hashed_uniform, prompt_key
 from shiftrm.data.sources import read_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row

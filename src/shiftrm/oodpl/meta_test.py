@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shiftrm.data.domains import Domain, prompt_key
+from shiftrm.data.domains import Domain
+from shiftrm.data.prompt_keys import prompt_key
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text

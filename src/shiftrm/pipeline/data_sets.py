@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from shiftrm.data.domains import prompt_key
 from shiftrm.data.loaded import Loaded
 from shiftrm.data.named import FORMATS, load
+from shiftrm.data.prompt_keys import prompt_key
 from shiftrm.data.splits import limited, split_by_prompt, without_evaluated
 from shiftrm.errors import UserError
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from shiftrm.data.domains import hashed_uniform
 from shiftrm.data.formats.preference import MAPPERS
 from shiftrm.data.loaded import (
     Broken,
@@ -34,6 +33,7 @@ from shiftrm.data.loaded import (
     trimmed,
 )
 from shiftrm.data.named import FORMATS, Format
+from shiftrm.data.prompt_keys import hashed_uniform
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row

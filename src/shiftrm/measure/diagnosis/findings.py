@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from shiftrm.data import domains
+from shiftrm.data import prompt_keys
 from shiftrm.data.groups import check_group
 from shiftrm.data.pairs import check_pair
 from shiftrm.data.sources import iterate_rows
@@ -156,7 +156,7 @@ def prompt_key(row: Row) -> str:
     """Return a key that is equal for equal prompts; without a prompt, from what the sides share."""
     prompt: Text | None = row.get("prompt")
     if prompt is not None and prompt != []:
-        return domains.prompt_key(prompt)
+        return prompt_keys.prompt_key(prompt)
     sides = row.get("responses") or [row["chosen"], row["rejected"]]
     if all(isinstance(side, str) for side in sides):
         shared = sides[0][: _shared(sides)]
