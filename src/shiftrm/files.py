@@ -25,7 +25,7 @@ Row = dict[str, Any]
 TEMPORARY = ".{name}.{unique:8}.tmp"
 """Name of a file while it is being written; `unique` has eight characters."""
 
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """Errors of file systems without hard links."""
 
 _Waiting = list[tuple[Path, Path, list[Path]]]
@@ -85,6 +85,8 @@ def _discard(temporary: Path, made: list[Path]) -> None:
 @contextmanager
 def together() -> Iterator[None]:
     """Give the files that are written in the block their names at its end; after an error, none.
+
+    A file that was there before is replaced at its turn, also if a later one then fails.
 
     A process that is killed while it names them leaves files that still have their temporary names
     too, from which `remove_unfinished` knows them. The last file written is the last to be named

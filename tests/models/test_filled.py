@@ -4,13 +4,21 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 from shiftrm.errors import UserError
@@ -20,7 +28,7 @@ from shiftrm.models.scoring import Scorer
 from tests.conftest import llama_config
 
 UP = "model.layers.0.mlp.up_proj.weight"
-SCORE = "base_model.model.score.weight"
+IDS = torch.tensor([[5, 6, 7, 2]])
 
 
 def saved(model, tokenizer, folder):
@@ -151,5 +159,121 @@ def test_an_encoder_starts_a_reward_model_and_is_no_policy(tokenizer, tmp_path):
 def test_a_token_classifier_is_no_reward_model(tokenizer, tmp_path):
     model = LlamaForTokenClassification(llama_config(num_labels=1))
     folder = saved(model, tokenizer, tmp_path / "tokens")
-    with pytest.raises(UserError, match="LlamaForTokenClassification, which rates every token"):
+    with pytest.raises(UserError, match="tokens: rates every token"):
         Scorer.from_pretrained(folder)
+
+
+def adapted(model, config, tokenizer, folder):
+    """Save an adapter with random weights; return what the model says with it."""
+    wrapped = get_peft_model(model, config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    saved(wrapped, tokenizer, folder)
+    with torch.no_grad():
+        return wrapped(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("base", ["masked", "classifier"])
+def test_an_adapter_with_a_head_of_several_layers(tokenizer, tmp_path, base):
+    """PEFT saves RoBERTa's head whole, also where its base has none."""
+    config = RobertaConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, pad_token_id=0, num_labels=1,
+    )  # fmt: skip
+    kind = RobertaForMaskedLM if base == "masked" else RobertaForSequenceClassification
+    folder = saved(kind(config), tokenizer, tmp_path / "base")
+    model = RobertaForSequenceClassification.from_pretrained(folder)
+    expected = adapted(model, LoraConfig(task_type="SEQ_CLS", r=2), tokenizer, tmp_path / "adapter")
+    scorer = Scorer.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(scorer.model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_peft_does_not_save_are_not_missed(tokenizer, tmp_path, tied):
+    config = llama_config(tie_word_embeddings=tied)
+    base = saved(LlamaForCausalLM(config), tokenizer, tmp_path / "base")
+    tokens = LoraConfig(task_type="CAUSAL_LM", r=2, trainable_token_indices=[3, 4])
+    ada = AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]
+    )
+    for name, given in (("tokens", tokens), ("ada", ada)):
+        model = LlamaForCausalLM.from_pretrained(base)
+        expected = adapted(model, given, tokenizer, tmp_path / name)
+        policy, _ = load_policy(tmp_path / name)
+        with torch.no_grad():
+            torch.testing.assert_close(policy(input_ids=IDS).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_dora_is_refused_with_its_reason(policy, tokenizer, tmp_path):
+    base = saved(policy, tokenizer, tmp_path / "base")
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, use_dora=True)
+    adapted(model, config, tokenizer, tmp_path / "adapter")
+    with pytest.raises(UserError, match="is a DoRA adapter, whose magnitudes"):
+        Scorer.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("lost", ["score.weight", UP, None])
+def test_an_adapter_in_the_folder_of_its_model(reward_model, tokenizer, tmp_path, lost):
+    config = LoraConfig(target_modules=["q_proj"], r=2)
+    base = saved(reward_model, tokenizer, tmp_path / "base")
+    model = LlamaForSequenceClassification.from_pretrained(base)
+    expected = adapted(model, config, tokenizer, base)  # beside the model's own files
+    if lost is None:
+        found = Scorer.from_pretrained(base).score_ids(IDS.tolist())
+        assert found == pytest.approx([expected.item()], abs=1e-5)
+        return
+    without(base, lost)
+    with pytest.raises(UserError, match=rf"base: .*{lost}"):
+        Scorer.from_pretrained(base)
+
+
+def test_an_adapter_on_a_base_of_four_bits(tokenizer, tmp_path):
+    """Its base cannot be read on the meta device, and is not checked."""
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    policy = LlamaForCausalLM(llama_config(hidden_size=64, intermediate_size=64))
+    base = saved(policy, tokenizer, tmp_path / "base")
+    quantised = LlamaForCausalLM.from_pretrained(base, quantization_config=config)
+    base = saved(quantised, tokenizer, tmp_path / "four")
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
+    expected = adapted(model, LoraConfig(task_type="SEQ_CLS", r=2), tokenizer, tmp_path / "adapter")
+    scorer = Scorer.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        found = scorer.model(input_ids=IDS).logits.float()
+    torch.testing.assert_close(found, expected.float(), atol=1e-2, rtol=0)
+
+
+def test_a_pooler_that_no_file_holds_is_random(tokenizer, tmp_path):
+    """It may be new where training starts; a reward model has one."""
+    config = encoder_config()
+    config.num_labels = 1
+    folder = saved(BertForSequenceClassification(config), tokenizer, tmp_path / "reward")
+    Scorer.from_pretrained(folder)
+    without(folder, "bert.pooler.dense.weight", "bert.pooler.dense.bias")
+    before = load_file(folder / "model.safetensors")["classifier.weight"]
+    model = load_reward_model(folder, seed=0)
+    torch.testing.assert_close(model.classifier.weight.detach(), before)
+    with pytest.raises(UserError, match=r"bert.pooler.dense.bias is missing"):
+        Scorer.from_pretrained(folder)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tokenizer, tmp_path):
+    """As in DeepSeek-V3 and GLM-4.5: one layer beyond those that config.json counts."""
+    model = LlamaForCausalLM(llama_config(num_hidden_layers=3))
+    folder = saved(model, tokenizer, tmp_path / "policy")
+    with_layers(folder, 2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    assert load_policy(folder)[0].config.num_hidden_layers == 2
+
+
+def test_an_encoder_that_may_be_causal(tokenizer, tmp_path):
+    """XLM's configuration says so by a name of its own."""
+    config = XLMConfig(vocab_size=32, emb_dim=16, n_layers=1, n_heads=2, pad_index=0, causal=False)
+    folder = saved(XLMWithLMHeadModel(config), tokenizer, tmp_path / "xlm")
+    with pytest.raises(UserError, match=r"is an encoder \(xlm\)"):
+        load_policy(folder)

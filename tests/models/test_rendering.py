@@ -99,7 +99,10 @@ def test_content_is_text_also_beside_calls_of_tools(tokenizer, content):
 
 
 def test_arguments_of_the_tokenizer_are_no_options_of_a_template():
-    """A row, which a server gets from anyone, could otherwise replace the template."""
+    """A row, which a server gets from anyone, could otherwise replace the template.
+
+    A new argument of transformers fails here, so that somebody looks at it.
+    """
     known = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
     own = known - {"self", "kwargs", "tools", "documents"}
     assert own == NOT_FOR_TEMPLATES
@@ -109,11 +112,12 @@ def test_arguments_of_the_tokenizer_are_no_options_of_a_template():
     check_template_options({"chat_template_kwargs": {"enable_thinking": False}}, "row 3")
 
 
-def test_a_turn_that_two_tokens_close():
+@pytest.mark.parametrize("lead", ["", "\n"])
+def test_a_turn_that_two_tokens_close(lead):
     """`<|im_end|><eos>`: neither is part of the answer, and both are read with it again."""
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
-        "{{ '<|im_end|>' }}"
+        f"{{{{ {lead + '<|im_end|>'!r} }}}}"
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
@@ -124,10 +128,14 @@ def test_a_turn_that_two_tokens_close():
     assert whole[: len(opening)] == opening
     ended = whole[len(opening) :]
     assert tokenizer.convert_ids_to_tokens(ended[-2:]) == ["<|im_end|>", tokenizer.eos_token]
-    assert decode_response(tokenizer, opening, ended) == "ok"
-    assert encode(tokenizer, prompt, "ok") == whole
-    assert decode_response(tokenizer, opening, [*ended[:-2], ended[-1]]) == "ok"  # EOS alone
-    assert decode_response(tokenizer, opening, ended[:-1], finished=False) == "ok<|im_end|>"
+    words = decode_response(tokenizer, opening, ended)
+    assert words == "ok" + lead  # with a lead the policy wrote it itself
+    assert encode(tokenizer, prompt, words) == encode(tokenizer, prompt, "ok") == whole
+    end, eos = ended[-2:]
+    assert decode_response(tokenizer, opening, [*ended[:-2], eos]) == words  # EOS alone
+    assert decode_response(tokenizer, opening, [*ended[:-2], end, end, eos]) == f"{words}<|im_end|>"
+    open_end = decode_response(tokenizer, opening, ended[:-1], finished=False)
+    assert open_end == f"{words}<|im_end|>"
 
 
 @pytest.mark.parametrize("wrong", ["x", 2.0, [[2]], [2, "x"]])

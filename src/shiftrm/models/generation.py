@@ -103,7 +103,8 @@ def _require_causal(path: str | Path, model: Any) -> None:
     """Refuse an encoder, whose tokens see those that come later, and a reward model's adapter."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder:
+    is_causal = getattr(model.config, "is_decoder", getattr(model.config, "causal", False))
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not is_causal:
         raise UserError(
             f"{path}: is an encoder ({model.config.model_type}), whose tokens see the later ones; "
             "give a causal language model"

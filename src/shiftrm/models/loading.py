@@ -290,12 +290,14 @@ def unread_heads(unexpected_keys: Iterable[str]) -> list[str]:
     )
 
 
-def load_classifier(path: str | Path, *, quiet: bool, **options: Any) -> tuple[Any, str, list[str]]:
+def load_classifier(
+    path: str | Path, *, quiet: bool, **options: Any
+) -> tuple[Any, list[str], list[str]]:
     """Load a sequence classifier.
 
     Returns:
-        The model; a weight of its head that the checkpoint lacks, or ""; and the weights of the
-        checkpoint that look like a head and are not read (`unread_heads`).
+        The model; the weights that the checkpoint lacks, those of the head first; and the weights
+        of the checkpoint that look like a head and are not read (`unread_heads`).
 
     Raises:
         UserError: as `filled.load_filled`; or it classifies tokens.
@@ -303,14 +305,22 @@ def load_classifier(path: str | Path, *, quiet: bool, **options: Any) -> tuple[A
     from transformers import AutoModelForSequenceClassification
 
     found = load_filled(AutoModelForSequenceClassification, path, quiet=quiet, **options)
-    for name in getattr(found.model.config, "architectures", None) or ():
-        if name.endswith("ForTokenClassification"):
-            raise UserError(
-                f"{path}: is a {name}, which rates every token; a reward model has one reward for "
-                "a response (a sequence classifier)"
-            )
-    missing = [key for key in found.missing if "score" in key or "classifier" in key]
-    return found.model, next(iter(missing), ""), unread_heads(found.unexpected)
+    named = getattr(found.model.config, "architectures", None) or ()
+    adapters = getattr(found.model, "peft_config", {}).values()
+    if any(name.endswith("ForTokenClassification") for name in named) or any(
+        adapter.task_type == "TOKEN_CLS" for adapter in adapters
+    ):
+        raise UserError(
+            f"{path}: rates every token; a reward model has one reward for a response (a sequence "
+            "classifier)"
+        )
+    missing = sorted(found.missing, key=lambda name: (not is_head(name), name))
+    return found.model, missing, unread_heads(found.unexpected)
+
+
+def is_head(name: str) -> bool:
+    """Whether this is the name of a weight of a sequence classifier's head."""
+    return "score" in name or "classifier" in name
 
 
 def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> Any:
@@ -341,7 +351,7 @@ def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> A
         "num_labels": 1,
     }
     model, missing, lost = load_classifier(path, quiet=True, **options)
-    if missing:
+    if any(map(is_head, missing)):
         if lost:
             raise UserError(
                 f"{path}: has a head of its own ({lost[0]}) that {type(model).__name__} does not "

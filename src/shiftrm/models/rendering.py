@@ -254,7 +254,7 @@ def decode_response(
     if last is None or last != ends.stop_id or len(ends.closing) < 2:
         return words
     before = "".join(ends.closing[:-1])  # such as `<|im_end|>` where `<|im_end|><eos>` ends a turn
-    return words.removesuffix(before).removesuffix(before.removeprefix(ends.lead))
+    return words.removesuffix(before.removeprefix(ends.lead))
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

@@ -13,8 +13,8 @@ from torch import nn
 from shiftrm.errors import UserError
 
 COUNT_FROM_PAD = frozenset(
-    {"camembert", "data2vec-text", "ibert", "mpnet", "roberta", "roberta-prelayernorm",
-     "xlm-roberta", "xlm-roberta-xl"}
+    {"camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta",
+     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 )  # fmt: skip
 """Encoders that number positions from the pad token's id on, so that the first ones stay unused."""
 

@@ -130,7 +130,7 @@ class Scorer:
         if missing:
             other = f", and its {lost[0]} is not read" if lost else ""
             raise UserError(
-                f"{path}: the checkpoint has no score head ({missing} is missing{other}), so it "
+                f"{path}: the checkpoint has no score head ({missing[0]} is missing{other}), so it "
                 "is not a trained reward model; train one with RewardTrainer first"
             )
         check_vocabulary(model, tokenizer, path)

@@ -89,7 +89,9 @@ class Service:
 
     def close(self) -> None:
         """End the threads; jobs that wait are scored first."""
-        self.reader.shutdown(wait=not self._stuck(), cancel_futures=True)
+        while self.reading_since is not None and not self.stuck():
+            time.sleep(0.05)
+        self.reader.shutdown(wait=not self.stuck(), cancel_futures=True)
         self.batcher.close()
 
     def _not_logged(self, reason: str) -> None:
@@ -219,7 +221,7 @@ class Service:
             self.reading_since = None
         return Job(served, question.sequences), question
 
-    def _stuck(self) -> str:
+    def stuck(self) -> str:
         """Return what is wrong if one request, which others wait for, is read without an end."""
         since = self.reading_since
         if since is None or time.monotonic() - since < 2 * self.settings.timeout:
@@ -247,7 +249,7 @@ class Service:
         is read without an end."""
         served = self.models.current
         trouble = self.batcher.trouble if self.batcher.is_alive else "the scoring thread has ended"
-        trouble = trouble or self._stuck()
+        trouble = trouble or self.stuck()
         said = {"model": served.name, "version": served.version}
         if trouble:
             return json_response(503, {"status": "failing", "error": printable(trouble), **said})

@@ -1,7 +1,9 @@
 """Run the server: bind, load, answer until a signal, finish what runs, end."""
 
 import importlib
+import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -54,8 +56,11 @@ def run(
     require_packages()
     say = steady(say)
     with closing(bound_socket(settings)) as bound:
-        _serve(model, settings, bound, say, requests_log)
+        stuck = _serve(model, settings, bound, say, requests_log)
     say("stopped")
+    if stuck:  # Python would wait for the thread that reads without an end
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _serve(
@@ -64,7 +69,8 @@ def _serve(
     bound: socket.socket,
     say: Callable[[str], None],
     requests_log: Path | None,
-) -> None:
+) -> str:
+    """Answer until a signal comes; return `Service.stuck` at that time."""
     from shiftrm.serve.app import Service, make_app
     from shiftrm.serve.listening import listen
     from shiftrm.serve.models import Models
@@ -81,6 +87,7 @@ def _serve(
         stack.enter_context(_progress(lambda: service.answered))
         app = make_app(service)
         listen(app, settings, bound, lambda: say(f"serving at {address}"), say)
+        return service.stuck()
 
 
 @contextmanager

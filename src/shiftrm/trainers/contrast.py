@@ -25,7 +25,7 @@ from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
 from shiftrm.trainers.contrast_rows import Fits, as_groups, contrast_rows, rows_of
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
-from shiftrm.trainers.pair_batches import PROMPT, ROW, encode_pair, table
+from shiftrm.trainers.pair_batches import PROMPT, ROW, encode_pair, length_filters, table
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 
 if TYPE_CHECKING:
@@ -140,9 +140,11 @@ class ContrastTrainer(RewardTrainer):
         fits = Fits(processing_class, self._limit)
         made = contrast_rows(args, *given, count=count, fits=fits)
         encoded = [encode_pair(row, n, processing_class, "contrast") for n, row in enumerate(made)]
-        kept = [row for row in encoded if row["chosen_ids"] != row["rejected_ids"]]
-        if len(kept) < len(made):
-            counts = {"whose two sides are the same tokens": len(made) - len(kept)}
+        kept, counts = encoded, {}
+        for reason, keep in length_filters(self._limit).items():
+            before, kept = len(kept), [row for row in kept if keep(row)]
+            counts[reason] = before - len(kept)
+        if any(counts.values()):
             self._report_dropped("contrast", counts, len(kept))
         more = [{**row, ROW: len(dataset) + row[ROW], "margin": 0, WEIGHT: 1} for row in kept]
         columns = ("chosen_ids", "rejected_ids", ROW, PROMPT, "margin", WEIGHT)

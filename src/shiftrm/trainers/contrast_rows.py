@@ -15,11 +15,11 @@ from shiftrm.data.groups import read_groups
 from shiftrm.data.matching import Score
 from shiftrm.data.negatives import NEGATIVES, lacking, negative_pairs
 from shiftrm.data.pairs import FINISHED
-from shiftrm.data.replies import Answer, answers_of
+from shiftrm.data.replies import Answer, answers_of, reply
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.measure.score_once import score_fitting
-from shiftrm.models.rendering import encode
+from shiftrm.models.rendering import Text, encode, encode_prompt
 from shiftrm.models.responses import Response
 from shiftrm.models.rope import LengthLimit
 from shiftrm.models.scoring import Scorer
@@ -32,22 +32,38 @@ __all__ = ["Fits", "as_groups", "contrast_rows", "rows_of", "scoring"]
 logger = logging.getLogger(__name__)
 
 
+NEAR_LIMIT = 64
+"""Tokens by which the sum of the tokens of a prompt and of a response may miss those of both."""
+
+
 class Fits:
-    """Whether a response with its prompt is within a limit; each is encoded once."""
+    """Whether a response with its prompt is within a limit.
+
+    Most are far from it: every prompt and every response is encoded once, and both together only
+    where their sum is near the limit.
+    """
 
     def __init__(self, tokenizer: Any, limit: LengthLimit) -> None:
         self.limit = limit
         self._tokenizer = tokenizer
-        self._known: dict[str, bool] = {}
+        self._counts: dict[int, int] = {}
 
     def __call__(self, answer: Answer | Response) -> bool:
         if self.limit.tokens is None:
             return True
-        name = repr((answer.prompt, answer.text, answer.finished))
-        if name not in self._known:
-            ids = encode(self._tokenizer, answer.prompt, answer.text, finished=answer.finished)
-            self._known[name] = len(ids) <= self.limit.tokens
-        return self._known[name]
+        about = self._count(reply(answer.text))
+        if answer.prompt:
+            about += self._count(answer.prompt)
+        if abs(about - self.limit.tokens) > NEAR_LIMIT:
+            return about < self.limit.tokens
+        ids = encode(self._tokenizer, answer.prompt, answer.text, finished=answer.finished)
+        return len(ids) <= self.limit.tokens
+
+    def _count(self, text: Text) -> int:
+        name = hash(repr(text))
+        if name not in self._counts:
+            self._counts[name] = len(encode_prompt(self._tokenizer, text))
+        return self._counts[name]
 
 
 @dataclass(frozen=True)

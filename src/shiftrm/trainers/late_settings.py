@@ -68,7 +68,7 @@ def _check_schedule(args: TrainingArguments) -> None:
         if kwargs:
             raise UserError(f"lr_scheduler_kwargs: {_line(error)}") from error
         raise UserError(
-            f"lr_scheduler_type={name}: {_line(error)}; give it in lr_scheduler_kwargs"
+            f"lr_scheduler_type={name}: {_line(error)}; see lr_scheduler_kwargs"
         ) from error
 
 

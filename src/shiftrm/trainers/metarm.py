@@ -72,8 +72,6 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
         self._meta_objective = OBJECTIVES.get(args.meta_objective)
         super().__init__(model, args, *trl_arguments, **trl_keywords)
         refuse_model_parallelism(self.accelerator, self.model)
-        if isinstance(meta_dataset, str | Path):
-            meta_dataset = read_groups(meta_dataset)
         self._groups = MetaGroups(
             self._groups_to_read(meta_dataset),
             self.processing_class,
@@ -102,7 +100,7 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
 
     def _groups_to_read(self, meta_dataset: Any) -> Any:
         """Return the groups of the meta step; a subclass may make its own."""
-        return meta_dataset
+        return read_groups(meta_dataset) if isinstance(meta_dataset, str | Path) else meta_dataset
 
     def _largest_pass(self) -> tuple[int, int, int]:
         sequences, longest, copies = super()._largest_pass()
