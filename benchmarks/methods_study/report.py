@@ -25,6 +25,8 @@ CLOSER = (
     ("fresh_labels_log_sigmoid", "log_sigmoid"),
     ("contrast_75_log_sigmoid", "fresh_labels_log_sigmoid"),
     ("contrast_75_log_sigmoid", "laplace_log_sigmoid"),
+    ("contrast_both_75_log_sigmoid", "retrained_750_log_sigmoid"),
+    ("contrast_both_75_log_sigmoid", "fresh_labels"),
 )
 """Pairs of arms that differ from each other in less than from `retrained`."""
 
