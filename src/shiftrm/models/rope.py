@@ -23,9 +23,9 @@ def context_limit(config: Any) -> int | None:
     """Return the maximum sequence length of a model's configuration, in tokens; None if not set."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and text.model_type in COUNT_FROM_PAD:
-        positions -= text.pad_token_id + 1
-    return positions
+    if positions is None or getattr(text, "model_type", "") not in COUNT_FROM_PAD:
+        return positions
+    return int(positions) - (1 + (text.pad_token_id or 0))
 
 
 class LengthLimit(NamedTuple):
