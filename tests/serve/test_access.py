@@ -331,7 +331,8 @@ def test_a_request_that_is_read_without_an_end_shows(serving, model, monkeypatch
         go_on.set()
     while server.http.get("/health").status_code == 503:
         time.sleep(0.01)
-    server.post("/score", ROW)
+    while server.http.post("/score", json=ROW).status_code != 200:  # 0.5 s is little under load
+        time.sleep(0.01)
 
 
 def test_one_bad_sequence_fails_alone(serving, model, monkeypatch):
