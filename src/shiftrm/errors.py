@@ -44,3 +44,8 @@ def missing_embedding(error: IndexError) -> UserError | None:
         "a token has no embedding: the tokenizer is not the model's; use the model and tokenizer "
         "that were saved together"
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if there is none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftrm.data.folders import SUFFIXES, files_of, is_saved
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, first_line
 from shiftrm.files import BEYOND_JSON, Row, file_hash, iterate_jsonl, require_columns
 
 SOURCE_HELP = """
@@ -300,7 +300,7 @@ def _iterate_parquet(path: Path) -> Iterator[tuple[str, Row]]:
                 yield f"{path}: row {number}", _without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            f"{path}: not a whole Parquet file after row {number} ({_line(error)})"
+            f"{path}: not a whole Parquet file after row {number} ({first_line(error)})"
         ) from None
 
 
@@ -323,7 +323,7 @@ def _plain_rows(batch: Any, path: Path, before: int) -> list[Row]:
 def _unreadable(where: str, error: Exception) -> UserError:
     if isinstance(error, UnicodeDecodeError):
         return UserError(f"{where}: text that is not valid UTF-8; write it as UTF-8")
-    return UserError(f"{where}: a value cannot be read ({_line(error)}); correct it")
+    return UserError(f"{where}: a value cannot be read ({first_line(error)}); correct it")
 
 
 def _iterate_datasets(
@@ -357,13 +357,15 @@ def _load(name: str, config: str | None, split: str, parts: dict[str, str]) -> A
         table = datasets.load_from_disk(name)
     except ConnectionError as error:
         raise UserError(
-            f"{name}: cannot be downloaded ({_line(error)}); check the network, or give a local "
-            "file"
+            f"{name}: cannot be downloaded ({first_line(error)}); check the network, or give a "
+            "local file"
         ) from None
     except MemoryError:
         raise
     except Exception as error:  # any error here is about these files
-        reason = _line(error.__cause__ or error)  # the cause may say what is wrong with the file
+        reason = first_line(
+            error.__cause__ or error
+        )  # the cause may say what is wrong with the file
         raise UserError(f"{name}: cannot be loaded as a data set ({reason})") from None
     splits = list(table) if isinstance(table, dict) else ["train"]
     if split not in splits:
@@ -403,10 +405,6 @@ def _without_nulls(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int | float):
         return value
     return str(value)  # dates, decimals, bytes in the user's own columns
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def fingerprint(source: str | Path, rows: list[Row]) -> str:

@@ -88,19 +88,22 @@ def _of_base(kind: Any, path: Path, named: str, options: dict[str, Any]) -> Load
 
     Loading the adapter reports its own alone. On the meta device no weights are read.
     """
-    if not (path / "config.json").is_file():
+    whole = (path / "config.json").is_file()
+    with _without_adapter(path) if whole else nullcontext(named) as place:
         bare, info = kind.from_pretrained(
-            named, output_loading_info=True, device_map="meta", **options
+            place, output_loading_info=True, device_map="meta", **options
         )
-        return _checked(named, bare, info)
+    return _checked(path if whole else named, bare, info)
+
+
+@contextmanager
+def _without_adapter(path: Path) -> Iterator[str]:
+    """Yield a folder of links to a model's files but those of the adapter beside them."""
     with tempfile.TemporaryDirectory() as folder:
         for file in path.resolve().iterdir():
             if not file.name.startswith("adapter_"):
                 (Path(folder) / file.name).symlink_to(file)
-        bare, info = kind.from_pretrained(
-            folder, output_loading_info=True, device_map="meta", **options
-        )
-    return _checked(path, bare, info)
+        yield folder
 
 
 @contextmanager

@@ -247,9 +247,8 @@ def decode_response(
     last = response_ids.pop() if finished else None
     whole = _decode(tokenizer, [*prompt_ids, *response_ids])
     opening = _last(_decode, tokenizer, list(prompt_ids))
-    words = _decode(tokenizer, response_ids)
-    if whole.startswith(opening):
-        words = whole[len(opening) :]
+    apart = not whole.startswith(opening)
+    words = _decode(tokenizer, response_ids) if apart else whole[len(opening) :]
     ends = turn(tokenizer)
     if last is None or last != ends.stop_id or len(ends.closing) < 2:
         return words

@@ -12,13 +12,12 @@ from shiftrm.data.domains import (
     load_domain,
     load_split,
 )
-from shiftrm.errors import UserError, suggest
+from shiftrm.errors import UserError, first_line, suggest
 from shiftrm.models.loading import explain_loading, refuse_adapter
 from shiftrm.pipeline.engine import RECORDS_FILE
 from shiftrm.pipeline.folder import CONFIG_FILE
 from shiftrm.pipeline.jobs import Input, MetaTest
 from shiftrm.policies.loading import check_policy, check_reward_model
-from shiftrm.trainers.settings import first_line
 from shiftrm.world.build_domains import WEIGHTS, read_table
 from shiftrm.world.domain_gold import gold_of
 

@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, first_line
 from shiftrm.files import Row, atomic_write_text
 from shiftrm.models.rendering import Text
 from shiftrm.models.sampling import remember_stop_tokens
@@ -35,7 +35,7 @@ from shiftrm.policies.text_rewards import Watch, open_watch, reward_scale
 from shiftrm.progress import task
 from shiftrm.trainers.progress import say
 from shiftrm.trainers.quantised import merged
-from shiftrm.trainers.settings import command_defaults, first_line
+from shiftrm.trainers.settings import command_defaults
 from shiftrm.trainers.training import TrainingJob
 from shiftrm.trainers.training_log import write_training_log
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from shiftrm.errors import UserError
+from shiftrm.errors import UserError, first_line
 from shiftrm.models.rendering import Text
 from shiftrm.policies.outcome import (
     MeasuredKL,
@@ -20,7 +20,6 @@ from shiftrm.policies.outcome import (
 from shiftrm.policies.rollouts import Problem
 from shiftrm.policies.text_rewards import with_gold
 from shiftrm.trainers.one_model import add_callbacks, write_model
-from shiftrm.trainers.settings import first_line
 from shiftrm.trainers.training import TrainingJob, open_work, publish
 from shiftrm.trainers.training_log import training_log, write_training_log
 

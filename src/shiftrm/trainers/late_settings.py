@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import trainer_log_levels
 
-from shiftrm.errors import UserError, suggest
+from shiftrm.errors import UserError, first_line, suggest
 
 __all__ = ["check_late_settings"]
 
@@ -47,7 +47,7 @@ def _check_optimizer(args: TrainingArguments) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(1, 1))
     except Exception as error:  # the user's words are all that it depends on
-        raise UserError(f"{said}: cannot be used: {_line(error)}") from error
+        raise UserError(f"{said}: cannot be used: {first_line(error).rstrip('.')}") from error
 
 
 def _check_schedule(args: TrainingArguments) -> None:
@@ -66,11 +66,7 @@ def _check_schedule(args: TrainingArguments) -> None:
             )
     except Exception as error:
         if kwargs:
-            raise UserError(f"lr_scheduler_kwargs: {_line(error)}") from error
+            raise UserError(f"lr_scheduler_kwargs: {first_line(error).rstrip('.')}") from error
         raise UserError(
-            f"lr_scheduler_type={name}: {_line(error)}; see lr_scheduler_kwargs"
+            f"lr_scheduler_type={name}: {first_line(error).rstrip('.')}; see lr_scheduler_kwargs"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from shiftrm.config import check_seed, parse_yaml
-from shiftrm.errors import UserError, shortened, suggest
+from shiftrm.errors import UserError, first_line, shortened, suggest
 from shiftrm.models.loading import accelerator
 from shiftrm.trainers.late_settings import check_late_settings
 from shiftrm.trainers.quantised import check_adapters
@@ -329,8 +329,3 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if number is not None and math.isfinite(number) else None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if there is none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -10,6 +10,7 @@ from typing import Any
 from shiftrm.data import prompt_keys
 from shiftrm.data.groups import check_group
 from shiftrm.data.pairs import check_pair
+from shiftrm.data.replies import has_prompt
 from shiftrm.data.sources import iterate_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
@@ -20,7 +21,7 @@ from shiftrm.measure.diagnosis.scored import ScoredGroup, ScoredPair, ScoredResp
 from shiftrm.measure.diagnosis.verdict import DiagnosisVerdict, Overall, overall, verdicts
 from shiftrm.measure.score_once import Tokens, score_once, tokens_of
 from shiftrm.measure.sight import PAIRS, sight_tests
-from shiftrm.models.rendering import Text, encode_prompt, is_conversational
+from shiftrm.models.rendering import encode_prompt, is_conversational
 from shiftrm.models.responses import Response
 from shiftrm.models.rope import context_limit
 from shiftrm.models.scoring import Scorer, row_responses
@@ -154,9 +155,8 @@ def _prompt_length(tokenizer: Any, texts: Sequence[Response], sequences: Sequenc
 
 def prompt_key(row: Row) -> str:
     """Return a key that is equal for equal prompts; without a prompt, from what the sides share."""
-    prompt: Text | None = row.get("prompt")
-    if prompt is not None and prompt != []:
-        return prompt_keys.prompt_key(prompt)
+    if has_prompt(row):
+        return prompt_keys.prompt_key(row["prompt"])
     sides = row.get("responses") or [row["chosen"], row["rejected"]]
     if all(isinstance(side, str) for side in sides):
         shared = sides[0][: _shared(sides)]
