@@ -363,9 +363,8 @@ def _load(name: str, config: str | None, split: str, parts: dict[str, str]) -> A
     except MemoryError:
         raise
     except Exception as error:  # any error here is about these files
-        reason = first_line(
-            error.__cause__ or error
-        )  # the cause may say what is wrong with the file
+        cause = error.__cause__ or error  # which may say what is wrong with the file
+        reason = first_line(cause)
         raise UserError(f"{name}: cannot be loaded as a data set ({reason})") from None
     splits = list(table) if isinstance(table, dict) else ["train"]
     if split not in splits:

@@ -239,9 +239,8 @@ class _Costs:
         if prompts is None or math.isnan(self.prompt):
             return None
         made = min(measured.prompts, prompts) * measured.responses
-        kinds = len(
-            stage.settings.get("sight_kinds") or NEGATIVES.names()
-        )  # of sight tests; their originals are scored once
+        # Each kind of sight test has texts of its own; the originals are scored once.
+        kinds = len(stage.settings.get("sight_kinds") or NEGATIVES.names())
         tests = 2 * (min(measured.sight_pairs, made) * kinds + made) if measured.sight_pairs else 0
         scored = (3 * made + tests) * self.answer
         scored += (self.rows.get("heldout") or 0) * self.tokens.get("heldout", 0.0)
