@@ -76,6 +76,11 @@ def test_the_three_kinds_of_rows(files, reward_model, tokenizer, shiftrm):
     assert several["rewards"][1] == pytest.approx(pair["reward_rejected"], abs=1e-6)
     assert pair["id"] == 7, "other columns stay"
 
+    status, said = shiftrm("score --model rm --data out.jsonl --output again.jsonl")
+    assert status == 0
+    assert "replaced: reward (1), rewards (1), reward_chosen (1), reward_rejected (1)" in said.out
+    assert read_jsonl(files / "again.jsonl") == read_jsonl(files / "out.jsonl")
+
 
 BAD_FILES = {
     "empty": ("", "the file has no"),

@@ -1,5 +1,6 @@
 """`shiftrm score`: score the responses in a file with a reward model."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from shiftrm.cli.checks import output_rows
@@ -14,7 +15,8 @@ EPILOG = """examples:
   shiftrm score --model models/reward --data groups.jsonl --output scored.jsonl
 
 Rows are {"prompt", "response"} (a `reward` is added), {"prompt", "responses"} (a list `rewards`),
-or preference pairs {"prompt"?, "chosen", "rejected"} (`reward_chosen`, `reward_rejected`).
+or preference pairs {"prompt"?, "chosen", "rejected"} (`reward_chosen`, `reward_rejected`). Columns
+of these names that a row already has are replaced, and counted in the last line.
 """
 
 ABOUT = About(
@@ -56,13 +58,19 @@ def run(options: Options) -> None:
         scored = scorer.score_ids(sequences, batch_size=options.batch_size, progress=advance)
     scorer.require_finite(scored, [where for _, where, texts in rows for _ in texts])
     rewards = iter(scored)
+    replaced: Counter[str] = Counter()
     for row, _, texts in rows:
         values = [next(rewards) for _ in texts]
         if "response" in row:
-            row["reward"] = values[0]
+            found = {"reward": values[0]}
         elif "responses" in row:
-            row["rewards"] = values
+            found = {"rewards": values}
         else:
-            row["reward_chosen"], row["reward_rejected"] = values
+            found = dict(zip(("reward_chosen", "reward_rejected"), values, strict=True))
+        replaced.update(name for name in found if row.get(name) is not None)
+        row |= found
     write_jsonl(output, (row for row, _, _ in rows))
     print(f"{len(rows)} rows, {len(sequences)} responses scored: {output}")
+    if replaced:
+        words = ", ".join(f"{name} ({count})" for name, count in replaced.items())
+        print(f"columns that rows already had, replaced: {words}")

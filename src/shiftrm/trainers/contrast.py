@@ -23,7 +23,7 @@ from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT
 from shiftrm.data.pairs import COLUMNS, FINISHED, WEIGHT, read_pairs
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
-from shiftrm.trainers.contrast_rows import Fits, as_groups, contrast_rows, rows_of
+from shiftrm.trainers.contrast_rows import FitsLimit, as_groups, contrast_rows, rows_of
 from shiftrm.trainers.metarm import MetaRMConfig, MetaRMTrainer
 from shiftrm.trainers.pair_batches import PROMPT, ROW, encode_pair, length_filters, table
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
@@ -137,7 +137,7 @@ class ContrastTrainer(RewardTrainer):
         if given is None:  # the training pairs come first
             return found
         count = max(1, round(len(found) * args.contrast_share / (1 - args.contrast_share)))
-        fits = Fits(processing_class, self._limit)
+        fits = FitsLimit(processing_class, self._limit)
         made = contrast_rows(args, *given, count=count, fits=fits)
         encoded = [encode_pair(row, n, processing_class, "contrast") for n, row in enumerate(made)]
         kept, counts = encoded, {}
@@ -206,7 +206,7 @@ class ContrastMetaTrainer(MetaRMTrainer):
         super().__init__(model, args, meta_dataset=meta_dataset, **keywords)
 
     def _groups_to_read(self, meta_dataset: Any) -> list[Row]:
-        fits = Fits(self.processing_class, self._limit)
+        fits = FitsLimit(self.processing_class, self._limit)
         count = self.args.contrast_groups
         return as_groups(contrast_rows(self.args, *self._contrast, count=count, fits=fits))
 

@@ -27,7 +27,7 @@ from shiftrm.models.scoring import Scorer
 if TYPE_CHECKING:
     from shiftrm.trainers.contrast import ContrastSettings
 
-__all__ = ["Fits", "as_groups", "contrast_rows", "rows_of", "scoring"]
+__all__ = ["FitsLimit", "as_groups", "contrast_rows", "rows_of", "scoring"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ NEAR_LIMIT = 64
 """Tokens by which the sum of the tokens of a prompt and of a response may miss those of both."""
 
 
-class Fits:
+class FitsLimit:
     """Whether a response with its prompt is within a limit.
 
     Most are far from it: every prompt and every response is encoded once, and both together only
@@ -75,7 +75,7 @@ class _Source:
     answers: int
     too_long: int
 
-    def too_long_words(self, fits: Fits | None) -> str:
+    def too_long_words(self, fits: FitsLimit | None) -> str:
         if fits is None or not self.too_long:
             return ""
         return (
@@ -91,7 +91,7 @@ def contrast_rows(
     reward: str | Path | None,
     *,
     count: int | None,
-    fits: Fits | None = None,
+    fits: FitsLimit | None = None,
 ) -> list[Row]:
     """Return contrast rows as the settings say, as many of each way and source (give or take one).
 
@@ -133,7 +133,7 @@ def contrast_rows(
 
 
 def _sources(
-    args: "ContrastSettings", pairs: Sequence[Row], groups: Any, fits: Fits | None
+    args: "ContrastSettings", pairs: Sequence[Row], groups: Any, fits: FitsLimit | None
 ) -> list[_Source]:
     """Return what the settings name; say what is too long, and refuse if nothing else is left."""
     given = []
@@ -171,7 +171,7 @@ def _sources(
 
 
 def _usable(
-    sources: Sequence[_Source], kinds: Sequence[str], fits: Fits | None
+    sources: Sequence[_Source], kinds: Sequence[str], fits: FitsLimit | None
 ) -> list[tuple[_Source, str]]:
     """Return the sources with the ways that can make something worse of them.
 

@@ -19,7 +19,7 @@ from shiftrm.models.rewards import score_head
 from shiftrm.models.rope import LengthLimit, length_limit
 from shiftrm.models.scoring import Scorer
 from shiftrm.progress import task
-from shiftrm.trainers.contrast_rows import Fits
+from shiftrm.trainers.contrast_rows import FitsLimit
 from shiftrm.trainers.pair_batches import table
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 
@@ -114,7 +114,7 @@ def _own_pairs(path: str, groups: Sequence[Row], args: Any) -> list[Row]:
     with task("loading the reward model", None):
         scorer = Scorer.from_pretrained(path)
         scorer.model.to(PartialState().device)
-    fits = Fits(scorer.tokenizer, length_limit(scorer.model.config, args.max_length))
+    fits = FitsLimit(scorer.tokenizer, length_limit(scorer.model.config, args.max_length))
     able = [_able(scorer, row, fits, f"groups, row {n}") for n, row in enumerate(groups)]
     reasons = Counter(one for group in able for one in group if isinstance(one, str))
     left_out = _left_out(reasons, fits.limit)
@@ -141,7 +141,7 @@ def _own_pairs(path: str, groups: Sequence[Row], args: Any) -> list[Row]:
 BLANK, LONG = "blank", "long"
 
 
-def _able(scorer: Scorer, group: Row, fits: Fits, where: str) -> list[Response | str]:
+def _able(scorer: Scorer, group: Row, fits: FitsLimit, where: str) -> list[Response | str]:
     """Return each response, or in its place why it is left out."""
     found: list[Response | str] = []
     for response in group_responses(group):
