@@ -189,13 +189,10 @@ def _tried(name: str, settings: dict[str, Any], **policy: Any) -> StudyArm:
 
 
 CANDIDATES: dict[str, StudyArm] = {
-    "contrast.share10": _tried("contrast", _share(0.1)),
     "contrast.share40": _tried("contrast", _share(0.4)),
-    "contrast.share60": _tried("contrast", {"contrast_share": 0.6, "max_steps": 468}),
     "contrast.187": _tried("contrast", {"max_steps": 187}),
     "contrast.187ls": _tried("contrast_log_sigmoid", {"max_steps": 187}),
     "contrast.length187": _tried("contrast", {"contrast_matching": "length", "max_steps": 187}),
-    "contrast.length": _tried("contrast", {"contrast_matching": "length"}),
     "contrast_hard.ls": _tried("contrast_hard", {}, **LOG_SIGMOID),
     "contrast_all.40ls": _tried("contrast_all", _share(0.4), **LOG_SIGMOID),
     "contrast_repeated.ls": _tried(
@@ -245,7 +242,6 @@ CANDIDATES: dict[str, StudyArm] = {
     "contrast_both.ls": _tried("contrast_both", {}, **LOG_SIGMOID),
     "contrast_mean.ls": _tried("contrast_mean", {}, **LOG_SIGMOID),
     "contrast.par": _tried("contrast", {}, reward_shaping="par"),
-    "retrained.375": _tried("retrained", {"max_steps": 375}),
     "metarm_by_effect.1.2": _tried("metarm_by_effect", {"meta_effect": 1.2}),
     "metarm_by_effect.3": _tried("metarm_by_effect", {"meta_effect": 3.0}),
     "metarm_by_effect.layers": _tried("metarm_by_effect", {"meta_per_layer": True}),
@@ -264,7 +260,7 @@ CANDIDATES: dict[str, StudyArm] = {
     "laplace.ls": _tried("laplace", {}, **LOG_SIGMOID),
     "fresh_labels.ls": _tried("fresh_labels", {}, **LOG_SIGMOID),
 }
-"""Settings tried beside those of `ARMS`, on the choosing seeds alone."""
+"""Settings tried on the choosing seeds beside those of `ARMS`."""
 
 CHOSEN: dict[str, tuple[str, str, Kind]] = {
     "laplace_10": ("laplace.10", "Laplace, r - 10 s", Kind.LABEL_FREE),
@@ -290,6 +286,22 @@ ARMS |= {
     name: replace(CANDIDATES[tried], label=label, kind=kind)
     for name, (tried, label, kind) in CHOSEN.items()
 }
+
+
+CLOSER = (
+    ("contrast_75_log_sigmoid", "retrained_750_log_sigmoid"),
+    ("contrast_75_same_steps", "log_sigmoid"),
+    ("contrast_75_log_sigmoid", "log_sigmoid"),
+    ("contrast_log_sigmoid", "log_sigmoid"),
+    ("contrast_75_log_sigmoid", "fresh_labels"),
+    ("contrast_75_log_sigmoid", "active_100"),
+    ("fresh_labels_log_sigmoid", "log_sigmoid"),
+    ("contrast_75_log_sigmoid", "fresh_labels_log_sigmoid"),
+    ("contrast_75_log_sigmoid", "laplace_log_sigmoid"),
+    ("contrast_both_75_log_sigmoid", "retrained_750_log_sigmoid"),
+    ("contrast_both_75_log_sigmoid", "fresh_labels"),
+)
+"""Pairs of arms that differ from each other in less than from `retrained`."""
 
 
 def arms_of(names: Sequence[str]) -> dict[str, StudyArm]:

@@ -1,15 +1,19 @@
 """The reported results by world, KL target and round, and how tables write their numbers."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from .arms import ARMS
 from .plan import START
 from .results import Result
-from .statistics import Paired, at_target, holm, paired, pooled_slope
+from .statistics import Paired, holm, paired, paired_at_equal_kl, pooled_slope
 
 CHOOSING = (100, 101, 102, 103)
 """Seeds on which settings were chosen; none of them is reported in the comparison."""
+
+DIFFER_FROM = {"contrast_rounds": 3}
+"""The first round in which an arm differs from the one that it varies."""
 
 WORLD_NAMES = {"": "", "adverts": "second world, "}
 """How a world is called in headings."""
@@ -23,11 +27,15 @@ class Study:
     def __init__(self, results: Sequence[Result], world: str, *, chosen_on: bool = False) -> None:
         self.world = world
         self.results = [
-            r for r in results if r.world == world and (r.seed in CHOOSING) == chosen_on
+            r
+            for r in results
+            if r.world == world
+            and (r.seed in CHOOSING) == chosen_on
+            and r.round >= DIFFER_FROM.get(r.arm, 0)
         ]
 
     def cell(self, kl: float, number: int) -> "Cell":
-        return Cell([r for r in self.results if r.kl_target == kl and r.round == number], kl)
+        return Cell([r for r in self.results if r.kl_target == kl and r.round == number])
 
     def __iter__(self) -> Iterator[tuple[float, int, "Cell"]]:
         """Yield the cells that have at least two arms, in order of KL and round."""
@@ -43,13 +51,19 @@ class Study:
 class Cell:
     """All arms and seeds at one KL target and round."""
 
-    def __init__(self, results: Sequence[Result], kl: float) -> None:
-        self.results, self.kl = list(results), kl
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.results = list(results)
         present = {r.arm for r in results}
         self.arms = [name for name in ARMS if name in present]
         self.arms += sorted(present - set(self.arms) - {START})
-        points = [(r.arm, r.kl, r.gold) for r in results if r.arm != "gold"]
-        self.slope = pooled_slope(points)
+        self.slope = functools.cache(self._slope)
+        """The slope of gold on KL within arms, without a seed or (None) from all of them."""
+
+    def _slope(self, without: int | None = None) -> float:
+        # Not from gold as the reward, which does not over-optimise, nor from arms whose KL in PPO
+        # is to another policy: theirs is measured once, on the final policy.
+        found = [r for r in self.results if r.arm != "gold" and r.seed != without]
+        return pooled_slope([(r.arm, r.kl, r.gold) for r in found if not _resets(r.arm)])
 
     def values(self, arm: str, measure: Measure) -> dict[int, float]:
         return {r.seed: measure(r) for r in self.results if r.arm == arm}
@@ -57,13 +71,14 @@ class Cell:
     def gold(self, arm: str) -> dict[int, float]:
         return self.values(arm, lambda r: r.gold)
 
-    def adjusted(self, arm: str) -> dict[int, float]:
-        return self.values(arm, lambda r: at_target(r.gold, r.kl, self.kl, self.slope))
+    def kl(self, arm: str) -> dict[int, float]:
+        return self.values(arm, lambda r: r.kl)
 
     def differences(self, arm: str, other: str) -> tuple[Paired, Paired]:
         """Return the difference in gold from another arm, as it is and at equal KL."""
-        raw = paired(self.gold(arm), self.gold(other))
-        return raw, paired(self.adjusted(arm), self.adjusted(other))
+        gold = gaps(self.gold(arm), self.gold(other))
+        kl = gaps(self.kl(arm), self.kl(other))
+        return paired(self.gold(arm), self.gold(other)), paired_at_equal_kl(gold, kl, self.slope)
 
     def from_retrained(self) -> "tuple[Corrected, Corrected]":
         """Return every arm's difference from retraining, as it is and at equal KL.
@@ -75,9 +90,17 @@ class Cell:
         return raw, corrected({arm: one for arm, (_, one) in found.items() if arm != "gold"})
 
     def number(self, arm: str, name: str) -> float:
-        """Return the mean over seeds of a number of the evaluation; NaN if it is not there."""
-        found = [r.numbers[name] for r in self.results if r.arm == arm and name in r.numbers]
-        return sum(found) / len(found) if found else math.nan
+        """Return the mean over seeds of a number of the evaluation; NaN if a seed lacks it."""
+        return mean(r.numbers.get(name, math.nan) for r in self.results if r.arm == arm)
+
+
+def gaps(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
+    """Return the differences by the seeds that both have."""
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
+def _resets(arm: str) -> bool:
+    return arm in ARMS and ARMS[arm].arm.resets_reference
 
 
 Corrected = dict[str, tuple[Paired, float]]
@@ -88,6 +111,11 @@ def corrected(found: Mapping[str, Paired]) -> Corrected:
     """Add Holm's p values to comparisons that are read together."""
     p = holm([one.p for one in found.values()])
     return {arm: (one, value) for (arm, one), value in zip(found.items(), p, strict=True)}
+
+
+def label(arm: str) -> str:
+    """Return an arm's name in tables and pictures."""
+    return ARMS[arm].label if arm in ARMS else arm
 
 
 def capital(text: str) -> str:

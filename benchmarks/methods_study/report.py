@@ -5,30 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from .arms import ARMS, CANDIDATES, Kind
-from .cells import Cell, Study, capital, interval, mean, number_text, p_text, wins
+from .arms import ARMS, CANDIDATES, CLOSER, Kind
+from .cells import Cell, Study, capital, interval, label, mean, number_text, p_text, wins
 from .goal import goal_table
+from .matched import at_same_kl, matched_table
 from .results import SECONDS, Result
 from .sight import sight_table, truth_table
 from .statistics import Paired, paired
 
 AFTERWARDS = {("adverts", "contrast_both_75_log_sigmoid")}
 """World and arm: run only after the other arms of that world had been seen."""
-
-CLOSER = (
-    ("contrast_75_log_sigmoid", "retrained_750_log_sigmoid"),
-    ("contrast_75_same_steps", "log_sigmoid"),
-    ("contrast_75_log_sigmoid", "log_sigmoid"),
-    ("contrast_log_sigmoid", "log_sigmoid"),
-    ("contrast_75_log_sigmoid", "fresh_labels"),
-    ("contrast_75_log_sigmoid", "active_100"),
-    ("fresh_labels_log_sigmoid", "log_sigmoid"),
-    ("contrast_75_log_sigmoid", "fresh_labels_log_sigmoid"),
-    ("contrast_75_log_sigmoid", "laplace_log_sigmoid"),
-    ("contrast_both_75_log_sigmoid", "retrained_750_log_sigmoid"),
-    ("contrast_both_75_log_sigmoid", "fresh_labels"),
-)
-"""Pairs of arms that differ from each other in less than from `retrained`."""
 
 COLOURS = {
     Kind.REFERENCE: "#333333",
@@ -50,7 +36,7 @@ def comparison_table(cell: Cell) -> str:
     for arm in cell.arms:
         own, p = against.get(arm, nothing)
         at_equal, equal_p = equal.get(arm, nothing)
-        reached = mean(cell.values(arm, lambda r: r.kl).values())
+        reached = mean(cell.kl(arm).values())
         found = [f"{mean(cell.gold(arm).values()):.2f}", f"{reached:.1f}", interval(own)]
         lines.append([*found, p_text(p), wins(own), interval(at_equal), p_text(equal_p)])
     head = ["gold", "KL", "minus retrained (95 %)", "Holm p", "wins", "at equal KL", "Holm p"]
@@ -84,13 +70,8 @@ def details_table(cell: Cell) -> str:
 def _arm_rows(cell: Cell, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Return a table with a line for each of the cell's arms."""
     shown = [["arm", *head], ["---"] * (len(head) + 1)]
-    shown += [[_label(arm), *line] for arm, line in zip(cell.arms, lines, strict=True)]
+    shown += [[label(arm), *line] for arm, line in zip(cell.arms, lines, strict=True)]
     return "\n".join("| " + " | ".join(words) + " |" for words in shown)
-
-
-def _label(arm: str) -> str:
-    """Return an arm's name in tables and pictures."""
-    return ARMS[arm].label if arm in ARMS else arm
 
 
 def closer_table(cell: Cell) -> str:
@@ -139,7 +120,7 @@ def picture(studies: Sequence[Study]) -> Figure:
                 axes.plot([one.low, one.high], [place, place], color=colour, linewidth=1.8)
             axes.plot(one.mean, place, "o", color=colour, markersize=5)
         axes.axvline(0.0, color="#333333", linewidth=0.8)
-        axes.set_yticks(range(len(arms)), [_label(arm) for arm in arms], fontsize=8)
+        axes.set_yticks(range(len(arms)), [label(arm) for arm in arms], fontsize=8)
         axes.set_title(title, fontsize=10)
         axes.set_ylim(-0.8, max(len(arms), 1) - 0.2)
         axes.set_xlabel("gold, difference from retrained", fontsize=9)
@@ -164,7 +145,7 @@ def tried_table(study: Study) -> str:
                 about.label if about else arm,
                 str(len(gold)),
                 f"{mean(gold.values()):.2f}",
-                f"{mean(cell.values(arm, lambda r: r.kl).values()):.1f}",
+                f"{mean(cell.kl(arm).values()):.1f}",
                 "" if arm == "retrained" else interval(found),
                 number_text(cell.number(arm, "accuracy_policy_before"), ".3f"),
             ]
@@ -189,7 +170,7 @@ def answer(study: Study) -> str:
             (arm for arm in free if against[arm].n == most), key=lambda arm: against[arm].mean
         )
         fixed = paired(cell.gold(best), cell.gold("fixed"))
-        equal = paired(cell.adjusted(best), cell.adjusted("retrained"))
+        equal = at_same_kl(study, best, "retrained", target=kl, number=number)
         later = (study.world, best) in AFTERWARDS
         sentences.append(
             f"- **{study.title(kl, number)}, {most} seeds**: of the methods without labels, "
@@ -226,16 +207,17 @@ def _others(against: Mapping[str, Paired]) -> str:
 def means_table(cell: Cell, beginning: str, ending: str = "", form: str = ".2f") -> str:
     """Return the means over seeds of all numbers with this beginning and ending, by arm.
 
-    Empty where there is no such number.
+    A mean is left out where a seed lacks the number, such as that of a feature that no response of
+    the seed's policy has. Empty where there is none.
     """
-    names = sorted(
-        {
-            name
-            for r in cell.results
-            for name in r.numbers
-            if name.startswith(beginning) and name.endswith(ending)
-        }
-    )
+    present = sorted({name for r in cell.results for name in r.numbers})
+    names = [
+        name
+        for name in present
+        if name.startswith(beginning)
+        and name.endswith(ending)
+        and not all(math.isnan(cell.number(arm, name)) for arm in cell.arms)
+    ]
     short = [name.removeprefix(beginning).removesuffix(ending).replace("_", " ") for name in names]
     if not names:
         return ""
@@ -243,7 +225,7 @@ def means_table(cell: Cell, beginning: str, ending: str = "", form: str = ".2f")
     for arm in cell.arms:
         values = [number_text(cell.number(arm, name), form) for name in names]
         if any(values):
-            lines.append(f"| {_label(arm)} | " + " | ".join(values) + " |")
+            lines.append(f"| {label(arm)} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 
@@ -261,6 +243,7 @@ def pages(results: Sequence[Result]) -> dict[str, str]:
         + _by_cell(second, details_table)
         + "\n\n"
         + _by_cell(second, lambda cell: means_table(cell, "overpays_"), "what is paid for, "),
+        "matched": matched_table(first),
         "closer": _by_cell(first, closer_table) + "\n\n" + _by_cell(second, closer_table),
         "seeds": _by_cell(first, seeds_table) + "\n\n" + _by_cell(second, seeds_table),
         "tried": tried_table(Study(results, "", chosen_on=True)),

@@ -1,7 +1,7 @@
 """Paired comparisons over seeds: differences, t intervals, Holm's correction. Pure functions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,15 +33,66 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired:
     seeds = sorted(ours.keys() & theirs.keys())
     differences = np.array([ours[seed] - theirs[seed] for seed in seeds])
     n = len(differences)
-    if n == 0:
-        return Paired(math.nan, math.nan, math.nan, math.nan, 0, math.nan, 0)
-    mean, wins, worst = float(differences.mean()), int((differences > 0).sum()), differences.min()
     error = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return _compared(float(differences.mean()) if n else math.nan, error, differences)
+
+
+def paired_at_equal_kl(
+    gold: Mapping[int, float], kl: Mapping[int, float], slope: Callable[[int | None], float]
+) -> Paired:
+    """Compare two arms in gold, moved along the line of gold on KL to the same KL.
+
+    The error is a jackknife's over the seeds (Efron and Stein 1981), which estimates the slope anew
+    without each seed, so that the slope's own error is in the interval.
+
+    Args:
+        gold, kl: differences between the arms, by seed.
+        slope: of gold on KL, estimated without a seed; None: from all.
+    """
+
+    def mean(without: int | None) -> float:
+        found = [gold[seed] - slope(without) * kl[seed] for seed in gold if seed != without]
+        return sum(found) / len(found) if found else math.nan
+
+    differences = [gold[seed] - slope(None) * kl[seed] for seed in gold]
+    return _compared(mean(None), jackknife_error(mean, list(gold)), np.array(differences))
+
+
+def ratio(part: Mapping[int, float], whole: Mapping[int, float]) -> tuple[float, float, float]:
+    """Return the ratio of two means over seeds with its jackknife interval."""
+    seeds = sorted(part.keys() & whole.keys())
+
+    def estimate(without: int | None) -> float:
+        sums = [sum(one[seed] for seed in seeds if seed != without) for one in (part, whole)]
+        return sums[0] / sums[1] if sums[1] > 0 else math.nan
+
+    value = estimate(None)
+    return value, *t_interval(value, jackknife_error(estimate, seeds), len(seeds))
+
+
+def jackknife_error(estimate: Callable[[int | None], float], seeds: Sequence[int]) -> float:
+    """Return the standard error of an estimate that can be made without a seed; NaN of one seed."""
+    n = len(seeds)
+    if n < 2:
+        return math.nan
+    without = np.array([estimate(seed) for seed in seeds])
+    return math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
+
+
+def _compared(mean: float, error: float, differences: np.ndarray) -> Paired:
+    """Return a mean with its t interval, from its standard error and the differences by seed."""
+    n, wins = len(differences), int((differences > 0).sum())
+    worst = float(differences.min()) if n else math.nan
     if not error > 0:  # one seed, or the same arm twice
-        return Paired(mean, math.nan, math.nan, math.nan, wins, float(worst), n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
+        return Paired(mean, math.nan, math.nan, math.nan, wins, worst, n)
     p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    return Paired(mean, mean - half, mean + half, p, wins, float(worst), n)
+    return Paired(mean, *t_interval(mean, error, n), p, wins, worst, n)
+
+
+def t_interval(mean: float, error: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of an estimate from n seeds with this standard error."""
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    return mean - half, mean + half
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -52,11 +103,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(order) - place) * p))
         adjusted[k] = largest
     return adjusted
-
-
-def at_target(gold: float, kl: float, target: float, slope: float) -> float:
-    """Return gold moved along the line of gold on KL to the target KL."""
-    return gold - slope * (kl - target)
 
 
 def pooled_slope(points: Sequence[tuple[str, float, float]]) -> float:

@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 from benchmarks.methods_study.arms import ARMS, CANDIDATES, arms_of
+from benchmarks.methods_study.cells import Study
 from benchmarks.methods_study.plan import START, StudyConfig, plan_study, sort_by_gold
 from benchmarks.methods_study.report import pages, picture, studies
 from benchmarks.methods_study.results import Result, add_results, read_results, results_of
-from benchmarks.methods_study.statistics import at_target, holm, paired, pooled_slope
+from benchmarks.methods_study.statistics import (
+    holm,
+    paired,
+    paired_at_equal_kl,
+    pooled_slope,
+)
 from scipy import stats
 
 from shiftrm.errors import UserError
@@ -56,8 +62,29 @@ def test_holm_by_hand():
 def test_the_slope_is_that_within_arms_whatever_their_level():
     points = [("a", 10.0, 4.0), ("a", 12.0, 3.6), ("b", 10.0, 9.0), ("b", 11.0, 8.8)]
     assert pooled_slope(points) == pytest.approx(-0.2)
-    assert at_target(3.6, 12.0, 10.0, -0.2) == pytest.approx(4.0)
     assert pooled_slope([("a", 1.0, 1.0)]) == 0.0
+
+
+def test_at_equal_kl_a_known_slope_is_the_t_test_of_moved_gold():
+    gold, kl = {0: 1.0, 1: 0.5, 2: 0.9, 3: 0.4}, {0: -2.0, 1: -1.0, 2: -1.5, 3: 0.5}
+    moved = [1.0 - 0.2 * 2.0, 0.5 - 0.2 * 1.0, 0.9 - 0.2 * 1.5, 0.4 + 0.2 * 0.5]
+    found = paired_at_equal_kl(gold, kl, lambda without: -0.2)
+    test = stats.ttest_1samp(moved, 0.0)
+    low, high = test.confidence_interval(0.95)
+    assert (found.mean, found.low, found.high, found.p) == pytest.approx(
+        (0.5, low, high, test.pvalue)
+    )
+    assert (found.wins, found.n) == (4, 4)
+    assert found.worst == pytest.approx(0.3)
+
+
+def test_at_equal_kl_the_error_of_the_slope_is_counted():
+    gold, kl = {0: 1.0, 1: 1.0, 2: 1.0}, {0: -2.0, 1: -2.0, 2: -2.0}
+    slopes = {None: -0.3, 0: -0.25, 1: -0.3, 2: -0.4}
+    found = paired_at_equal_kl(gold, kl, lambda without: slopes[without])
+    # Without a seed .5, .4 and .2, of mean 11/30: sqrt(2/3 of the sum of squares .0466667).
+    half = 4.3026527 * math.sqrt(2 / 3 * 0.14 / 3)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.4, 0.4 - half, 0.4 + half))
 
 
 def test_arms_share_the_first_round_and_start_from_its_policy():
@@ -174,7 +201,7 @@ def test_the_page_compares_arms_by_seed_and_keeps_choosing_seeds_apart():
     results = [_result("retrained", seed, 3.0 + seed) for seed in range(3)]
     results += [_result("contrast", seed, 3.5 + seed + 0.1 * seed) for seed in range(3)]
     results += [_result("fixed", seed, 3.2 + seed) for seed in range(3)]
-    results += [_result("retrained", 100, 1.0), _result("contrast.share10", 100, 9.0)]
+    results += [_result("retrained", 100, 1.0), _result("contrast.share40", 100, 9.0)]
     made = pages(results)
     cells = _cells(made["comparison"], "contrast")
     # Differences .5, .6, .7: mean .6, standard error .1 / sqrt 3, t quantile 4.303.
@@ -193,6 +220,22 @@ def test_the_page_compares_arms_by_seed_and_keeps_choosing_seeds_apart():
     assert "9.00" not in made["seeds"]
     assert "9.00" in made["tried"]
     assert "| contrast | 3.50 | 4.60 | 5.70 |" in made["seeds"]
+
+
+def test_the_slope_leaves_out_gold_and_arms_whose_kl_is_to_another_policy():
+    kls = {0: 11.0, 1: 12.0, 2: 13.0}
+    falling = [_result("retrained", s, 20.0 - kl, kl=kl) for s, kl in kls.items()]
+    rising = [_result(arm, s, 2 * kl, kl=kl) for arm in ("gold", "reference_reset")
+              for s, kl in kls.items()]  # fmt: skip
+    assert Study(falling + rising, "").cell(12.0, 2).slope(None) == pytest.approx(-1.0)
+
+
+def test_contrast_over_rounds_is_shown_from_the_round_in_which_it_differs():
+    results = [_result(arm, s, 3.0 + s, round=number) for number in (2, 3) for s in range(3)
+               for arm in ("retrained", "contrast", "contrast_rounds")]  # fmt: skip
+    second, third = pages(results)["comparison"].split("**KL 12, round 3**")
+    assert "all rounds" not in second
+    assert "| contrast over all rounds' samples |" in third
 
 
 def test_a_combination_is_compared_with_its_shaping_alone():
@@ -255,7 +298,8 @@ def test_the_goal_is_read_clause_by_clause():
     [above] = [row for name, row in said.items() if "nine of ten" in name]
     assert above == ["4 of 4; worst +0.89", "yes |"]
     half = said["KL 12: half of the distance to gold after three rounds"]
-    assert half == ["50 %; 50 % if its gain is taken at equal KL", "yes |"]
+    # Shares .505, .495, .51 and .5: mean .5025, standard error .0032, t quantile 3.18.
+    assert half == ["50 % (49 to 51 %); 50 % (49 to 51 %) from retraining at the same KL", "yes |"]
     assert said["KL 6: half of the distance to gold after three rounds"] == ["not run", " |"]
     low = [replace(r, gold=3.7 + r.seed) if r.arm.startswith("contrast") else r for r in results]
     low = [replace(r, kl=12.0 + 0.5 * r.seed - 0.75) for r in low]
@@ -273,6 +317,38 @@ def test_how_true_made_pairs_are_is_what_gold_says_of_them():
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         "KL 12", "", "", "0.60 (0.50 to 0.70)", "", "3",
     ]  # fmt: skip
+
+
+def test_means_are_of_all_seeds_or_left_out():
+    numbers = [{"overpays_hype": 0.5, "overpays_toxic": 1.0}, {"overpays_hype": 0.75}]
+    results = [_result("retrained", s, 3.0, numbers=n) for s, n in enumerate(numbers)]
+    results += [_result("fixed", s, 3.0, numbers={"overpays_length": 1.0}) for s in range(2)]
+    assert pages(results)["pays"].splitlines()[2:] == [
+        "| arm | hype | length |",
+        "|---|---|---|",
+        "| fixed |  | 1.00 |",
+        "| retrained | 0.62 |  |",
+    ]
+
+
+def test_at_the_same_kl_the_other_arm_is_between_two_of_its_own_runs():
+    def ran(arm: str, target: float, kl: float, golds: tuple[float, ...]) -> list[Result]:
+        return [_result(arm, s, g, kl=kl, kl_target=target) for s, g in enumerate(golds)]
+
+    results = ran("retrained", 6.0, 6.0, (5.0, 5.0, 5.0))
+    results += ran("retrained", 12.0, 12.0, (3.0, 3.5, 2.0))
+    results += ran("contrast", 12.0, 9.0, (4.5, 4.25, 4.0))  # 4, 4.25 and 3.5 at this KL
+    results += ran("par", 12.0, 12.5, (4.0, 4.0, 4.0))  # above retraining's KL
+    results += ran("contrast_75_log_sigmoid", 12.0, 6.0, (6.0, 6.0, 6.5))
+    rows = pages(results)["matched"].splitlines()[2:]
+    # Differences .5, 0, .5: standard error 1/6, t quantile 4.303.
+    half = 4.303 / 6
+    [contrast] = [row for row in rows if "| contrast |" in row]
+    assert f"| retrained | 9.0 | +0.33 ({1 / 3 - half:+.2f}, {1 / 3 + half:+.2f}) |" in contrast
+    assert contrast.endswith("| 2/3 |")
+    [best] = [row for row in rows if "| contrast 75 %" in row]
+    assert "| +1.17 (" in best
+    assert len(rows) == 2
 
 
 def test_the_picture_has_a_panel_per_cell():

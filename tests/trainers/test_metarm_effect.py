@@ -275,6 +275,8 @@ def test_the_random_control_moves_every_layer_as_far(make_trainer, reward_model)
             model, learning_rate=0.0, deploy="adapted", meta_direction=direction, **BY_EFFECT
         )
         trainer.train()
+        [log] = logs_of(trainer, "deploy_rho")
+        assert ("deploy_growth" in log) == (direction == "gradient"), "it is that of another step"
         changes = zip(model.parameters(), reward_model.parameters(), strict=True)
         weights.append([(a - b).detach() for a, b in changes])
     for along, anywhere in zip(*weights, strict=True):

@@ -62,7 +62,7 @@ def run(options: Options) -> None:
     for row, _, texts in rows:
         values = [next(rewards) for _ in texts]
         if "response" in row:
-            found = {"reward": values[0]}
+            found: dict[str, float | list[float]] = {"reward": values[0]}
         elif "responses" in row:
             found = {"rewards": values}
         else:

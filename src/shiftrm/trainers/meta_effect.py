@@ -88,8 +88,9 @@ class MetaEffect(MetaPasses):
         )
         self._last_length = chosen.length
         self._log_meta("meta_rho", chosen.length)
-        self._log_meta("meta_growth", chosen.effect.growth)
-        self._log_meta("meta_loss_rise", chosen.effect.loss_rise)
+        if self.args.meta_direction != "random":  # whose step is only as long as this one
+            self._log_meta("meta_growth", chosen.effect.growth)
+            self._log_meta("meta_loss_rise", chosen.effect.loss_rise)
         self._log_meta("meta_trials", chosen.trials)
         return chosen.length
 

@@ -328,8 +328,7 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
         Under `meta_step="effect"` the loss is measured on the first pairs of the data.
         Logs J of that batch before and after. If grad J is not finite, warns and keeps theta.
         """
-        by_effect = self.args.meta_step == "effect"
-        pairs = self._first_pairs() if by_effect else {}
+        pairs = self._first_pairs() if self.args.meta_step == "effect" else {}
         state = self._begin_step(self.model_wrapped, pairs)
         found = {name: values[0] for name, values in self._metrics["train"].items() if values}
         self._metrics["train"].clear()
@@ -341,7 +340,8 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
         )
         if not state.skipped:
             after = self._objective_only(self.model_wrapped)
-            more = {f"deploy_{name}": found[f"meta_{name}"] for name in EFFECTS if by_effect}
+            effects = {name: found.get(f"meta_{name}") for name in EFFECTS}
+            more = {f"deploy_{name}": value for name, value in effects.items() if value is not None}
             before = found["meta_objective"]
             self.log({"deploy_objective_before": before, "deploy_objective_after": after, **more})
 
