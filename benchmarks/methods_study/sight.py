@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+from scipy.stats import spearmanr
+
 from shiftrm.measure.sight import Prediction, predicts
 from shiftrm.records import Record
 
-from .cells import WORLD_NAMES, Study, capital, mean
+from .cells import WORLD_NAMES, Study, capital, interval, mean
 from .plan import START
+from .results import Result
+from .statistics import Paired, paired
 
 SHARING = {
     **dict.fromkeys(("log_sigmoid", "par", "clip", "reference_reset"), "retrained"),
@@ -19,6 +23,9 @@ SHARING = {
 }
 """Arms whose reward model is another arm's in the second round: they differ in PPO alone."""
 
+FEW = 10
+"""Reward models of one policy that a rank correlation is computed from, at least."""
+
 FIRST_ADAPTED = 2
 """The first round with adapted reward models; all arms share the first."""
 
@@ -28,7 +35,7 @@ def sight_table(study: Study) -> str:
 
     Every reward model (seed, arm, round, KL target) is one point; intervals resample seeds. Arms
     that share a reward model count once. The second rows leave out arms that were trained on pairs
-    like those of the tests.
+    like those of the tests. The last column compares only reward models of the same policy.
     """
     made = {(r.seed, r.kl_target, r.arm) for r in study.results if r.round == FIRST_ADAPTED}
     alone = [
@@ -39,8 +46,8 @@ def sight_table(study: Study) -> str:
     ]
     lines = [
         "| sight test | reward models | accuracy on policy pairs | rank correlation with gold "
-        "| models | seeds |",
-        "|---|---|---|---|---|---|",
+        "| models | seeds | accuracy, of the same policy |",
+        "|---|---|---|---|---|---|---|",
     ]
     for label, results in (
         ("all", alone),
@@ -55,8 +62,27 @@ def sight_table(study: Study) -> str:
         ranks = {p.kind: p for p in predicts(records, when="before", target="rank_policy")}
         for one in predicts(records, when="before"):
             cells = [one.kind, label, _rho(one), _rho(ranks[one.kind]), str(one.n), str(one.seeds)]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append("| " + " | ".join([*cells, interval(_within(results, one.kind))]) + " |")
     return "\n".join(lines)
+
+
+def _within(results: Sequence[Result], kind: str) -> Paired:
+    """Return the mean over seeds of the rank correlation among reward models of one policy.
+
+    Policies with fewer than `FEW` reward models are left out.
+    """
+    sight, accuracy = f"sight_{kind}_before", "accuracy_policy_before"
+    points: dict[tuple[int, float], list[tuple[float, float]]] = {}
+    for r in results:  # in later rounds every arm has a policy of its own
+        if r.round == FIRST_ADAPTED and {sight, accuracy} <= r.numbers.keys():
+            found = points.setdefault((r.seed, r.kl_target), [])
+            found.append((r.numbers[sight], r.numbers[accuracy]))
+    rhos: dict[int, list[float]] = {}
+    for (seed, _), found in points.items():
+        if len(found) >= FEW:
+            rhos.setdefault(seed, []).append(spearmanr(found).statistic)
+    means = {seed: mean(values) for seed, values in rhos.items()}
+    return paired(means, dict.fromkeys(means, 0.0))
 
 
 def truth_table(studies: Sequence[Study]) -> str:

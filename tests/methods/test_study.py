@@ -271,12 +271,30 @@ def test_sight_tests_are_ranked_against_accuracy():
     ]
     [row] = pages(results)["sight"].splitlines()[2:3]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "cut", "all", "+1.00 (+1.00, +1.00)", "-1.00 (-1.00, -1.00)", "8", "4",
+        "cut", "all", "+1.00 (+1.00, +1.00)", "-1.00 (-1.00, -1.00)", "8", "4", "",
     ]  # fmt: skip
     assert "not trained on such pairs" not in pages(results)["sight"]  # contrast is
     others = [replace(r, arm=arm) for arm in ("retrained", "par") for r in results]
     rows = pages(results + others)["sight"].splitlines()[2:4]
     assert [row.split("|")[5].strip() for row in rows] == ["16", "8"]  # par shares retrained's
+
+
+def test_reward_models_of_the_same_policy_are_ranked_apart():
+    """Ten of each policy, in the order of labels but for the last two; policies differ more."""
+    results = [
+        _result(
+            f"arm_{place}", seed, 4.0,
+            numbers={"accuracy_policy_before": -100.0 * seed + (19 - place if place > 7 else place),
+                     "sight_cut_before": 100.0 * seed + place, "rank_policy_before": 0.0},
+        )
+        for seed in range(3)
+        for place in range(10)
+    ]  # fmt: skip
+    [row] = pages(results)["sight"].splitlines()[2:3]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[2].startswith("-")  # over all
+    # Places 8 and 9 are swapped by 10 and 11: 1 - 6 * 2 / (10 * 99).
+    assert cells[6] == "+0.99"
 
 
 def test_the_goal_is_read_clause_by_clause():
