@@ -36,7 +36,7 @@ COUNTED = "counted"
 
 
 def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
-    """Return a table of the columns that training reads.
+    """Return a table of the columns that training reads; null where a row has no such column.
 
     Where some answers to chats are messages and others text, as in pairs beside answers that a
     policy sampled, all become messages: a column of a table holds one of them.
@@ -47,7 +47,8 @@ def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
     Raises:
         UserError: rows whose columns have several types.
     """
-    kept = [{c: encodable(row[c]) for c in columns if c in row} for row in rows]
+    given = [c for c in columns if any(row.get(c) is not None for row in rows)]
+    kept = [{c: encodable(row.get(c)) for c in given} for row in rows]
     if len({type(row.get(side)) for row in kept for side in SIDES}) > 1:
         kept = [_answers_as_messages(row) for row in kept]
     try:
@@ -72,7 +73,7 @@ def encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> d
                 tokenizer,
                 row.get("prompt"),
                 row[side],
-                finished=row.get(f"{side}_finished", True),
+                finished=row.get(f"{side}_finished") is not False,
                 template_options=template_options(row),
             )
             for side in SIDES
