@@ -23,6 +23,7 @@ from shiftrm.models.rendering import Text, encode, encode_prompt
 from shiftrm.models.responses import Response
 from shiftrm.models.rope import LengthLimit
 from shiftrm.models.scoring import Scorer
+from shiftrm.trainers.pair_batches import without_added_nulls
 
 if TYPE_CHECKING:
     from shiftrm.trainers.contrast import ContrastSettings
@@ -224,5 +225,6 @@ def scoring(reward: str | Path) -> Score:
 
 
 def rows_of(source: Any, read: Any) -> list[Row]:
-    """Return rows that are given as such or as the name of a file or hub data set."""
-    return list(read(source) if isinstance(source, str | Path) else source)
+    """Return rows that are given as such, as a data set, or as the name of one."""
+    given = read(source) if isinstance(source, str | Path) else without_added_nulls(source)
+    return list(given)

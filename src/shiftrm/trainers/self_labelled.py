@@ -20,7 +20,7 @@ from shiftrm.models.rope import LengthLimit, length_limit
 from shiftrm.models.scoring import Scorer
 from shiftrm.progress import task
 from shiftrm.trainers.contrast_rows import FitsLimit
-from shiftrm.trainers.pair_batches import table
+from shiftrm.trainers.pair_batches import table, without_added_nulls
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 
 __all__ = ["SelfLabelledConfig", "SelfLabelledTrainer", "best_and_worst"]
@@ -96,7 +96,7 @@ class SelfLabelledTrainer(RewardTrainer):
             raise UserError("self_labelled: give the reward model as a folder or hub name")
         if keywords.get("peft_config") is not None:
             raise UserError("self_labelled trains the score head alone; leave out use_peft")
-        groups = list(meta_dataset)
+        groups = list(without_added_nulls(meta_dataset))
         pairs = _own_pairs(model, groups, args)
         keywords["train_dataset"] = table("pairs that the model labelled", pairs, COLUMNS)
         super().__init__(model, args, **keywords)
