@@ -20,17 +20,8 @@ from shiftrm.trainers.contrast_rows import rows_of
 from shiftrm.trainers.ocrm import OCRMConfig, OCRMTrainer
 from shiftrm.trainers.pair_batches import ROW, PairCollator, encode_pair, table
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer, read_dataset
-from tests.byte_level import byte_level
+from tests.byte_level import OPTIONS_TEMPLATE, byte_level
 from tests.conftest import llama_config
-
-OPTIONS_TEMPLATE = (
-    "{% if tools %}<|im_start|>tools {{ tools|tojson }}<|im_end|>{% endif %}"
-    "{% if style is defined %}<|im_start|>style {{ style|tojson }}<|im_end|>{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.tool_calls %}{{ m.tool_calls|tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""It writes every option and every tool call that it is given, as JSON."""
 
 USER = [{"role": "user", "content": "q"}]
 

@@ -150,7 +150,8 @@ def _prompt_length(tokenizer: Any, texts: Sequence[Response], sequences: Sequenc
     if isinstance(prompt, str) and conversational:
         prompt = [{"role": "user", "content": prompt}]
     # Tokens may merge across the boundary, so count only the common prefix.
-    return _shared([encode_prompt(tokenizer, prompt), *sequences])
+    options = dict(texts[0].template_options)
+    return _shared([encode_prompt(tokenizer, prompt, template_options=options), *sequences])
 
 
 def prompt_key(row: Row) -> str:
