@@ -210,6 +210,7 @@ class _Rewarded(_Guarded):
             rewarders.append(TextReward(watch_fn, tokenizer, args.chat_template_kwargs or {}))
             rewarders[1].__name__ = GOLD_WORLD
             args.reward_weights = [1.0, 0.0]
+        rest |= {key: without_added_nulls(rest[key]) for key in rest if key.endswith("_dataset")}
         with _without_reference(args):
             super().__init__(  # type: ignore[call-arg]
                 model, rewarders, args, processing_class=tokenizer, **rest
