@@ -19,6 +19,14 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+OPTIONS_TEMPLATE = (
+    "{% if tools %}<|im_start|>tools {{ tools|tojson }}<|im_end|>{% endif %}"
+    "{% if style is defined %}<|im_start|>style {{ style|tojson }}<|im_end|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}{{ m.tool_calls|tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""It writes every option and every tool call that it is given, as JSON."""
 MARKUP = re.compile(r"<[|\uff5c/]?[\w\u2581]+[|\uff5c]?>|\[gMASK\]")  # DeepSeek writes U+FF5C
 
 

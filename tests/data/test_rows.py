@@ -46,7 +46,7 @@ BAD_PAIRS = [
         "column 'chosen' is a list of messages, but text at .*f:1",
     ),
     ({"margin": 1}, "column 'margin' is given, but missing at .*f:1"),
-    ({"margin": None}, ".*'margin' is None"),
+    ({"margin": None}, "column 'margin' is given, but missing at .*f:1"),
     ({"margin": float("nan")}, ".*'margin' is nan"),
     ({"chosen_finished": "no"}, "column 'chosen_finished' is 'no'; expected true or false"),
 ]
@@ -92,6 +92,7 @@ def test_good_rows_are_left_as_they_are():
     for row in (
         {"chosen": CHAT, "rejected": TOOL_CALL, "margin": 1},
         {"prompt": [], "chosen": "a", "rejected": "b", "chosen_finished": False},
+        {"chosen": "a", "rejected": "b", "margin": None, "weight": None, "chosen_finished": None},
     ):
         assert check_pair(row, "here") is row
     group = {"prompt": CHAT, "responses": ["", "b", CHAT], "finished": [True, False, True]}

@@ -19,7 +19,8 @@ from shiftrm.policies.configs import DPOConfig, GRPOConfig, RLOOConfig
 from shiftrm.policies.outcome import AdapterOff
 from shiftrm.policies.ppo_math import policy_logprobs
 from shiftrm.policies.trl_trainers import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
-from tests.byte_level import CHATML, byte_level
+from shiftrm.trainers.pair_batches import table
+from tests.byte_level import CHATML, OPTIONS_TEMPLATE, byte_level
 from tests.conftest import TEMPLATE, WORDS, llama_config
 
 FAST = {"learning_rate": 0.01, "max_steps": 3}
@@ -146,7 +147,7 @@ def rewarded(kind, arguments, tokenizer, reward_fn, *, reference, policy=None, *
         arguments(config, **{**RLOO_SETTINGS, **options}),
         reward_fn=reward_fn,
         tokenizer=tokenizer,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=table("prompts", [{"prompt": prompt} for prompt in prompts], ("prompt",)),
         **rest,
     )
 
@@ -195,6 +196,27 @@ def test_the_tokens_that_were_drawn_are_scored(kind, chat, arguments):
     for ids in scored:
         assert any(ids[: len(opening)] == opening for opening in openings)
         assert any(unpadded(row, pad) == ids for row in drawn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_read_as_they_are(kind, arguments):
+    """Tool calls of other prompts have other arguments, which Arrow adds as null."""
+    tok = byte_level(OPTIONS_TEMPLATE)
+    calls = [{"function": {"name": "f", "arguments": {name: 1}}} for name in "ab"]
+    ask = {"role": "user", "content": "hi"}
+    prompts = [[ask, {"role": "assistant", "tool_calls": [call]}, ask] for call in calls]
+    openings = {tuple(encode_prompt(tok, prompt)) for prompt in prompts}
+    given = table("f", [{"prompt": prompt} for prompt in prompts], ("prompt",))
+    for data in (given, Dataset.from_dict({"prompt": prompts})):
+        size = llama_config(len(tok), max_position_embeddings=512)
+        trainer, config = KINDS[kind]
+        found = trainer(
+            LlamaForCausalLM(size), None, arguments(config, **RLOO_SETTINGS), tokenizer=tok,
+            reward_fn=lambda prompts, texts, finished: [0.0] * len(texts), train_dataset=data,
+        )  # fmt: skip
+        rows = list(found.get_train_dataloader().dataset)
+        ids, _, _ = found._tokenize_prompts([row["prompt"] for row in rows])
+        assert {tuple(one) for one in ids} == openings
 
 
 def unpadded(row, pad):

@@ -234,6 +234,17 @@ def test_bsrs_evaluation_is_that_of_bradley_terry(reward_model, pairs, options, 
 # -- grm -----------------------------------------------------------------------------------------
 
 
+def test_grm_names_the_row_of_the_data_set(policies, tokenizer, options):
+    """Rows before it that are too long are dropped, and counted."""
+    long = {**OCRM_ROWS[0], "chosen": " cat" * 40}
+    rows = [long, OCRM_ROWS[0], long, {**OCRM_ROWS[1], "prompt": None}]
+    args = GRMConfig(**options, max_length=20)
+    with pytest.raises(UserError, match="train data, row 3: has no prompt"):
+        GRMTrainer(
+            policies[0], args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_grm_against_plain_transformers(tmp_path, options, tokenizer, tied):
     torch.manual_seed(3)

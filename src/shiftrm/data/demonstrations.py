@@ -8,12 +8,14 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import check_template_options, check_text, is_conversational
 
-COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs")
+COLUMNS = ("prompt", "completion", "messages", "finished", "tools", "chat_template_kwargs")
 """The columns that training reads."""
 
 
 def read_demonstrations(path: str | Path) -> list[Row]:
     """Read rows `{"prompt", "completion"}`, text or messages each, or `{"messages"}`.
+
+    A row may also hold `finished`, false where a length limit cut the last answer off.
 
     Args:
         path: any source that `sources.iterate_rows` reads.
@@ -35,6 +37,10 @@ def read_demonstrations(path: str | Path) -> list[Row]:
 def check_demonstration(row: Row, where: str) -> None:
     """Raise `UserError` for a row without anything to learn."""
     check_template_options(row, where)
+    if not isinstance(row.get("finished"), bool | None):
+        raise UserError(
+            f"{where}: column 'finished' is {row['finished']!r:.40}; expected true or false"
+        )
     if row.get("messages") is not None:
         messages = row["messages"]
         if not is_conversational(messages):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from shiftrm.data.edits import words_of
 from shiftrm.data.replies import Answer, reply
 from shiftrm.errors import UserError, suggest
+from shiftrm.models.responses import Response
+from shiftrm.models.scoring import TokenReward, rewards_of
 
 MATCHINGS = ("random", "length", "style", "hard")
 CANDIDATES = 16
@@ -14,8 +16,9 @@ CANDIDATES = 16
 
 NEAR = 1.5
 
-Score = Callable[..., Sequence[float]]
-"""`score(prompts, responses, finished=finished)` returns a reward each, as a `Scorer` does."""
+Score = Callable[..., Sequence[float]] | TokenReward
+"""`score(prompts, responses, finished=finished)` or `score.score(responses)` returns a reward each,
+as a `Scorer` does; only the latter knows of options of the chat template."""
 
 Drawn = tuple[Answer, list[Answer]]
 """A response, and worse ones under its prompt."""
@@ -106,15 +109,18 @@ def _style_gap(styles: dict[str, tuple[float, ...]]) -> Gap:
 def _best_liked(drawn: Sequence[Drawn], score: Score) -> list[Answer]:
     """Return the candidate of highest reward under each prompt; each text is scored once."""
     asked: dict[str, Answer] = {}
-    names = [[repr((a.key, o.text, o.finished)) for o in others] for a, others in drawn]
+    names = [
+        [repr((a.key, a.template_options, o.text, o.finished)) for o in others]
+        for a, others in drawn
+    ]
     for (answer, others), keys in zip(drawn, names, strict=True):
         for other, key in zip(others, keys, strict=True):
-            asked.setdefault(key, other._replace(prompt=answer.prompt))
-    rewards = score(
-        [one.prompt for one in asked.values()],
-        [one.text for one in asked.values()],
-        finished=[one.finished for one in asked.values()],
-    )
+            asked.setdefault(key, other.under(answer))
+    responses = [
+        Response(one.prompt, one.text, one.finished, template_options=one.template_options)
+        for one in asked.values()
+    ]
+    rewards = rewards_of(score, responses)
     found = dict(zip(asked, rewards, strict=True))
     return [
         others[max(range(len(keys)), key=lambda at, keys=keys: found[keys[at]])]  # type: ignore[misc]

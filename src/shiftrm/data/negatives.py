@@ -33,7 +33,7 @@ from shiftrm.data.matching import (
 from shiftrm.data.replies import Answer, answers_of, has_prompt, normal_spaces, reply, with_reply
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.rendering import Text
+from shiftrm.models.rendering import Text, option_columns
 from shiftrm.registry import Registry
 
 __all__ = [
@@ -107,13 +107,13 @@ def negative_pairs(
             draws one. Where responses to other prompts are matched by length or style, each of the
             two is preferred under its own prompt once: a reward that does not look at the prompt
             is right in one half of the pairs, whatever the lengths.
-        score: for hard: `score(prompts, responses, finished=...)` returns rewards. Up to
-            `CANDIDATES * count` responses are scored.
+        score: for hard: see `matching.Score`. Up to `CANDIDATES * count` responses are scored.
         fits: responses for which it is false are neither taken nor made; by default all fit.
 
     Returns:
-        Preference rows with `prompt`, `chosen`, `rejected`, `chosen_finished` and
-        `rejected_finished`. The two sides always differ.
+        Preference rows with `prompt`, `chosen`, `rejected`, `chosen_finished`,
+        `rejected_finished`, and the prompt's columns for the chat template. The two sides always
+        differ.
 
     Raises:
         UserError: an unknown kind or matching, hard without `score`, or no answer that this kind
@@ -237,7 +237,7 @@ def _is_two_way(kind: str, matching: str) -> bool:
 
 def _exchanged(answer: Answer, worse: Answer) -> tuple[Answer, Answer]:
     """Each of the two under the other one's prompt."""
-    return worse._replace(prompt=answer.prompt), answer._replace(prompt=worse.prompt)
+    return worse.under(answer), answer.under(worse)
 
 
 def _both_ways(one: Answer, other: Answer) -> tuple[Row, Row]:
@@ -251,6 +251,7 @@ def _pair(answer: Answer, worse: Answer) -> Row:
         "rejected": worse.text,
         "chosen_finished": answer.finished,
         "rejected_finished": worse.finished,
+        **option_columns(answer.template_options),
     }
 
 

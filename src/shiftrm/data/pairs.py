@@ -73,10 +73,10 @@ def check_pair(row: Row, where: str) -> Row:
         raise UserError(
             f"{where}: chosen and rejected are equal, so there is no preference; remove the row"
         )
-    check_margin(row.get("margin", 0.0), where)
+    check_margin(row.get("margin"), where)
     check_weight(row.get(WEIGHT), where)
     for column in FINISHED:
-        if not isinstance(row.get(column, True), bool):
+        if not isinstance(row.get(column), bool | None):
             raise UserError(
                 f"{where}: column {column!r} is {row[column]!r}; expected true or false on every "
                 "row"
@@ -85,7 +85,9 @@ def check_pair(row: Row, where: str) -> Row:
 
 
 def check_margin(margin: Any, where: str) -> float:
-    """Return the margin; raise `UserError` if it is not a number or too large for fp32."""
+    """Return the margin, 0 for None; raise `UserError` if it is no number or too large for fp32."""
+    if margin is None:
+        return 0.0
     expected = f"a number of at most {LARGEST_MARGIN:g} in size"
     return _check_number(margin, f"{where}: column 'margin'", -LARGEST_MARGIN, expected)
 

@@ -1,7 +1,7 @@
 """The answers in groups of responses: each with its prompt, and the text that can be changed."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from shiftrm.data.loaded import no_text
 from shiftrm.data.prompt_keys import prompt_key
@@ -20,12 +20,18 @@ class Answer(NamedTuple):
     Attributes:
         key: the prompt, equal for equal prompts (`prompt_keys.prompt_key`).
         prompt, text, finished: as in a group.
+        template_options: of the prompt, see `rendering.encode`.
     """
 
     key: str
     prompt: Text
     text: Text
     finished: bool
+    template_options: Mapping[str, Any] = {}
+
+    def under(self, other: "Answer") -> "Answer":
+        """Return this answer under another one's prompt, with that prompt's template options."""
+        return self._replace(prompt=other.prompt, template_options=other.template_options)
 
 
 def has_prompt(row: Row) -> bool:
@@ -36,7 +42,13 @@ def has_prompt(row: Row) -> bool:
 def answers_of(groups: Sequence[Row]) -> list[Answer]:
     """Return every response that has a prompt of its own and is not blank, in order."""
     found = [
-        Answer(prompt_key(row["prompt"]), row["prompt"], response.text, response.finished)
+        Answer(
+            prompt_key(row["prompt"]),
+            row["prompt"],
+            response.text,
+            response.finished,
+            response.template_options,
+        )
         for row in groups
         if has_prompt(row)
         for response in group_responses(row)

@@ -297,7 +297,7 @@ def _iterate_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in _plain_rows(batch, path, number):
                 number += 1
-                yield f"{path}: row {number}", _without_nulls(row)
+                yield f"{path}: row {number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: not a whole Parquet file after row {number} ({first_line(error)})"
@@ -342,7 +342,7 @@ def _iterate_datasets(
             return
         except (ValueError, OverflowError) as error:
             raise _unreadable(where, error) from None
-        yield where, _without_nulls(row)
+        yield where, without_nulls(row)
 
 
 def _load(name: str, config: str | None, split: str, parts: dict[str, str]) -> Any:
@@ -395,12 +395,12 @@ def _quiet(logging: Any) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Return a row in JSON types, without the nulls that a columnar format adds."""
     if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_without_nulls(v) for v in value]
+        return [without_nulls(v) for v in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
     return str(value)  # dates, decimals, bytes in the user's own columns

@@ -119,7 +119,8 @@ def _pairs(groups: Sequence[Row], kind: str, count: int, seed: int) -> list[tupl
 
 
 def _key(response: Response) -> str:
-    return json.dumps([response.prompt, response.text, response.finished], sort_keys=True)
+    content = [response.prompt, response.text, response.finished, response.template_options]
+    return json.dumps(content, sort_keys=True)
 
 
 def _rewards(

@@ -14,7 +14,7 @@ can hold but tokenizers reject, is read as "?".
 import datetime
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -42,6 +42,7 @@ __all__ = [
     "encode_prompt",
     "end_at_closing",
     "is_conversational",
+    "option_columns",
     "pin_template",
     "stop_token_ids",
     "template_options",
@@ -132,10 +133,16 @@ def check_template_options(row: dict[str, Any], where: str) -> None:
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
     """Return the chat template's options from the columns `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")
-    return {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(row.get("chat_template_kwargs") or {}),
-    }
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return ({} if tools is None else {"tools": tools}) | (row.get("chat_template_kwargs") or {})
+
+
+def option_columns(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns from which `template_options` reads these options; none for none."""
+    others = dict(options)
+    tools = others.pop("tools", None)
+    columns = {} if tools is None else {"tools": tools}
+    return columns | ({"chat_template_kwargs": others} if others else {})
 
 
 def encode(

@@ -14,7 +14,15 @@ from weakref import WeakKeyDictionary
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row, require_columns
-from shiftrm.models.rendering import Text, check_text, decode_response, encode, encode_prompt
+from shiftrm.models.rendering import (
+    Text,
+    check_template_options,
+    check_text,
+    decode_response,
+    encode,
+    encode_prompt,
+    template_options,
+)
 
 PROMPT_IDS, IDS, TOKENIZER = "prompt_ids", "response_ids", "tokenizer"
 """The columns of tokens: of the prompt, of each response, and the tokenizer's name."""
@@ -114,8 +122,9 @@ def group_responses(row: Row) -> list[Response]:
     responses = row["responses"]
     flags = row.get("finished") or [True] * len(responses)
     ids = row.get(IDS) or [None] * len(responses)
+    options = template_options(row)
     return [
-        Response(row.get("prompt"), text, done, tokens, row.get(TOKENIZER))
+        Response(row.get("prompt"), text, done, tokens, row.get(TOKENIZER), options)
         for text, done, tokens in zip(responses, flags, ids, strict=True)
     ]
 
@@ -123,6 +132,7 @@ def group_responses(row: Row) -> list[Response]:
 def check_group(row: Row, where: str, *, least: int = 2) -> Row:
     """Check that a group's columns match and it has `least` responses; return the row unchanged."""
     require_columns(row, ("prompt", "responses"), where)
+    check_template_options(row, where)
     check_prompt(row, where)
     responses = check_responses(row, where)
     if len(responses) < least:

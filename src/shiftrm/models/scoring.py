@@ -20,7 +20,7 @@ from shiftrm.models.loading import (
     to_accelerator,
 )
 from shiftrm.models.probes import require_own_reward
-from shiftrm.models.rendering import Text, check_text
+from shiftrm.models.rendering import Text, check_template_options, check_text, template_options
 from shiftrm.models.responses import (
     Response,
     check_prompt,
@@ -36,13 +36,16 @@ def row_responses(row: Row, where: str) -> list[Response]:
     """Return a row's responses: `response`, `responses`, or `chosen` and `rejected`.
 
     Raises:
-        UserError: the row has none of them, or a response is not text.
+        UserError: the row has none of them, a response is not text, or the columns for the chat
+            template are none.
     """
     check_prompt(row, where)
-    prompt = row.get("prompt")
+    check_template_options(row, where)
+    prompt, options = row.get("prompt"), template_options(row)
     if "response" in row:
         check_text(row["response"], f"{where}: column 'response'")
-        return [Response(prompt, row["response"], _flag(row, "finished", where))]
+        done = _flag(row, "finished", where)
+        return [Response(prompt, row["response"], done, template_options=options)]
     if "responses" in row:
         if not check_responses(row, where):
             raise UserError(f"{where}: column 'responses' is an empty list; remove the row")
@@ -51,7 +54,9 @@ def row_responses(row: Row, where: str) -> list[Response]:
         for side in ("chosen", "rejected"):
             check_text(row[side], f"{where}: column {side!r}")
         return [
-            Response(prompt, row[side], _flag(row, f"{side}_finished", where))
+            Response(
+                prompt, row[side], _flag(row, f"{side}_finished", where), template_options=options
+            )
             for side in ("chosen", "rejected")
         ]
     raise UserError(
@@ -286,7 +291,7 @@ class TokenReward(Protocol):
 
 
 def rewards_of(
-    reward_fn: Callable[..., Sequence[float]], responses: Sequence[Response]
+    reward_fn: Callable[..., Sequence[float]] | TokenReward, responses: Sequence[Response]
 ) -> list[float]:
     """Return rewards of responses, from their tokens for a `TokenReward`, else from their text.
 

@@ -21,15 +21,22 @@ def encode_demonstration(row: dict[str, Any], tokenizer: Any) -> dict[str, list[
 
     Args:
         row: as read by `data.demonstrations`. The loss is on the completion, or on every answer of
-            the assistant, its closing token included.
+            the assistant, its closing token included. If `finished` is false, the last answer was
+            cut off and is not closed.
     """
-    options = template_options(row)
+    options, finished = template_options(row), row.get("finished") is not False
     messages = row.get("messages")
     if messages is None:
-        ids = encode(tokenizer, row["prompt"], row["completion"], template_options=options)
+        ids = encode(
+            tokenizer,
+            row["prompt"],
+            row["completion"],
+            finished=finished,
+            template_options=options,
+        )
         start = _common(_prompt_ids(tokenizer, row["prompt"], options), ids)
         return {"input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)}
-    ids = encode(tokenizer, None, messages, template_options=options)
+    ids = encode(tokenizer, None, messages, finished=finished, template_options=options)
     mask = [0] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -78,7 +85,7 @@ def encode_preference(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int
             tokenizer,
             row["prompt"],
             row[side],
-            finished=row.get(f"{side}_finished", True),
+            finished=row.get(f"{side}_finished") is not False,
             template_options=options,
         )
         for side in ("chosen", "rejected")

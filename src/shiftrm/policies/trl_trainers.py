@@ -29,6 +29,7 @@ from shiftrm.policies.ppo_rows import LOGITS_AT_ONCE, Rows
 from shiftrm.policies.text_rewards import GOLD_WORLD, TextReward
 from shiftrm.policies.tokens import drop, encode_demonstration, encode_preference
 from shiftrm.trainers.first_batch import switch_off_dropout
+from shiftrm.trainers.pair_batches import without_added_nulls
 
 __all__ = ["KL_ROWS", "DPOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer"]
 
@@ -140,6 +141,7 @@ class _Rows:
         filters: dict[str, Any] = {}
         if most is not None:
             filters[limit.reason] = lambda row: length(row) <= most
+        dataset = without_added_nulls(dataset)
         with PartialState().main_process_first():
             dataset = dataset.map(
                 _encode_row,
@@ -148,7 +150,7 @@ class _Rows:
                 remove_columns=dataset.column_names,
                 num_proc=args.dataset_num_proc,
                 desc=f"Tokenising {self.name}",
-            )
+            ).with_format(None)  # what read the rows' columns has nothing left to read
             filters |= dict([self.keep])
             return drop(dataset, self.name, filters, advice=limit.advice)
 
@@ -208,6 +210,7 @@ class _Rewarded(_Guarded):
             rewarders.append(TextReward(watch_fn, tokenizer, args.chat_template_kwargs or {}))
             rewarders[1].__name__ = GOLD_WORLD
             args.reward_weights = [1.0, 0.0]
+        rest |= {key: without_added_nulls(rest[key]) for key in rest if key.endswith("_dataset")}
         with _without_reference(args):
             super().__init__(  # type: ignore[call-arg]
                 model, rewarders, args, processing_class=tokenizer, **rest

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from shiftrm.errors import UserError, printable, shortened
+from shiftrm.models.rendering import option_columns
 
 if TYPE_CHECKING:
     from shiftrm.models.responses import Response
@@ -232,10 +233,7 @@ def _row(response: "Response") -> dict[str, Any]:
     }
     if response.ids:
         row |= {"response_ids": [list(response.ids)], "tokenizer": response.tokenizer}
-    options = {k: v for k, v in response.template_options.items() if v is not None}
-    if "tools" in options:
-        row["tools"] = options.pop("tools")
-    return row | ({"chat_template_kwargs": options} if options else {})
+    return row | option_columns(response.template_options)
 
 
 LISTS = ("responses", "finished", "response_ids")

@@ -13,7 +13,7 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from shiftrm.errors import UserError, shortened, suggest
@@ -118,15 +118,12 @@ def _row_sequences(row: Any, served: ServedModel, where: str) -> list[Ids]:
             )
         return _row_of_ids(row, served, where)
     _check_names(row, TEXT_COLUMNS, where)
-    check_template_options(row, where)
-    options = template_options(row)
     given = row.get("responses")
     for number, text in enumerate(given if isinstance(given, list) else ()):
         check_text(text, f"{where}: response {number}")
-    responses = [replace(r, template_options=options) for r in row_responses(row, where)]
     return [
         served.response_ids(response, name=f"{where}, response {number}")
-        for number, response in enumerate(responses)
+        for number, response in enumerate(row_responses(row, where))
     ]
 
 

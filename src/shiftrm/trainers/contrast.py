@@ -20,7 +20,7 @@ from datasets import Dataset, concatenate_datasets
 
 from shiftrm.data.matching import check_matching
 from shiftrm.data.negatives import NEGATIVES, OTHER_PROMPT
-from shiftrm.data.pairs import COLUMNS, FINISHED, WEIGHT, read_pairs
+from shiftrm.data.pairs import COLUMNS, WEIGHT, read_pairs
 from shiftrm.errors import UserError, suggest
 from shiftrm.files import Row
 from shiftrm.trainers.contrast_rows import FitsLimit, as_groups, contrast_rows, rows_of
@@ -125,8 +125,7 @@ class ContrastTrainer(RewardTrainer):
         if any(pair.get("prompt") is None for pair in pairs):
             raise UserError("contrast needs pairs with a prompt of their own")
         self._contrast: _Contrast | None = _Contrast(pairs, meta_dataset, reward)
-        rows = [{**dict.fromkeys(FINISHED, True), **_given(pair)} for pair in pairs]
-        super().__init__(model, args, train_dataset=table("pairs", rows, COLUMNS), **keywords)
+        super().__init__(model, args, train_dataset=table("pairs", pairs, COLUMNS), **keywords)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
@@ -217,7 +216,3 @@ class _Contrast(NamedTuple):
     pairs: list[Row]
     groups: Any
     reward: str | Path | None
-
-
-def _given(pair: Row) -> Row:
-    return {key: value for key, value in pair.items() if value is not None}

@@ -12,22 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shiftrm.data.groups import read_groups
-from shiftrm.data.matching import Score
 from shiftrm.data.negatives import NEGATIVES, lacking, negative_pairs
 from shiftrm.data.pairs import FINISHED
 from shiftrm.data.replies import Answer, answers_of, reply
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.measure.score_once import score_fitting
-from shiftrm.models.rendering import Text, encode, encode_prompt
+from shiftrm.models.rendering import (
+    Text,
+    encode,
+    encode_prompt,
+    option_columns,
+    template_options,
+)
 from shiftrm.models.responses import Response
 from shiftrm.models.rope import LengthLimit
 from shiftrm.models.scoring import Scorer
+from shiftrm.trainers.pair_batches import without_added_nulls
 
 if TYPE_CHECKING:
     from shiftrm.trainers.contrast import ContrastSettings
 
-__all__ = ["FitsLimit", "as_groups", "contrast_rows", "rows_of", "scoring"]
+__all__ = ["FitsLimit", "LongIsWorst", "as_groups", "contrast_rows", "rows_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +59,23 @@ class FitsLimit:
             return True
         about = self._count(reply(answer.text))
         if answer.prompt:
-            about += self._count(answer.prompt)
+            about += self._count(answer.prompt, dict(answer.template_options))
         if abs(about - self.limit.tokens) > NEAR_LIMIT:
             return about < self.limit.tokens
-        ids = encode(self._tokenizer, answer.prompt, answer.text, finished=answer.finished)
+        ids = encode(
+            self._tokenizer,
+            answer.prompt,
+            answer.text,
+            finished=answer.finished,
+            template_options=dict(answer.template_options),
+        )
         return len(ids) <= self.limit.tokens
 
-    def _count(self, text: Text) -> int:
-        name = hash(repr(text))
+    def _count(self, text: Text, options: dict[str, Any] | None = None) -> int:
+        name = hash(repr((text, options)))
         if name not in self._counts:
-            self._counts[name] = len(encode_prompt(self._tokenizer, text))
+            ids = encode_prompt(self._tokenizer, text, template_options=options)
+            self._counts[name] = len(ids)
         return self._counts[name]
 
 
@@ -115,7 +128,7 @@ def contrast_rows(
                 "contrast_matching is 'hard', which needs the last round's reward model; use a "
                 "method that is given it, such as contrast_hard"
             )
-        score = scoring(reward)
+        score = LongIsWorst(reward)
     if count is None:
         count = sum(source.answers - source.too_long for source in sources)
     cells = _usable(sources, args.contrast_negatives, fits)
@@ -203,26 +216,27 @@ def as_groups(pairs: Iterable[Row]) -> list[Row]:
             "prompt": pair.get("prompt"),
             "responses": [pair["chosen"], pair["rejected"]],
             "finished": [True if pair.get(name) is None else pair[name] for name in FINISHED],
+            **option_columns(template_options(pair)),
         }
         for pair in pairs
     ]
 
 
-def scoring(reward: str | Path) -> Score:
-    """Return the rewards of a checkpoint as a function; text beyond its context gets -inf."""
-    scorer = Scorer.from_pretrained(reward).to_accelerator()
+class LongIsWorst:
+    """The rewards of a checkpoint; text beyond its context gets -inf."""
 
-    def score(
-        prompts: Sequence[Any], responses: Sequence[Any], *, finished: Sequence[bool]
-    ) -> list[float]:
-        rows = [Response(*row) for row in zip(prompts, responses, finished, strict=True)]
-        places = [f"contrast, row {i}" for i in range(len(rows))]
-        rewards = score_fitting(scorer, rows, places, name=str(reward))
+    def __init__(self, reward: str | Path) -> None:
+        self._name = str(reward)
+        self._scorer = Scorer.from_pretrained(reward).to_accelerator()
+
+    def score(self, responses: Sequence[Response]) -> list[float]:
+        """Return the rewards of responses."""
+        places = [f"contrast, row {i}" for i in range(len(responses))]
+        rewards = score_fitting(self._scorer, responses, places, name=self._name)
         return [-math.inf if one is None else one for one in rewards]
-
-    return score
 
 
 def rows_of(source: Any, read: Any) -> list[Row]:
-    """Return rows that are given as such or as the name of a file or hub data set."""
-    return list(read(source) if isinstance(source, str | Path) else source)
+    """Return rows that are given as such, as a data set, or as the name of one."""
+    given = read(source) if isinstance(source, str | Path) else without_added_nulls(source)
+    return list(given)

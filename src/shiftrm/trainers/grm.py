@@ -17,7 +17,7 @@ from shiftrm.models.loading import explain_loading
 from shiftrm.models.prefix import separate
 from shiftrm.models.rewards import rewards_and_states
 from shiftrm.progress import task
-from shiftrm.trainers.pair_batches import PairCollator, shared_rows
+from shiftrm.trainers.pair_batches import ROW, PairCollator, shared_rows
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 
 __all__ = ["GRMConfig", "GRMTrainer", "LanguageHead"]
@@ -157,16 +157,16 @@ class GRMTrainer(RewardTrainer):
         if dataset_name != "train":
             return found
 
-        def start(row: dict[str, Any], index: int) -> dict[str, int]:
+        def start(row: dict[str, Any]) -> dict[str, int]:
             if "chosen" not in row:
                 raise UserError("grm needs pairs as text; they are given as tokens")
             try:
                 return {START: encode_side(processing_class, row, "chosen").start}
             except UserError as error:
-                raise UserError(f"train data, row {index}: {error}") from None
+                raise UserError(f"train data, row {row[ROW]}: {error}") from None
 
         options = {"desc": "Finding the responses"} if isinstance(found, Dataset) else {}
-        return found.map(start, with_indices=True, **options)
+        return found.map(start, **options)
 
     def _pair_losses(
         self, model: nn.Module, inputs: Mapping[str, Tensor]

@@ -30,6 +30,7 @@ from shiftrm.trainers.meta_effect import EFFECTS, MetaEffect
 from shiftrm.trainers.meta_groups import MetaGroups
 from shiftrm.trainers.meta_state import META_STATE_FILE, MetaStepState, meta_state, read_meta_state
 from shiftrm.trainers.meta_words import too_large
+from shiftrm.trainers.pair_batches import without_added_nulls
 from shiftrm.trainers.quantised import computed_in
 from shiftrm.trainers.reward import RewardTrainer
 from shiftrm.trainers.reward_configs import PRESETS, MetaRMConfig, check_metarm
@@ -100,7 +101,9 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
 
     def _groups_to_read(self, meta_dataset: Any) -> Any:
         """Return the groups of the meta step; a subclass may make its own."""
-        return read_groups(meta_dataset) if isinstance(meta_dataset, str | Path) else meta_dataset
+        if isinstance(meta_dataset, str | Path):
+            return read_groups(meta_dataset)
+        return without_added_nulls(meta_dataset)
 
     def _largest_pass(self) -> tuple[int, int, int]:
         sequences, longest, copies = super()._largest_pass()

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from shiftrm.core.losses import effective_sample_size, off_policy_weights
-from shiftrm.data.pairs import WEIGHT, check_pair, check_weight
+from shiftrm.data.pairs import COLUMNS, WEIGHT, check_pair, check_weight
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.generation import load_policy, padding_token
@@ -18,6 +18,7 @@ from shiftrm.models.likelihoods import Tokens, encode_side, log_likelihoods
 from shiftrm.models.rendering import pin_template
 from shiftrm.models.rope import context_limit
 from shiftrm.progress import task
+from shiftrm.trainers.pair_batches import table
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer, read_dataset
 
 __all__ = ["OCRMConfig", "OCRMTrainer", "pair_weights"]
@@ -59,7 +60,7 @@ class OCRMTrainer(RewardTrainer):
     ) -> None:
         pairs = read_dataset(keywords.pop("train_dataset"))
         if not isinstance(pairs, Dataset):
-            pairs = Dataset.from_list(list(pairs))
+            pairs = table("pairs", list(pairs), COLUMNS)
         weights = pair_weights(
             list(pairs),
             policy,

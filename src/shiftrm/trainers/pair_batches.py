@@ -1,9 +1,11 @@
 """Preference pairs on their way to the loss: rows to tables, tokens, batches, counts of pairs."""
 
 import itertools
+import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from shiftrm.data.pairs import WEIGHT, check_margin, check_pair, check_weight
+from shiftrm.data.sources import TEXT_COLUMNS, without_nulls
 from shiftrm.errors import UserError
 from shiftrm.files import Row, encodable
 from shiftrm.measure.diagnosis.findings import prompt_key
@@ -36,7 +39,10 @@ COUNTED = "counted"
 
 
 def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
-    """Return a table of the columns that training reads.
+    """Return a table of the columns that training reads; null where a row has no such column.
+
+    Messages, tools and options are stored as JSON and read from it, since Arrow would give each
+    object of a column the fields of all others.
 
     Where some answers to chats are messages and others text, as in pairs beside answers that a
     policy sampled, all become messages: a column of a table holds one of them.
@@ -47,14 +53,60 @@ def table(source: str, rows: list[Row], columns: Sequence[str]) -> Dataset:
     Raises:
         UserError: rows whose columns have several types.
     """
-    kept = [{c: encodable(row[c]) for c in columns if c in row} for row in rows]
+    given = [c for c in columns if any(row.get(c) is not None for row in rows)]
+    kept = [{c: encodable(row.get(c)) for c in given} for row in rows]
     if len({type(row.get(side)) for row in kept for side in SIDES}) > 1:
         kept = [_answers_as_messages(row) for row in kept]
+    values = {c: [row[c] for row in kept] for c in given}
+    nested = [c for c in given if any(isinstance(value, list | dict) for value in values[c])]
     try:
-        return Dataset.from_list(kept)
-    except (TypeError, ValueError, NotImplementedError) as error:  # from Arrow
+        values |= {c: [_as_json(value, c) for value in values[c]] for c in nested}
+        made = Dataset.from_dict(values)
+    except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
         words = str(error).partition("\n")[0]
         raise UserError(f"{source}: the rows do not fit one table ({words})") from None
+    return _read_through(_from_json, nested, made)
+
+
+def without_added_nulls(dataset: Any) -> Any:
+    """Return a data set without the nulls that Arrow added to messages, tools and options.
+
+    They are those of fields that only other rows have. Anything but a `Dataset` stays as it is, as
+    does one with a format of its own.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] is not None:
+        return dataset
+    names = (*TEXT_COLUMNS, "responses", "tools", "chat_template_kwargs")
+    nested = [c for c in names if _has_objects(dataset.features.get(c))]
+    return _read_through(without_nulls, nested, dataset)
+
+
+def _has_objects(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, dict) or (inner is not None and _has_objects(inner))
+
+
+def _read_through(change: Callable[[Any], Any], columns: list[str], dataset: Dataset) -> Dataset:
+    """Return a data set that gives `change(value)` for each value of these columns."""
+    if not columns:
+        return dataset
+    return dataset.with_transform(partial(_changed, change=change, columns=columns))
+
+
+def _changed(
+    batch: dict[str, list[Any]], *, change: Callable[[Any], Any], columns: list[str]
+) -> dict[str, list[Any]]:
+    return {c: list(map(change, part)) if c in columns else part for c, part in batch.items()}
+
+
+def _as_json(value: Any, column: str) -> str | None:
+    if isinstance(value, str) and column != "tools":  # tools may be given as JSON
+        raise TypeError(f"column {column!r} holds text beside lists or objects")
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _from_json(value: str | None) -> Any:
+    return None if value is None else json.loads(value)
 
 
 def _answers_as_messages(row: Row) -> Row:
@@ -72,7 +124,7 @@ def encode_pair(row: dict[str, Any], index: int, tokenizer: Any, name: str) -> d
                 tokenizer,
                 row.get("prompt"),
                 row[side],
-                finished=row.get(f"{side}_finished", True),
+                finished=row.get(f"{side}_finished") is not False,
                 template_options=template_options(row),
             )
             for side in SIDES

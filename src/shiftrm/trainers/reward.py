@@ -39,6 +39,7 @@ from shiftrm.trainers.pair_batches import (
     length_filters,
     shared_rows,
     table,
+    without_added_nulls,
 )
 from shiftrm.trainers.pair_metrics import PairStatistics, like_trl
 from shiftrm.trainers.quantised import restore_, trained_weights
@@ -351,12 +352,13 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
 
 
 def read_dataset(given: Any) -> Any:
-    """Return the pairs of a source (`data.sources`), or of several by name; else the argument."""
-    if isinstance(given, Mapping) and not isinstance(given, DatasetDict):
-        return {name: read_dataset(value) for name, value in given.items()}
+    """Return the pairs of a source (`data.sources`) or data set, or of several by name."""
+    if isinstance(given, Mapping):
+        read = {name: read_dataset(value) for name, value in given.items()}
+        return DatasetDict(read) if isinstance(given, DatasetDict) else read
     if isinstance(given, str | Path):
         return table(str(given), read_pairs(given), COLUMNS)
-    return given
+    return without_added_nulls(given)
 
 
 def _load(path: str, args: Any, quantization_config: Any) -> Any:

@@ -14,13 +14,14 @@ from shiftrm.data.pairs import COLUMNS
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.measure.score_once import tokens_of
+from shiftrm.models.rendering import option_columns
 from shiftrm.models.responses import Response, group_responses
 from shiftrm.models.rewards import score_head
 from shiftrm.models.rope import LengthLimit, length_limit
 from shiftrm.models.scoring import Scorer
 from shiftrm.progress import task
 from shiftrm.trainers.contrast_rows import FitsLimit
-from shiftrm.trainers.pair_batches import table
+from shiftrm.trainers.pair_batches import table, without_added_nulls
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
 
 __all__ = ["SelfLabelledConfig", "SelfLabelledTrainer", "best_and_worst"]
@@ -37,7 +38,7 @@ def best_and_worst(groups: Sequence[Row], rewards: Sequence[Sequence[float | Non
     do those whose rewards are all equal or whose best and worst have the same text.
 
     Args:
-        groups: `{"prompt", "responses", "finished"?}`.
+        groups: `{"prompt", "responses", "finished"?}`; the columns for the chat template are kept.
         rewards: of each group's responses; None for one that is left out.
     """
     found = map(_best_and_worst, groups, rewards)
@@ -68,6 +69,7 @@ def _best_and_worst(group: Row, rewards: Sequence[float | None]) -> Row | str:
         "rejected": worst.text,
         "chosen_finished": best.finished,
         "rejected_finished": worst.finished,
+        **option_columns(best.template_options),
     }
 
 
@@ -96,7 +98,7 @@ class SelfLabelledTrainer(RewardTrainer):
             raise UserError("self_labelled: give the reward model as a folder or hub name")
         if keywords.get("peft_config") is not None:
             raise UserError("self_labelled trains the score head alone; leave out use_peft")
-        groups = list(meta_dataset)
+        groups = list(without_added_nulls(meta_dataset))
         pairs = _own_pairs(model, groups, args)
         keywords["train_dataset"] = table("pairs that the model labelled", pairs, COLUMNS)
         super().__init__(model, args, **keywords)

@@ -150,19 +150,29 @@ def _prompt_length(tokenizer: Any, texts: Sequence[Response], sequences: Sequenc
     if isinstance(prompt, str) and conversational:
         prompt = [{"role": "user", "content": prompt}]
     # Tokens may merge across the boundary, so count only the common prefix.
-    return _shared([encode_prompt(tokenizer, prompt), *sequences])
+    options = dict(texts[0].template_options)
+    return _shared([encode_prompt(tokenizer, prompt, template_options=options), *sequences])
 
 
 def prompt_key(row: Row) -> str:
-    """Return a key that is equal for equal prompts; without a prompt, from what the sides share."""
+    """Return a key that is equal for equal prompts.
+
+    Without a prompt, it is the turns that all sides share, of a chat or as HH-RLHF writes them.
+    Sides that share no turn but a system message may begin alike by accident: such a row counts
+    as a prompt of its own.
+    """
     if has_prompt(row):
         return prompt_keys.prompt_key(row["prompt"])
     sides = row.get("responses") or [row["chosen"], row["rejected"]]
     if all(isinstance(side, str) for side in sides):
-        shared = sides[0][: _shared(sides)]
-        before, marker, _ = shared.rpartition("\n\nAssistant:")  # as HH-RLHF writes dialogues
-        return before if marker else shared
-    return json.dumps(sides[0][: _shared(sides)])
+        before, marker, _ = sides[0][: _shared(sides)].rpartition("\n\nAssistant:")
+        if marker:
+            return str(before)
+    elif all(isinstance(side, list) for side in sides):
+        turns = sides[0][: _shared(sides)]
+        if any(message["role"] != "system" for message in turns):
+            return prompt_keys.prompt_key(turns)
+    return json.dumps(sorted(json.dumps(side, sort_keys=True) for side in sides))
 
 
 def _shared(sequences: Sequence[Sequence[Any]]) -> int:

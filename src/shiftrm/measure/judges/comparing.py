@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from shiftrm.data.groups import check_prompt, check_responses
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.rendering import Text, check_text
+from shiftrm.models.rendering import Text, check_template_options, check_text, template_options
 from shiftrm.models.responses import Response, group_responses
 from shiftrm.progress import Advance
 
@@ -199,6 +199,7 @@ def draw(comparisons: Sequence[Comparison], limit: int | None, *, seed: int) -> 
 def _first(row: Row, where: str) -> tuple[str, Text, Response]:
     """Return the key of the prompt, the prompt, and the first response."""
     check_prompt(row, where)
+    check_template_options(row, where)
     prompt = row.get("prompt")
     if prompt is None or prompt == []:
         raise UserError(f"{where}: has no 'prompt'; responses are matched by their prompts")
@@ -211,7 +212,7 @@ def _first(row: Row, where: str) -> tuple[str, Text, Response]:
         finished = row.get("finished", True)
         if not isinstance(finished, bool):
             raise UserError(f"{where}: column 'finished' is {finished!r}; expected true or false")
-        first = Response(prompt, row["response"], finished)
+        first = Response(prompt, row["response"], finished, template_options=template_options(row))
     else:
         raise UserError(
             f"{where}: has neither 'responses' nor 'response'; it has {', '.join(map(repr, row))}"
