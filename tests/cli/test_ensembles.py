@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -122,6 +123,20 @@ def test_an_ensemble_by_its_members(shiftrm, name):
             "VARIANCE": sum(z) / 2 - 0.25 * (z[0] - z[1]) ** 2 / 4,
         }[name]
         assert both == pytest.approx(value * (scales[0][1] + scales[1][1]) / 2, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["MEAN", "LAPLACE"])
+def test_interrupted_after_training_makes_no_further_step(shiftrm, name, unpublished):
+    """The last member is told again from its checkpoint, in the middle of its second epoch."""
+    rarely = ["logging_steps=100"]  # then the loss of a run is known while it trains only
+    straight = train(shiftrm, name, *rarely, output="straight")[1].out
+    unpublished(lambda: train(shiftrm, name, *rarely))
+    again = train(shiftrm, name, *rarely)[1].out
+    files = [sorted(Path(f).rglob("*.safetensors")) for f in ("out", "straight")]
+    assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
+    if name == "MEAN":  # a member's loss is kept
+        losses = [re.findall(r"mean loss [\d.]+", said) for said in (straight, again)]
+        assert losses[0] == losses[1] != []
 
 
 def test_warm_is_the_mean_of_models_of_two_orders(shiftrm):

@@ -117,6 +117,8 @@ def train_members(job: "TrainingJob", train: Train) -> Outcome:
             member.work.mkdir(parents=True, exist_ok=True)
         processes.wait_for_everyone()
         outcome = train(member, resumable(member.work))
+        if mark.exists():  # trained before the interruption: its steps are not made again
+            outcome = replace(outcome, loss=json.loads(mark.read_text(encoding="utf-8"))["loss"])
         losses.append(outcome.loss)
         if processes.is_main_process:
             atomic_write_text(mark, json.dumps({"loss": outcome.loss}))

@@ -27,6 +27,7 @@ from shiftrm.models.loading import (
 from shiftrm.models.rendering import end_at_closing, pin_template
 from shiftrm.models.rewards import model_config, sequence_rewards
 from shiftrm.models.rope import length_limit
+from shiftrm.trainers.at_the_end import NoStepTooMany
 from shiftrm.trainers.first_batch import inspect_model, switch_off_dropout
 from shiftrm.trainers.machine import FitsMemory
 from shiftrm.trainers.pair_batches import (
@@ -51,7 +52,7 @@ __all__ = ["RewardConfig", "RewardTrainer", "read_dataset"]
 logger = logging.getLogger(__name__)
 
 
-class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
+class RewardTrainer(NoStepTooMany, RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
     """`trl.RewardTrainer` with these differences; every argument keeps its meaning.
 
     - The common prefix of a pair's two sides is computed once (`shared_prefixes`). The first batch
