@@ -166,6 +166,14 @@ def test_laplace_lowers_the_reward_of_the_same_model(shiftrm):
     said = json.loads(Path("out/laplace.json").read_text())
     assert (said["penalty"], said["prior"], said["pairs"]) == (3.0, 1.0, 12)
 
+    again = ["--pairs", "pairs.jsonl", "--output", "next", "--model"]
+    copied = "out: lowers its rewards by a posterior (laplace.json), which training would neither"
+    for command in (["train"], ["train", "--method", "laplace"], ["adapt --groups groups.jsonl"]):
+        refused(shiftrm, [*" ".join(command).split(), *again, "out"], copied)
+    left_out = shutil.ignore_patterns("laplace.*")
+    shutil.copytree("out", "plain", ignore=left_out)  # as the message says
+    assert shiftrm("train", *again, "plain", *QUICK)[0] == 0
+
 
 @pytest.mark.parametrize("stop", ["in the second", "before the second", "in the first"])
 def test_killed_and_continued_is_as_if_never_killed(shiftrm, monkeypatch, stop):

@@ -129,6 +129,15 @@ def test_training_does_not_start_from_an_ensemble(ensemble):
         load_reward_model(ensemble(), seed=0)
 
 
+@pytest.mark.parametrize("name", ["laplace.json", "laplace.safetensors"])
+def test_training_does_not_start_from_a_model_with_a_posterior(ensemble, name):
+    folder = ensemble() / "member-0"
+    load_reward_model(folder, seed=0)
+    (folder / name).touch()
+    with pytest.raises(UserError, match=r"lowers its rewards by a posterior.*give a copy of the"):
+        load_reward_model(folder, seed=0)
+
+
 # -- Laplace -----------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "PairTokens",
     "Posterior",
     "fit_posterior",
+    "has_posterior",
     "read_posterior",
     "states_of",
 ]
@@ -75,19 +76,23 @@ class Posterior:
         atomic_write_text(folder / SETTINGS, text + "\n")
 
 
+def has_posterior(path: str | Path) -> bool:
+    """Whether one of a posterior's files lies in the folder."""
+    try:
+        return any((Path(path) / name).is_file() for name in (SETTINGS, TENSORS))
+    except (OSError, ValueError):
+        return False
+
+
 def read_posterior(path: str | Path) -> Posterior | None:
     """Read the posterior beside a checkpoint; None if there is none.
 
     Raises:
         UserError: its files are broken, or one is missing.
     """
+    if not has_posterior(path):
+        return None
     folder = Path(path)
-    try:
-        there = [(folder / name).is_file() for name in (SETTINGS, TENSORS)]
-    except (OSError, ValueError):
-        return None
-    if not any(there):
-        return None
     try:
         said = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         prompts = tuple(tuple(map(int, ids)) for ids in said["prompts"])
