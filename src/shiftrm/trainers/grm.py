@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from shiftrm.core.losses import response_log_likelihood, text_regularisation
+from shiftrm.data.pairs import WEIGHT
 from shiftrm.errors import UserError
 from shiftrm.models.filled import load_filled
 from shiftrm.models.likelihoods import encode_side
@@ -181,7 +182,11 @@ class GRMTrainer(RewardTrainer):
         losses = self._reward_losses(chosen, rejected, inputs)
         likelihood = self._log_likelihood(states[::2], ids[::2], mask[::2], inputs[START])
         losses = text_regularisation(
-            losses, likelihood, alpha=self.args.grm_alpha, beta=self.args.grm_beta
+            losses,
+            likelihood,
+            alpha=self.args.grm_alpha,
+            beta=self.args.grm_beta,
+            weight=inputs.get(WEIGHT, 1.0),
         )
         return losses, rewards.view(-1, 2), rows.sequence_lengths
 
