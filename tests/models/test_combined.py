@@ -16,6 +16,7 @@ from shiftrm.models.responses import Response
 from shiftrm.models.rewards import hidden_states
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies.loading import check_reward_model
+from shiftrm.trainers.scored_pairs import tokens_of_pairs
 from tests.conftest import llama_config
 
 PROMPTS = ["the red cat", "the red cat", [{"role": "user", "content": "a dog"}], "a", None]
@@ -209,6 +210,43 @@ def test_the_reward_minus_the_posterior_by_brute_force(plain, tmp_path, members)
         assert scorer.score_ids([ids]) == pytest.approx([reward], abs=1e-4)
     response = Response("the red cat", " runs", finished=False)
     assert scorer.score([response])[0] < plain.score([response])[0]
+
+
+def same(one, other):
+    """Posteriors of the same numbers; `pairs` and `penalty` aside."""
+    assert one.prompts == other.prompts
+    for name in ("root", "mean", "prompt_means"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
+
+
+def test_a_pairs_weight_says_how_often_it_counts(plain):
+    pairs = pairs_of(plain)
+    twice = [pair._replace(weight=2.0) for pair in pairs[:8]] + pairs[8:]
+    same(
+        fit_posterior(plain, twice, prior=1.0, batch_size=3),
+        fit_posterior(plain, pairs[:8] + pairs, prior=1.0),
+    )
+    none = [pair._replace(weight=0.0) for pair in pairs[8:]]
+    found = fit_posterior(plain, pairs[:8] + none, prior=1.0)
+    same(found, fit_posterior(plain, pairs[:8], prior=1.0))
+    assert found.pairs == 8
+    prior = fit_posterior(plain, none, prior=4.0)
+    assert (prior.pairs, prior.mean.isfinite().all()) == (0, True)
+    torch.testing.assert_close(prior.root, torch.eye(len(prior.root)).double() / 2)
+
+
+def test_rows_weights_and_margins_reach_the_posterior(plain):
+    """p (1 - p) is about exp(-|w . d - m|) far from 0: a margin of 60 leaves the prior alone."""
+    rows = [{"prompt": "the red", "chosen": f" cat{' runs' * k}", "rejected": " a"} for k in (1, 2)]
+    found = {}
+    for extra in ({}, {"margin": 60.0}, {"weight": 3.0, "margin": None}):
+        tokens = tokens_of_pairs(
+            [{**row, **extra} for row in rows], plain, name="pairs", max_length=None
+        )
+        root = fit_posterior(plain, tokens, prior=4.0).root
+        found[tuple(extra)] = torch.linalg.inv(root.T @ root) - 4 * torch.eye(len(root))
+    torch.testing.assert_close(found["weight", "margin"], 3 * found[()])
+    assert float(found[("margin",)].abs().max()) < 1e-8 < float(found[()].abs().max())
 
 
 def test_without_a_penalty_the_reward_is_the_models(plain):

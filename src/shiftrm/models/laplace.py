@@ -158,12 +158,15 @@ class PairTokens(NamedTuple):
         chosen, rejected: of the whole sequences.
         prompt: with which both begin; empty if unknown.
         number: equal for pairs with equal prompts; -1 if unknown.
+        margin, weight: as in training (`core.losses.bradley_terry_loss`, a factor of the loss).
     """
 
     chosen: Ids
     rejected: Ids
     prompt: Ids = ()
     number: int = -1
+    margin: float = 0.0
+    weight: float = 1.0
 
 
 def fit_posterior(
@@ -176,6 +179,9 @@ def fit_posterior(
 ) -> Posterior:
     """Return the posterior of a trained head given preference pairs.
 
+    A pair of weight 2 counts as two, and one of weight 0 as none. If no pair has a weight, the
+    posterior is the prior, and the references are means over all pairs.
+
     Args:
         prior: precision of the prior of every weight; above 0.
 
@@ -185,31 +191,41 @@ def fit_posterior(
     head = score_head(scorer.model)
     if not pairs:
         raise UserError("there are no pairs to fit the posterior of the head on")
+    weighted = [pair for pair in pairs if pair.weight > 0]
+    shares = [pair.weight for pair in weighted] or [1.0] * len(pairs)
+    pairs = weighted or pairs
     counts = Counter(pair.prompt for pair in pairs)
     known = [ids for ids, count in counts.items() if ids and 2 * count >= LEAST]
     numbers = {ids: number for number, ids in enumerate(known)}
     H, w_H = head.in_features, head.weight[0].detach().double().cpu()
     precision_HH, total_H = torch.zeros(H, H).double(), torch.zeros(H).double()
     sums_PH, counts_P = torch.zeros(len(known), H).double(), torch.zeros(len(known)).double()
-    by_length = sorted(pairs, key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
+    by_length = sorted(
+        zip(pairs, shares, strict=True), key=lambda p: max(len(p[0].chosen), len(p[0].rejected))
+    )
     for start in range(0, len(by_length), batch_size):
         chunk = by_length[start : start + batch_size]
-        chosen_BH = states_of(scorer, [pair.chosen for pair in chunk], batch_size)
-        rejected_BH = states_of(scorer, [pair.rejected for pair in chunk], batch_size)
-        precision_HH += pair_precision(chosen_BH - rejected_BH, w_H)
+        chosen_BH = states_of(scorer, [pair.chosen for pair, _ in chunk], batch_size)
+        rejected_BH = states_of(scorer, [pair.rejected for pair, _ in chunk], batch_size)
+        precision_HH += pair_precision(
+            chosen_BH - rejected_BH,
+            w_H,
+            margin_N=torch.tensor([pair.margin for pair, _ in chunk]).double(),
+            weight_N=torch.tensor([pair.weight for pair, _ in chunk]).double(),
+        )
         both_BH = chosen_BH + rejected_BH
-        total_H += both_BH.sum(0)
-        for row, pair in enumerate(chunk):
+        for row, (pair, share) in enumerate(chunk):
+            total_H += share * both_BH[row]
             if pair.prompt in numbers:
-                sums_PH[numbers[pair.prompt]] += both_BH[row]
-                counts_P[numbers[pair.prompt]] += 2
+                sums_PH[numbers[pair.prompt]] += share * both_BH[row]
+                counts_P[numbers[pair.prompt]] += 2 * share
     return Posterior(
         covariance_root(precision_HH, prior=prior),
-        total_H / (2 * len(pairs)),
+        total_H / (2 * sum(shares)),
         tuple(known),
         sums_PH / counts_P[:, None],
         prior,
-        len(pairs),
+        len(weighted),
         penalty,
     )
 

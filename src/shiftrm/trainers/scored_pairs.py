@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from shiftrm.core.losses import bradley_terry_loss
+from shiftrm.data.pairs import WEIGHT, check_margin, check_weight
 from shiftrm.files import Row
 from shiftrm.models.laplace import PairTokens
 from shiftrm.models.rendering import encode_prompt, template_options
@@ -42,11 +43,13 @@ def tokens_of_pairs(
     for index, row in enumerate(rows):
         given = {key: value for key, value in row.items() if value is not None}
         pair = encode_pair(given, index, scorer.tokenizer, name)
+        margin = check_margin(given.get("margin", 0.0), f"{name} data, row {index}")
+        weight = check_weight(given.get(WEIGHT), f"{name} data, row {index}")
         if all(keep(pair) for keep in keeps):
             chosen, rejected = tuple(pair["chosen_ids"]), tuple(pair["rejected_ids"])
             opening = _opening(given, scorer.tokenizer)
             prompt = _shared(opening, chosen, rejected)
-            found.append(PairTokens(chosen, rejected, prompt, pair[PROMPT]))
+            found.append(PairTokens(chosen, rejected, prompt, pair[PROMPT], margin, weight))
     return found
 
 
