@@ -17,6 +17,7 @@ from shiftrm.models.rewards import hidden_states
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies.loading import check_reward_model
 from shiftrm.trainers.scored_pairs import tokens_of_pairs
+from tests.byte_level import CHATML, TRL_TEMPLATES, byte_level
 from tests.conftest import llama_config
 
 PROMPTS = ["the red cat", "the red cat", [{"role": "user", "content": "a dog"}], "a", None]
@@ -210,6 +211,81 @@ def test_the_reward_minus_the_posterior_by_brute_force(plain, tmp_path, members)
         assert scorer.score_ids([ids]) == pytest.approx([reward], abs=1e-4)
     response = Response("the red cat", " runs", finished=False)
     assert scorer.score([response])[0] < plain.score([response])[0]
+
+
+def byte_scorer(template=CHATML, **options):
+    tokenizer = byte_level(template, **options)
+    torch.manual_seed(0)
+    config = llama_config(len(tokenizer), num_labels=1, max_position_embeddings=1024)
+    return Scorer(LlamaForSequenceClassification(config), tokenizer)
+
+
+def fitted(scorer, rows):
+    tokens = tokens_of_pairs(rows, scorer, name="pairs", max_length=None)
+    return LaplaceScorer(scorer, fit_posterior(scorer, tokens, prior=1.0, penalty=1.0), "x")
+
+
+def said(*words):
+    roles = ["user", "assistant"] * len(words)
+    return [{"role": r, "content": w} for r, w in zip(roles, words, strict=False)]
+
+
+def rows_of(prompt, answers):
+    return [{"prompt": prompt, "chosen": one, "rejected": two} for one, two in answers]
+
+
+def reference(scorer, prompt, response):
+    """The number of the prompt whose reference the response has; None: all responses' mean."""
+    [found] = scorer._references([scorer.encode(prompt, response)])
+    posterior = scorer.posterior
+    if torch.equal(found, posterior.mean):
+        return None
+    return [torch.equal(found, mean) for mean in posterior.prompt_means].index(True)
+
+
+ANSWERS = [(f" yes {k}", f" no {k}") for k in range(4)]
+CHAT_ANSWERS = [tuple(said("", text)[1:] for text in pair) for pair in ANSWERS]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3_1", "phi3", "qwen3_training", "smolvlm"])
+def test_a_later_turn_is_not_the_known_prompts(name):
+    """A conversation goes on after the known prompt and an answer: its prompt is another one."""
+    scorer = byte_scorer(CHATML if name == "chatml" else TRL_TEMPLATES[name])
+    long = said("hi", "hello", "and then?")
+    scorer = fitted(scorer, rows_of(said("hi"), CHAT_ANSWERS) + rows_of(long, CHAT_ANSWERS))
+    assert len(scorer.posterior.prompts) == 2
+    assert reference(scorer, said("hi"), said("", "a new answer")[1:]) == 0
+    assert reference(scorer, long, said("", "a new answer")[1:]) == 1
+    for other in (said("hi", "hello", "what?"), said("hi", "yes", "and then?"), said("hi there")):
+        assert reference(scorer, other, said("", "a new answer")[1:]) is None
+    assert reference(scorer, said("hi", "hello", "and then?", "a", "b"), said("", "c")[1:]) is None
+
+
+def test_in_plain_text_the_longest_known_prompt_counts():
+    rows = rows_of("Explain", ANSWERS) + rows_of("Explain rain.", ANSWERS)
+    scorer = fitted(byte_scorer(None), rows)
+    assert reference(scorer, "Explain", " it") == 0
+    assert reference(scorer, "Explain rain.", " it") == 1
+    assert reference(scorer, "Explain snow.", " it") == 0  # nothing shows where the prompt ends
+    assert reference(scorer, "Expla", " it") is None
+
+
+@pytest.mark.parametrize("prompt", ["", " ", None, []])
+def test_a_blank_prompt_is_nobodys(prompt):
+    scorer = fitted(byte_scorer(None, post="<bos> $A"), rows_of(prompt, ANSWERS))
+    assert scorer.posterior.prompts == ()
+    assert reference(scorer, "Explain", " it") is None
+
+
+@pytest.mark.parametrize("post", [None, "<bos> $A"])
+def test_a_prompt_whose_last_token_joins_the_answers_is_known_without_it(post):
+    scorer = byte_scorer(None, merges=[("b", "c"), ("a", "c")], post=post)
+    joined = [(f"c{k}", f"cc{k}") for k in range(4)]
+    scorer = fitted(scorer, rows_of("ab", joined) + rows_of("a", joined))
+    [known] = scorer.posterior.prompts  # of "a" nothing would be left
+    assert scorer.tokenizer.decode(known).removeprefix("<bos>").strip() == "a"
+    assert reference(scorer, "ab", "c7") == 0
+    assert reference(scorer, "zz", "c7") is None
 
 
 def same(one, other):

@@ -5,15 +5,22 @@ of `w . (phi(x, y) - reference(x))`. Preferences say nothing about the level of 
 so a response is compared with a reference: the mean state of the training pairs' responses to the
 same prompt if there are at least `LEAST` of them, else that of all training responses. A reward
 must not depend on what else is scored, so the reference is never taken from the scored batch.
+
+A reward is a function of the tokens alone, which do not say where the prompt ends. So the prompt of
+a sequence is the longest known one with whose tokens it begins, unless a later turn of the
+assistant follows: a template's opening of an answer shows that the known prompt is only the
+beginning of a conversation. In plain text nothing shows that; a prompt that continues another known
+prompt, and is not known itself, is taken for that one with a longer answer.
 """
 
+import itertools
 import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +31,16 @@ from torch import Tensor
 from shiftrm.core.laplace import covariance_root, pair_precision, posterior_std
 from shiftrm.errors import UserError
 from shiftrm.files import atomic_write_text
+from shiftrm.models.rendering import encode_prompt
 from shiftrm.models.rewards import hidden_states, pad_right, score_head
 from shiftrm.models.scoring import Scorer
 
 __all__ = [
+    "Ids",
     "LaplaceScorer",
     "PairTokens",
     "Posterior",
+    "answer_opening",
     "fit_posterior",
     "has_posterior",
     "read_posterior",
@@ -43,6 +53,7 @@ LEAST = 8
 """Responses of the training pairs to one prompt, from which its reference is their mean."""
 
 Ids = tuple[int, ...]
+"""Tokens."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,7 @@ class LaplaceScorer(Scorer):
         self.posterior, self._root = posterior, posterior.root
         self._numbers = {ids: number for number, ids in enumerate(posterior.prompts)}
         self._lengths = sorted({len(ids) for ids in posterior.prompts}, reverse=True)
+        self._opening = answer_opening(scorer.tokenizer)
 
     def _rewards(
         self, input_ids: Tensor, mask: Tensor, sequences: Sequence[Sequence[int]]
@@ -140,15 +152,36 @@ class LaplaceScorer(Scorer):
         return rewards_B - self.posterior.penalty * s_B
 
     def _references(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Return the reference of each sequence: that of the longest known prompt before it."""
+        """Return the reference of each sequence, see the module."""
         found = [self.posterior.mean] * len(sequences)
         for row, sequence in enumerate(sequences):
             for length in self._lengths:
                 number = self._numbers.get(tuple(sequence[:length]))
                 if number is not None:
-                    found[row] = self.posterior.prompt_means[number]
+                    if not _within(self._opening, sequence[length:]):
+                        found[row] = self.posterior.prompt_means[number]
                     break
         return torch.stack(found)
+
+
+def answer_opening(tokenizer: Any) -> Ids:
+    """Return the tokens with which the chat template opens an answer; empty without a template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return ()
+    try:
+        one, other = (
+            encode_prompt(tokenizer, [{"role": "user", "content": word}])[::-1] for word in "ab"
+        )
+    except UserError:  # a template for other conversations
+        return ()
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return tuple(token for token, _ in same)[::-1]
+
+
+def _within(part: Ids, sequence: Sequence[int]) -> bool:
+    """Whether the tokens follow one another somewhere in the sequence; False for no tokens."""
+    ends = range(len(part), len(sequence) + 1) if part else ()
+    return any(tuple(sequence[end - len(part) : end]) == part for end in ends)
 
 
 class PairTokens(NamedTuple):
