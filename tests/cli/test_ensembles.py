@@ -19,6 +19,7 @@ from shiftrm.models.scoring import Scorer
 from shiftrm.trainers.kinds import COMBINE, Training
 from shiftrm.trainers.members import COMBINATIONS, member_seed
 from tests.cli.conftest import refused
+from tests.models.test_checkpoints import classifier
 
 
 def method(combine, training=ensembles.ensemble, members=2, **settings):
@@ -173,6 +174,26 @@ def test_laplace_lowers_the_reward_of_the_same_model(shiftrm):
     left_out = shutil.ignore_patterns("laplace.*")
     shutil.copytree("out", "plain", ignore=left_out)  # as the message says
     assert shiftrm("train", *again, "plain", *QUICK)[0] == 0
+
+
+def test_laplace_needs_a_linear_head_and_says_so_before_training(shiftrm, tokenizer, stopping):
+    stopping(1, AssertionError("trained"))
+    classifier("roberta", vocab_size=len(tokenizer)).save_pretrained("policy")
+    message = (
+        "laplace: the score head of RobertaForSequenceClassification is a "
+        "RobertaClassificationHead, and a posterior needs one linear layer; choose another method"
+    )
+    status, output = train(shiftrm, "LAPLACE")
+    assert (status, output.err.count("\n"), WORK.exists()) == (2, 1, False)
+    assert message in output.err
+    adapt = "adapt --model policy --pairs pairs.jsonl --policy policy --prompts prompts.jsonl"
+    refused(shiftrm, f"{adapt} --method laplace --output out --eval-groups groups.jsonl", message)
+
+
+def test_laplace_takes_a_head_with_an_adapter(shiftrm):
+    lora = ["use_peft=true", "lora_r=2", "lora_target_modules=[q_proj, score]"]
+    status, output = train(shiftrm, "LAPLACE", *lora)
+    assert (status, Path("out/laplace.json").exists()) == (0, True), output.err
 
 
 @pytest.mark.parametrize("stop", ["in the second", "before the second", "in the first"])
