@@ -319,6 +319,22 @@ def test_grm_needs_a_language_head(tmp_path, reward_model, tokenizer, options):
             GRMConfig(**{**options, **bad})
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_grms_start_is_checked_by_the_names_of_its_weights(tmp_path, reward_model, tied):
+    """As the load does, without one: of two files here, as large models have."""
+    reward_model.config.tie_word_embeddings = tied
+    reward_model.save_pretrained(tmp_path / "rm", max_shard_size="30KB")
+    LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "policy")
+    assert len(list((tmp_path / "rm").glob("*.safetensors"))) > 1
+    GRMTrainer.check_start(str(tmp_path / "policy"))
+    GRMTrainer.check_start("owner/name")  # known when it is loaded
+    if tied:
+        GRMTrainer.check_start(str(tmp_path / "rm"))
+        return
+    with pytest.raises(UserError, match=r"lm_head.*`shiftrm train --method grm --model POLICY`"):
+        GRMTrainer.check_start(str(tmp_path / "rm"))
+
+
 def test_a_capped_head_is_read_and_an_unknown_one_refused(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(initializer_range=0.5))

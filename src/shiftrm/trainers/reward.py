@@ -80,6 +80,10 @@ class RewardTrainer(NoStepTooMany, RowPasses, CountsPairs, FitsMemory, TRLReward
 
     compute_metrics: Any
 
+    @staticmethod
+    def check_start(model: str) -> None:
+        """Refuse early, before anything is loaded, a folder that this trainer cannot start from."""
+
     def __init__(
         self,
         model: Any,

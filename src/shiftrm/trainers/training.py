@@ -169,6 +169,7 @@ def prepare(
         else dict.fromkeys(_METARM, "it is MetaRM's: give --groups"),
     )
     job.training = training
+    training.trainer.check_start(request.model)
     heldout = request.eval_pairs or {}
     sources = {"pairs": request.pairs}
     sources |= {f"eval {name}".strip(): source for name, source in heldout.items()}
