@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from shiftrm.methods.registered import ensembles
 from shiftrm.models.scoring import Scorer
 from shiftrm.trainers.kinds import COMBINE, Training
 from shiftrm.trainers.members import COMBINATIONS, member_seed
+from shiftrm.trainers.scored_pairs import measure_pairs
 from tests.cli.conftest import refused
 from tests.models.test_checkpoints import classifier
 
@@ -151,6 +153,42 @@ def test_warm_is_the_mean_of_models_of_two_orders(shiftrm):
         torch.testing.assert_close(tensor, (one[name] + two[name]) / 2)
     assert not (Path("out") / "ensemble.json").exists()
     assert train(shiftrm, "retrained", "--model", "out", output="next")[0] == 0  # ordinary
+
+
+@pytest.mark.parametrize(
+    "extra", [{"margin": 5.0, "weight": 2.0}, {"weight": 0.5}, {"margin": -1.0}]
+)
+def test_the_loss_on_held_out_pairs_is_the_trainers(shiftrm, extra):
+    """By hand from the rewards that are scored, and equal to the trainer's for one model."""
+    rows = read_jsonl("pairs.jsonl")
+    write_jsonl("pairs.jsonl", [{**row, **extra} for row in rows])
+    more = ["center_rewards_coefficient=0.1"]
+    assert train(shiftrm, "retrained", *more, output="one")[0] == 0
+    trainers = read_jsonl("one/training_log.jsonl")[-1]["eval_loss"]
+    found = {}
+    for folder, given in (("one", []), ("out", ["laplace_penalty=2"])):
+        if folder == "out":
+            assert train(shiftrm, "LAPLACE", *more, *given)[0] == 0
+        scorer = Scorer.from_pretrained(folder)
+        job = SimpleNamespace(
+            tables={"eval": read_jsonl("pairs.jsonl")},
+            finished=Path(folder),
+            chosen=SimpleNamespace(
+                args=SimpleNamespace(
+                    max_length=None, per_device_eval_batch_size=8, center_rewards_coefficient=0.1
+                )
+            ),
+        )
+        found[folder] = measure_pairs(job)[""]["loss"]
+        prompts = [row["prompt"] for row in rows]
+        chosen, rejected = (
+            torch.tensor(scorer(prompts, [row[side] for row in rows])).double()
+            for side in ("chosen", "rejected")
+        )
+        loss = torch.log1p(torch.exp(-(chosen - rejected - extra.get("margin", 0.0))))
+        loss = extra.get("weight", 1.0) * (loss + 0.1 * (chosen + rejected) ** 2)
+        assert found[folder] == pytest.approx(float(loss.mean()), rel=1e-5)
+    assert found["one"] == pytest.approx(trainers, rel=1e-5)
 
 
 def test_laplace_lowers_the_reward_of_the_same_model(shiftrm):

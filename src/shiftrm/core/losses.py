@@ -20,6 +20,7 @@ __all__ = [
     "off_policy_weights",
     "preference_policy_loss",
     "response_log_likelihood",
+    "reward_model_loss",
     "reward_weighted_loss",
     "reward_weights",
     "sum_to_zero_penalty",
@@ -55,6 +56,31 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | Non
     if margin is not None:
         difference = difference - margin
     return -F.logsigmoid(difference)  # Eq. 1
+
+
+def reward_model_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    centring: float | None = None,
+) -> Tensor:
+    """Return the loss of each pair as reward training and its evaluation define it, shape [B].
+
+    `weight (bradley_terry_loss + centring (chosen + rejected)^2)`.
+
+    Args:
+        chosen, rejected, margin: see `bradley_terry_loss`.
+        weight: of each pair, shape [B]. Default: 1.
+        centring: `center_rewards_coefficient`. Default: none.
+
+    Source: the second term is Eisenstein et al., arXiv 2312.09244, Eq. 2, as in TRL.
+    """
+    losses = bradley_terry_loss(chosen, rejected, margin=margin)  # Eq. 1
+    if centring is not None:
+        losses = losses + centring * (chosen + rejected).pow(2)
+    return losses if weight is None else losses * weight
 
 
 def response_log_likelihood(

@@ -13,7 +13,7 @@ from transformers.trainer_utils import set_seed
 from trl import RewardTrainer as TRLRewardTrainer
 from trl.data_utils import get_dataset_column_names
 
-from shiftrm.core.losses import bradley_terry_loss
+from shiftrm.core.losses import reward_model_loss
 from shiftrm.data.pairs import COLUMNS, WEIGHT, read_pairs
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_gradient
@@ -215,11 +215,13 @@ class RewardTrainer(NoStepTooMany, RowPasses, CountsPairs, FitsMemory, TRLReward
         self, chosen: Tensor, rejected: Tensor, inputs: Mapping[str, Tensor]
     ) -> Tensor:
         """Return the loss of each pair from its rewards, [B]."""
-        losses = bradley_terry_loss(chosen, rejected, margin=inputs.get("margin"))  # Eq. 1
-        if self.args.center_rewards_coefficient is not None:
-            # Eisenstein et al., arXiv 2312.09244, Eq. 2, as in TRL.
-            losses = losses + self.args.center_rewards_coefficient * (chosen + rejected).pow(2)
-        return losses * inputs[WEIGHT] if WEIGHT in inputs else losses
+        return reward_model_loss(
+            chosen,
+            rejected,
+            margin=inputs.get("margin"),
+            weight=inputs.get(WEIGHT),
+            centring=self.args.center_rewards_coefficient,
+        )
 
     def _inspect_once(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         """Check the model on the first batch that is trained on."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
-from shiftrm.core.losses import bradley_terry_loss
+from shiftrm.core.losses import reward_model_loss
 from shiftrm.data.pairs import WEIGHT, check_margin, check_weight
 from shiftrm.data.replies import has_prompt
 from shiftrm.files import Row
@@ -73,7 +73,15 @@ def measure_pairs(job: "TrainingJob") -> dict[str, dict[str, float]]:
         rewards_N2 = torch.tensor(rewards, dtype=torch.float64)
         lengths_N2 = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs])
         numbers_N = torch.tensor([pair.number for pair in pairs])
-        losses_N = bradley_terry_loss(*rewards_N2.unbind(1))
+        margins_N, weights_N = (
+            torch.tensor([(p.margin, p.weight) for p in pairs]).double().unbind(1)
+        )
+        losses_N = reward_model_loss(
+            *rewards_N2.unbind(1),
+            margin=margins_N,
+            weight=weights_N,
+            centring=job.chosen.args.center_rewards_coefficient,
+        )
         statistics, counted_N = PairStatistics(), torch.ones(len(pairs))
         statistics.add(rewards_N2, lengths_N2, losses_N, numbers_N, counted_N, lambda rows: rows)
         found[name.removeprefix("eval").strip()] = statistics.take(intervals=True)
