@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from shiftrm.cli import main
 from shiftrm.files import write_jsonl
+from shiftrm.trainers import work_folder
 
 
 @pytest.fixture
@@ -65,6 +66,21 @@ def disk(tmp_path):
     yield mount
     if folder.exists():
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def unpublished(monkeypatch):
+    """unpublished(command): interrupt it between its training and the renaming of the result."""
+
+    def interrupted(command):
+        def publish(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(work_folder, "publish_folder", publish)
+            assert command()[0] == 130
+
+    return interrupted
 
 
 @pytest.fixture

@@ -524,9 +524,17 @@ def test_methods_that_use_other_models(shiftrm, method, given):
         ("policy_init", [], "starts from today's policy; give --policy"),
         ("retrained", ["--policy", "policy"], "uses no policy; leave out --policy"),
         ("bsr", ["--reference", "policy"], "uses no reference; leave out --reference"),
-        ("grm", [], "rm: has no language-model head (lm_head.weight)"),
+        ("grm", [], "start from a policy, `shiftrm train --method grm --model POLICY`"),
         ("retrained", ["--policy", "policy", "--responses", "3"], "--responses needs --prompts"),
     ],
 )
 def test_models_that_a_method_lacks_or_does_not_use(shiftrm, method, given, message):
     refused(shiftrm, [*BASE, *MORE, "--method", method, *given], message)
+
+
+def test_grm_is_refused_before_anything_is_sampled(shiftrm, monkeypatch):
+    monkeypatch.setattr(
+        "shiftrm.methods.adapt.load_policy", lambda path: pytest.fail("policy loaded")
+    )
+    sampled = [*BASE, "--policy", "policy", "--prompts", "prompts.jsonl", "--method", "grm"]
+    refused(shiftrm, sampled, "rm: has no language-model head (lm_head.weight)")

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from shiftrm.methods.registered import ensembles
 from shiftrm.models.scoring import Scorer
 from shiftrm.trainers.kinds import COMBINE, Training
 from shiftrm.trainers.members import COMBINATIONS, member_seed
+from shiftrm.trainers.scored_pairs import measure_pairs
 from tests.cli.conftest import refused
+from tests.models.test_checkpoints import classifier
 
 
 def method(combine, training=ensembles.ensemble, members=2, **settings):
@@ -124,6 +128,20 @@ def test_an_ensemble_by_its_members(shiftrm, name):
         assert both == pytest.approx(value * (scales[0][1] + scales[1][1]) / 2, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["MEAN", "LAPLACE"])
+def test_interrupted_after_training_makes_no_further_step(shiftrm, name, unpublished):
+    """The last member is told again from its checkpoint, in the middle of its second epoch."""
+    rarely = ["logging_steps=100"]  # then the loss of a run is known while it trains only
+    straight = train(shiftrm, name, *rarely, output="straight")[1].out
+    unpublished(lambda: train(shiftrm, name, *rarely))
+    again = train(shiftrm, name, *rarely)[1].out
+    files = [sorted(Path(f).rglob("*.safetensors")) for f in ("out", "straight")]
+    assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
+    if name == "MEAN":  # a member's loss is kept
+        losses = [re.findall(r"mean loss [\d.]+", said) for said in (straight, again)]
+        assert losses[0] == losses[1] != []
+
+
 def test_warm_is_the_mean_of_models_of_two_orders(shiftrm):
     assert train(shiftrm, "WARM")[0] == 0
     assert train(shiftrm, "retrained", output="one")[0] == 0
@@ -135,6 +153,42 @@ def test_warm_is_the_mean_of_models_of_two_orders(shiftrm):
         torch.testing.assert_close(tensor, (one[name] + two[name]) / 2)
     assert not (Path("out") / "ensemble.json").exists()
     assert train(shiftrm, "retrained", "--model", "out", output="next")[0] == 0  # ordinary
+
+
+@pytest.mark.parametrize(
+    "extra", [{"margin": 5.0, "weight": 2.0}, {"weight": 0.5}, {"margin": -1.0}]
+)
+def test_the_loss_on_held_out_pairs_is_the_trainers(shiftrm, extra):
+    """By hand from the rewards that are scored, and equal to the trainer's for one model."""
+    rows = read_jsonl("pairs.jsonl")
+    write_jsonl("pairs.jsonl", [{**row, **extra} for row in rows])
+    more = ["center_rewards_coefficient=0.1"]
+    assert train(shiftrm, "retrained", *more, output="one")[0] == 0
+    trainers = read_jsonl("one/training_log.jsonl")[-1]["eval_loss"]
+    found = {}
+    for folder, given in (("one", []), ("out", ["laplace_penalty=2"])):
+        if folder == "out":
+            assert train(shiftrm, "LAPLACE", *more, *given)[0] == 0
+        scorer = Scorer.from_pretrained(folder)
+        job = SimpleNamespace(
+            tables={"eval": read_jsonl("pairs.jsonl")},
+            finished=Path(folder),
+            chosen=SimpleNamespace(
+                args=SimpleNamespace(
+                    max_length=None, per_device_eval_batch_size=8, center_rewards_coefficient=0.1
+                )
+            ),
+        )
+        found[folder] = measure_pairs(job)[""]["loss"]
+        prompts = [row["prompt"] for row in rows]
+        chosen, rejected = (
+            torch.tensor(scorer(prompts, [row[side] for row in rows])).double()
+            for side in ("chosen", "rejected")
+        )
+        loss = torch.log1p(torch.exp(-(chosen - rejected - extra.get("margin", 0.0))))
+        loss = extra.get("weight", 1.0) * (loss + 0.1 * (chosen + rejected) ** 2)
+        assert found[folder] == pytest.approx(float(loss.mean()), rel=1e-5)
+    assert found["one"] == pytest.approx(trainers, rel=1e-5)
 
 
 def test_laplace_lowers_the_reward_of_the_same_model(shiftrm):
@@ -150,6 +204,34 @@ def test_laplace_lowers_the_reward_of_the_same_model(shiftrm):
     assert rewards[1] < rewards[0]
     said = json.loads(Path("out/laplace.json").read_text())
     assert (said["penalty"], said["prior"], said["pairs"]) == (3.0, 1.0, 12)
+
+    again = ["--pairs", "pairs.jsonl", "--output", "next", "--model"]
+    copied = "out: lowers its rewards by a posterior (laplace.json), which training would neither"
+    for command in (["train"], ["train", "--method", "laplace"], ["adapt --groups groups.jsonl"]):
+        refused(shiftrm, [*" ".join(command).split(), *again, "out"], copied)
+    left_out = shutil.ignore_patterns("laplace.*")
+    shutil.copytree("out", "plain", ignore=left_out)  # as the message says
+    assert shiftrm("train", *again, "plain", *QUICK)[0] == 0
+
+
+def test_laplace_needs_a_linear_head_and_says_so_before_training(shiftrm, tokenizer, stopping):
+    stopping(1, AssertionError("trained"))
+    classifier("roberta", vocab_size=len(tokenizer)).save_pretrained("policy")
+    message = (
+        "laplace: the score head of RobertaForSequenceClassification is a "
+        "RobertaClassificationHead, and a posterior needs one linear layer; choose another method"
+    )
+    status, output = train(shiftrm, "LAPLACE")
+    assert (status, output.err.count("\n"), WORK.exists()) == (2, 1, False)
+    assert message in output.err
+    adapt = "adapt --model policy --pairs pairs.jsonl --policy policy --prompts prompts.jsonl"
+    refused(shiftrm, f"{adapt} --method laplace --output out --eval-groups groups.jsonl", message)
+
+
+def test_laplace_takes_a_head_with_an_adapter(shiftrm):
+    lora = ["use_peft=true", "lora_r=2", "lora_target_modules=[q_proj, score]"]
+    status, output = train(shiftrm, "LAPLACE", *lora)
+    assert (status, Path("out/laplace.json").exists()) == (0, True), output.err
 
 
 @pytest.mark.parametrize("stop", ["in the second", "before the second", "in the first"])

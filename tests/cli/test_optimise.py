@@ -268,6 +268,20 @@ def test_help_needs_no_library():
         assert ("settings of" in done.stdout) == (len(words) > 1)
 
 
+@pytest.mark.parametrize("method", SETTINGS)
+def test_interrupted_after_training_makes_no_further_step(run, method, unpublished):
+    within_an_epoch = ["num_iterations=2", "max_steps=3"]  # DPO's and PPO's 4 steps are so as well
+    more = within_an_epoch if method in ("rloo", "grpo") else []
+    assert run(method, *more, output="straight")[0] == 0
+    unpublished(lambda: run(method, *more))
+    assert run(method, *more)[0] == 0
+    assert equal("out", "straight")
+    logs = [read_jsonl(f"{folder}/training_log.jsonl") for folder in ("out", "straight")]
+    steps = [[row["step"] for row in log] for log in logs]
+    assert steps[0] == steps[1]
+    assert logs[0][-1]["final_sequence_kl"] == logs[1][-1]["final_sequence_kl"]
+
+
 @pytest.mark.parametrize(
     ("method", "said"),
     [

@@ -95,6 +95,14 @@ def test_interrupted_and_continued_is_as_if_never_interrupted(shiftrm, demos, st
     assert [(r["step"], r["loss"]) for r in found] == [(r["step"], r["loss"]) for r in expected]
 
 
+def test_interrupted_after_training_makes_no_further_step(shiftrm, demos, unpublished):
+    assert shiftrm(*SFT, *SETTINGS, "--output", "straight")[0] == 0
+    unpublished(lambda: shiftrm(*SFT, *SETTINGS))
+    status, output = shiftrm(*SFT, *SETTINGS)
+    assert (status, "checkpoint-4" in output.out) == (0, True)
+    assert equal("out", "straight")
+
+
 def test_out_of_memory_names_the_settings_and_continues_with_them(shiftrm, demos, stopping):
     assert shiftrm(*SFT, *SETTINGS, "--output", "straight")[0] == 0
     stopping(4, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines"))

@@ -55,6 +55,21 @@ def test_interrupted_and_continued_is_as_if_never_interrupted(shiftrm, stopping)
     assert not WORK.exists()
 
 
+@pytest.mark.parametrize("steps", [4, 6])  # an epoch has 6
+def test_interrupted_after_training_makes_no_further_step(shiftrm, unpublished, steps):
+    settings = [*SETTINGS, f"max_steps={steps}", "deploy=adapted"]
+    assert shiftrm(*TRAIN, "--output", "straight", *settings)[0] == 0
+    unpublished(lambda: shiftrm(*TRAIN, "--output", "out", *settings))
+    status, output = shiftrm(*TRAIN, "--output", "out", *settings)
+    assert (status, f"checkpoint-{steps}" in output.out) == (0, True), output.err
+    assert f"for {steps} steps" in output.out
+    assert weights("out") == weights("straight")
+    logs = [read_jsonl(f"{folder}/training_log.jsonl") for folder in ("out", "straight")]
+    found, expected = ([(r["step"], r.get("loss")) for r in log] for log in logs)
+    assert found == expected
+    assert logs[0][-1]["deploy_objective_after"] == logs[1][-1]["deploy_objective_after"]
+
+
 def test_before_the_first_checkpoint_nothing_stays(shiftrm, stopping):
     before = sorted(os.listdir())
     stopping(2, KeyboardInterrupt())

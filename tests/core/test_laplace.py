@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from shiftrm.core.laplace import covariance_root, pair_precision, posterior_std
+from shiftrm.core.losses import bradley_terry_loss
 
 torch.manual_seed(0)
 CHOSEN, REJECTED = torch.randn(2, 40, 5, dtype=torch.float64)
@@ -19,6 +20,18 @@ def test_the_precision_is_the_hessian_of_the_bradley_terry_loss():
 
     hessian = torch.autograd.functional.hessian(loss, HEAD)
     torch.testing.assert_close(pair_precision(DIFFERENCES, HEAD), hessian)
+
+
+def test_with_margins_and_weights_it_is_the_hessian_of_the_loss_that_is_trained():
+    margin, weight = torch.randn(40).double(), torch.rand(40).double() * 3
+    weight[:5] = 0.0
+
+    def loss(w):
+        chosen, rejected = CHOSEN @ w, REJECTED @ w
+        return (weight * bradley_terry_loss(chosen, rejected, margin=margin)).sum()
+
+    found = pair_precision(DIFFERENCES, HEAD, margin_N=margin, weight_N=weight)
+    torch.testing.assert_close(found, torch.autograd.functional.hessian(loss, HEAD))
 
 
 def test_it_is_that_of_logistic_regression_and_needs_no_labels():

@@ -91,10 +91,24 @@ def test_sum_to_zero_penalty_has_value_and_gradient_of_the_square():
     assert float(by_hand.mean()) == pytest.approx(0.1 * 2 * 1.5**2)
 
 
+def test_a_pair_of_weight_2_is_in_the_penalty_twice():
+    once, twice = f64([3.0, 1.0], [0.0, 2.0], [5.0, 5.0]), f64([3.0, 1.0], [3.0, 1.0], [0.0, 2.0])
+    weight, mean = f64(2.0, 1.0, 0.0), 5 / 3
+    weighted = sum_to_zero_penalty(once, mean=mean, pairs=3, coefficient=0.1, weight=weight)
+    repeated = sum_to_zero_penalty(twice, mean=mean, pairs=3, coefficient=0.1)
+    assert float(weighted.mean()) == pytest.approx(0.1 * 3 * mean**2)
+    assert float(weighted.sum()) == pytest.approx(float(repeated.sum()))
+
+
 def test_text_regularisation_by_hand():
     found = text_regularisation(f64(0.5, 2.0), f64(-10.0, 0.0), alpha=0.25, beta=0.1)
     text = [math.log(1 + math.exp(1.0)), math.log(2)]
     assert found.tolist() == pytest.approx([0.375 + 0.25 * text[0], 1.5 + 0.25 * text[1]])
+    weight = f64(0.0, 3.0)
+    weighted = text_regularisation(
+        f64(0.5, 2.0) * weight, f64(-10.0, 0.0), alpha=0.25, beta=0.1, weight=weight
+    )
+    assert weighted.tolist() == pytest.approx((found * weight).tolist())
     likelihood = f64(-3.0).requires_grad_()
     loss = text_regularisation(f64(0.0), likelihood, alpha=0.01, beta=0.1)
     [slope] = torch.autograd.grad(loss.sum(), likelihood)

@@ -14,8 +14,10 @@ from transformers import (
 )
 
 from shiftrm.errors import UserError
+from shiftrm.models import probes
 from shiftrm.models.loading import load_reward_model, unread_heads
 from shiftrm.models.probes import require_own_reward
+from shiftrm.models.rewards import find_head, hidden_states
 from shiftrm.models.scoring import Scorer
 from tests.conftest import llama_config
 
@@ -33,8 +35,8 @@ SMALL = {
 }
 
 
-def classifier(name, **options):
-    torch.manual_seed(0)
+def classifier(name, *, seed=0, **options):
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **{**SMALL, **options})
     model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
@@ -61,6 +63,54 @@ def test_pooling_of_its_own_is_refused(tokenizer):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "bert", "roberta", "deberta-v2"])
 def test_known_poolings_are_the_models_own(name, dtype):
     require_own_reward(classifier(name).to(dtype))
+
+
+def centred(model):
+    """Turn the head all but orthogonal to the states of the probe's rows."""
+    rows = probes._rows(model.config)
+    with torch.no_grad():
+        basis, _ = torch.linalg.qr(hidden_states(model, rows, torch.ones_like(rows)).T)
+        weight = find_head(model).weight
+        weight -= 0.99 * (basis @ (basis.T @ weight[0]))
+    return model
+
+
+def in_precision(model, cast):
+    """The model, and the context in which it computes as `cast` says."""
+    model = model.to(torch.bfloat16) if cast == "weights" else model
+    return model, torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast")
+
+
+ANY_SIZE = [
+    pytest.mark.parametrize("cast", ["autocast", "weights", "fp32"]),
+    pytest.mark.parametrize("hidden_size", [16, 64, 256]),
+    pytest.mark.parametrize("change", [lambda model: model, centred], ids=["drawn", "centred"]),
+]
+
+
+def of_any_size(test):
+    for mark in ANY_SIZE:
+        test = mark(test)
+    return test
+
+
+@of_any_size
+def test_rewards_near_zero_leave_room_for_rounding(hidden_size, cast, change):
+    """As rewards are that a new head gives, or one trained to a mean of zero."""
+    for seed in range(12):
+        drawn = classifier("llama", hidden_size=hidden_size, seed=seed)
+        model, computing = in_precision(change(drawn), cast)
+        with computing:
+            require_own_reward(model)
+
+
+@of_any_size
+def test_pooling_of_its_own_is_found_at_any_size_of_the_rewards(hidden_size, cast, change):
+    for seed in range(12):
+        options = {"hidden_size": hidden_size, "classifier_pooling": "late"}
+        model, computing = in_precision(change(classifier("eurobert", seed=seed, **options)), cast)
+        with computing, pytest.raises(UserError, match="pools in a way of its own"):
+            require_own_reward(model)
 
 
 @pytest.mark.parametrize(

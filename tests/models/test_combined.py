@@ -16,6 +16,8 @@ from shiftrm.models.responses import Response
 from shiftrm.models.rewards import hidden_states
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies.loading import check_reward_model
+from shiftrm.trainers.scored_pairs import tokens_of_pairs
+from tests.byte_level import CHATML, TRL_TEMPLATES, byte_level
 from tests.conftest import llama_config
 
 PROMPTS = ["the red cat", "the red cat", [{"role": "user", "content": "a dog"}], "a", None]
@@ -129,6 +131,15 @@ def test_training_does_not_start_from_an_ensemble(ensemble):
         load_reward_model(ensemble(), seed=0)
 
 
+@pytest.mark.parametrize("name", ["laplace.json", "laplace.safetensors"])
+def test_training_does_not_start_from_a_model_with_a_posterior(ensemble, name):
+    folder = ensemble() / "member-0"
+    load_reward_model(folder, seed=0)
+    (folder / name).touch()
+    with pytest.raises(UserError, match=r"lowers its rewards by a posterior.*give a copy of the"):
+        load_reward_model(folder, seed=0)
+
+
 # -- Laplace -----------------------------------------------------------------------------------
 
 
@@ -200,6 +211,118 @@ def test_the_reward_minus_the_posterior_by_brute_force(plain, tmp_path, members)
         assert scorer.score_ids([ids]) == pytest.approx([reward], abs=1e-4)
     response = Response("the red cat", " runs", finished=False)
     assert scorer.score([response])[0] < plain.score([response])[0]
+
+
+def byte_scorer(template=CHATML, **options):
+    tokenizer = byte_level(template, **options)
+    torch.manual_seed(0)
+    config = llama_config(len(tokenizer), num_labels=1, max_position_embeddings=1024)
+    return Scorer(LlamaForSequenceClassification(config), tokenizer)
+
+
+def fitted(scorer, rows):
+    tokens = tokens_of_pairs(rows, scorer, name="pairs", max_length=None)
+    return LaplaceScorer(scorer, fit_posterior(scorer, tokens, prior=1.0, penalty=1.0), "x")
+
+
+def said(*words):
+    roles = ["user", "assistant"] * len(words)
+    return [{"role": r, "content": w} for r, w in zip(roles, words, strict=False)]
+
+
+def rows_of(prompt, answers):
+    return [{"prompt": prompt, "chosen": one, "rejected": two} for one, two in answers]
+
+
+def reference(scorer, prompt, response):
+    """The number of the prompt whose reference the response has; None: all responses' mean."""
+    [found] = scorer._references([scorer.encode(prompt, response)])
+    posterior = scorer.posterior
+    if torch.equal(found, posterior.mean):
+        return None
+    return [torch.equal(found, mean) for mean in posterior.prompt_means].index(True)
+
+
+ANSWERS = [(f" yes {k}", f" no {k}") for k in range(4)]
+CHAT_ANSWERS = [tuple(said("", text)[1:] for text in pair) for pair in ANSWERS]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3_1", "phi3", "qwen3_training", "smolvlm"])
+def test_a_later_turn_is_not_the_known_prompts(name):
+    """A conversation goes on after the known prompt and an answer: its prompt is another one."""
+    scorer = byte_scorer(CHATML if name == "chatml" else TRL_TEMPLATES[name])
+    long = said("hi", "hello", "and then?")
+    scorer = fitted(scorer, rows_of(said("hi"), CHAT_ANSWERS) + rows_of(long, CHAT_ANSWERS))
+    assert len(scorer.posterior.prompts) == 2
+    assert reference(scorer, said("hi"), said("", "a new answer")[1:]) == 0
+    assert reference(scorer, long, said("", "a new answer")[1:]) == 1
+    for other in (said("hi", "hello", "what?"), said("hi", "yes", "and then?"), said("hi there")):
+        assert reference(scorer, other, said("", "a new answer")[1:]) is None
+    assert reference(scorer, said("hi", "hello", "and then?", "a", "b"), said("", "c")[1:]) is None
+
+
+def test_in_plain_text_the_longest_known_prompt_counts():
+    rows = rows_of("Explain", ANSWERS) + rows_of("Explain rain.", ANSWERS)
+    scorer = fitted(byte_scorer(None), rows)
+    assert reference(scorer, "Explain", " it") == 0
+    assert reference(scorer, "Explain rain.", " it") == 1
+    assert reference(scorer, "Explain snow.", " it") == 0  # nothing shows where the prompt ends
+    assert reference(scorer, "Expla", " it") is None
+
+
+@pytest.mark.parametrize("prompt", ["", " ", None, []])
+def test_a_blank_prompt_is_nobodys(prompt):
+    scorer = fitted(byte_scorer(None, post="<bos> $A"), rows_of(prompt, ANSWERS))
+    assert scorer.posterior.prompts == ()
+    assert reference(scorer, "Explain", " it") is None
+
+
+@pytest.mark.parametrize("post", [None, "<bos> $A"])
+def test_a_prompt_whose_last_token_joins_the_answers_is_known_without_it(post):
+    scorer = byte_scorer(None, merges=[("b", "c"), ("a", "c")], post=post)
+    joined = [(f"c{k}", f"cc{k}") for k in range(4)]
+    scorer = fitted(scorer, rows_of("ab", joined) + rows_of("a", joined))
+    [known] = scorer.posterior.prompts  # of "a" nothing would be left
+    assert scorer.tokenizer.decode(known).removeprefix("<bos>").strip() == "a"
+    assert reference(scorer, "ab", "c7") == 0
+    assert reference(scorer, "zz", "c7") is None
+
+
+def same(one, other):
+    """Posteriors of the same numbers; `pairs` and `penalty` aside."""
+    assert one.prompts == other.prompts
+    for name in ("root", "mean", "prompt_means"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
+
+
+def test_a_pairs_weight_says_how_often_it_counts(plain):
+    pairs = pairs_of(plain)
+    twice = [pair._replace(weight=2.0) for pair in pairs[:8]] + pairs[8:]
+    same(
+        fit_posterior(plain, twice, prior=1.0, batch_size=3),
+        fit_posterior(plain, pairs[:8] + pairs, prior=1.0),
+    )
+    none = [pair._replace(weight=0.0) for pair in pairs[8:]]
+    found = fit_posterior(plain, pairs[:8] + none, prior=1.0)
+    same(found, fit_posterior(plain, pairs[:8], prior=1.0))
+    assert found.pairs == 8
+    prior = fit_posterior(plain, none, prior=4.0)
+    assert (prior.pairs, prior.mean.isfinite().all()) == (0, True)
+    torch.testing.assert_close(prior.root, torch.eye(len(prior.root)).double() / 2)
+
+
+def test_rows_weights_and_margins_reach_the_posterior(plain):
+    """p (1 - p) is about exp(-|w . d - m|) far from 0: a margin of 60 leaves the prior alone."""
+    rows = [{"prompt": "the red", "chosen": f" cat{' runs' * k}", "rejected": " a"} for k in (1, 2)]
+    found = {}
+    for extra in ({}, {"margin": 60.0}, {"weight": 3.0, "margin": None}):
+        tokens = tokens_of_pairs(
+            [{**row, **extra} for row in rows], plain, name="pairs", max_length=None
+        )
+        root = fit_posterior(plain, tokens, prior=4.0).root
+        found[tuple(extra)] = torch.linalg.inv(root.T @ root) - 4 * torch.eye(len(root))
+    torch.testing.assert_close(found["weight", "margin"], 3 * found[()])
+    assert float(found[("margin",)].abs().max()) < 1e-8 < float(found[()].abs().max())
 
 
 def test_without_a_penalty_the_reward_is_the_models(plain):

@@ -187,6 +187,7 @@ def not_finite(folder):
         (three_labels, ""),
         (write("adapter_config.json", "{}"), "is an adapter, which would stay as it is"),
         (write("ensemble.json", "{}"), "is an ensemble of reward models"),
+        (write("laplace.json", "{}"), "lowers its rewards by a posterior"),
         (not_finite, "holds NaN or infinite numbers"),
     ],
 )

@@ -21,6 +21,7 @@ from shiftrm.models.rewards import token_values
 from shiftrm.models.sampling import PAPER_SAMPLING, Sample, SamplingConfig, generate
 from shiftrm.models.scoring import Scorer
 from shiftrm.policies import ppo, ppo_math, ppo_rows
+from shiftrm.policies.configs import ppo_config
 from shiftrm.policies.ppo import (
     KLController,
     PPOConfig,
@@ -37,6 +38,7 @@ from shiftrm.policies.ppo import (
 )
 from shiftrm.policies.ppo_math import kl_and_entropy
 from shiftrm.policies.ppo_rows import Rows
+from shiftrm.policies.shaping import shape
 
 WORDS = ("go", "on", "a", "b", "c", "d", "e", "f", "g")
 V = len(WORDS) + 2
@@ -593,6 +595,40 @@ def test_paper_preset():
         16,
     )
     assert config.steps == 7
+
+
+@pytest.mark.parametrize(
+    "shaping", ["log_sigmoid", "par", "clip", "tests.policies.test_ppo:halved"]
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **more: PPOConfig.preset("paper", **more),
+        lambda **more: ppo_config({"preset": "paper", **more}),
+    ],
+)
+def test_the_presets_clip_is_not_of_shaped_rewards(make, shaping):
+    config = make(reward_shaping=shaping)
+    assert (config.reward_clip, config.kl_coefficient) == (None, 0.05)
+    assert config.sampling == PAPER_SAMPLING
+    assert make(reward_shaping="none").reward_clip == 0.8
+    assert make(reward_shaping=shaping, reward_clip=None).reward_clip is None
+    with pytest.raises(UserError, match=f"reward_clip is 0.5; .*reward_shaping={shaping}"):
+        make(reward_shaping=shaping, reward_clip=0.5)
+
+
+def halved(rewards_B, references_BR):
+    return rewards_B / 2
+
+
+def test_shaped_rewards_keep_their_order_under_the_preset():
+    """log sigmoid(r - q) is strictly increasing; clipped, most responses would have one score."""
+    rewards = torch.linspace(-6, 6, 16, dtype=torch.float64)
+    shaped = shape("log_sigmoid", rewards, torch.zeros(16, 8, dtype=torch.float64))
+    trainer = make_trainer()
+    trainer.config = PPOConfig.preset("paper", reward_shaping="log_sigmoid")
+    scores = trainer._scores(shaped, [True] * 16)
+    torch.testing.assert_close(scores, -torch.log1p(torch.exp(-rewards)))
 
 
 @pytest.mark.parametrize(

@@ -273,9 +273,12 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("rule", ["normalized", "adaptive", "effect"])
-@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("stop", [1, 3, 5])
 def test_resuming_is_exact(make_trainer, reward_model, tmp_path, rule, stop):
-    """Stopped and resumed from the checkpoint: the same losses and weights as a straight run."""
+    """Stopped and resumed from the checkpoint: the same losses and weights as a straight run.
+
+    Step 5 is the last: its checkpoint is of theta, and only the deployed meta step is left to do.
+    """
     config = {
         "meta_step": rule,
         "meta_learning_rate": 0.05,

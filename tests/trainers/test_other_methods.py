@@ -214,6 +214,27 @@ def test_bsr_is_the_square_over_the_optimizer_step(
     assert logged == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("weights", [[0.0, 2.0, 1.0, 0.5, 3.0], [0.0] * 5])
+@pytest.mark.parametrize(("micro", "steps"), [(5, 1), (2, 3)])
+def test_bsrs_penalty_is_of_weighted_pairs(
+    reward_model, pairs, options, tokenizer, micro, steps, weights
+):
+    """A pair of weight 2 is in the penalty twice, one of weight 0 not at all."""
+    rows = [{**row, "weight": w} for row, w in zip(pairs[:5], weights, strict=True)]
+    [found], trainer = gradients_of(
+        BSRTrainer, BSRConfig, reward_model, rows, options, tokenizer,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=steps, bsr_coefficient=0.7,
+    )  # fmt: skip
+    model = copy.deepcopy(reward_model).double()
+    rewards, w = plain_rewards(model, tokenizer, rows), torch.tensor(weights).double()
+    total = w.sum()
+    mean = (w * rewards.mean(1)).sum() / total if total > 0 else 0 * rewards.sum()
+    loss = (-F.logsigmoid(rewards[:, 0] - rewards[:, 1]) * w).mean() + 0.7 * total * mean**2
+    torch.testing.assert_close(found, gradient_of(loss, model), rtol=1e-6, atol=1e-8)
+    logged = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
+    assert logged == pytest.approx(loss.item(), rel=1e-5)
+
+
 def test_bsrs_evaluation_is_that_of_bradley_terry(reward_model, pairs, options, tokenizer):
     losses = []
     for cls, config, own in (
@@ -245,14 +266,18 @@ def test_grm_names_the_row_of_the_data_set(policies, tokenizer, options):
         )
 
 
+@pytest.mark.parametrize("weights", [None, (0.0, 2.5, 1.0)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_grm_against_plain_transformers(tmp_path, options, tokenizer, tied):
+def test_grm_against_plain_transformers(tmp_path, options, tokenizer, tied, weights):
     torch.manual_seed(3)
     config = llama_config(tie_word_embeddings=tied, initializer_range=0.3)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
     rows = [{**row, **FLAGS} for row in OCRM_ROWS]
     rows[1]["chosen_finished"] = False
+    if weights is not None:  # a factor of the whole loss of the pair
+        rows = [{**row, "weight": w} for row, w in zip(rows, weights, strict=True)]
+    factors = torch.tensor(weights or [1.0] * len(rows)).double()
     [found], trainer = gradients_of(
         GRMTrainer, GRMConfig, str(tmp_path / "start"), rows, options, tokenizer,
         grm_alpha=0.3, grm_beta=0.2,
@@ -271,7 +296,7 @@ def test_grm_against_plain_transformers(tmp_path, options, tokenizer, tied):
         likelihood.append(sum(logp[t - 1, ids[t]] for t in range(len(ids) - count, len(ids))))
     text = -F.logsigmoid(0.2 * torch.stack(likelihood))
     pairs_loss = -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
-    loss = (0.7 * pairs_loss + 0.3 * text).mean()
+    loss = ((0.7 * pairs_loss + 0.3 * text) * factors).mean()
     torch.testing.assert_close(found, gradient_of(loss, model), rtol=1e-5, atol=1e-7)
     [logged] = [log for log in trainer.state.log_history if "loss" in log]
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -303,6 +328,22 @@ def test_grm_needs_a_language_head(tmp_path, reward_model, tokenizer, options):
     for bad in ({"grm_alpha": 1.1}, {"grm_beta": 0.0}):
         with pytest.raises(UserError, match=f"{next(iter(bad))} is"):
             GRMConfig(**{**options, **bad})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_grms_start_is_checked_by_the_names_of_its_weights(tmp_path, reward_model, tied):
+    """As the load does, without one: of two files here, as large models have."""
+    reward_model.config.tie_word_embeddings = tied
+    reward_model.save_pretrained(tmp_path / "rm", max_shard_size="30KB")
+    LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "policy")
+    assert len(list((tmp_path / "rm").glob("*.safetensors"))) > 1
+    GRMTrainer.check_start(str(tmp_path / "policy"))
+    GRMTrainer.check_start("owner/name")  # known when it is loaded
+    if tied:
+        GRMTrainer.check_start(str(tmp_path / "rm"))
+        return
+    with pytest.raises(UserError, match=r"lm_head.*`shiftrm train --method grm --model POLICY`"):
+        GRMTrainer.check_start(str(tmp_path / "rm"))
 
 
 def test_a_capped_head_is_read_and_an_unknown_one_refused(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """A Bayesian last layer: how sure preference pairs make a linear reward head.
 
 The reward of a response is `r = w . phi + b` with `phi` [H] the hidden state under the head. The
-likelihood of a pair with difference `d = phi_chosen - phi_rejected` is `sigmoid(w . d)`. The
+likelihood of a pair with difference `d = phi_chosen - phi_rejected` is `sigmoid(w . d - m)^c`, as
+in training, with its margin m (0) and its weight c (1). The
 Laplace approximation of the posterior of `w` is a Gaussian around the trained head with the
 precision below (MacKay 1992; for reward models, Yang et al., arXiv 2402.13210, and others).
 """
@@ -12,13 +13,20 @@ from torch import Tensor
 __all__ = ["covariance_root", "pair_precision", "posterior_std"]
 
 
-def pair_precision(differences_NH: Tensor, head_H: Tensor) -> Tensor:
+def pair_precision(
+    differences_NH: Tensor,
+    head_H: Tensor,
+    *,
+    margin_N: Tensor | float = 0.0,
+    weight_N: Tensor | float = 1.0,
+) -> Tensor:
     """Return the Hessian of the pairs' negative log-likelihood in the head, [H, H].
 
-    `sum_n p_n (1 - p_n) d_n d_n^T` with `p_n = sigmoid(w . d_n)`. It does not depend on the labels.
+    `sum_n c_n p_n (1 - p_n) d_n d_n^T` with `p_n = sigmoid(w . d_n - m_n)`, m_n the margin and c_n
+    the weight of a pair. Without margins it does not depend on the labels.
     """
-    p_N = (differences_NH @ head_H).sigmoid()
-    return differences_NH.T @ (differences_NH * (p_N * (1 - p_N))[:, None])
+    p_N = (differences_NH @ head_H - margin_N).sigmoid()
+    return differences_NH.T @ (differences_NH * (weight_N * p_N * (1 - p_N))[:, None])
 
 
 def covariance_root(precision_HH: Tensor, *, prior: float) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "off_policy_weights",
     "preference_policy_loss",
     "response_log_likelihood",
+    "reward_model_loss",
     "reward_weighted_loss",
     "reward_weights",
     "sum_to_zero_penalty",
@@ -55,6 +56,31 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | Non
     if margin is not None:
         difference = difference - margin
     return -F.logsigmoid(difference)  # Eq. 1
+
+
+def reward_model_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    centring: float | None = None,
+) -> Tensor:
+    """Return the loss of each pair as reward training and its evaluation define it, shape [B].
+
+    `weight (bradley_terry_loss + centring (chosen + rejected)^2)`.
+
+    Args:
+        chosen, rejected, margin: see `bradley_terry_loss`.
+        weight: of each pair, shape [B]. Default: 1.
+        centring: `center_rewards_coefficient`. Default: none.
+
+    Source: the second term is Eisenstein et al., arXiv 2312.09244, Eq. 2, as in TRL.
+    """
+    losses = bradley_terry_loss(chosen, rejected, margin=margin)  # Eq. 1
+    if centring is not None:
+        losses = losses + centring * (chosen + rejected).pow(2)
+    return losses if weight is None else losses * weight
 
 
 def response_log_likelihood(
@@ -143,7 +169,12 @@ def off_policy_weights(
 
 
 def sum_to_zero_penalty(
-    rewards_B2: Tensor, *, mean: Tensor | float, pairs: float, coefficient: float
+    rewards_B2: Tensor,
+    *,
+    mean: Tensor | float,
+    pairs: float,
+    coefficient: float,
+    weight: Tensor | float = 1.0,
 ) -> Tensor:
     """Return each pair's share of the batch-wise sum-to-zero penalty, `lambda B rbar^2`.
 
@@ -157,6 +188,9 @@ def sum_to_zero_penalty(
         mean: m, the mean reward of the whole step; a constant.
         pairs: B, the pairs of the whole step.
         coefficient: lambda.
+        weight: of each pair, shape [B]. A pair of weight 2 counts as two: B in the penalty is then
+            the sum of the step's weights, and m must be the weighted mean; `pairs` stays a count,
+            because the mean of the shares is still over the pairs.
 
     Returns:
         Shape [B].
@@ -165,11 +199,16 @@ def sum_to_zero_penalty(
     micro-batch of one process; ours are those of the optimizer step.
     """
     pair_B = rewards_B2.mean(dim=1)
-    return coefficient * pairs * (2 * mean * pair_B - mean**2)  # lambda B rbar^2
+    return coefficient * pairs * weight * (2 * mean * pair_B - mean**2)  # lambda B rbar^2
 
 
 def text_regularisation(
-    reward_loss: Tensor, log_likelihood: Tensor, *, alpha: float, beta: float
+    reward_loss: Tensor,
+    log_likelihood: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    weight: Tensor | float = 1.0,
 ) -> Tensor:
     """Return the reward loss with a loss that keeps the hidden states able to write text.
 
@@ -181,11 +220,12 @@ def text_regularisation(
         log_likelihood: log pi(y_w|x) of the chosen response by a language-model head on the reward
             model's hidden states, summed over its tokens, shape [B].
         alpha, beta: the weight of the text, in [0, 1], and its temperature, > 0.
+        weight: of each pair, shape [B], a factor that L already has.
 
     Source: Yang et al., arXiv 2406.10216, "SFT regularisation" (alpha = 0.01, beta = 0.1).
     """
     _require_same_shape(reward_loss=reward_loss, log_likelihood=log_likelihood)
-    text = -F.logsigmoid(beta * log_likelihood)
+    text = -F.logsigmoid(beta * log_likelihood) * weight
     return (1 - alpha) * reward_loss + alpha * text
 
 

@@ -40,6 +40,7 @@ from shiftrm.models.sampling import (
 )
 from shiftrm.models.scoring import Scorer
 from shiftrm.progress import task
+from shiftrm.trainers.members import check_head
 from shiftrm.trainers.model_card import Adapted, model_card, summary
 from shiftrm.trainers.training import (
     TrainingJob,
@@ -166,7 +167,7 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
     source = _read(job, request.groups, samples, share=None if eval_groups else share)
     files = _files(job, eval_pairs, eval_groups)
     heldout = None if source.file is None else source.split(source.file)[1]
-    _check_model(model, [*files, *([] if heldout is None else [heldout])])
+    _check_model(model, [*files, *([] if heldout is None else [heldout])], training.combine)
     main = PartialState().is_main_process
     record = _record(job, share, samples, eval_groups)
     if request.method != "metarm":  # work begun by earlier versions has no such entry
@@ -178,7 +179,7 @@ def adapt(request: Request, *, present: Present, bar: Bar = no_bar) -> Adaptatio
         if out is not None:
             files.append(out)
             if samples is not None:  # others were checked above
-                _check_model(model, [out])
+                _check_model(model, [out], training.combine)
         outcome = train_in_work(
             job, kept if training.takes_groups else None, checkpoint, evaluate=False
         )
@@ -276,8 +277,8 @@ def _files(
     return files
 
 
-def _check_model(model: str, files: list[DataFile]) -> None:
-    """Refuse early a model that is not a reward model, and rows that it cannot score."""
+def _check_model(model: str, files: list[DataFile], combine: str | None) -> None:
+    """Refuse early a model that is no reward model or does not fit, and rows it cannot score."""
     try:
         with task("loading the reward model", None):
             scorer = Scorer.from_pretrained(model)
@@ -288,6 +289,7 @@ def _check_model(model: str, files: list[DataFile]) -> None:
                 "`shiftrm train`"
             ) from None
         raise
+    check_head(combine, scorer.model)
     for file in files:
         encode_data(scorer, file)
 

@@ -23,7 +23,7 @@ from shiftrm.models.loading import ENSEMBLE, is_ensemble
 from shiftrm.models.rewards import sequence_rewards
 from shiftrm.models.scoring import Scorer
 
-__all__ = ["Ensemble", "EnsembleScorer", "Member", "open_combined"]
+__all__ = ["Ensemble", "EnsembleScorer", "Member", "open_combined", "refuse_combined"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,25 @@ class EnsembleScorer(Scorer):
             self._stds_E.to(rewards_EB),
             kind=self.ensemble.kind,
             penalty=self.ensemble.penalty,
+        )
+
+
+def refuse_combined(path: str | Path) -> None:
+    """Refuse a folder of which training would continue a part only, and lose the rest.
+
+    Raises:
+        UserError: it is an ensemble, or has a posterior.
+    """
+    if is_ensemble(path):
+        raise UserError(
+            f"{path}: is an ensemble of reward models, and training starts from one model; give "
+            f"one of its members, such as {Path(path) / 'member-0'}"
+        )
+    if laplace.has_posterior(path):
+        raise UserError(
+            f"{path}: lowers its rewards by a posterior (laplace.json), which training would "
+            "neither keep nor fit anew; give a copy of the folder without laplace.json and "
+            "laplace.safetensors, which is the plain reward model"
         )
 
 

@@ -176,19 +176,6 @@ def keep_pad_apart(tokenizer: Any) -> bool:
     return False
 
 
-def refuse_ensemble(path: str | Path) -> None:
-    """Refuse the folder of an ensemble where one model is needed.
-
-    Raises:
-        UserError: it is one.
-    """
-    if is_ensemble(path):
-        raise UserError(
-            f"{path}: is an ensemble of reward models, and training starts from one model; give "
-            f"one of its members, such as {Path(path) / 'member-0'}"
-        )
-
-
 def refuse_adapter(
     path: str | Path, because: str = "which would stay as it is while the model is trained"
 ) -> None:
@@ -333,11 +320,13 @@ def load_reward_model(path: str | Path, *, seed: int, **model_options: Any) -> A
 
     Raises:
         UserError: the checkpoint has a trained head under another name, which would be lost, or
-            is an ensemble.
+            it is more than one model (`combined.refuse_combined`).
         OSError, ValueError, RuntimeError: as `from_pretrained` (nothing there, no classifier of
             this architecture, a head whose number of labels is not one).
     """
-    refuse_ensemble(path)
+    from shiftrm.models.combined import refuse_combined  # it imports this module
+
+    refuse_combined(path)
     dtype = model_options.get("dtype", "float32")
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):

@@ -147,7 +147,9 @@ def require_own_reward(model: nn.Module) -> None:
     """Check that our rewards of a few rows without padding equal the model's own logits.
 
     The rows contain no pad token, which the model's own pooling would look for, and EOS only at
-    their end, where encoder-decoders pool. Costs two short passes in evaluation mode.
+    their end, where encoder-decoders pool. Costs two short passes in evaluation mode. The allowed
+    distance is relative to the rewards or, if that is larger, to what the products in them would
+    sum to if their signs were random: rounding does not shrink where the products cancel.
 
     Raises:
         UserError: they differ, for example because the model averages over tokens and we read the
@@ -158,13 +160,13 @@ def require_own_reward(model: nn.Module) -> None:
         return
     ids = ids.to(next(model.parameters()).device)
     mask = torch.ones_like(ids)
-    with evaluating(model), precision_of(model) as precision:
+    with evaluating(model), precision_of(model) as precision, _sizes(model) as sizes:
         logits = getattr(model(input_ids=ids, attention_mask=mask, use_cache=False), "logits", None)
         if logits is None or logits.shape != (ROWS, 1):  # not a transformers classifier
             return
         ours = sequence_rewards(model, ids, mask)
     theirs = logits[:, 0].to(ours.dtype)
-    scale = float(theirs.abs().max().clamp(min=1e-6))
+    scale = max(1e-6, float(theirs.abs().max()), *sizes)
     worst = int((ours - theirs).abs().argmax())
     if not float((ours - theirs).abs().max()) > FLOOR[precision[0]] * scale:
         return
@@ -173,6 +175,28 @@ def require_own_reward(model: nn.Module) -> None:
         f"{float(theirs[worst]):.4g} where its last token's score is {float(ours[worst]):.4g}; use "
         "a model that scores the last token, as decoders do, or the first, as BERT does"
     )
+
+
+@contextmanager
+def _sizes(model: nn.Module) -> Iterator[list[float]]:
+    """Collect, by pass, the largest norm of the products w_i h_i in a linear head's last rewards.
+
+    A reward is the sum of these products. Rounding a factor or a partial sum changes it by about
+    the unit roundoff times this norm, also where the sum is 0.
+    """
+    found: list[float] = []
+
+    def hook(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+            return  # its output is read, which does not round again
+        states = inputs[0] if inputs[0].dim() == 2 else inputs[0][:, -1]  # pooled, or all tokens
+        found.append(float((states.float() * head.weight.float()).norm(dim=-1).max()))
+
+    handle = find_head(model).register_forward_pre_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _rows(config: Any) -> Tensor | None:

@@ -63,7 +63,10 @@ class TrainingStates:
             raise UserError("there are no pairs of the reward model's training to compare with")
         sides = [ids for pair in tokens for ids in (pair.chosen, pair.rejected)]
         states_NH = states_of(scorer, sides, batch_size)
-        precision_HH = pair_precision(states_NH[0::2] - states_NH[1::2], self._head_H)
+        margin_N, weight_N = torch.tensor([(p.margin, p.weight) for p in tokens]).double().unbind(1)
+        precision_HH = pair_precision(
+            states_NH[0::2] - states_NH[1::2], self._head_H, margin_N=margin_N, weight_N=weight_N
+        )
         self._posterior_root_HH = covariance_root(precision_HH, prior=PRIOR)
         self._mean_H = states_NH.mean(0)
         away_NH = states_NH - self._mean_H

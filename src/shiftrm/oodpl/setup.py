@@ -9,13 +9,13 @@ from transformers.trainer_utils import set_seed
 
 from shiftrm.data.domains import EVAL_PAIRS, Domain, DomainSplit
 from shiftrm.errors import UserError
+from shiftrm.models.combined import refuse_combined
 from shiftrm.models.finite import require_finite_weights
 from shiftrm.models.loading import (
     check_vocabulary,
     explain_loading,
     load_reward_model,
     refuse_adapter,
-    refuse_ensemble,
 )
 from shiftrm.models.rewards import find_head, model_config
 from shiftrm.models.rope import context_limit
@@ -62,12 +62,12 @@ def _refuse_shared_metrics(names: Sequence[str]) -> None:
 
 
 def _refuse_parts(path: str) -> None:
-    """Refuse a folder that is not one whole model: an ensemble, or an adapter.
+    """Refuse a folder that is not one whole model: more than one, or an adapter.
 
     Raises:
         UserError: says what to give instead.
     """
-    refuse_ensemble(path)
+    refuse_combined(path)
     refuse_adapter(path)
 
 

@@ -142,12 +142,10 @@ def ppo_config(given: Mapping[str, Any]) -> PPOConfig:
     sampling = {f.name for f in dataclasses.fields(SamplingConfig)}
     own = {f.name for f in dataclasses.fields(PPOConfig)}
     preset = given.get("preset")
-    base = PPOConfig() if preset is None else PPOConfig.preset(preset)
     try:
         drawn = {key: value for key, value in given.items() if key in sampling}
         changed = {key: value for key, value in given.items() if key in own}
-        return dataclasses.replace(
-            base, sampling=dataclasses.replace(base.sampling, **drawn), **changed
-        )
+        base = PPOConfig(**changed) if preset is None else PPOConfig.preset(preset, **changed)
+        return dataclasses.replace(base, sampling=dataclasses.replace(base.sampling, **drawn))
     except TypeError as error:
         raise UserError(f"PPO settings: {error}") from None

@@ -43,7 +43,9 @@ class PPOConfig:
     reward_whitening: str = _option(
         "none", "'batch': then whitened over the batch to mean 0, variance 1"
     )
-    reward_clip: float | None = _option(None, "rewards are then clipped to +- this")
+    reward_clip: float | None = _option(
+        None, "rewards are then clipped to +- this; not with reward_shaping"
+    )
     truncation_penalty: float = _option(
         0.0, "then subtracted for responses cut off by the length limit"
     )
@@ -96,6 +98,11 @@ class PPOConfig:
             )
         ADVANTAGES.get(self.advantage)
         SHAPINGS.get(self.reward_shaping)
+        if self.reward_shaping != "none" and self.reward_clip is not None:
+            raise UserError(
+                f"reward_clip is {self.reward_clip}; it is for standardised rewards, and those of "
+                f"reward_shaping={self.reward_shaping} have a scale of their own: leave out one"
+            )
         if self.kl_target is not None and self.kl_coefficient == 0:
             raise UserError("kl_coefficient is 0; to reach kl_target it must start above 0")
 
@@ -109,7 +116,8 @@ class PPOConfig:
         """A named configuration: "paper" (Dou et al., arXiv 2405.00438).
 
         The paper gives learning rates, roll-outs, sampling, KL coefficient and a clip value (taken
-        to be the reward's); other settings keep the defaults of this class.
+        to be the reward's); other settings keep the defaults of this class. With a
+        `reward_shaping` its clip does not apply: most shaped rewards would lie at it.
 
         Raises:
             UserError: unknown preset or field; the message suggests the nearest name.
@@ -120,7 +128,10 @@ class PPOConfig:
         for key in overrides:
             if key not in known:
                 raise UserError(f"unknown PPO setting {key!r}{suggest(key, known)}")
-        return cls(**{**_PRESETS[name], **overrides})
+        values = dict(_PRESETS[name])
+        if overrides.get("reward_shaping", "none") != "none":
+            values.pop("reward_clip", None)
+        return cls(**{**values, **overrides})
 
 
 _PRESETS: dict[str, dict[str, Any]] = {

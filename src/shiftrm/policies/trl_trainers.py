@@ -28,6 +28,7 @@ from shiftrm.policies.ppo_passes import vocabulary_of
 from shiftrm.policies.ppo_rows import LOGITS_AT_ONCE, Rows
 from shiftrm.policies.text_rewards import GOLD_WORLD, TextReward
 from shiftrm.policies.tokens import drop, encode_demonstration, encode_preference
+from shiftrm.trainers.at_the_end import NoStepTooMany
 from shiftrm.trainers.first_batch import switch_off_dropout
 from shiftrm.trainers.pair_batches import without_added_nulls
 
@@ -37,7 +38,7 @@ KL_ROWS = 32
 """Samples per process on which RLOO's and GRPO's KL is measured (two more passes)."""
 
 
-class _Guarded:
+class _Guarded(NoStepTooMany):
     """Behaviour shared by all policy trainers."""
 
     dropped: dict[str, int]
@@ -45,7 +46,7 @@ class _Guarded:
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradient norm before an optimizer step; raise if it is not finite."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         require_finite_gradient(self, norm)
         return norm
 
@@ -212,11 +213,9 @@ class _Rewarded(_Guarded):
             args.reward_weights = [1.0, 0.0]
         rest |= {key: without_added_nulls(rest[key]) for key in rest if key.endswith("_dataset")}
         with _without_reference(args):
-            super().__init__(  # type: ignore[call-arg]
-                model, rewarders, args, processing_class=tokenizer, **rest
-            )
+            super().__init__(model, rewarders, args, processing_class=tokenizer, **rest)
         # TRL knows the generation config's, but not the token that closes a turn of the template.
-        self.eos_token_ids = remember_stop_tokens(self.model, tokenizer)  # type: ignore[attr-defined]
+        self.eos_token_ids = remember_stop_tokens(self.model, tokenizer)
         if not args.use_vllm:
             drawing: Any = self
             drawing.generation_config.eos_token_id = self.eos_token_ids
@@ -227,10 +226,10 @@ class _Rewarded(_Guarded):
         if reference is not None and self.beta != 0.0:
             if args.disable_dropout:
                 switch_off_dropout(reference)
-            add_fused_lm_head(reference, temperature=self.temperature)  # type: ignore[attr-defined]
+            add_fused_lm_head(reference, temperature=self.temperature)
             self.ref_model = self._placed(reference)
         if args.disable_dropout:
-            switch_off_dropout(self.model)  # type: ignore[attr-defined]
+            switch_off_dropout(self.model)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Return prompt tokens as `encode_prompt` makes them.
@@ -244,30 +243,30 @@ class _Rewarded(_Guarded):
         return ids, None, {}
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(dataset)  # type: ignore[misc]
-        self.add_callback(_SameOrder(sampler))  # type: ignore[attr-defined]
+        sampler = super()._get_train_sampler(dataset)
+        self.add_callback(_SameOrder(sampler))
         return sampler
 
     def _placed(self, reference: Any) -> Any:
         """Place the reference on this process's device, sharded if the policy is."""
         from trl.models import prepare_deepspeed, prepare_fsdp
 
-        accelerator = self.accelerator  # type: ignore[attr-defined]
-        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+        accelerator = self.accelerator
+        if self.is_deepspeed_enabled:
             return prepare_deepspeed(reference, accelerator)
-        if self.is_fsdp_enabled:  # type: ignore[attr-defined]
+        if self.is_fsdp_enabled:
             return prepare_fsdp(reference, accelerator)
         return accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.beta != 0.0:
             self._log_sequence_kl(output)
         return output
 
     @torch.no_grad()
     def _log_sequence_kl(self, output: dict[str, Any]) -> None:
-        model, accelerator = self.model, self.accelerator  # type: ignore[attr-defined]
+        model, accelerator = self.model, self.accelerator
         samples, counted = _samples(output, most=KL_ROWS)
         rows = Rows.pack(samples, device=accelerator.device)
         # The same on all processes: with sharded weights every pass is collective.
@@ -292,11 +291,11 @@ class _Rewarded(_Guarded):
     @contextmanager
     def _reference(self) -> Iterator[Any]:
         """Context with TRL's reference: a model, or the policy with another adapter or none."""
-        held, model = self.ref_model, self.model  # type: ignore[attr-defined]
+        held, model = self.ref_model, self.model
         if held is not None:
             yield held
             return
-        inner = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
+        inner = self.accelerator.unwrap_model(model)
         with use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None):
             yield model
 
@@ -307,13 +306,13 @@ class _Rewarded(_Guarded):
             mask: tokens that the mean was taken over, shape [B, T].
         """
         local = torch.stack([mask.sum().float(), mask.any(dim=1).sum().float()])
-        tokens, sequences = self.accelerator.reduce(local, reduction="sum")  # type: ignore[attr-defined]
+        tokens, sequences = self.accelerator.reduce(local, reduction="sum")
         mean_tokens = float(tokens / sequences.clamp(min=1.0))
         metrics = self._logged()
         metrics["sequence_kl_sampled"].append(metrics.pop("kl")[-1] * mean_tokens)
 
     def _logged(self) -> dict[str, list[float]]:
-        return self._metrics["train" if self.model.training else "eval"]  # type: ignore[attr-defined]
+        return self._metrics["train" if self.model.training else "eval"]
 
 
 def _samples(output: dict[str, Any], *, most: int) -> tuple[list[Sample], list[bool]]:

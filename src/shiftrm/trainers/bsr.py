@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftrm.core.losses import sum_to_zero_penalty
+from shiftrm.data.pairs import WEIGHT
 from shiftrm.errors import UserError
 from shiftrm.trainers.pair_batches import COUNTED
 from shiftrm.trainers.reward import RewardConfig, RewardTrainer
@@ -50,18 +51,17 @@ class BSRTrainer(RewardTrainer):
 
     @torch.no_grad()
     def _mean_reward(self, samples: list[Any]) -> Tensor:
-        """Return the mean reward of the step's pairs on all processes."""
+        """Return the weighted mean reward of the step's pairs on all processes."""
         total = torch.zeros(2, device=self.args.device)
         self.model_wrapped.train()
         for sample in samples:
             inputs = self._prepare_inputs(sample)
             with self.compute_loss_context_manager():
                 rewards, _ = self._pair_rewards(self.model_wrapped, inputs)
-            counted = inputs[COUNTED]
-            total += torch.stack([(rewards.mean(1) * counted).sum(), counted.sum()])
+            total = total + _totals(rewards, inputs)  # not in place: fp64 stays fp64
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total, reduction="sum")
-        return total[0] / total[1]
+        return _mean(total)
 
     def _pair_losses(
         self, model: nn.Module, inputs: Mapping[str, Tensor]
@@ -71,11 +71,23 @@ class BSRTrainer(RewardTrainer):
             return losses, rewards, lengths
         mean = self._step_mean
         if mean is None:  # the step is this batch
-            mean = rewards.detach().mean()
+            mean = _mean(_totals(rewards.detach(), inputs))
         penalty = sum_to_zero_penalty(
             rewards,
             mean=mean,
             pairs=self._pairs_in_step,
             coefficient=self.args.bsr_coefficient,
+            weight=inputs.get(WEIGHT, 1.0),
         )
         return losses + penalty, rewards, lengths
+
+
+def _totals(rewards: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the weighted sum of the pairs' mean rewards, and the sum of the weights, [2]."""
+    weights = inputs[COUNTED] * inputs.get(WEIGHT, 1.0)
+    return torch.stack([(rewards.mean(1) * weights).sum(), weights.sum()])
+
+
+def _mean(totals: Tensor) -> Tensor:
+    """Return the mean; 0 where no pair has a weight, which then has no part in the penalty."""
+    return totals[0] / totals[1].where(totals[1] > 0, 1.0)

@@ -2,18 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from shiftrm.core.losses import response_log_likelihood, text_regularisation
+from shiftrm.data.pairs import WEIGHT
 from shiftrm.errors import UserError
 from shiftrm.models.filled import load_filled
 from shiftrm.models.likelihoods import encode_side
-from shiftrm.models.loading import explain_loading
+from shiftrm.models.loading import A_LANGUAGE_HEAD, explain_loading, is_head
 from shiftrm.models.prefix import separate
 from shiftrm.models.rewards import rewards_and_states
 from shiftrm.progress import task
@@ -90,10 +94,7 @@ class LanguageHead:
             raise UserError(f"{path}: has no language-model head of one linear layer")
         name = next(name for name, module in model.named_modules() if module is head)
         if f"{name}.weight" in missing:
-            raise UserError(
-                f"{path}: has no language-model head ({name}.weight); the method grm needs one, so "
-                "start from a policy"
-            )
+            raise _no_language_head(path, name)
         tied = head.weight is model.get_input_embeddings().weight
         config = model.config.get_text_config()
         found = cls(
@@ -115,6 +116,14 @@ class LanguageHead:
         return found
 
 
+def _no_language_head(path: str, name: str) -> UserError:
+    return UserError(
+        f"{path}: has no language-model head ({name}.weight), which the method grm needs: a reward "
+        "model keeps one only if it is tied to the embeddings; start from a policy, `shiftrm train "
+        "--method grm --model POLICY`"
+    )
+
+
 class GRMTrainer(RewardTrainer):
     """`RewardTrainer` with the loss of GRM in training (Yang et al., arXiv 2406.10216).
 
@@ -126,6 +135,21 @@ class GRMTrainer(RewardTrainer):
     """
 
     _never_shares = True
+
+    @staticmethod
+    def check_start(model: str) -> None:
+        """Refuse a reward model without a language-model head, by the names of its weights.
+
+        Others are refused when they are loaded.
+        """
+        files = sorted(Path(model).glob("*.safetensors"))
+        names = [name for file in files for name in _names(file)]
+        if not any(map(is_head, names)) or any(map(A_LANGUAGE_HEAD.search, names)):
+            return
+        with explain_loading(model, "a causal language model"):
+            config = AutoConfig.from_pretrained(model)
+        if not config.get_text_config().tie_word_embeddings:
+            raise _no_language_head(model, "lm_head")
 
     def __init__(self, model: Any, args: Any, **keywords: Any) -> None:
         if not isinstance(model, str):
@@ -181,7 +205,11 @@ class GRMTrainer(RewardTrainer):
         losses = self._reward_losses(chosen, rejected, inputs)
         likelihood = self._log_likelihood(states[::2], ids[::2], mask[::2], inputs[START])
         losses = text_regularisation(
-            losses, likelihood, alpha=self.args.grm_alpha, beta=self.args.grm_beta
+            losses,
+            likelihood,
+            alpha=self.args.grm_alpha,
+            beta=self.args.grm_beta,
+            weight=inputs.get(WEIGHT, 1.0),
         )
         return losses, rewards.view(-1, 2), rows.sequence_lengths
 
@@ -193,3 +221,12 @@ class GRMTrainer(RewardTrainer):
         inner = self.accelerator.unwrap_model(self.model)
         logits = self._language_head(inner, states[:, first:])
         return response_log_likelihood(logits, ids[:, first:], response[:, first:])
+
+
+def _names(file: Path) -> list[str]:
+    """Return the names of a file's tensors; none of a broken file, which is refused when loaded."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError):
+        return []

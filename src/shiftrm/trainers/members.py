@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from shiftrm.core.ensembles import mean_weights
 from shiftrm.errors import UserError
 from shiftrm.files import Row, atomic_write_text, iterate_jsonl, write_jsonl
 from shiftrm.models.combined import Ensemble, Member
 from shiftrm.models.laplace import fit_posterior
+from shiftrm.models.rewards import find_head
 from shiftrm.models.scoring import mean_and_spread
 from shiftrm.progress import task
 from shiftrm.trainers.model_card import Outcome
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EnsembleConfig",
     "LaplaceConfig",
+    "check_head",
     "combine",
     "member_job",
     "member_seed",
@@ -117,6 +120,8 @@ def train_members(job: "TrainingJob", train: Train) -> Outcome:
             member.work.mkdir(parents=True, exist_ok=True)
         processes.wait_for_everyone()
         outcome = train(member, resumable(member.work))
+        if mark.exists():  # trained before the interruption: its steps are not made again
+            outcome = replace(outcome, loss=json.loads(mark.read_text(encoding="utf-8"))["loss"])
         losses.append(outcome.loss)
         if processes.is_main_process:
             atomic_write_text(mark, json.dumps({"loss": outcome.loss}))
@@ -131,6 +136,21 @@ def train_members(job: "TrainingJob", train: Train) -> Outcome:
     known = [loss for loss in losses if loss is not None]
     mean = sum(known) / len(known) if known else None
     return replace(outcome, seed=job.chosen.args.seed, before=None, after={}, loss=mean)
+
+
+def check_head(combine: str | None, model: Any) -> None:
+    """Refuse, before it is trained, a model from which the reward could not be made afterwards.
+
+    Raises:
+        UserError: it is for a posterior, and its head is not one linear layer.
+    """
+    head = find_head(model)
+    head = getattr(head, "base_layer", head)  # an adapter's, which is merged at the end
+    if combine == "laplace" and not isinstance(head, nn.Linear):
+        raise UserError(
+            f"laplace: the score head of {type(model).__name__} is a {type(head).__name__}, and a "
+            "posterior needs one linear layer; choose another method, or a decoder"
+        )
 
 
 def combine(job: "TrainingJob", outcome: Outcome, *, evaluate: bool) -> Outcome:

@@ -10,6 +10,7 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.progress import task
 from shiftrm.trainers import work_folder
+from shiftrm.trainers.members import check_head
 from shiftrm.trainers.model_card import Outcome, measurements
 from shiftrm.trainers.progress import SHOWN, ProgressInWords
 from shiftrm.trainers.quantised import count, merged
@@ -29,6 +30,7 @@ def train_model(
     used = job.chosen.beyond_defaults()
     with task("loading the model and the data", None):
         trainer = _trainer(job, groups)
+    check_head(job.training.combine, trainer.model)
     trainer.choose_checkpointing()
     if trainer.accelerator.is_main_process:
         print(_opening(trainer), flush=True)

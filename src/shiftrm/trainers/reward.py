@@ -13,7 +13,7 @@ from transformers.trainer_utils import set_seed
 from trl import RewardTrainer as TRLRewardTrainer
 from trl.data_utils import get_dataset_column_names
 
-from shiftrm.core.losses import bradley_terry_loss
+from shiftrm.core.losses import reward_model_loss
 from shiftrm.data.pairs import COLUMNS, WEIGHT, read_pairs
 from shiftrm.errors import UserError
 from shiftrm.models.finite import require_finite_gradient
@@ -27,6 +27,7 @@ from shiftrm.models.loading import (
 from shiftrm.models.rendering import end_at_closing, pin_template
 from shiftrm.models.rewards import model_config, sequence_rewards
 from shiftrm.models.rope import length_limit
+from shiftrm.trainers.at_the_end import NoStepTooMany
 from shiftrm.trainers.first_batch import inspect_model, switch_off_dropout
 from shiftrm.trainers.machine import FitsMemory
 from shiftrm.trainers.pair_batches import (
@@ -52,7 +53,7 @@ __all__ = ["RewardConfig", "RewardTrainer", "read_dataset"]
 logger = logging.getLogger(__name__)
 
 
-class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
+class RewardTrainer(NoStepTooMany, RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
     """`trl.RewardTrainer` with these differences; every argument keeps its meaning.
 
     - The common prefix of a pair's two sides is computed once (`shared_prefixes`). The first batch
@@ -79,6 +80,10 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
     """
 
     compute_metrics: Any
+
+    @staticmethod
+    def check_start(model: str) -> None:
+        """Refuse early, before anything is loaded, a folder that this trainer cannot start from."""
 
     def __init__(
         self,
@@ -211,11 +216,13 @@ class RewardTrainer(RowPasses, CountsPairs, FitsMemory, TRLRewardTrainer):
         self, chosen: Tensor, rejected: Tensor, inputs: Mapping[str, Tensor]
     ) -> Tensor:
         """Return the loss of each pair from its rewards, [B]."""
-        losses = bradley_terry_loss(chosen, rejected, margin=inputs.get("margin"))  # Eq. 1
-        if self.args.center_rewards_coefficient is not None:
-            # Eisenstein et al., arXiv 2312.09244, Eq. 2, as in TRL.
-            losses = losses + self.args.center_rewards_coefficient * (chosen + rejected).pow(2)
-        return losses * inputs[WEIGHT] if WEIGHT in inputs else losses
+        return reward_model_loss(
+            chosen,
+            rejected,
+            margin=inputs.get("margin"),
+            weight=inputs.get(WEIGHT),
+            centring=self.args.center_rewards_coefficient,
+        )
 
     def _inspect_once(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         """Check the model on the first batch that is trained on."""

@@ -1,15 +1,17 @@
 """Rewards of a training's pairs by a finished reward model, whatever it is made of."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 
-from shiftrm.core.losses import bradley_terry_loss
+from shiftrm.core.losses import reward_model_loss
+from shiftrm.data.pairs import WEIGHT, check_margin, check_weight
+from shiftrm.data.replies import has_prompt
 from shiftrm.files import Row
-from shiftrm.models.laplace import PairTokens
+from shiftrm.models.laplace import Ids, PairTokens
 from shiftrm.models.rendering import encode_prompt, template_options
 from shiftrm.models.rope import length_limit
 from shiftrm.models.scoring import Scorer
@@ -42,11 +44,12 @@ def tokens_of_pairs(
     for index, row in enumerate(rows):
         given = {key: value for key, value in row.items() if value is not None}
         pair = encode_pair(given, index, scorer.tokenizer, name)
+        margin = check_margin(given.get("margin", 0.0), f"{name} data, row {index}")
+        weight = check_weight(given.get(WEIGHT), f"{name} data, row {index}")
         if all(keep(pair) for keep in keeps):
             chosen, rejected = tuple(pair["chosen_ids"]), tuple(pair["rejected_ids"])
-            opening = _opening(given, scorer.tokenizer)
-            prompt = _shared(opening, chosen, rejected)
-            found.append(PairTokens(chosen, rejected, prompt, pair[PROMPT]))
+            prompt = _prompt_tokens(given, scorer.tokenizer, chosen, rejected)
+            found.append(PairTokens(chosen, rejected, prompt, pair[PROMPT], margin, weight))
     return found
 
 
@@ -70,21 +73,37 @@ def measure_pairs(job: "TrainingJob") -> dict[str, dict[str, float]]:
         rewards_N2 = torch.tensor(rewards, dtype=torch.float64)
         lengths_N2 = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs])
         numbers_N = torch.tensor([pair.number for pair in pairs])
-        losses_N = bradley_terry_loss(*rewards_N2.unbind(1))
+        margins_N, weights_N = (
+            torch.tensor([(p.margin, p.weight) for p in pairs]).double().unbind(1)
+        )
+        losses_N = reward_model_loss(
+            *rewards_N2.unbind(1),
+            margin=margins_N,
+            weight=weights_N,
+            centring=job.chosen.args.center_rewards_coefficient,
+        )
         statistics, counted_N = PairStatistics(), torch.ones(len(pairs))
         statistics.add(rewards_N2, lengths_N2, losses_N, numbers_N, counted_N, lambda rows: rows)
         found[name.removeprefix("eval").strip()] = statistics.take(intervals=True)
     return found
 
 
-def _opening(row: Row, tokenizer: Any) -> list[int]:
-    prompt = row.get("prompt")
-    if prompt is None or prompt == []:
-        return []
-    return list(encode_prompt(tokenizer, prompt, template_options=template_options(row)))
+def _prompt_tokens(row: Row, tokenizer: Any, *sides: Ids) -> Ids:
+    """Return the tokens of the prompt with which both sides begin.
+
+    Its last token may be missing: tokenizers may join it with the first of an answer. Empty if
+    there is no prompt, or only a blank one, or if less than that is left of it.
+    """
+    prompt: Any = row.get("prompt")
+    if not has_prompt(row) or (isinstance(prompt, str) and not prompt.strip()):
+        return ()
+    opening = encode_prompt(tokenizer, prompt, template_options=template_options(row))
+    before_any = 0 if isinstance(prompt, list) else len(encode_prompt(tokenizer, ""))  # such as BOS
+    shared = _shared(opening, *sides)
+    return shared if len(shared) >= max(len(opening) - 1, before_any + 1) else ()
 
 
-def _shared(*sequences: Any) -> tuple[int, ...]:
+def _shared(*sequences: Sequence[int]) -> Ids:
     """Return the tokens with which all sequences begin."""
     length = 0
     for column in zip(*sequences, strict=False):

@@ -22,12 +22,8 @@ from shiftrm.data.pairs import COLUMNS, read_pairs
 from shiftrm.data.sources import fingerprint
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.loading import (
-    checkpoint_fingerprint,
-    refuse_adapter,
-    refuse_ensemble,
-    refuse_gguf,
-)
+from shiftrm.models.combined import refuse_combined
+from shiftrm.models.loading import checkpoint_fingerprint, refuse_adapter, refuse_gguf
 from shiftrm.trainers import work_folder
 from shiftrm.trainers.kinds import MODELS, ORDINARY, Training, pairs_only
 from shiftrm.trainers.machine import explain_out_of_memory
@@ -173,6 +169,7 @@ def prepare(
         else dict.fromkeys(_METARM, "it is MetaRM's: give --groups"),
     )
     job.training = training
+    training.trainer.check_start(request.model)
     heldout = request.eval_pairs or {}
     sources = {"pairs": request.pairs}
     sources |= {f"eval {name}".strip(): source for name, source in heldout.items()}
@@ -228,7 +225,7 @@ def begin(
     work = target.with_name(f".{target.name}.work")
     chosen = resolve(settings, config, work=work, command_name=command_name, **judging)
     require_checkpoint(model)
-    refuse_ensemble(model)
+    refuse_combined(model)
     refuse_adapter(model)
     template = getattr(chosen.args, "chat_template_path", None)
     if template is not None and not (Path(template).exists() or exists(template)):
