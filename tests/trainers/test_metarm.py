@@ -454,6 +454,26 @@ def test_streamed_epochs_are_saved_and_evaluated_at_theta(make_trainer, reward_m
     assert not any(leaked), "gradients of the pairs stay theirs"
 
 
+@pytest.mark.parametrize("shift", ["in_place", "midpoint"])
+def test_a_step_over_two_streamed_epochs_counts_once_in_the_moments(
+    make_trainer, reward_model, pairs, groups, shift
+):
+    """The fifth pair waits for the next epoch: 2 steps, as of pairs that are not streamed."""
+    found = []
+    for train in (Dataset.from_list(pairs[:5]).to_iterable_dataset(), pairs):
+        trainer = make_trainer(
+            copy.deepcopy(reward_model).double(), train=train, max_steps=2, preset="adaptive",
+            meta_shift=shift, meta_learning_rate=0.01, meta_batch_size=len(groups),
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.0,
+        )  # fmt: skip
+        trainer.train()
+        found.append(trainer._adaptive_state)
+    assert [state.steps for state in found] == [2, 2]
+    for name in ("first", "second"):
+        for ours, plain in zip(*(getattr(state, name) for state in found), strict=True):
+            torch.testing.assert_close(ours, plain)
+
+
 def test_truncated_sides_are_left_open(make_trainer, reward_model, tokenizer, pairs):
     row = {**pairs[0], "chosen_finished": False, "rejected_finished": True}
     [encoded] = make_trainer(reward_model, RewardTrainer, train=[row]).train_dataset

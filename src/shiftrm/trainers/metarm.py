@@ -82,6 +82,7 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
         )
         self._shift: ExitStack | None = None
         self._step_state: MetaStepState | None = None
+        self._paused = False  # within a step, between two epochs of a stream
         self._radius = {}
         self._said_too_large = False
         self._choose_shift()
@@ -167,8 +168,12 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         base = None
-        if self._step_state is None:  # the first micro-batch of an optimizer step
-            self._step_state = self._begin_step(model, inputs)
+        if self._step_state is None or self._paused:
+            if self._step_state is None:  # the first micro-batch of an optimizer step
+                self._step_state = self._begin_step(model, inputs)
+            else:
+                self._step_state.waiting = [g.clone() for g in self._gradients()]
+                self._paused = False
             if self._diagnosing() and self.meta_shift == "in_place":
                 base = self._influence_at_theta(model, inputs)
             self._look_ahead(model)
@@ -276,7 +281,7 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
 
     def _end_step(self) -> None:
         self._return_to_theta()
-        self._step_state = None
+        self._step_state, self._paused = None, False
 
     # -- what bf16 and the exact order add to the gradient ---------------------------------------
 
@@ -352,11 +357,15 @@ class MetaRMTrainer(MetaEffect, RewardTrainer):
         """Return to theta before saving or evaluating.
 
         A streamed epoch can end in the middle of a step. The next micro-batch then looks ahead
-        again, from the same theta on the same groups.
+        again, from the same theta with the same directions: grad J counts once in Adam's moments.
         """
-        if self._step_state is not None and self._step_state.change:
-            self._add_to_gradients(self._step_state.change)
-        self._end_step()
+        state = self._step_state
+        if state is not None:
+            if state.change:
+                self._add_to_gradients(state.change)
+                state.change = []
+            self._paused = True
+        self._return_to_theta()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # -- checkpoints -------------------------------------------------------------------------
