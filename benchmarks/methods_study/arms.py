@@ -143,7 +143,7 @@ ARMS: dict[str, StudyArm] = {
     "metarm_adaptive": StudyArm(Arm("metarm_adaptive"), "MetaRM, step by Adam", Kind.LABEL_FREE),
     "metarm_exact": StudyArm(Arm("metarm_exact"), "MetaRM, exact gradient", Kind.LABEL_FREE),
     "metarm_random": StudyArm(
-        Arm("metarm_random"), "MetaRM by effect in a random direction", Kind.CONTROL
+        Arm("metarm_random"), "MetaRM, step in a random direction", Kind.CONTROL
     ),
     "metarm_sft": StudyArm(
         Arm("metarm_by_effect"), "MetaRM by effect on SFT samples", Kind.CONTROL, groups=Groups.SFT

@@ -139,8 +139,14 @@ def interval(found: Paired | None) -> str:
     if found is None or not found.n:
         return ""
     if math.isnan(found.low):
-        return f"{found.mean:+.2f}"
-    return f"{found.mean:+.2f} ({found.low:+.2f}, {found.high:+.2f})"
+        return signed(found.mean)
+    return f"{signed(found.mean)} ({signed(found.low)}, {signed(found.high)})"
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign, which zero has none of."""
+    text = f"{value:+.2f}"
+    return "0.00" if float(text) == 0 else text
 
 
 def wins(found: Paired | None) -> str:

@@ -12,6 +12,9 @@ from .arms import CLOSER
 from .cells import Cell, Corrected, Study, interval, label, mean, p_text, wins
 from .statistics import Paired, holm, paired
 
+COVERED = 0.8
+"""Share of an arm's seeds that must be within the range of the other arm's runs."""
+
 
 def gold_at_kl_of(
     study: Study, arm: str, other: str, *, target: float, number: int
@@ -46,7 +49,7 @@ def at_same_kl(study: Study, arm: str, other: str, *, target: float, number: int
     """Compare two arms at the same KL: by interpolation, or else along the slope of all arms."""
     cell = study.cell(target, number)
     found = matched(study, arm, other, target=target, number=number)
-    return found if _is_whole(cell, arm, found) else cell.differences(arm, other)[1]
+    return found if _is_covered(cell, arm, found) else cell.differences(arm, other)[1]
 
 
 def matched_table(study: Study) -> str:
@@ -61,7 +64,7 @@ def matched_table(study: Study) -> str:
             (arm, "retrained"): one for arm, one in from_retrained(study, target, number).items()
         }
         closer = ((pair, matched(study, *pair, target=target, number=number)) for pair in CLOSER)
-        inside = {pair: (one, math.nan) for pair, one in closer if _is_whole(cell, pair[0], one)}
+        inside = {pair: (one, math.nan) for pair, one in closer if _is_covered(cell, pair[0], one)}
         for (arm, other), (one, p) in {**against, **inside}.items():
             words = [study.title(target, number), label(arm), label(other)]
             words.append(f"{mean(cell.kl(arm).values()):.1f}")
@@ -71,17 +74,17 @@ def matched_table(study: Study) -> str:
 
 
 def from_retrained(study: Study, target: float, number: int) -> Corrected:
-    """Return the comparisons with retraining of all arms for which no seed is left out.
+    """Return the comparisons with retraining of all arms that are within its range.
 
-    Holm's correction counts the arms that are left out, too, as if they did not differ.
+    Holm's correction counts the others, too, as if they did not differ.
     """
     cell = study.cell(target, number)
     arms = [arm for arm in cell.arms if arm != "retrained"]
     found = {a: matched(study, a, "retrained", target=target, number=number) for a in arms}
-    whole = {arm: _is_whole(cell, arm, one) for arm, one in found.items()}
-    p = holm([one.p if whole[arm] else 1.0 for arm, one in found.items()])
-    return {a: (found[a], value) for a, value in zip(arms, p, strict=True) if whole[a]}
+    covered = {arm: _is_covered(cell, arm, one) for arm, one in found.items()}
+    p = holm([one.p if covered[arm] else 1.0 for arm, one in found.items()])
+    return {a: (found[a], value) for a, value in zip(arms, p, strict=True) if covered[a]}
 
 
-def _is_whole(cell: Cell, arm: str, found: Paired) -> bool:
-    return found.n == len(cell.gold(arm)) > 1
+def _is_covered(cell: Cell, arm: str, found: Paired) -> bool:
+    return found.n > 1 and found.n >= COVERED * len(cell.gold(arm))

@@ -243,7 +243,7 @@ def pages(results: Sequence[Result]) -> dict[str, str]:
         + _by_cell(second, details_table)
         + "\n\n"
         + _by_cell(second, lambda cell: means_table(cell, "overpays_"), "what is paid for, "),
-        "matched": matched_table(first),
+        "matched": "\n\n".join(filter(None, (matched_table(first), matched_table(second)))),
         "closer": _by_cell(first, closer_table) + "\n\n" + _by_cell(second, closer_table),
         "seeds": _by_cell(first, seeds_table) + "\n\n" + _by_cell(second, seeds_table),
         "tried": tried_table(Study(results, "", chosen_on=True)),
