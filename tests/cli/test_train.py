@@ -297,6 +297,7 @@ def test_a_broken_pytorch_model_is_one_line(shiftrm, files, content):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.endswith("so far")]  # slow machine
+    assert (done.returncode, len(said)) == (2, 1), done.stderr
     assert "policy: cannot be loaded (its pytorch_model.bin is cut off" in done.stderr
     assert not (files / "out").exists()

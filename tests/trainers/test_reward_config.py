@@ -177,7 +177,7 @@ def test_no_steps_are_refused(tmp_path):
         RewardConfig(str(tmp_path), max_steps=0)
 
 
-@pytest.mark.parametrize("margin", [1e300, float("inf"), float("nan"), True, "1", None, 10**400])
+@pytest.mark.parametrize("margin", [1e300, float("inf"), float("nan"), True, "1", 10**400])
 def test_margins_that_are_no_numbers(make_trainer, reward_model, pairs, margin):
     if margin == 10**400:  # no table holds it, so no tokenised data set
         rows = [dict(row, margin=float(k)) for k, row in enumerate(pairs)]
