@@ -297,7 +297,8 @@ def test_a_broken_pytorch_model_is_one_line(shiftrm, files, content):
         text=True,
         check=False,
     )
-    said = [line for line in done.stderr.splitlines() if not line.endswith("so far")]  # slow machine
+    # A slow machine says how long it has been loading.
+    said = [line for line in done.stderr.splitlines() if not line.endswith("so far")]
     assert (done.returncode, len(said)) == (2, 1), done.stderr
     assert "policy: cannot be loaded (its pytorch_model.bin is cut off" in done.stderr
     assert not (files / "out").exists()
