@@ -76,9 +76,9 @@ class Cell:
 
     def differences(self, arm: str, other: str) -> tuple[Paired, Paired]:
         """Return the difference in gold from another arm, as it is and at equal KL."""
-        gold = gaps(self.gold(arm), self.gold(other))
-        kl = gaps(self.kl(arm), self.kl(other))
-        return paired(self.gold(arm), self.gold(other)), paired_at_equal_kl(gold, kl, self.slope)
+        ours, theirs = self.gold(arm), self.gold(other)
+        gold, kl = gaps(ours, theirs), gaps(self.kl(arm), self.kl(other))
+        return paired(ours, theirs), paired_at_equal_kl(gold, kl, self.slope)
 
     def from_retrained(self) -> "tuple[Corrected, Corrected]":
         """Return every arm's difference from retraining, as it is and at equal KL.

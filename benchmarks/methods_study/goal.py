@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from .cells import Cell, Study, gaps, interval, p_text
+from .cells import Study, gaps, interval, p_text
 from .matched import at_same_kl, from_retrained, gold_at_kl_of
 from .statistics import Paired, paired, ratio
 
@@ -27,7 +27,7 @@ def goal_table(first: Study, second: Study) -> str:
     rows += _after_three_rounds(first)
     cell = second.cell(12.0, 2)
     if BEST in cell.arms:
-        (gain, p), (equal, equal_p) = _gains(second, cell, 12.0)
+        (gain, p), (equal, equal_p) = _gains(second, 12.0)
         shown = (
             f"{interval(gain)}, p {p_text(p)}; {interval(equal)}, p {p_text(equal_p)} at equal KL"
         )
@@ -43,9 +43,9 @@ def _said(met: bool, at_equal_kl: bool) -> str:
     return "yes, but not at equal KL" if met else "at equal KL only"
 
 
-def _gains(study: Study, cell: Cell, kl: float) -> tuple[tuple[Paired, float], ...]:
+def _gains(study: Study, kl: float) -> tuple[tuple[Paired, float], ...]:
     """Return the gain over retraining in the second round with its p, and that at the same KL."""
-    raw, by_slope = (found[BEST] for found in cell.from_retrained())
+    raw, by_slope = (found[BEST] for found in study.cell(kl, 2).from_retrained())
     return raw, from_retrained(study, kl, 2).get(BEST, by_slope)
 
 
@@ -53,7 +53,7 @@ def _at(study: Study, kl: float) -> Iterator[Row]:
     cell = study.cell(kl, 2)
     if BEST not in cell.arms:
         return
-    (gain, p), (equal, equal_p) = _gains(study, cell, kl)
+    (gain, p), (equal, equal_p) = _gains(study, kl)
     place = f"KL {kl:g}: "
     yield (
         f"{place}at least {LEAST[kl]:+.1f} over retrained",

@@ -24,18 +24,13 @@ def gold_at_kl_of(
     Interpolated between the other arm's runs in the round. Seeds whose KL is outside of the range
     of these runs are left out.
     """
+    theirs = [r for r in study.results if (r.arm, r.round) == (other, number)]
     found = {}
-    for result in study.results:
-        if (result.arm, result.kl_target, result.round) != (arm, target, number):
-            continue
-        points = sorted(
-            (r.kl, r.gold)
-            for r in study.results
-            if (r.arm, r.round, r.seed) == (other, number, result.seed)
-        )
+    for seed, reached in study.cell(target, number).kl(arm).items():
+        points = sorted((r.kl, r.gold) for r in theirs if r.seed == seed)
         kls, golds = [kl for kl, _ in points], [gold for _, gold in points]
-        if points and kls[0] <= result.kl <= kls[-1]:
-            found[result.seed] = float(np.interp(result.kl, kls, golds))
+        if points and kls[0] <= reached <= kls[-1]:
+            found[seed] = float(np.interp(reached, kls, golds))
     return found
 
 

@@ -12,7 +12,8 @@ import torch
 from shiftrm.errors import UserError
 from shiftrm.models.rendering import encode_prompt
 from shiftrm.models.responses import Response, tokenizer_name
-from shiftrm.models.scoring import Scorer, rewards_of
+from shiftrm.models.reward_functions import rewards_of
+from shiftrm.models.scoring import Scorer
 from shiftrm.serve import client as client_module
 from shiftrm.serve.client import RewardClient
 from tests.serve.conftest import KEY

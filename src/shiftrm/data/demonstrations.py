@@ -7,6 +7,7 @@ from shiftrm.data.sources import read_rows
 from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import check_template_options, check_text, is_conversational
+from shiftrm.models.responses import check_finished
 
 COLUMNS = ("prompt", "completion", "messages", "finished", "tools", "chat_template_kwargs")
 """The columns that training reads."""
@@ -37,10 +38,7 @@ def read_demonstrations(path: str | Path) -> list[Row]:
 def check_demonstration(row: Row, where: str) -> None:
     """Raise `UserError` for a row without anything to learn."""
     check_template_options(row, where)
-    if not isinstance(row.get("finished"), bool | None):
-        raise UserError(
-            f"{where}: column 'finished' is {row['finished']!r:.40}; expected true or false"
-        )
+    check_finished(row, "finished", where)
     if row.get("messages") is not None:
         messages = row["messages"]
         if not is_conversational(messages):

@@ -8,7 +8,7 @@ from shiftrm.data.edits import words_of
 from shiftrm.data.replies import Answer, reply
 from shiftrm.errors import UserError, suggest
 from shiftrm.models.responses import Response
-from shiftrm.models.scoring import TokenReward, rewards_of
+from shiftrm.models.reward_functions import TokenReward, rewards_of
 
 MATCHINGS = ("random", "length", "style", "hard")
 CANDIDATES = 16

@@ -129,6 +129,20 @@ def group_responses(row: Row) -> list[Response]:
     ]
 
 
+def check_finished(row: Row, column: str, where: str) -> bool:
+    """Return whether a response is finished; True if the row does not say.
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    value = row.get(column)
+    if value is None:
+        return True
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: column {column!r} is {value!r:.40}; expected true or false")
+    return value
+
+
 def check_group(row: Row, where: str, *, least: int = 2) -> Row:
     """Check that a group's columns match and it has `least` responses; return the row unchanged."""
     require_columns(row, ("prompt", "responses"), where)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,13 @@ from shiftrm.models.probes import require_own_reward
 from shiftrm.models.rendering import Text, check_template_options, check_text, template_options
 from shiftrm.models.responses import (
     Response,
+    check_finished,
     check_prompt,
     check_responses,
     encode_response,
     group_responses,
 )
+from shiftrm.models.reward_functions import TokenReward, rewards_of
 from shiftrm.models.rewards import find_head, pad_right, sequence_rewards
 from shiftrm.models.rope import context_limit
 
@@ -44,7 +46,7 @@ def row_responses(row: Row, where: str) -> list[Response]:
     prompt, options = row.get("prompt"), template_options(row)
     if "response" in row:
         check_text(row["response"], f"{where}: column 'response'")
-        done = _flag(row, "finished", where)
+        done = check_finished(row, "finished", where)
         return [Response(prompt, row["response"], done, template_options=options)]
     if "responses" in row:
         if not check_responses(row, where):
@@ -55,7 +57,10 @@ def row_responses(row: Row, where: str) -> list[Response]:
             check_text(row[side], f"{where}: column {side!r}")
         return [
             Response(
-                prompt, row[side], _flag(row, f"{side}_finished", where), template_options=options
+                prompt,
+                row[side],
+                check_finished(row, f"{side}_finished", where),
+                template_options=options,
             )
             for side in ("chosen", "rejected")
         ]
@@ -63,16 +68,6 @@ def row_responses(row: Row, where: str) -> list[Response]:
         f"{where}: nothing to score: expected a column 'response', 'responses', or 'chosen' and "
         f"'rejected'; the row has {', '.join(map(repr, row)) or 'no columns'}"
     )
-
-
-def _flag(row: dict[str, Any], column: str, where: str) -> bool:
-    """Whether a response is finished; True if the row has no such column."""
-    value = row.get(column)
-    if value is None:
-        return True
-    if not isinstance(value, bool):
-        raise UserError(f"{where}: column {column!r} is {value!r}; expected true or false")
-    return value
 
 
 class Scorer:
@@ -283,39 +278,8 @@ class Scorer:
                 )
 
 
-@runtime_checkable
-class TokenReward(Protocol):
-    """A reward function that reads sampled tokens where possible, such as a `Scorer`."""
-
-    def score(self, responses: Sequence[Response], /) -> list[float]: ...
-
-
-def rewards_of(
-    reward_fn: Callable[..., Sequence[float]] | TokenReward, responses: Sequence[Response]
-) -> list[float]:
-    """Return rewards of responses, from their tokens for a `TokenReward`, else from their text.
-
-    Raises:
-        UserError: the number of rewards differs from the number of responses.
-    """
-    if isinstance(reward_fn, TokenReward):
-        return reward_fn.score(responses)
-    given = reward_fn(
-        [r.prompt for r in responses],
-        [r.text for r in responses],
-        finished=[r.finished for r in responses],
-    )
-    rewards = [float(reward) for reward in given]
-    if len(rewards) != len(responses):
-        raise UserError(
-            f"reward_fn gave {len(rewards)} rewards for {len(responses)} responses; "
-            "it must give one each"
-        )
-    return rewards
-
-
 def function_rewards(
-    reward_fn: Callable[..., Sequence[float]], responses: Sequence[Response]
+    reward_fn: Callable[..., Sequence[float]] | TokenReward, responses: Sequence[Response]
 ) -> list[float]:
     """Return what a function gives for responses (`rewards_of`), which must be finite.
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from shiftrm.errors import UserError
 from shiftrm.files import Row
-from shiftrm.models.scoring import Scorer, TokenReward
+from shiftrm.models.reward_functions import TokenReward
+from shiftrm.models.scoring import Scorer
 from shiftrm.monitor.signals import Score
 
 __all__ = ["Reward", "TextReward", "TrlReward", "group_rows", "open_reward", "prompt_name"]

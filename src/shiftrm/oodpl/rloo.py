@@ -20,8 +20,8 @@ from shiftrm.data.domains import Domain
 from shiftrm.errors import UserError
 from shiftrm.models.rendering import Text, encode_prompt
 from shiftrm.models.responses import Response
+from shiftrm.models.reward_functions import rewards_of
 from shiftrm.models.sampling import SamplingConfig, check_prompt_lengths
-from shiftrm.models.scoring import rewards_of
 from shiftrm.oodpl.meta_test import support_prompts, with_scale
 from shiftrm.policies.configs import RLOOConfig
 from shiftrm.policies.ppo import RewardFunction

@@ -10,8 +10,8 @@ from torch import Tensor
 from shiftrm.errors import UserError
 from shiftrm.models.rendering import Text
 from shiftrm.models.responses import Response, tokenizer_name
+from shiftrm.models.reward_functions import rewards_of
 from shiftrm.models.sampling import Sample, as_response, draw_seed, generate
-from shiftrm.models.scoring import rewards_of
 from shiftrm.policies.ppo_config import PPOConfig
 from shiftrm.policies.ppo_update import autocast, reference_of
 from shiftrm.policies.shaping import REFERENCES

@@ -16,8 +16,9 @@ from shiftrm.errors import UserError
 from shiftrm.files import Row
 from shiftrm.models.rendering import Text, decode_response, encode_prompt, stop_token_ids
 from shiftrm.models.responses import Response, tokenizer_name
+from shiftrm.models.reward_functions import rewards_of
 from shiftrm.models.sampling import Draws, SamplingConfig, sample_rows
-from shiftrm.models.scoring import mean_and_spread, rewards_of, score_rows
+from shiftrm.models.scoring import mean_and_spread, score_rows
 from shiftrm.policies.loading import check_reward_model, load_scorer
 from shiftrm.policies.rollouts import RewardFunction, Rollouts
 from shiftrm.progress import task

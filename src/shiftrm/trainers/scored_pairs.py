@@ -42,13 +42,12 @@ def tokens_of_pairs(
     keeps = length_filters(length_limit(scorer.model.config, max_length)).values()
     found = []
     for index, row in enumerate(rows):
-        given = {key: value for key, value in row.items() if value is not None}
-        pair = encode_pair(given, index, scorer.tokenizer, name)
-        margin = check_margin(given.get("margin", 0.0), f"{name} data, row {index}")
-        weight = check_weight(given.get(WEIGHT), f"{name} data, row {index}")
+        pair = encode_pair(row, index, scorer.tokenizer, name)
+        margin = check_margin(row.get("margin"), f"{name} data, row {index}")
+        weight = check_weight(row.get(WEIGHT), f"{name} data, row {index}")
         if all(keep(pair) for keep in keeps):
             chosen, rejected = tuple(pair["chosen_ids"]), tuple(pair["rejected_ids"])
-            prompt = _prompt_tokens(given, scorer.tokenizer, chosen, rejected)
+            prompt = _prompt_tokens(row, scorer.tokenizer, chosen, rejected)
             found.append(PairTokens(chosen, rejected, prompt, pair[PROMPT], margin, weight))
     return found
 
