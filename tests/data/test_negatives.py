@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -353,3 +355,9 @@ def test_language_is_another_one_of_about_the_length():
         assert len(foreign) == 1
         assert foreign != ["English"]
         assert abs(len(text) - len(pair["chosen"])) < 50
+
+
+def test_pairs_are_made_without_torch():
+    """Loading it takes a second of every command that only names the kinds."""
+    code = "import sys, shiftrm.data.negatives; sys.exit(int('torch' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
